@@ -1,0 +1,206 @@
+"""Every setting as a frozen value, checked completely when it is made; unknown keys are refused.
+
+PEFT's field names wherever PEFT has the field, so nobody learns a second vocabulary.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UsageError, did_you_mean
+
+Patterns = dict[str, Annotated[float, Field(gt=0)]]
+Names = str | tuple[str, ...]
+
+
+class _CheckedMeta(type(BaseModel)):  # type: ignore[misc]
+    """Turns pydantic's report into ours, once, at the outermost value being made."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise UsageError(_explain(cls, error)) from None
+
+
+class Checked(BaseModel, metaclass=_CheckedMeta):
+    """A frozen group of settings.
+
+    Raises:
+        UsageError: when made, listing every unknown key (with the nearest known one) and every bad value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DoraConfig(Checked):
+    """What to adapt, by which method, and how strongly."""
+
+    method: Literal["dora", "lora", "full"] = "dora"
+    """dora: length and direction; lora: the same layer without the length; full: the weights themselves."""
+    r: int = Field(default=16, ge=1)
+    """Rank of the update B A."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that an input of the adapter is zeroed during training."""
+    target_modules: Names | None = None
+    """Name endings, one regular expression for whole names, or "all-linear"; null: all-linear (full: everything)."""
+    exclude_modules: Names | None = None
+    """Taken out of target_modules; read in the same way."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Another r for the layers whose name ends with, or matches as a regular expression, the key."""
+    alpha_pattern: Patterns = {}
+    """Another lora_alpha, likewise."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full and saved with the adapter, by name ending."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which bias vectors are trained and saved as well."""
+    dropout_mode: Literal["adapter", "exact"] = "adapter"
+    """adapter: y = g (W x + s B A x~) + bias; exact (the paper's code, PEFT): W x + (g-1) W x~ + g s B A x~ + bias."""
+    detach_norm: bool = True
+    """The norm is a constant of the backward pass (paper, section 4.3); false: the full gradient."""
+    magnitude_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the magnitudes over that of A and B."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = [
+            f"{field} is empty: nothing would be adapted"
+            for field in ("target_modules",)
+            if getattr(self, field) in ("", ())
+        ]
+        for field in ("rank_pattern", "alpha_pattern"):
+            problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
+        for field in ("target_modules", "exclude_modules"):
+            names = getattr(self, field)
+            if isinstance(names, str) and _bad_regex(names):
+                problems.append(f"{field}: {_bad_regex(names)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def rank_of(self, layer: str) -> int:
+        """r of the layer of this name."""
+        return int(_by_pattern(self.rank_pattern, layer, self.r))
+
+    def scale_of(self, layer: str) -> float:
+        """The factor s of ``s B A`` in the layer of this name."""
+        r, alpha = self.rank_of(layer), float(_by_pattern(self.alpha_pattern, layer, self.lora_alpha))
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+class ModelSettings(Checked):
+    """Which model, and how it is held in memory."""
+
+    path: str
+    """Hub name, folder, or a .gguf file, which transformers dequantises."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as stored."""
+    quantization: None = None
+    """Room for quantised bases; only null is taken so far."""
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataSettings(Checked):
+    """Which rows, how they become prompts and targets, and what counts in the loss."""
+
+    train: str
+    """A .json, .jsonl, .csv or .parquet file, or a hub name (`name`, `name:config`)."""
+    split: str = "train"
+    """The split of a hub data set."""
+    validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """A file or hub name, or a fraction taken out of train."""
+    validation_split: str = "validation"
+    style: str = "completion"
+    """A row of `doralib.data.STYLES`: completion, alpaca, chat."""
+    prompt: str | None = None
+    """completion: a column's name, or a template with {column}."""
+    target: str | None = None
+    """completion: a column's name, or a template with {column}."""
+    messages: str = "messages"
+    """chat: the column of [{role, content}, ...]."""
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of one row, prompt and target together."""
+    loss_on: Literal["completion", "all"] = "completion"
+    bad_rows: Literal["report", "error"] = "report"
+    """Rows too long, empty or malformed: left out, counted and shown, or an error."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """truncate: keep the first max_length tokens, counted and shown too."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Only the first rows of train."""
+
+
+class EvalSettings(Checked):
+    """What is measured before and after training."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of packaged tasks, or task files in YAML."""
+    before: bool = True
+    """Score the untouched model too, so that the report shows both."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Only the first examples of each task."""
+    batch_size: int = Field(default=16, ge=1)
+
+
+class Recipe(Checked):
+    """One fine-tuning job, complete; the keys of a recipe file."""
+
+    model: ModelSettings
+    data: DataSettings
+    adapter: DoraConfig = DoraConfig()
+    training: dict[str, Any] = {}
+    """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them."""
+    eval: EvalSettings = EvalSettings()
+    out: str
+    seed: int = Field(default=0, ge=0)
+
+
+def _by_pattern(patterns: dict[str, Any], layer: str, otherwise: float) -> float:
+    """The value of the first key that the layer's name ends with or matches, as PEFT reads them."""
+    for key, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({key})", layer):
+            return float(value)
+    return otherwise
+
+
+def _bad_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern!r} is not a regular expression: {error}"
+    return ""
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """All problems of one value, a line each."""
+    lines = [f"{cls.__name__}: {error.error_count()} problem{'s' * (error.error_count() > 1)}"]
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        where = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(cls, path[:-1])
+            hint = did_you_mean(path[-1], known) or f"; known: {', '.join(sorted(known))}"
+            lines.append(f"  {where}: there is no such setting{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {where}: is missing")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"  {where or 'together'}: {text[0].lower() + text[1:]}{got if where else ''}")
+    return "\n".join(lines)
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        inner = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        cls = inner
+    return list(cls.model_fields)

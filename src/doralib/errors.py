@@ -1,0 +1,33 @@
+"""What a user can do wrong, and what the message must carry.
+
+    DoraError          something failed: a file is truncated, a loss is NaN          exit status 1
+    └── UsageError     the request itself is wrong: a misspelt key, a missing file   exit status 2
+
+A message says what was asked, what was found and what to do, for all problems at once.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DoraError(Exception):
+    """Something the user can mend; the message says how."""
+
+    exit_status = 1
+
+
+class UsageError(DoraError):
+    """The request cannot be right, whatever the files hold."""
+
+    exit_status = 2
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known words most like a misspelt one, best first."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'r'?"``, or nothing when no known word is near."""
+    near = nearest(word, known, count=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""The recipes: whole jobs, each one command."""
