@@ -1,0 +1,227 @@
+"""Bytes in and out: files that appear whole or not at all, JSON, safetensors."""
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .errors import DoraError, UsageError, did_you_mean
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HOST = socket.gethostname()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, need: int = 0) -> Iterator[Path]:
+    """A new name beside ``path`` for a file or a folder; on success it takes the place of ``path``, else it vanishes.
+
+    Missing parent folders are made. What stood at ``path`` stays until the new one is safely on the disk.
+
+    Args:
+        path: the final name; a link is followed.
+        need: bytes about to be written, if known: refused at once where the disk has less.
+
+    Raises:
+        DoraError: if the disk is full.
+    """
+    final = Path(path).resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final)
+    if need > free_bytes(final.parent):
+        raise DoraError(_disk_full(final, need))
+    part = final.with_name(f".{final.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        _sync(part)
+        _put(part, final)
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise DoraError(_disk_full(final, max(need, size_of(part)))) from error
+    finally:
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 if there is nothing."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else 0
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written at the nearest existing folder above ``path``."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def human(count: int) -> str:
+    """A number of bytes for a person to read, e.g. ``"1.5 GB"``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def existing(path: str | Path) -> Path:
+    """The path, if a file is there.
+
+    Raises:
+        UsageError: otherwise, with what the folder holds instead.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, not a file; it holds: {_names_in(path)}")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"there is no file {path}: its folder {folder} does not exist")
+    hint = did_you_mean(path.name, [item.name for item in folder.iterdir()])
+    raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {_names_in(folder)}")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UsageError: if there is no such file.
+        DoraError: if it is not JSON.
+    """
+    path = existing(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, on the CPU, in the stored dtypes.
+
+    Raises:
+        UsageError: if there is no such file.
+        DoraError: if it is truncated or not safetensors.
+    """
+    path = existing(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise DoraError(
+            f"{path} ({human(path.stat().st_size)}) is truncated or not a safetensors file ({error}); "
+            "copy or download it again"
+        ) from None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, whole or not at all; tensors that share memory are written apart."""
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in tensors.items():
+        ready[name] = tensor.detach().cpu().contiguous()
+        if ready[name].untyped_storage().data_ptr() in seen:
+            ready[name] = ready[name].clone()
+        seen.add(ready[name].untyped_storage().data_ptr())
+    need = sum(tensor.nbytes for tensor in ready.values())
+    with replacing(path, need) as part:
+        safetensors.torch.save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+
+
+def _sweep(final: Path) -> None:
+    """Remove what earlier runs on this machine left behind when they were killed; bring back what they set aside."""
+    aside = _aside(final)
+    if aside.exists() and not final.exists():
+        aside.replace(final)
+    remove(aside)
+    for part in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(_HOST)}-*.part"):
+        pid = part.name.removesuffix(".part").rsplit("-", 2)[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            remove(part)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(part: Path) -> None:
+    """Wait until the bytes are on the disk: a rename may reach it before them."""
+    for file in [*part.rglob("*"), part]:
+        _sync_one(file)
+
+
+def _sync_one(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(part: Path, final: Path) -> None:
+    """Rename onto ``final``; a folder in the way is set aside first and deleted last."""
+    aside = _aside(final)
+    if final.is_dir():
+        final.replace(aside)
+    try:
+        part.replace(final)
+    except OSError:
+        if aside.exists():
+            aside.replace(final)
+        raise
+    _sync_one(final.parent)
+    remove(aside)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"os error {code}" in str(error) for code in _FULL)
+
+
+def _disk_full(final: Path, need: int) -> str:
+    kept = "what stood there before is untouched" if final.exists() else "nothing was left behind"
+    return (
+        f"the disk is full: writing {final} needs {human(need)} or more, and {human(free_bytes(final))} are free\n"
+        f"  {kept}; free some space, or choose another folder"
+    )
+
+
+def _names_in(folder: Path, limit: int = 12) -> str:
+    names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more
