@@ -83,6 +83,13 @@ def human(count: int) -> str:
     return f"{count} bytes"
 
 
+def names_in(folder: Path, limit: int = 12) -> str:
+    """What a folder holds, for a message."""
+    names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more
+
+
 def existing(path: str | Path) -> Path:
     """The path, if a file is there.
 
@@ -93,12 +100,12 @@ def existing(path: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise UsageError(f"{path} is a folder, not a file; it holds: {_names_in(path)}")
+        raise UsageError(f"{path} is a folder, not a file; it holds: {names_in(path)}")
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"there is no file {path}: its folder {folder} does not exist")
     hint = did_you_mean(path.name, [item.name for item in folder.iterdir()])
-    raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {_names_in(folder)}")
+    raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {names_in(folder)}")
 
 
 def read_json(path: str | Path) -> Any:
@@ -219,9 +226,3 @@ def _disk_full(final: Path, need: int) -> str:
         f"the disk is full: writing {final} needs {human(need)} or more, and {human(free_bytes(final))} are free\n"
         f"  {kept}; free some space, or choose another folder"
     )
-
-
-def _names_in(folder: Path, limit: int = 12) -> str:
-    names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more
