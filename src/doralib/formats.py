@@ -1,0 +1,151 @@
+"""Adapter file formats: for each, a pair of pure functions between its tensors and ours."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .config import DoraConfig
+from .errors import DoraError
+from .state import AdapterState, LayerAdapter
+
+_PEFT_PREFIX = "base_model.model."
+_PEFT_FIELDS = {"lora_A.weight": "a_RI", "lora_B.weight": "b_OR", "lora_magnitude_vector": "m_O"}
+_PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PEFT_FIELDS))})")
+# settings that PEFT's file shares with ours, by the same name
+_SHARED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "bias",
+)
+# what PEFT can write and a linear DoRA adapter here cannot mean
+_REFUSED = (
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "trainable_token_indices",
+)
+
+
+def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
+    """PEFT's ``adapter_model.safetensors`` and ``adapter_config.json`` as ours.
+
+    Settings that we do not know are PEFT's own business and are taken; tensors that we do not know are not. Dropout
+    goes on in the "exact" mode, which is PEFT's.
+
+    Raises:
+        DoraError: listing every missing, extra and ill-shaped tensor.
+    """
+    config = _peft_config(settings)
+    parts: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PEFT_PREFIX)
+        if match := _PEFT_LAYER.fullmatch(name):
+            parts.setdefault(match[1], {})[_PEFT_FIELDS[match[2]]] = tensor
+        elif _is_extra(name, config):
+            extra[name.replace(".base_layer.", ".")] = tensor
+        else:
+            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a linear DoRA or LoRA adapter")
+    layers = {}
+    for layer, found in parts.items():
+        try:
+            layers[layer] = _peft_layer(layer, found, config)
+        except DoraError as error:
+            problems.append(f"{layer}: {error}")
+    if not layers and not extra and not problems:
+        problems.append("the file holds no tensor at all")
+    if problems:
+        raise DoraError(f"adapter: {len(problems)} problems\n  " + "\n  ".join(problems[:20]))
+    return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
+
+
+def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our adapter as PEFT's tensors and settings."""
+    tensors = {}
+    for layer, adapter in state.layers.items():
+        for key, field in _PEFT_FIELDS.items():
+            tensor = getattr(adapter, field)
+            if tensor is not None:
+                tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = tensor
+    for name, tensor in state.extra.items():
+        module, _, field = name.rpartition(".")
+        # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
+        inner = ".base_layer" if module in state.layers else ""
+        tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
+    settings = {field: getattr(config, field) for field in _SHARED}
+    settings |= {
+        "peft_type": "LORA",
+        "use_dora": config.method == "dora",
+        "base_model_name_or_path": state.base_model,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": _target_names(config, state),
+        "modules_to_save": list(config.modules_to_save) or None,
+        "exclude_modules": None,
+        "task_type": None,
+    }
+    if settings["lora_alpha"] == int(settings["lora_alpha"]):
+        settings["lora_alpha"] = int(settings["lora_alpha"])
+    return tensors, settings
+
+
+def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
+    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+        raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
+    if asked := [field for field in _REFUSED if settings.get(field)]:
+        raise DoraError(f"adapter: {', '.join(asked)} is set, which a linear DoRA or LoRA adapter has no place for")
+    values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(field), list | set):
+            values[field] = tuple(sorted(values[field]))
+    if not values.get("target_modules"):
+        values.pop("target_modules", None)
+    method = "dora" if settings.get("use_dora") else "lora"
+    return DoraConfig(method=method, dropout_mode="exact", **values)
+
+
+def _peft_layer(layer: str, found: dict[str, Tensor], config: DoraConfig) -> LayerAdapter:
+    missing = [key for key, field in _PEFT_FIELDS.items() if field not in found]
+    if config.method == "lora":
+        if "m_O" in found:
+            raise DoraError("has a lora_magnitude_vector, but use_dora is false in the settings")
+        missing = [key for key in missing if _PEFT_FIELDS[key] != "m_O"]
+    if missing:
+        raise DoraError(f"lacks {', '.join(missing)}")
+    if found["a_RI"].dim() != 2 or found["b_OR"].dim() != 2:
+        raise DoraError("is not the adapter of a linear layer (a convolution's, by its shapes)")
+    if found["a_RI"].shape[0] != config.rank_of(layer):
+        raise DoraError(f"lora_A has rank {found['a_RI'].shape[0]}, the settings say {config.rank_of(layer)}")
+    return LayerAdapter(found["a_RI"], found["b_OR"], found.get("m_O"), config.scale_of(layer))
+
+
+def _is_extra(name: str, config: DoraConfig) -> bool:
+    """A bias that was trained, or a tensor of a module saved whole."""
+    if name.endswith(".bias") and config.bias != "none":
+        return True
+    parents = name.split(".")[:-1]
+    return any(
+        ".".join(parents[:i]).endswith(module) for module in config.modules_to_save for i in range(1, 1 + len(parents))
+    )
+
+
+def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
+    """Endings for PEFT to find the layers by; whole names where the endings would name more than was adapted."""
+    if isinstance(config.target_modules, tuple):
+        return sorted(config.target_modules)
+    ends = Counter(layer.rpartition(".")[2] for layer in state.layers)
+    return sorted(ends) if config.target_modules in (None, "all-linear") else str(config.target_modules)

@@ -1,0 +1,143 @@
+"""DoRA in formulas. Everything else calls these or is tested against them.
+
+Dimensions, the same letters in every file: O output features (rows of a weight), I input features, R rank,
+N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha / r multiplies B A wherever it stands.
+
+    V = W + s B A        n = length of each output row of V        g = m / n        y = g ∘ (x Vᵀ) + bias
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# rows are taken in blocks of this many elements: 4 MiB of float32 stay in a core's cache
+BLOCK_ELEMENTS = 1 << 20
+# where the terms of the expanded square are more than this times their sum, rounding has eaten 3 of its bits
+CANCELLATION = 8.0
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and gains over tensors of this dtype: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(num_rows: int, row_length: int) -> Iterator[slice]:
+    """Slices that cover the rows, each of at most BLOCK_ELEMENTS elements (and at least one row)."""
+    step = max(1, BLOCK_ELEMENTS // max(1, row_length))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+@torch.no_grad()
+def row_norm_sq(W_OI: Tensor) -> Tensor:
+    """Squared length of each output row, (O,), in `sum_dtype`; no float copy of W is made."""
+    dtype = sum_dtype(W_OI.dtype)
+    sums = [W_OI[rows].to(dtype).square().sum(1) for rows in row_blocks(*W_OI.shape)]
+    return torch.cat(sums) if sums else W_OI.new_zeros(0, dtype=dtype)
+
+
+@torch.no_grad()
+def times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
+    """``W Aᵀ``, (O, R), in `sum_dtype`, by row blocks."""
+    dtype = sum_dtype(W_OI.dtype)
+    a_IR = a_RI.to(dtype).T
+    U_OR = a_IR.new_empty(W_OI.shape[0], a_RI.shape[0])
+    for rows in row_blocks(*W_OI.shape):
+        torch.mm(W_OI[rows].to(dtype), a_IR, out=U_OR[rows])
+    return U_OR
+
+
+@torch.no_grad()
+def transposed_times(W_OI: Tensor, c_OR: Tensor) -> Tensor:
+    """``Cᵀ W``, (R, I), in `sum_dtype`, by row blocks."""
+    dtype = sum_dtype(W_OI.dtype)
+    out_RI = c_OR.new_zeros(c_OR.shape[1], W_OI.shape[1], dtype=dtype)
+    for rows in row_blocks(*W_OI.shape):
+        out_RI.addmm_(c_OR[rows].to(dtype).T, W_OI[rows].to(dtype))
+    return out_RI
+
+
+@torch.no_grad()
+def adapted_row_norm(
+    W_sq_O: Tensor,
+    U_OR: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    s: float,
+    dense_rows: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Length of each output row of ``W + s B A``, (O,), without forming the (O, I) sum; outside the graph.
+
+    Row by row ``|w + s b A|² = |w|² + 2 s b·(W Aᵀ) + s² b (A Aᵀ) bᵀ``: the largest temporary is (O, R). The expanded
+    square cancels where s b A is about -w; those rows are summed densely.
+
+    Args:
+        W_sq_O: `row_norm_sq` of W, in the dtype of the result.
+        U_OR: ``W Aᵀ``.
+        dense_rows: The rows of W with the given numbers, (K, I). Without it the rows that cancel keep an error of
+            about eps (|w| + |s b A|)² / |w + s b A|².
+    """
+    dtype = W_sq_O.dtype
+    a, b, U = a_RI.to(dtype), b_OR.to(dtype), U_OR.to(dtype)
+    gram_O = s * s * ((b @ (a @ a.T)) * b).sum(1)
+    n_sq_O = W_sq_O + 2 * s * (b * U).sum(1) + gram_O
+    if dense_rows is not None and not n_sq_O.is_meta:
+        cancelled = (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
+        for rows in row_blocks(len(cancelled), a.shape[1]):
+            index = cancelled[rows]
+            n_sq_O[index] = torch.addmm(dense_rows(index).to(dtype), b[index], a, alpha=s).square().sum(1)
+    # rounding can leave a tiny negative where W + s B A is almost zero
+    return n_sq_O.clamp_min(0).sqrt()
+
+
+def gain(m_O: Tensor, n_O: Tensor) -> Tensor:
+    """``m / n``, (O,); a row of length zero has gain zero, in the backward pass too."""
+    alive = n_O > 0
+    return torch.where(alive, m_O / torch.where(alive, n_O, 1), 0)
+
+
+def compose(base_NO: Tensor, lora_NO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``g ∘ (z + s x Aᵀ Bᵀ) + bias`` from the frozen layer's own output ``base = z + bias``.
+
+    Written with g - 1, so that g = 1 and B = 0 give the base output bit for bit, and a bfloat16 product loses nothing
+    where g is near 1.
+
+    Args:
+        lora_NO: ``s x Aᵀ Bᵀ``.
+    """
+    rest_O = (gain_O - 1).to(base_NO.dtype)
+    product_NO = base_NO if bias_O is None else base_NO - bias_O.to(base_NO.dtype)
+    return base_NO + (rest_O * product_NO + gain_O.to(base_NO.dtype) * lora_NO)
+
+
+def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: Tensor) -> Tensor:
+    """``W x + (g - 1) ∘ (W x~) + g ∘ (s B A x~) + bias``: dropout on exactly the change of the weight.
+
+    The paper's code and PEFT. Equal to `compose` when x~ = x.
+
+    Args:
+        base_NO: ``W x + bias``.
+        dropped_NO: ``W x~``, no bias.
+        lora_NO: ``s B A x~``.
+    """
+    return base_NO + ((gain_O - 1).to(base_NO.dtype) * dropped_NO + gain_O.to(base_NO.dtype) * lora_NO)
+
+
+@torch.no_grad()
+def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s: float) -> Tensor:
+    """``g ∘ (W + s B A)``, the (O, I) weight that makes a plain layer equal to the adapted one.
+
+    Takes a whole weight or a block of its rows with the same rows of B and m.
+
+    Args:
+        m_O: None for LoRA: ``W + s B A``.
+
+    Returns:
+        In `sum_dtype`; the caller casts it, once.
+    """
+    dtype = sum_dtype(W_OI.dtype)
+    V_OI = torch.addmm(W_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=s)
+    if m_O is None:
+        return V_OI
+    return V_OI.mul_(gain(m_O.to(dtype), V_OI.square().sum(1).sqrt())[:, None])

@@ -1,0 +1,1 @@
+"""The operators a layer computes with: one public function each, whatever the machine."""

@@ -1,0 +1,188 @@
+"""Adapted layers: the parameters, and which formula they go through."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from . import functional as F
+from .bases import Dense, Opaque, open_base
+from .config import DoraConfig
+from .errors import DoraError
+from .kernels.eager import Dropout, dora_linear
+from .kernels.norm import FreshNorm
+
+
+class DoraLinear(nn.Module):
+    """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
+
+    ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
+    B = 0 and m = |W|. Without m (method lora) g is 1. Parameters carry PEFT's names and are float32 masters, whatever
+    the base's dtype.
+
+    Args:
+        base_layer: Frozen here; kept as it is.
+        r: Rank.
+        scale: s.
+
+    Raises:
+        DoraError: if the layer is not linear.
+    """
+
+    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+        super().__init__()
+        base = open_base(base_layer)
+        if base is None:
+            raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.base = base
+        self.scale = scale
+        self.enabled = True
+        self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
+        self.detach_norm = config.detach_norm
+        self.norm = FreshNorm(base)
+        self.out_features, self.in_features = base.shape
+        norm_sq_O = base.row_norm_sq() if config.method == "dora" else None
+        masters = {"dtype": _master_dtype(base), "device": base.device}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **masters))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **masters))
+        self.register_parameter("lora_magnitude_vector", None if norm_sq_O is None else nn.Parameter(norm_sq_O.sqrt()))
+        if norm_sq_O is not None:
+            self.norm.know_base_norm_sq(norm_sq_O)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the start: A as the paper draws it, B = 0, m = |W|."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self.norm.base_norm_sq().sqrt())
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight, for model code that reads it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's bias."""
+        return self.base.bias
+
+    def gain(self) -> Tensor | None:
+        """``g = m / |W + s B A|``, (O,), or None for LoRA."""
+        if self.lora_magnitude_vector is None:
+            return None
+        n_O = self.norm(self.lora_A, self.lora_B, self.scale, detach=self.detach_norm)
+        return F.gain(self.lora_magnitude_vector, n_O)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O), in the dtype that the base layer would return."""
+        if not self.enabled:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        x = _autocast(x)
+        dropout = self._draw_dropout(x)
+        if isinstance(self.base, Opaque) or torch.compiler.is_compiling():
+            return self._composed(x, dropout)
+        W_OI = self.base.W_OI
+        if torch.is_autocast_enabled(x.device.type):
+            W_OI = W_OI.to(x.dtype)
+        return dora_linear(x, W_OI, self.lora_A, self.lora_B, self.gain(), self.scale, self.bias, dropout)
+
+    def merged_weight(self) -> Tensor:
+        """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
+        m_O = self.lora_magnitude_vector
+        return F.merge_weight(self.base.W_OI, self.lora_A, self.lora_B, m_O, self.scale)
+
+    def merged(self) -> nn.Module:
+        """A plain layer of the base's kind with the merged weight."""
+        return self.base.replaced(self.merged_weight())
+
+    def extra_repr(self) -> str:
+        method = "lora" if self.lora_magnitude_vector is None else "dora"
+        return f"{method}, r={self.r}, scale={self.scale:g}, enabled={self.enabled}"
+
+    def _draw_dropout(self, x: Tensor) -> Dropout | None:
+        if not (self.training and self.dropout):
+            return None
+        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+        return Dropout(keep, self.dropout, self.exact_dropout)
+
+    def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+        """The plain formula around the layer's own call: unknown storages, and what a compiler can see through."""
+        base = self.base_layer(x)
+        x_a = x if dropout is None else x * dropout.keep / (1 - dropout.p)
+        lora = nnf.linear(nnf.linear(x_a, self.lora_A.to(x.dtype)), (self.lora_B * self.scale).to(x.dtype))
+        gain_O = self.gain()
+        if gain_O is None:
+            return base + lora
+        if dropout is not None and dropout.exact:
+            product = self.base_layer(x_a)
+            product = product if self.bias is None else product - self.bias.to(product.dtype)
+            return F.compose_exact(base, product, lora, gain_O)
+        return F.compose(base, lora, gain_O, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLinear":
+        """Move with the model, but stay float32 masters when it is cast to a smaller dtype."""
+        masters = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < 4:
+                p.data = masters[name].to(p.device)
+        return self
+
+
+class TrainedCopy(nn.Module):
+    """A module of `modules_to_save`: a copy that is trained, as float32 masters, beside the frozen original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = original.requires_grad_(False)
+        self.trained = _master_copy(original)
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module would return, from the copy, computed in the original's dtype."""
+        if not self.enabled:
+            return self.base_layer(*args, **kwargs)
+        originals = dict(self.base_layer.named_parameters())
+        cast = {name: p.to(originals[name].dtype) for name, p in self.trained.named_parameters()}
+        return torch.func.functional_call(self.trained, cast, args, kwargs)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The original with the trained values, cast once to its dtypes."""
+        for name, p in self.base_layer.named_parameters():
+            p.copy_(self.trained.get_parameter(name))
+        return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("trained" if self.enabled else "base_layer"), name)
+
+
+def _master_copy(original: nn.Module) -> nn.Module:
+    trained = copy.deepcopy(original).requires_grad_(True)
+    for p in trained.parameters():
+        p.data = p.data.to(F.sum_dtype(p.dtype))
+    return trained
+
+
+def _master_dtype(base: Dense) -> torch.dtype:
+    return F.sum_dtype(base.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

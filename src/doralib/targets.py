@@ -1,0 +1,125 @@
+"""Which modules of a model an adapter goes on: names, regular expressions, "all-linear", and every refusal."""
+
+import re
+from collections import Counter, defaultdict
+
+from torch import nn
+
+from .bases import open_base
+from .config import DoraConfig, Names
+from .errors import UsageError, nearest
+from .layers import DoraLinear
+
+ALL_LINEAR = "all-linear"
+
+
+def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear layer by name, in model order; adapted ones included."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DoraLinear):
+            found[name] = module.base.shape
+        elif not name.endswith(".base_layer") and (base := open_base(module)) is not None:
+            found[name] = base.shape
+    return found
+
+
+def choose(model: nn.Module, config: DoraConfig) -> list[str]:
+    """Names of the layers to adapt, in model order.
+
+    Raises:
+        UsageError: a target that nothing is named, a target that is not a linear layer, a layer that is tied, already
+            adapted or bypassed by its parent; all of them at once.
+    """
+    linear = adaptable(model)
+    wanted = config.target_modules or ALL_LINEAR
+    if wanted == ALL_LINEAR:
+        chosen = [name for name in linear if name not in _heads(model)]
+    else:
+        chosen = matching(model, wanted, "target_modules")
+    if config.exclude_modules is not None:
+        out = set(matching(model, config.exclude_modules, "exclude_modules"))
+        chosen = [name for name in chosen if name not in out]
+    if not chosen:
+        raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
+    refuse(model, chosen, linear)
+    return chosen
+
+
+def matching(model: nn.Module, names: Names, setting: str) -> list[str]:
+    """Modules with one of these name endings, or whose whole name matches the regular expression.
+
+    Raises:
+        UsageError: with the nearest names in the model.
+    """
+    known = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
+    if isinstance(names, str):
+        found = [name for name in known if re.fullmatch(names, name)]
+        if not found:
+            raise UsageError(
+                f"{setting}: no module's whole name matches the regular expression {names!r}; names here look like "
+                f"{', '.join(repr(n) for n in known[-3:])}\n{_HELP}"
+            )
+        return found
+    ends = {target: [n for n in known if n == target or n.endswith("." + target)] for target in names}
+    if missing := [target for target, found in ends.items() if not found]:
+        raise UsageError(_no_match(missing, known, setting))
+    chosen = {name for found in ends.values() for name in found}
+    return [name for name in known if name in chosen]
+
+
+def refuse(model: nn.Module, chosen: list[str], linear: dict[str, tuple[int, int]]) -> None:
+    """Say everything that stands in the way of adapting these modules.
+
+    Raises:
+        UsageError: if anything does.
+    """
+    modules, owners = dict(model.named_modules()), _owners(model)
+    problems = []
+    for name in chosen:
+        module = modules[name]
+        parent = modules[name.rpartition(".")[0]]
+        shared = [other for other in owners[id(getattr(module, "weight", None))] if other != name]
+        if isinstance(module, DoraLinear):
+            problems.append(f"{name} is adapted already; doralib.remove(model) takes an adapter off")
+        elif name not in linear:
+            inside = [n.rpartition(".")[2] for n in linear if n.startswith(name + ".")]
+            hint = f"; inside it: {', '.join(dict.fromkeys(inside))}" if inside else ""
+            problems.append(f"{name} is a {type(module).__name__}, not a linear layer{hint}")
+        elif shared:
+            problems.append(f"{name} is tied to {', '.join(shared)}: one weight cannot be adapted in one place only")
+        elif isinstance(parent, nn.MultiheadAttention):
+            problems.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; it cannot be adapted")
+    if problems:
+        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise UsageError("\n  ".join(["these layers cannot be adapted:", *problems[:8], *more, _HELP]))
+
+
+_HELP = "list every layer that can be adapted with: doralib targets MODEL"
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each weight tensor."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)].append(name)
+    return owners
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """The output layer of a language model or classifier, which "all-linear" leaves alone, as in PEFT."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    named = {name for name, module in model.named_modules() if head is not None and module is head}
+    return named | {name for name in ("score", "classifier", "qa_outputs") if hasattr(model, name)}
+
+
+def _no_match(missing: list[str], known: list[str], setting: str) -> str:
+    """Say what was asked, what the model has instead, and what to do."""
+    count = Counter(n.rpartition(".")[2] for n in known if not n.rpartition(".")[2].isdigit())
+    lines = [f"{setting}: no module is named {', '.join(map(repr, missing))}"]
+    for target in missing:
+        near = nearest(target, count) or [n for n, _ in count.most_common(3)]
+        lines.append(f"  for {target!r} this model has: " + ", ".join(f"{n} (x{count[n]})" for n in near))
+    return "\n".join([*lines, _HELP])
