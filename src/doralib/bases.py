@@ -132,7 +132,7 @@ class Opaque(Dense):
         columns = [self._columns(block)[:, index] for block in F.row_blocks(self.shape[1], self.shape[0])]
         return torch.cat(columns).T
 
-    def replaced(self, W_OI: Tensor) -> nn.Module:
+    def replaced(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
         raise DoraError(
             f"{type(self.module).__qualname__}: doralib does not know how to put a merged weight back into this "
             "storage; merge the saved adapter into the unquantised model instead"

@@ -5,7 +5,7 @@ PEFT's field names wherever PEFT has the field, so nobody learns a second vocabu
 
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,14 +15,20 @@ Patterns = dict[str, Annotated[float, Field(gt=0)]]
 Names = str | tuple[str, ...]
 
 
-class _CheckedMeta(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _CheckedMeta(ModelMetaclass):
     """Turns pydantic's report into ours, once, at the outermost value being made."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
-            raise UsageError(_explain(cls, error)) from None
+            raise UsageError(_explain(cls, error)) from None  # type: ignore[arg-type]
 
 
 class Checked(BaseModel, metaclass=_CheckedMeta):

@@ -100,7 +100,9 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def state_of(model: nn.Module) -> AdapterState:
     """The adapter of a model; views of its parameters, not copies."""
-    config, layers, extra = config_of(model), {}, {}
+    config = config_of(model)
+    layers: dict[str, LayerAdapter] = {}
+    extra: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, DoraLinear):
             m_O = module.lora_magnitude_vector
@@ -137,7 +139,9 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
     for name, tensor in pairs.items():
         tensor.copy_(given[name])
     for name, adapter in state.layers.items():
-        model.get_submodule(name).scale = adapter.scale
+        layer = model.get_submodule(name)
+        assert isinstance(layer, DoraLinear)
+        layer.scale = adapter.scale
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
-from .bases import Dense, Opaque, open_base
+from .bases import Opaque, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels.eager import Dropout, dora_linear
@@ -33,6 +33,10 @@ class DoraLinear(nn.Module):
         DoraError: if the layer is not linear.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
         base = open_base(base_layer)
@@ -47,9 +51,9 @@ class DoraLinear(nn.Module):
         self.norm = FreshNorm(base)
         self.out_features, self.in_features = base.shape
         norm_sq_O = base.row_norm_sq() if config.method == "dora" else None
-        masters = {"dtype": _master_dtype(base), "device": base.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **masters))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **masters))
+        dtype, device = F.sum_dtype(base.dtype), base.device
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
         self.register_parameter("lora_magnitude_vector", None if norm_sq_O is None else nn.Parameter(norm_sq_O.sqrt()))
         if norm_sq_O is not None:
             self.norm.know_base_norm_sq(norm_sq_O)
@@ -88,7 +92,7 @@ class DoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
         if not self.enabled:
-            return self.base_layer(x)  # type: ignore[no-any-return]
+            return self.base_layer(x)
         x = _autocast(x)
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or torch.compiler.is_compiling():
@@ -177,10 +181,6 @@ def _master_copy(original: nn.Module) -> nn.Module:
     for p in trained.parameters():
         p.data = p.data.to(F.sum_dtype(p.dtype))
     return trained
-
-
-def _master_dtype(base: Dense) -> torch.dtype:
-    return F.sum_dtype(base.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ def load_model(settings: ModelSettings) -> Loaded:
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=settings.dtype, attn_implementation=settings.attn_implementation, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _explained(settings.path, error) from error
-    except Exception as error:  # noqa: BLE001  safetensors and tokenizers raise bare classes of their own
+    except Exception as error:  # safetensors and tokenizers raise bare classes of their own
         raise _explained(settings.path, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from torch import nn
 
@@ -110,7 +111,8 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _heads(model: nn.Module) -> set[str]:
     """The output layer of a language model or classifier, which "all-linear" leaves alone, as in PEFT."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_layer: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    head = output_layer() if output_layer is not None else None
     named = {name for name, module in model.named_modules() if head is not None and module is head}
     return named | {name for name in ("score", "classifier", "qa_outputs") if hasattr(model, name)}
 

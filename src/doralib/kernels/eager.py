@@ -4,6 +4,7 @@ A step keeps its input x, the product with A (N, R) and, for the gain, the layer
 keeps anyway; under dropout also one byte an input element. Nothing else of size (N, I) or (N, O).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,39 +49,39 @@ def dora_linear(
     Raises:
         RuntimeError: from torch, on shapes or dtypes that do not fit, and on a second derivative.
     """
-    if dropout is not None and dropout.exact and gain_O is not None:
-        return _ExactDropout.apply(x, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout)
-    return _DoraLinear.apply(x, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout)
+    function = _ExactDropout if dropout is not None and dropout.exact and gain_O is not None else _DoraLinear
+    # reshape(-1) cannot tell how many rows an empty input has
+    x_NI = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y_NO: Tensor = function.apply(x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout)
+    return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
-        x_NI = x.reshape(_rows(x), x.shape[-1])
-        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x.dtype))
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
+        dtype = x_NI.dtype
+        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
         if gain_O is not None:
             _scale_product(y_NO, gain_O, bias_O)
-        xa_NR = _dropped(x_NI, dropout) @ a_RI.to(x.dtype).T
-        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s * _boost(dropout)).to(x.dtype).T)
+        xa_NR = _dropped(x_NI, dropout) @ a_RI.to(dtype).T
+        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s * _boost(dropout)).to(dtype).T)
         kept = None if gain_O is None else y_NO.data
         keep = None if dropout is None else dropout.keep
         ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s, ctx.x_shape, ctx.dropout = s, x.shape, dropout and dropout._replace(keep=None)
-        y = y_NO.view(*x.shape[:-1], W_OI.shape[0])
-        ctx.watch = _Watch(y) if gain_O is not None else None
-        return y
+        ctx.s, ctx.dropout = s, dropout and dropout._replace(keep=None)
+        ctx.watch = None if gain_O is None or y_NO.is_inference() else _Watch(y_NO)
+        return y_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy_NO):
         x_NI, xa_NR, y_NO, keep, W_OI, bias_O, a_RI, b_OR, gain_O = ctx.saved_tensors
         dropout = ctx.dropout and ctx.dropout._replace(keep=keep)
-        dy_NO = dy.reshape(x_NI.shape[0], W_OI.shape[0])
         needs, s = _Needs(*ctx.needs_input_grad), ctx.s * _boost(dropout)
         dx, da_RI, db_OR = _low_rank_backward(needs, dy_NO, x_NI, xa_NR, (a_RI, b_OR, gain_O), s, dropout)
         if needs.x:
-            dz_NO = dy_NO if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy.dtype))
-            dx = torch.addmm(dx, dz_NO, W_OI).view(ctx.x_shape)
+            dz_NO = dy_NO if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
+            dx = torch.addmm(dx, dz_NO, W_OI)
         dgain_O = None
         if needs.gain:
             product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
@@ -94,32 +95,31 @@ class _DoraLinear(torch.autograd.Function):
 
 class _ExactDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
-        x_NI = x.reshape(_rows(x), x.shape[-1])
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
+        dtype = x_NI.dtype
         dropped_NI = _dropped(x_NI, dropout).mul_(_boost(dropout))
-        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x.dtype))
+        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
         z_NO = dropped_NI @ W_OI.T
-        y_NO.addcmul_(z_NO, (gain_O - 1).to(x.dtype))
-        xa_NR = dropped_NI @ a_RI.to(x.dtype).T
-        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s).to(x.dtype).T)
-        z_NO.addmm_(xa_NR, (b_OR * s).to(x.dtype).T)
+        y_NO.addcmul_(z_NO, (gain_O - 1).to(dtype))
+        xa_NR = dropped_NI @ a_RI.to(dtype).T
+        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s).to(dtype).T)
+        z_NO.addmm_(xa_NR, (b_OR * s).to(dtype).T)
         ctx.save_for_backward(x_NI, xa_NR, z_NO, dropout.keep, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s, ctx.x_shape, ctx.p = s, x.shape, dropout.p
-        return y_NO.view(*x.shape[:-1], W_OI.shape[0])
+        ctx.s, ctx.p = s, dropout.p
+        return y_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy_NO):
         x_NI, xa_NR, z_NO, keep, W_OI, bias_O, a_RI, b_OR, gain_O = ctx.saved_tensors
         dropout = Dropout(keep, ctx.p, exact=True)
-        dy_NO = dy.reshape(x_NI.shape[0], W_OI.shape[0])
         needs = _Needs(*ctx.needs_input_grad)
         dx = da_RI = db_OR = None
-        dxa_NR = dy_NO @ _scaled(b_OR, gain_O, ctx.s).to(dy.dtype)
+        dxa_NR = dy_NO @ _scaled(b_OR, gain_O, ctx.s).to(dy_NO.dtype)
         if needs.x:
-            change_NI = torch.addmm(dxa_NR @ a_RI.to(dy.dtype), dy_NO * (gain_O - 1).to(dy.dtype), W_OI)
+            change_NI = torch.addmm(dxa_NR @ a_RI.to(dy_NO.dtype), dy_NO * (gain_O - 1).to(dy_NO.dtype), W_OI)
             change_NI.mul_(keep.view_as(change_NI))
-            dx = torch.add(change_NI.mul_(_boost(dropout)), dy_NO @ W_OI).view(ctx.x_shape)
+            dx = torch.add(change_NI.mul_(_boost(dropout)), dy_NO @ W_OI)
         if needs.a:
             da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype).mul_(_boost(dropout))
         if needs.b:
@@ -233,8 +233,3 @@ def _boost(dropout):
 
 def _cast(tensor, dtype):
     return None if tensor is None else tensor.to(dtype)
-
-
-def _rows(x):
-    """How many rows x has before its last dimension; reshape(-1) cannot tell when there are none."""
-    return x.numel() // x.shape[-1] if x.shape[-1] else 0

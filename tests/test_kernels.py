@@ -1,0 +1,378 @@
+"""Each fast function against the formula it stands for, in float64, forward and every gradient."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from doralib import functional as F
+from doralib.bases import Dense
+from doralib.kernels.eager import Dropout, dora_linear
+from doralib.kernels.norm import FreshNorm
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reference
+
+# no two sizes of a case are equal: a swapped axis or a stray broadcast cannot pass
+SHAPES = [(7, 5, 3, 11), (1, 5, 2, 4), (13, 2, 1, 3), (6, 9, 4, 1)]  # O, I, R, N
+S = 0.7
+
+each_seed = pytest.mark.parametrize("seed", range(20))
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda v: "O{}-I{}-R{}-N{}".format(*v))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+NAMES = ("x", "A", "B", "gain", "bias")
+
+
+def draw(shape, dtype, seed=0):
+    """x, W, A, B, gain, bias and dy, rounded to dtype once, so that every path starts from the same numbers."""
+    O, I, R, N = shape
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"x": (N, I), "W": (O, I), "A": (R, I), "B": (O, R), "gain": (O,), "bias": (O,), "dy": (N, O)}
+    return {name: torch.randn(*size, generator=g, dtype=torch.float64).to(dtype) for name, size in sizes.items()}
+
+
+def run(f, tensors):
+    """Output and gradients by name."""
+    t = {name: value.detach().clone() for name, value in tensors.items()}
+    for name in NAMES:
+        if t.get(name) is not None:
+            t[name].requires_grad_()
+    y = f(t)
+    y.backward(t["dy"])
+    return {"y": y.detach(), **{f"d{n}": t[n].grad for n in NAMES if t.get(n) is not None and t[n].grad is not None}}
+
+
+def assert_within_bound(ours, formula, tensors, dtype, units=6):
+    """The error is a few eps of the formula on absolute values: what rounding can cost, however much cancels.
+
+    The measured worst of 20 seeds is 2.5 eps in float32; the composition by g - 1 adds |g - 1| |z| to the terms.
+    """
+    exact = run(formula, {n: v.double() for n, v in tensors.items()})
+    size = run(formula, {n: v.double().abs() + (n == "gain") for n, v in tensors.items()})
+    if "dgain" in size:
+        # z is read back from the output as (y - bias) / g, and computed again where g is tiny
+        read_back = (tensors["bias"] / tensors["gain"]).double().abs().where(tensors["gain"].abs() > 1e-12, 0)
+        size["dgain"] += tensors["dy"].double().abs().sum(0) * read_back
+    assert ours.keys() == exact.keys()
+    for name, got in ours.items():
+        error = ((got.double() - exact[name]).abs() / size[name]).max()
+        assert error <= units * torch.finfo(dtype).eps, f"{name}: {error / torch.finfo(dtype).eps:.1f} eps"
+
+
+def plain(t):
+    return dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"])
+
+
+def plain_formula(t):
+    return reference.linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"])
+
+
+@each_seed
+@each_shape
+@each_dtype
+def test_dora_linear(shape, dtype, seed):
+    tensors = draw(shape, dtype, seed)
+    assert_within_bound(run(plain, tensors), plain_formula, tensors, dtype)
+
+
+@each_seed
+@each_dtype
+def test_lora_linear(dtype, seed):
+    tensors = draw(SHAPES[0], dtype, seed)
+    ours = run(lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], None, S, t["bias"]), tensors)
+    assert_within_bound(
+        ours,
+        lambda t: reference.linear(t["x"], t["W"], t["A"], t["B"], torch.ones(7).double(), S, t["bias"]),
+        tensors,
+        dtype,
+    )
+
+
+@each_seed
+@each_dtype
+@pytest.mark.parametrize("exact", [False, True], ids=["adapter", "exact"])
+def test_dropout(dtype, exact, seed):
+    tensors = draw(SHAPES[0], dtype, seed)
+    keep = torch.rand(11, 5, generator=torch.Generator().manual_seed(seed)) > 0.3
+    formula = reference.linear_exact_dropout if exact else reference.linear_adapter_dropout
+
+    def ours(t):
+        return dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(keep, 0.3, exact))
+
+    def expected(t):
+        dropped = t["x"] * keep / 0.7
+        return formula(t["x"], dropped, t["W"], t["A"], t["B"], t["gain"], S, t["bias"])
+
+    if exact:
+        # g (W + s B A) - W cancels in the formula on absolute values; compare with plain relative closeness
+        a, b = run(ours, tensors), run(expected, {n: v.double() for n, v in tensors.items()})
+        for name in a:
+            torch.testing.assert_close(a[name].double(), b[name], rtol=0, atol=200 * torch.finfo(dtype).eps)
+    else:
+        assert_within_bound(run(ours, tensors), expected, tensors, dtype)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradcheck(exact):
+    t = draw((7, 5, 3, 4), torch.float64)
+    keep = torch.rand(4, 5) > 0.5
+    leaves = [t[name].requires_grad_() for name in NAMES]
+    for dropout in (None, Dropout(keep, 0.5, exact)):
+        assert torch.autograd.gradcheck(
+            lambda x, A, B, gain, bias, dropout=dropout: dora_linear(x, t["W"], A, B, gain, S, bias, dropout), leaves
+        )
+
+
+def test_gain_of_zero_still_has_its_gradient():
+    tensors = draw(SHAPES[0], torch.float32)
+    tensors["gain"][2] = 0
+    tensors["gain"][4] = 1e-30
+    assert_within_bound(run(plain, tensors), plain_formula, tensors, torch.float32)
+
+
+def test_a_consumer_that_changes_the_output_in_place():
+    tensors = draw(SHAPES[0], torch.float32)
+    ours = run(lambda t: torch.relu_(plain(t)), tensors)
+    exact = run(lambda t: torch.relu(plain_formula(t)), {n: v.double() for n, v in tensors.items()})
+    for name, got in ours.items():
+        torch.testing.assert_close(got.double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S * S, t["bias"]),
+        lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, None) + t["bias"] * t["gain"].detach(),
+        lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"].detach(), S, t["bias"]) + 0 * t["gain"],
+        lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"].detach(), t["gain"], S, t["bias"]) + 0 * t["B"].sum(),
+    ],
+    ids=["scale", "scaled bias", "no gain gradient", "no B gradient"],
+)
+def test_planted_faults_are_caught(fault):
+    tensors = draw(SHAPES[0], torch.float32)
+    with pytest.raises(AssertionError, match="eps"):
+        assert_within_bound(run(fault, tensors), plain_formula, tensors, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
+def test_input_shapes(shape):
+    t = draw(SHAPES[0], torch.float64)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    A = t["A"].requires_grad_()
+    y = dora_linear(x, t["W"], A, t["B"], t["gain"], S, t["bias"])
+    torch.testing.assert_close(y, reference.linear(x, t["W"], A, t["B"], t["gain"], S, t["bias"]))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert A.grad.shape == A.shape
+
+
+def test_non_contiguous_tensors():
+    t = draw((7, 5, 3, 11), torch.float64)
+    x = torch.randn(5, 11, dtype=torch.float64).T.requires_grad_()
+    W_T = t["W"].T.contiguous().T
+    y = dora_linear(x, W_T, t["A"], t["B"], t["gain"], S)
+    torch.testing.assert_close(y, reference.linear(x, t["W"], t["A"], t["B"], t["gain"], S))
+    y.backward(torch.randn(7, 11, dtype=torch.float64).T)
+    assert torch.isfinite(x.grad).all()
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused():
+    t = draw(SHAPES[0], torch.float32)
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        dora_linear(t["x"][:, :4], t["W"], t["A"], t["B"], t["gain"], S)
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        dora_linear(t["x"].double(), t["W"], t["A"], t["B"], t["gain"], S)
+
+
+def test_second_derivative_is_refused():
+    t = draw(SHAPES[0], torch.float64)
+    x = t["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(plain(t).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_inference_mode():
+    t = draw(SHAPES[0], torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(t), plain_formula(t))
+
+
+def test_bfloat16_plumbing():
+    """Dtypes come out right and gradients of masters are float32; rounding alone separates it from float64."""
+    tensors = draw((48, 64, 8, 32), torch.float32)
+    low = {n: v.bfloat16() if n in ("x", "W", "dy") else v for n, v in tensors.items()}
+    ours = run(plain, low)
+    assert ours["y"].dtype == ours["dx"].dtype == torch.bfloat16
+    assert ours["dA"].dtype == ours["dB"].dtype == ours["dgain"].dtype == torch.float32
+    exact = run(plain_formula, {n: v.double() for n, v in low.items()})
+    for name, got in ours.items():
+        assert (got.double() - exact[name]).norm() <= 0.01 * exact[name].norm(), name
+
+
+def saved_bytes(f):
+    """Distinct bytes that autograd keeps for the backward pass of f."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = f()
+    return sum(kept.values()), kept.get(y.untyped_storage().data_ptr(), 0)
+
+
+def test_bytes_saved_for_backward():
+    O, I, R, N = 96, 160, 4, 64
+    t = draw((O, I, R, N), torch.float32)
+    leaves = {n: t[n].requires_grad_() for n in NAMES}
+    frozen = sum(t[n].numel() * 4 for n in ("W", "A", "B", "gain", "bias"))
+    x, xa, y = N * I * 4, N * R * 4, N * O * 4
+    assert leaves
+    total, output = saved_bytes(lambda: plain(t))
+    assert total == frozen + x + xa + y
+    assert output == y  # the output itself, so nothing more where its consumer keeps it too
+    total, output = saved_bytes(lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], None, S, t["bias"]))
+    assert (total, output) == (frozen - O * 4 + x + xa, 0)
+    keep = torch.rand(N, I) > 0.1
+    total, _ = saved_bytes(
+        lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(keep, 0.1, False))
+    )
+    assert total == frozen + x + xa + y + N * I  # one byte an input element for the mask
+
+
+# the norm
+
+
+def norm_bound(W, A, B, s, dtype):
+    """The expanded square cancels where s B A is about -W; past CANCELLATION the row is summed densely."""
+    want = reference.row_norm(W.double(), A.double(), B.double(), s)
+    size = W.double().norm(dim=1) + (s * B.double() @ A.double()).norm(dim=1)
+    return want, 4 * torch.finfo(dtype).eps * size.square().clamp_max(4 * F.CANCELLATION * want.square()) / want + (
+        4 * torch.finfo(dtype).eps * size
+    )
+
+
+@each_seed
+@each_shape
+@each_dtype
+def test_adapted_row_norm(shape, dtype, seed):
+    t = draw(shape, dtype, seed)
+    norm = FreshNorm(Dense(linear_module(t["W"])))
+    want, bound = norm_bound(t["W"], t["A"], t["B"], S, dtype)
+    got = norm(t["A"], t["B"], S, detach=True)
+    assert ((got.double() - want).abs() <= bound).all()
+    assert not norm(t["A"].requires_grad_(), t["B"], S, detach=True).requires_grad
+
+
+@each_seed
+def test_rows_that_cancel_are_summed_densely(seed):
+    """s B A about -W: without the dense sum the relative error is of order 1."""
+    t = draw((7, 5, 5, 3), torch.float64, seed)
+    target = -t["W"] * (1 - 1e-3)
+    B = torch.linalg.solve(t["A"].T, target.T).T / S
+    W, A, B = t["W"].float(), t["A"].float(), B.float()
+    norm = FreshNorm(Dense(linear_module(W)))
+    want = reference.row_norm(W.double(), A.double(), B.double(), S)
+    size = W.double().norm(dim=1) + (S * B.double().abs() @ A.double().abs()).norm(dim=1)
+    error = (norm(A, B, S, detach=True).double() - want).abs()
+    assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
+
+
+@each_seed
+def test_full_gradient_of_the_norm(seed):
+    t = draw((7, 5, 3, 2), torch.float64, seed)
+    norm = FreshNorm(Dense(linear_module(t["W"])))
+    A, B = t["A"].requires_grad_(), t["B"].requires_grad_()
+    ours = torch.autograd.grad(norm(A, B, S, detach=False), (A, B), t["gain"])
+    exact = torch.autograd.grad(reference.row_norm(t["W"], A, B, S), (A, B), t["gain"])
+    for got, want in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def linear_module(W):
+    module = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)
+    module.weight.data = W.clone()
+    return module.requires_grad_(False)
+
+
+def test_zero_rows_have_gain_zero_and_finite_gradients():
+    t = draw((7, 5, 3, 4), torch.float64)
+    W, B = t["W"].clone(), t["B"].clone()
+    W[3], B[3] = 0, 0
+    norm = FreshNorm(Dense(linear_module(W)))
+    m, A, B = W.norm(dim=1).requires_grad_(), t["A"].requires_grad_(), B.requires_grad_()
+    for detach in (True, False):
+        gain = F.gain(m, norm(A, B, S, detach=detach))
+        y = dora_linear(t["x"], W, A, B, gain, S)
+        assert (y[:, 3] == 0).all()
+        for gradient in torch.autograd.grad(y, (m, A, B), t["dy"]):
+            assert torch.isfinite(gradient).all()
+
+
+def test_norm_is_computed_again_only_when_something_changed(monkeypatch):
+    t = draw((7, 5, 3, 2), torch.float32)
+    base = Dense(linear_module(t["W"]))
+    norm, calls = FreshNorm(base), []
+    monkeypatch.setattr(base, "times_transposed", lambda a, f=base.times_transposed: calls.append(1) or f(a))
+    A, B = nn.Parameter(t["A"]), nn.Parameter(t["B"])
+    for _ in range(3):
+        norm(A, B, S, detach=True)
+    assert len(calls) == 1
+    A.data[0, 0] += 1  # no version counter sees this
+    norm(A, B, S, detach=True)
+    assert len(calls) == 2
+    norm(A, B, 2 * S, detach=True)
+    assert len(calls) == 3
+    base.module.weight.add_(1)
+    norm(A, B, 2 * S, detach=True)
+    assert len(calls) == 4
+
+
+def test_a_copied_norm_belongs_to_its_copy():
+    t = draw((7, 5, 3, 2), torch.float32)
+    base = Dense(linear_module(t["W"]))
+    norm = FreshNorm(base)
+    norm(t["A"], t["B"], S, detach=True)
+    twin = copy.deepcopy(norm)
+    base.module.weight.mul_(3)
+    want = reference.row_norm(t["W"], t["A"], t["B"], S)
+    torch.testing.assert_close(twin(t["A"], t["B"], S, detach=True), want)
+
+
+# functional
+
+
+@each_seed
+@each_dtype
+def test_merge_weight_and_compose_agree_with_the_formula(dtype, seed):
+    t = draw(SHAPES[0], dtype, seed)
+    m = t["gain"].abs()
+    want = reference.row_norm(t["W"].double(), t["A"].double(), t["B"].double(), S)
+    V = t["W"].double() + S * t["B"].double() @ t["A"].double()
+    merged = F.merge_weight(t["W"], t["A"], t["B"], m, S)
+    torch.testing.assert_close(
+        merged.double(), (m.double() / want)[:, None] * V, rtol=40 * torch.finfo(dtype).eps, atol=1e-6
+    )
+    lora = S * (t["x"] @ t["A"].T) @ t["B"].T
+    base = t["x"] @ t["W"].T + t["bias"]
+    torch.testing.assert_close(F.compose(base, lora, t["gain"], t["bias"]), plain_formula(t), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        F.compose_exact(base, t["x"] @ t["W"].T, lora, t["gain"]), plain_formula(t), rtol=1e-4, atol=2e-5
+    )
+
+
+def test_row_blocks_cover_and_blocked_sums_agree(monkeypatch):
+    t = draw((17, 5, 3, 2), torch.float32)
+    whole = F.row_norm_sq(t["W"]), F.times_transposed(t["W"], t["A"]), F.transposed_times(t["W"], t["B"])
+    monkeypatch.setattr(F, "BLOCK_ELEMENTS", 20)
+    assert [s.indices(17)[:2] for s in F.row_blocks(17, 5)] == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 17)]
+    blocks = F.row_norm_sq(t["W"]), F.times_transposed(t["W"], t["A"]), F.transposed_times(t["W"], t["B"])
+    for one, many in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(one, many)
+    torch.testing.assert_close(whole[1], t["W"] @ t["A"].T)
+    torch.testing.assert_close(whole[2], t["B"].T @ t["W"])
