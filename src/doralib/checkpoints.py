@@ -5,11 +5,13 @@ Format: https://github.com/huggingface/safetensors (8 bytes of length, little en
 """
 
 import ctypes
+import errno
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +38,11 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # weights as plain numbers; float8 and integers mean something only with scales kept elsewhere
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
+_WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json")
+_COPY_BLOCK = 4 << 20
+# between two file systems, or on one that cannot
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -63,6 +70,10 @@ class Slot:
         rows = self.shape[0] if self.shape else 1
         return rows, math.prod(self.shape[1:])
 
+    def cast(self, code: str) -> Self:
+        """The same tensor in another dtype."""
+        return replace(self, code=code, nbytes=math.prod(self.shape) * DTYPES[code].itemsize)
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
@@ -78,6 +89,11 @@ class Shard:
     metadata: Mapping[str, str] | None
     data_start: int
     size: int
+
+    def header(self) -> bytes:
+        """Everything before the data, as it is."""
+        with self.path.open("rb") as file:
+            return file.read(self.data_start)
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,24 @@ class Checkpoint:
             raise DoraError("\n  ".join([f"the checkpoint in {index.parent} is not whole:", *problems]))
         slots = {name: found[file, name] for name, file in weight_map.items()}
         return cls(index.parent, tuple(shards.values()), index, slots)
+
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; empty if it has none."""
+        path = self.folder / "config.json"
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def companions(self) -> tuple[list[Path], list[Path]]:
+        """The model's other files, relative to its folder, and those to leave out: weights in any format."""
+        ours = {shard.path.name for shard in self.shards} | ({self.index.name} if self.index else set())
+        keep: list[Path] = []
+        leave: list[Path] = []
+        if not (self.folder / "config.json").is_file():
+            return keep, leave  # a lone file among others: what lies beside it is not its model
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            name = path.relative_to(self.folder)
+            if str(name) not in ours and not any(part.startswith(".") for part in name.parts[:-1]):
+                (leave if _is_weights(name) else keep).append(name)
+        return keep, leave
 
 
 def read_shard(path: Path) -> Shard:
@@ -171,20 +205,58 @@ def as_bytes(block: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * block.nbytes).from_address(block.data_ptr())).cast("B")
 
 
-def header_of(slots: Iterable[Slot], metadata: Mapping[str, str] | None) -> bytes:
-    """The header of a file that holds these tensors in this order; their places are counted anew."""
+def laid_out(slots: Sequence[Slot], file: Path, metadata: Mapping[str, str] | None) -> tuple[bytes, list[Slot]]:
+    """The header of a new file that holds these tensors in this order, and their places in it."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
-    end = 0
-    for slot in slots:
+    ends = list(itertools.accumulate((slot.nbytes for slot in slots), initial=0))
+    for slot, start in zip(slots, ends, strict=False):
         entries[slot.name] = {
             "dtype": slot.code,
             "shape": list(slot.shape),
-            "data_offsets": [end, end + slot.nbytes],
+            "data_offsets": [start, start + slot.nbytes],
         }
-        end += slot.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8, as safetensors writes them
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    placed = [replace(slot, file=file, start=len(header) + start) for slot, start in zip(slots, ends, strict=False)]
+    return header, placed
+
+
+def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> None:
+    """Copy a range of one file into another that exists, inside the kernel where it can."""
+    with source.open("rb", buffering=0) as src, target.open("r+b", buffering=0) as dst:
+        done = 0
+        while done < count:
+            done += _copied(src.fileno(), dst.fileno(), count - done, start + done, at + done)
+
+
+def write_at(target: Path, at: int, block: Tensor) -> None:
+    """Write the bytes of a contiguous tensor into a file that exists."""
+    view = as_bytes(block)
+    with target.open("r+b", buffering=0) as file:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(file.fileno(), view[done:], at + done)
+
+
+def _copied(src: int, dst: int, count: int, start: int, at: int) -> int:
+    """Bytes copied, at least one."""
+    try:
+        got = os.copy_file_range(src, dst, count, start, at) if hasattr(os, "copy_file_range") else -1
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+        got = -1
+    if got < 0:
+        got = os.pwrite(dst, os.pread(src, min(count, _COPY_BLOCK), start), at)
+    if got == 0:
+        raise DoraError("a shard became shorter while it was copied; nothing was written")
+    return got
+
+
+def _is_weights(name: Path) -> bool:
+    weights = name.suffix in _WEIGHTS or name.name.endswith(_WEIGHT_INDEXES)
+    return weights or name.name == "adapter_config.json"
 
 
 def _fill(block: Tensor, slot: Slot, at: int) -> None:

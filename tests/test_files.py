@@ -1,0 +1,229 @@
+"""Files appear whole or not at all, and a damaged one is named."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from doralib.checkpoints import Checkpoint, read_rows, read_whole
+from doralib.errors import DoraError, UsageError
+from doralib.files import read_json, read_tensors, replacing, write_json, write_tensors
+
+TENSORS = {
+    "b.weight": torch.arange(21, dtype=torch.bfloat16).view(7, 3),
+    "a.weight": torch.arange(10, dtype=torch.float64).view(5, 2),
+    "half": torch.arange(12, dtype=torch.float16).view(2, 3, 2),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "count": torch.tensor([1, 2, 3]),
+    "eight": torch.arange(6, dtype=torch.float32).view(2, 3).to(torch.float8_e4m3fn),
+}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def raise_full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_failed_file_leaves_what_was_there(tmp_path, before):
+    path = tmp_path / "f.txt"
+    if before:
+        path.write_text(before)
+
+    def fail():
+        with replacing(path) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert names(tmp_path) == (["f.txt"] if before else [])
+    assert before is None or path.read_text() == before
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    out = tmp_path / "deep" / "out"
+    for text in ("one", "two"):
+        with replacing(out) as part:
+            part.mkdir()
+            (part / text).write_text(text)
+    assert names(out) == ["two"]
+    assert names(out.parent) == ["out"]
+
+
+def test_a_failed_folder_leaves_what_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+
+    def fail():
+        with replacing(tmp_path / "out") as part:
+            part.mkdir()
+            (part / "new").write_text("new")
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
+def test_what_a_killed_run_left_is_cleared_and_brought_back(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with replacing(tmp_path / "f") as part:
+            part.write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    (tmp_path / ".g.old").mkdir()  # killed between setting the old folder aside and renaming the new one
+    (tmp_path / ".g.old" / "kept").write_text("kept")
+    assert len(names(tmp_path)) == 2
+    (tmp_path / "f").write_text("old")
+    write_json(tmp_path / "f", 1)
+    with pytest.raises(ValueError), replacing(tmp_path / "g"):
+        raise ValueError
+    assert names(tmp_path) == ["f", "g"]
+    assert (tmp_path / "g" / "kept").read_text() == "kept"
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real.json").write_text("1")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_json(tmp_path / "link.json", 2)
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_json(tmp_path / "real.json") == 2
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", 1)
+    monkeypatch.setattr(os, "fsync", raise_full)
+    with pytest.raises(
+        DoraError, match=r"disk is full: writing .*x\.json needs .* are free\n  what stood there before is"
+    ):
+        write_json(tmp_path / "x.json", [2] * 100)
+    assert names(tmp_path) == ["x.json"]
+    assert read_json(tmp_path / "x.json") == 1
+    with pytest.raises(DoraError, match="nothing was left behind"), replacing(tmp_path / "y", need=10**18):
+        pytest.fail("must be refused before anything is written")
+
+
+@pytest.mark.parametrize("path", ["f", "folder/g"])
+def test_other_errors_of_the_system_are_passed_on(tmp_path, path):
+    with pytest.raises(PermissionError), replacing(tmp_path / path):
+        raise PermissionError
+    assert not (tmp_path / path).exists()
+
+
+def test_json(tmp_path):
+    write_json(tmp_path / "a.json", {"text": "é", "n": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"text": "é", "n": [1, 2.5, None]}
+    (tmp_path / "cut.json").write_text('{"a": ')
+    with pytest.raises(DoraError, match=r"cut\.json is not whole JSON") as caught:
+        read_json(tmp_path / "cut.json")
+    assert not isinstance(caught.value, UsageError)
+    with pytest.raises(UsageError, match=r"no file aa\.json in .*did you mean 'a\.json'(.|\n)*it holds: a\.json, cut"):
+        read_json(tmp_path / "aa.json")
+    with pytest.raises(UsageError, match=r"its folder .* does not exist"):
+        read_json(tmp_path / "none" / "a.json")
+
+
+def test_tensors_round_trip(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {**TENSORS, "turned": TENSORS["a.weight"].T, "same": TENSORS["a.weight"]}, {"by": "us"})
+    back = read_tensors(path)
+    for name, tensor in TENSORS.items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
+    torch.testing.assert_close(back["turned"], TENSORS["a.weight"].T, rtol=0, atol=0)
+    assert Checkpoint.open(path).shards[0].metadata == {"format": "pt", "by": "us"}
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_a_cut_tensor_file_is_named(tmp_path, keep):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DoraError, match=r"t\.safetensors .*truncated or not a safetensors file"):
+        read_tensors(path)
+    with pytest.raises(DoraError, match=r"t\.safetensors .*(cut short|not a safetensors file)"):
+        Checkpoint.open(path)
+
+
+def test_missing_bytes_are_counted(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-13])
+    with pytest.raises(DoraError, match="13 are missing"):
+        Checkpoint.open(path)
+    path.write_bytes(whole + b"12")
+    with pytest.raises(DoraError, match="2 bytes after its last tensor"):
+        Checkpoint.open(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(DoraError, match="git lfs pull"):
+        Checkpoint.open(path)
+
+
+def test_a_header_that_lies_is_refused(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(20))
+    with pytest.raises(DoraError, match="contradicts itself at w"):
+        Checkpoint.open(tmp_path / "m.safetensors")
+
+
+def test_rows_are_read_as_stored(tmp_path):
+    write_tensors(tmp_path / "t.safetensors", TENSORS)
+    slots = Checkpoint.open(tmp_path / "t.safetensors").slots
+    assert set(slots) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        torch.testing.assert_close(read_whole(slots[name]), tensor, rtol=0, atol=0)
+    torch.testing.assert_close(read_rows(slots["b.weight"], slice(2, 5)), TENSORS["b.weight"][2:5], rtol=0, atol=0)
+    torch.testing.assert_close(read_rows(slots["half"], slice(1, 9)), TENSORS["half"][1:].view(1, 6), rtol=0, atol=0)
+
+
+def sharded(folder: Path) -> None:
+    write_tensors(folder / "m-1.safetensors", {"a": torch.ones(2, 3), "b": torch.ones(3)})
+    write_tensors(folder / "m-2.safetensors", {"c": torch.ones(4)})
+    weight_map = {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 52}, "weight_map": weight_map})
+
+
+def test_shards(tmp_path):
+    sharded(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert list(checkpoint.slots) == ["a", "b", "c"]
+    assert [shard.path.name for shard in checkpoint.shards] == ["m-1.safetensors", "m-2.safetensors"]
+
+
+def test_everything_wrong_with_shards_is_told_at_once(tmp_path):
+    sharded(tmp_path)
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    index["weight_map"] |= {"d": "m-2.safetensors", "e": "m-3.safetensors"}
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    cut = tmp_path / "m-1.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4])
+    with pytest.raises(DoraError) as caught:
+        Checkpoint.open(tmp_path)
+    text = str(caught.value)
+    assert "m-1.safetensors is cut short" in text
+    assert "m-2.safetensors has no tensor d" in text
+    assert "no file m-3.safetensors" in text
+
+
+def test_an_index_cannot_point_outside(tmp_path):
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "../secret.safetensors"}})
+    with pytest.raises(DoraError, match="outside its own folder"):
+        Checkpoint.open(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(UsageError, match=r"no model\.safetensors(.|\n)*pytorch_model\.bin(.|\n)*save_pretrained"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(UsageError, match="no model folder"):
+        Checkpoint.open(tmp_path / "none")
