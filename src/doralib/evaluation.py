@@ -47,7 +47,7 @@ class TaskResult:
     confusion: Mapping[str, Any] | None
     """``{"labels": [...], "counts": [[...]]}``; a row of counts is a true label."""
     wrong: tuple[Mapping[str, str], ...]
-    """At most 20 mistakes: prompt, expected, predicted."""
+    """At most 20 mistakes: prompt, expected, predicted, and for generated answers the whole output."""
     cut: int
     """Prompts longer than the model takes, whose beginning was left out."""
     seconds: float
@@ -86,6 +86,8 @@ class _Outcome:
     said: Sequence[str] = ()
     """What was said to each example, where it can be wrong."""
     right: Sequence[bool] = ()
+    outputs: Sequence[str] = ()
+    """The generated texts that the answers were found in."""
     cut: int = 0
     confusion: Mapping[str, Any] | None = None
 
@@ -176,6 +178,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     outcome = run(task, examples, scorer)
     wrong = [
         {"prompt": examples[i].prompt, "expected": examples[i].answer, "predicted": outcome.said[i]}
+        | ({"output": outcome.outputs[i]} if outcome.outputs else {})
         for i, right in enumerate(outcome.right)
         if not right
     ]
@@ -194,7 +197,8 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
 def _run_choice(task: ChoiceTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
     chosen, cut = _choose(task, examples, scorer, task.length_normalise)
     said = [example.options[index].strip() for index, example in zip(chosen, examples, strict=True)]
-    return _judged(said, [index == example.truth for index, example in zip(chosen, examples, strict=True)], cut, scorer)
+    right = [index == example.truth for index, example in zip(chosen, examples, strict=True)]
+    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, cut=cut)
 
 
 def _run_classification(task: ClassificationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
@@ -233,7 +237,7 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
     )
     said = [task.predicted(text) for text in texts]
     right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
-    return _judged(said, right, cut, scorer)
+    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, texts, cut)
 
 
 def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
@@ -288,7 +292,3 @@ def _log_likelihoods(scorer: _Scorer, requests: Sequence[Request]) -> list[float
 
 def _prompt(task: Task, example: Example, scorer: _Scorer) -> str:
     return user_text(scorer.tokenizer, example.prompt) if task.chat else example.prompt
-
-
-def _judged(said: Sequence[str], right: Sequence[bool], cut: int, scorer: _Scorer) -> _Outcome:
-    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, cut)
