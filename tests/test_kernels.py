@@ -1,19 +1,16 @@
 """Each fast function against the formula it stands for, in float64, forward and every gradient."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
+import reference
 import torch
+from torch import nn
+
 from doralib import functional as F
 from doralib.bases import Dense
 from doralib.kernels.eager import Dropout, dora_linear
 from doralib.kernels.norm import FreshNorm
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-import reference
 
 # no two sizes of a case are equal: a swapped axis or a stray broadcast cannot pass
 SHAPES = [(7, 5, 3, 11), (1, 5, 2, 4), (13, 2, 1, 3), (6, 9, 4, 1)]  # O, I, R, N

@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
 from doralib.bases import Dense, Opaque, Transposed, open_base
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
 from doralib.layers import DoraLinear, TrainedCopy
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 O, I, N = 13, 10, 7
 
