@@ -166,7 +166,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny):
     hook = model.lm_head.register_forward_hook(interrupt)
     messages = chat_loop(model, tokenizer, terminal.read, terminal.write, max_new_tokens=4)
     assert "(stopped)" in terminal.shown
-    assert [message["content"] for message in messages][0] == "again"
+    assert messages[0]["content"] == "again"
     assert len(messages) == 2
 
 

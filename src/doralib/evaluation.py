@@ -202,6 +202,7 @@ def _run_choice(task: ChoiceTask, examples: Sequence[Example], scorer: _Scorer) 
 
 
 def _run_classification(task: ClassificationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    _check_labels(task, examples[0], scorer)
     chosen, cut = _choose(task, examples, scorer)
     names = list(task.labels)
     counts_LL = confusion_counts([example.truth for example in examples], chosen, len(names))
@@ -263,16 +264,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
 
 def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise: str = "none") -> tuple[list[int], int]:
     """The most probable option of each example, and how many prompts were cut."""
-    asked = [
-        option_requests(
-            scorer.tokenizer,
-            _prompt(task, example, scorer),
-            example.options,
-            chat=task.chat,
-            limit=context_length(scorer.model),
-        )
-        for example in examples
-    ]
+    asked = [_ask(task, row, example, scorer) for row, example in enumerate(examples, 1)]
     logp = iter(_log_likelihoods(scorer, [request for found, _ in asked for request in found]))
     chosen = []
     for example, (found, _) in zip(examples, asked, strict=True):
@@ -283,6 +275,27 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise:
         }[normalise]
         chosen.append(int(np.argmax([next(logp) / length for length in lengths])))
     return chosen, sum(cut for _, cut in asked)
+
+
+def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[Request], bool]:
+    """The requests for the options of one row."""
+    limit, prompt = context_length(scorer.model), _prompt(task, example, scorer)
+    try:
+        return option_requests(scorer.tokenizer, prompt, example.options, chat=task.chat, limit=limit)
+    except UsageError as error:
+        raise UsageError(f"task {task.name}, row {row}: {error}") from None
+
+
+def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -> None:
+    """Every label must be a text of its own to the tokenizer."""
+    requests, _ = _ask(task, 1, example, scorer)
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for label, request in zip(example.options, requests, strict=True):
+        other = by_tokens.setdefault(request.tokens[request.start :], label)
+        if other != label:
+            raise UsageError(
+                f"task {task.name}: the tokenizer maps {other!r} and {label!r} to the same tokens; choose other labels"
+            )
 
 
 def _log_likelihoods(scorer: _Scorer, requests: Sequence[Request]) -> list[float]:

@@ -50,15 +50,13 @@ def option_requests(
     The common tokens end where the first option departs from the prompt's own: an option may melt into its last token.
 
     Raises:
-        UsageError: if the tokenizer maps an option to nothing, two different options to the same, or one is longer
-            than the model takes.
+        UsageError: if the tokenizer maps an option to nothing, or one is longer than the model takes.
     """
     before = encode(tokenizer, prompt, chat=chat)
     whole = [encode(tokenizer, prompt + option, chat=chat) for option in options]
     shared = _num_shared([before, *whole])
     if nothing := [option for option, tokens in zip(options, whole, strict=True) if len(tokens) == shared]:
         raise UsageError(f"the tokenizer maps {', '.join(map(repr, nothing))} to nothing; choose other labels")
-    _refuse_same(options, whole)
     if shared == 0:
         whole, shared = [[first_token(tokenizer), *tokens] for tokens in whole], 1
     over = 0 if limit is None else max(0, max(map(len, whole)) - 1 - limit)
@@ -136,14 +134,6 @@ def _num_shared(rows: Sequence[Sequence[int]]) -> int:
     """How many first tokens all rows have in common."""
     alike = (len(set(column)) == 1 for column in zip(*rows, strict=False))
     return sum(1 for _ in itertools.takewhile(bool, alike))
-
-
-def _refuse_same(options: Sequence[str], whole: Sequence[Sequence[int]]) -> None:
-    by_tokens: dict[tuple[int, ...], str] = {}
-    for option, tokens in zip(options, whole, strict=True):
-        other = by_tokens.setdefault(tuple(tokens), option)
-        if other != option:
-            raise UsageError(f"the tokenizer maps {other!r} and {option!r} to the same tokens; choose other labels")
 
 
 def _rows(requests: Sequence[Request]) -> list[_Row]:
