@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoints import CODES, DTYPES, Checkpoint, Shard, Slot, copy_bytes, laid_out, read_rows, write_at
 from .errors import DoraError, UsageError, did_you_mean
-from .files import names_in, read_json, read_tensors, replacing, write_json
+from .files import human, names_in, read_json, read_tensors, replacing, write_json
 from .fitting import Fit, fit
 from .formats import from_peft
 from .functional import merge_weight, row_blocks
@@ -50,6 +50,16 @@ class MergeSummary:
     """Most memory this process has held so far."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken along: weights in other formats."""
+
+    def text(self) -> str:
+        """For a person."""
+        lines = [
+            f"{self.out}: {self.layers} layers folded in, {self.replaced} tensors replaced, of {self.tensors}; "
+            f"{human(self.bytes)} in {self.seconds:.1f} s, at most {human(self.peak_bytes)} of memory"
+        ]
+        if self.left_out:
+            lines.append(f"not taken along: {', '.join(self.left_out)}")
+        return "\n  ".join(lines)
 
 
 @dataclass(frozen=True)
