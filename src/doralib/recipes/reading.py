@@ -1,0 +1,71 @@
+"""Recipes from a YAML file or by the name of a packaged one, with `key=value` on top."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import Recipe
+from ..errors import UsageError, did_you_mean
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with doralib, by name."""
+    folder = Path(str(resources.files(__package__)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
+    """A recipe, checked.
+
+    Args:
+        path_or_name: A YAML file, or the name of a packaged recipe.
+        overrides: ``key=value`` or ``group.key=value``; the value is read as YAML.
+
+    Raises:
+        UsageError: if there is no such recipe, it is not YAML, or it has unknown keys or wrong values, all at once.
+    """
+    values = _read(path_or_name)
+    for override in overrides:
+        _override(values, override)
+    return Recipe(**values)
+
+
+def _read(path_or_name: str) -> dict[str, Any]:
+    path = Path(path_or_name).expanduser()
+    if not path.is_file():
+        known = packaged()
+        if path_or_name not in known:
+            near = [*known, *(p.name for p in path.parent.glob("*.y*ml"))]
+            raise UsageError(
+                f"there is no recipe {path_or_name!r}{did_you_mean(path.name, near)} (looked for the file "
+                f"{path.absolute()}, and among the packaged recipes: {', '.join(known) or 'none'})"
+            )
+        path = known[path_or_name]
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is no recipe: it should hold the groups model, data, adapter, training, ...")
+    return {str(key): value for key, value in values.items()}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    path = key.strip().split(".")
+    if not found or not all(path):
+        raise UsageError(f"{override!r} is no setting; write group.key=value, such as training.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override!r}: the value is not YAML: {error}") from None
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if inner is None:
+            inner = values[part] = {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"{override!r}: {part} is {inner!r} and has no settings of its own")
+        values = inner
+    values[path[-1]] = value

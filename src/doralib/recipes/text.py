@@ -1,0 +1,364 @@
+"""`doralib train` for language models: check everything, load, score, train, score again, report."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from .. import files
+from ..config import Recipe
+from ..console import console
+from ..data import Sample, Tokenised, samples, tokenise
+from ..encoding import encode
+from ..errors import DoraError, UsageError
+from ..evaluation import evaluate, load_tasks
+from ..generation import continuations
+from ..inject import adapt, disabled, load_adapter, save_adapter, trainable
+from ..models import Loaded, load_model
+from ..report import write_report
+from ..rows import RawRows, read_both
+from ..styles import STYLES, check_columns
+from ..tasks import Task, read_examples
+from . import saving, training_keys
+from .callbacks import MetricsFile, ProgressBar, StopOnSignal, Tensorboard
+from .reading import read_recipe
+from .run_folder import RunFolder
+from .trainer import AdapterTrainer, LossNotFinite
+
+__all__ = ["Interrupted", "read_recipe", "train"]
+
+_SAMPLES = 5
+_SAMPLE_TOKENS = 64
+
+
+class Interrupted(DoraError):
+    """Ctrl-C or SIGTERM during training; a checkpoint was saved."""
+
+    exit_status = 130
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What could be checked and read without the model."""
+
+    recipe: Recipe
+    run: RunFolder
+    rows: RawRows
+    tasks: list[Task]
+    args: TrainingArguments
+    resume: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The plan with the adapted model and its data."""
+
+    plan: _Plan
+    model: Any
+    tokenizer: Any
+    train: Tokenised
+    validation: Tokenised | None
+    samples: list[Sample]
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Fine-tune as the recipe says; returns the run folder.
+
+    Args:
+        recipe: Complete.
+        resume: Go on from the newest whole checkpoint of the run that stands at `out`.
+        overwrite: Delete the run that stands there; only once model and data are loaded.
+
+    Raises:
+        UsageError: before the model is loaded, for everything in the recipe that cannot be, all at once; after, for
+            targets that the model does not have.
+        LossNotFinite: if the loss became NaN; the checkpoints before it stay.
+        Interrupted: after Ctrl-C, once a checkpoint is saved.
+    """
+    plan = _check(recipe, resume=resume, overwrite=overwrite)
+    job = _load(plan)
+    plan.run.open(recipe, overwrite=overwrite)
+    _describe(job)
+    _before(job)
+    if not plan.run.trained.exists():
+        _train(job)
+    _after(job)
+    console.print(f"report: {write_report(plan.run.path)}")
+    return plan.run.path
+
+
+def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
+    run = RunFolder(Path(recipe.out))
+    problems: list[DoraError] = []
+    with _collecting(problems):
+        run.check(recipe, resume=resume, overwrite=overwrite)
+    with _collecting(problems):
+        args = training_keys.arguments(recipe, run.checkpoints)
+    with _collecting(problems):
+        tasks = load_tasks(recipe.eval.tasks)
+        for task in tasks:
+            with _collecting(problems):
+                read_examples(task, recipe.eval.limit)
+    with _collecting(problems):
+        rows = read_both(recipe.data, recipe.seed)
+        check_columns(recipe.data, rows.train.column_names, recipe.data.train)
+        if rows.validation is not None:
+            check_columns(recipe.data, rows.validation.column_names, str(recipe.data.validation))
+    if problems:
+        kind = UsageError if any(isinstance(problem, UsageError) for problem in problems) else DoraError
+        raise kind("\n".join(str(problem) for problem in problems))
+    return _Plan(recipe, run, rows, tasks, args, resume)
+
+
+@contextmanager
+def _collecting(problems: list[DoraError]) -> Iterator[None]:
+    try:
+        yield
+    except DoraError as problem:
+        problems.append(problem)
+
+
+def _load(plan: _Plan) -> _Job:
+    recipe = plan.recipe
+    console.print(f"loading {recipe.model.path}")
+    model, tokenizer = _model(plan)
+    train_rows = tokenise(plan.rows.train, plan.rows.train_numbers, recipe.data, tokenizer)
+    held_out = None
+    if plan.rows.validation is not None:
+        held_out = tokenise(plan.rows.validation, plan.rows.validation_numbers, recipe.data, tokenizer)
+    shown = samples(plan.rows, recipe.data, tokenizer, _SAMPLES)
+    return _Job(plan, model, tokenizer, train_rows, held_out, shown)
+
+
+def _model(plan: _Plan) -> Loaded:
+    """Adapted, on its device, and trained already if an earlier session came that far."""
+    recipe, trained = plan.recipe, plan.run.trained
+    settings = recipe.model
+    if plan.resume and trained.is_dir():
+        settings = settings.model_copy(update={"path": str(trained)})
+    model, tokenizer = load_model(settings)
+    torch.manual_seed(recipe.seed)
+    adapt(model, recipe.adapter)
+    if plan.resume and trained.is_file():
+        load_adapter(model, plan.run.path)
+    model.to(plan.args.device)
+    return model, tokenizer
+
+
+def _describe(job: _Job) -> None:
+    """What is about to happen, before it does."""
+    plan, report = job.plan, job.train.report
+    recipe = plan.recipe
+    changed, total = _parameters(job.model)
+    table = Table(show_header=False, box=None)
+    steps, per_epoch = _steps(plan.args, report.kept)
+    lines = {
+        "model": f"{recipe.model.path}, {total:,} parameters",
+        "method": _method(recipe),
+        "trained": f"{changed:,} parameters, {changed / total:.2%}",
+        "rows": f"{report.kept:,} of {report.rows:,}" + _held_out(job.validation),
+        "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        "steps": f"{steps:,}, {per_epoch:,} an epoch",
+        "run": str(plan.run.path),
+    }
+    for name, text in lines.items():
+        table.add_row(name, text)
+    console.print(table)
+    for name, told in (("train", report), ("validation", job.validation and job.validation.report)):
+        for line in told.lines() if told else []:
+            console.print(f"{name}: {line}" if not line.startswith(" ") else line, markup=False)
+    if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
+        console.print("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
+
+
+def _method(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    return (
+        adapter.method if adapter.method == "full" else f"{adapter.method}, r {adapter.r}, alpha {adapter.lora_alpha:g}"
+    )
+
+
+def _held_out(validation: Tokenised | None) -> str:
+    return f", {validation.report.kept:,} held out" if validation else ""
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained, and all."""
+    return sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
+
+
+def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
+    """Optimizer steps in all, and of one epoch."""
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
+
+
+def _before(job: _Job) -> None:
+    """Scores and samples of the untouched model, unless an earlier session has them."""
+    recipe, run = job.plan.recipe, job.plan.run
+    if not recipe.eval.before or run.trained.exists() or saving.newest(run.checkpoints):
+        return
+    untouched = nullcontext() if recipe.adapter.method == "full" else disabled(job.model)
+    with untouched:
+        _score(job, "before")
+        _sample(job, "before")
+
+
+def _after(job: _Job) -> None:
+    _score(job, "after")
+    _sample(job, "after")
+
+
+def _score(job: _Job, when: str) -> None:
+    run, settings = job.plan.run, job.plan.recipe.eval
+    results = run.read(run.results, {})
+    if not job.plan.tasks or when in results:
+        return
+    console.print(f"scoring the model {when} training: {', '.join(task.name for task in job.plan.tasks)}")
+    found = evaluate(
+        job.model,
+        job.tokenizer,
+        job.plan.tasks,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        seed=job.plan.recipe.seed,
+    )
+    files.write_json(run.results, {**results, when: {name: result.to_json() for name, result in found.items()}})
+    for name, result in found.items():
+        scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())
+        console.print(f"  {name}: {scores}")
+
+
+def _sample(job: _Job, when: str) -> None:
+    """What the model writes after a few prompts of the data."""
+    run = job.plan.run
+    shown = run.read(run.samples, [{"prompt": s.prompt, "expected": s.expected} for s in job.samples])
+    if not shown:
+        return
+    closed = STYLES[job.plan.recipe.data.style].closed
+    longest = max(len(encode(job.tokenizer, sample["expected"], chat=True)) for sample in shown)
+    texts = continuations(
+        job.model,
+        job.tokenizer,
+        [encode(job.tokenizer, sample["prompt"], chat=closed) for sample in shown],
+        max_new_tokens=min(longest + 8, _SAMPLE_TOKENS),
+        batch_size=_SAMPLES,
+    )
+    files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(shown, texts, strict=True)])
+
+
+def _train(job: _Job) -> None:
+    plan = job.plan
+    trainer = AdapterTrainer(
+        job.model, plan.args, job.tokenizer, job.train, job.validation, plan.recipe.adapter.magnitude_lr_ratio
+    )
+    stop, metrics, bar = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter), ProgressBar(trainer.meter)
+    # Trainer's own printer and bar would repeat ours
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
+    ]
+    for callback in (metrics, bar, stop, *_wanted(plan)):
+        trainer.add_callback(callback)
+    checkpoint = saving.newest(plan.run.checkpoints) if plan.resume else None
+    metrics.cut_after(saving.step_of(checkpoint) if checkpoint else 0)
+    if checkpoint:
+        console.print(f"going on from {checkpoint}")
+    status = "interrupted"
+    try:
+        with stop.listening(), _readable_failures(plan):
+            _run(trainer, checkpoint)
+        status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
+    except LossNotFinite:
+        status = "nan"
+        raise
+    finally:
+        bar.close()
+        if status != "finished":
+            # on a full disk this fails too, and the error that is under way says more
+            with suppress(DoraError, OSError):
+                _summarise(job, trainer, status)
+    if status == "interrupted":
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
+            f"{saving.newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
+        )
+    _keep(job, trainer)
+
+
+_STOCK_PRINTERS = ("PrinterCallback", "ProgressCallback")
+
+
+def _wanted(plan: _Plan) -> list[Any]:
+    """Callbacks that the recipe asks for."""
+    patience = plan.recipe.training.get("early_stopping_patience")
+    board = [Tensorboard(plan.run.path / "tensorboard")] if training_keys.wants_tensorboard(plan.recipe) else []
+    return board + ([EarlyStoppingCallback(int(patience))] if patience is not None else [])
+
+
+def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
+    """Train to the end; a run killed after its last checkpoint has nothing left to do but read it."""
+    use_cache = trainer.model.config.use_cache
+    try:
+        if not trainer.take_if_done(checkpoint):
+            trainer.train(checkpoint)
+    finally:
+        trainer.leave()
+        trainer.model.config.use_cache = use_cache
+
+
+@contextmanager
+def _readable_failures(plan: _Plan) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        last = saving.newest(plan.run.checkpoints)
+        go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
+        raise DoraError(f"training stopped, a file could not be written: {error}; {go_on}") from error
+
+
+def _unfinished(trainer: AdapterTrainer) -> bool:
+    return bool(trainer.state.global_step < trainer.state.max_steps)
+
+
+def _keep(job: _Job, trainer: AdapterTrainer) -> None:
+    """Write what was trained, which also marks the training as over."""
+    run = job.plan.run
+    _summarise(job, trainer, "finished")
+    if job.plan.recipe.adapter.method != "full":
+        save_adapter(job.model, run.path)
+        return
+    with files.replacing(run.path / "model") as part:
+        job.model.save_pretrained(part)
+        job.tokenizer.save_pretrained(part)
+
+
+def _summarise(job: _Job, trainer: AdapterTrainer, status: str) -> None:
+    recipe, meter, state = job.plan.recipe, trainer.meter, trainer.state
+    changed, total = _parameters(job.model)
+    best = state.best_global_step if job.plan.args.load_best_model_at_end else None
+    files.write_json(
+        job.plan.run.summary,
+        {
+            "base_model": recipe.model.path,
+            "method": recipe.adapter.method,
+            "trainable_parameters": changed,
+            "total_parameters": total,
+            "train_rows": job.train.report.kept,
+            "dropped_rows": dict(job.train.report.dropped),
+            "truncated_rows": job.train.report.truncated,
+            "steps": state.global_step,
+            "tokens": meter.tokens,
+            "seconds": meter.seconds,
+            "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else 0.0,
+            "best_step": best,
+            "status": status,
+        },
+    )
