@@ -141,3 +141,17 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     if m_O is None:
         return V_OI
     return V_OI.mul_(gain(m_O.to(dtype), V_OI.square().sum(1).sqrt())[:, None])
+
+
+@torch.no_grad()
+def moved(W_OI: Tensor, V_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each output row went from W to V: | |v| - |w| | and 1 - cos(v, w), both (O,); paper, section 3.2.
+
+    A row of length zero has no direction: its second value is 0.
+    """
+    dtype = sum_dtype(W_OI.dtype)
+    w, v = W_OI.to(dtype), V_OI.to(dtype)
+    length_w, length_v = w.norm(dim=1), v.norm(dim=1)
+    both = length_w * length_v
+    cosine = torch.where(both > 0, (w * v).sum(1) / torch.where(both > 0, both, 1), 1)
+    return (length_v - length_w).abs(), 1 - cosine

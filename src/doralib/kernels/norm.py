@@ -69,17 +69,32 @@ class FreshNorm:
     def __call__(self, a_RI: Tensor, b_OR: Tensor, s: float, *, detach: bool) -> Tensor:
         """The norm, (O,): a constant of the backward pass, or with its full gradient."""
         if detach:
-            return _row_norm(a_RI, b_OR, s, self._handle)
-        return self._with_gradient(a_RI, b_OR, s)
-
-    @torch.compiler.disable
-    def _with_gradient(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+            a_RI, b_OR = a_RI.detach(), b_OR.detach()
+        if torch.compiler.is_compiling():
+            return _row_norm_op(a_RI, b_OR, s, self._handle)
+        if detach:
+            return self.constant(a_RI, b_OR, s)
         seen = self._refreshed(a_RI.detach(), b_OR.detach(), s, keep_U=True)
-        return _FullGradient.apply(a_RI, b_OR, seen.n_O, seen.U_OR, self._base, s)
+        return _FullGradient.apply(a_RI, b_OR, seen.n_O, self, s)
 
     def constant(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
         """The norm, (O,), outside the graph. Not to be written to."""
         return self._refreshed(a_RI.detach(), b_OR.detach(), s, keep_U=False).n_O
+
+    def gradient(self, dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        """The norm's part of dA and dB: with q = dn / n, in (O, R) temporaries only.
+
+        dB = s q ∘ (W Aᵀ + s B A Aᵀ) and dA = s (q ∘ B)ᵀ W + s² (Bᵀ (q ∘ B)) A.
+        """
+        seen = self._refreshed(a_RI, b_OR, s, keep_U=True)
+        assert seen.U_OR is not None
+        n_O = seen.n_O
+        a, b = a_RI.to(n_O.dtype), b_OR.to(n_O.dtype)
+        q_O = torch.where(n_O > 0, dn_O / torch.where(n_O > 0, n_O, 1), 0)
+        qb_OR = q_O[:, None] * b
+        db_OR = s * q_O[:, None] * (seen.U_OR + s * (b @ (a @ a.T)))
+        da_RI = s * self._base.transposed_times(qb_OR) + s * s * ((b.T @ qb_OR) @ a)
+        return da_RI.to(a_RI.dtype), db_OR.to(b_OR.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer finds its norm again."""
@@ -107,13 +122,6 @@ _handles = itertools.count()
 _by_handle: WeakValueDictionary[int, FreshNorm] = WeakValueDictionary()
 
 
-def _row_norm(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor:
-    """The norm as a constant; one opaque operator where a compiler looks on, so that it sees no graph break."""
-    if torch.compiler.is_compiling():
-        return _row_norm_op(a_RI.detach(), b_OR.detach(), s, handle)
-    return _by_handle[handle].constant(a_RI, b_OR, s)
-
-
 @torch.library.custom_op("doralib::row_norm", mutates_args=())
 def _row_norm_op(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor:
     # a compiler may write into what an operator returned: the remembered norm stays ours
@@ -125,29 +133,40 @@ def _row_norm_shape(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor
     return b_OR.new_empty(b_OR.shape[0], dtype=sum_dtype(b_OR.dtype))
 
 
+@torch.library.custom_op("doralib::row_norm_gradient", mutates_args=())
+def _row_norm_gradient_op(dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> tuple[Tensor, Tensor]:
+    return _by_handle[handle].gradient(dn_O, a_RI, b_OR, s)
+
+
+@_row_norm_gradient_op.register_fake
+def _row_norm_gradient_shape(dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a_RI), torch.empty_like(b_OR)
+
+
+def _remember(ctx, inputs, output):
+    a_RI, b_OR, ctx.s, ctx.handle = inputs
+    ctx.save_for_backward(a_RI, b_OR)
+
+
+def _row_norm_backward(ctx, dn_O):
+    return *_row_norm_gradient_op(dn_O, *ctx.saved_tensors, ctx.s, ctx.handle), None, None
+
+
+_row_norm_op.register_autograd(_row_norm_backward, setup_context=_remember)
+
+
 def _same(seen: Tensor, now: Tensor) -> bool:
     return seen.dtype == now.dtype and seen.device == now.device and torch.equal(seen, now)
 
 
 class _FullGradient(torch.autograd.Function):
-    """The norm with its gradient: with q = dL/dn / n, (O, R) temporaries only.
-
-    dB = s q ∘ (W Aᵀ + s B A Aᵀ) and dA = s (q ∘ B)ᵀ W + s² (Bᵀ (q ∘ B)) A.
-    """
-
     @staticmethod
-    def forward(ctx, a_RI, b_OR, n_O, U_OR, base, s):
-        ctx.save_for_backward(a_RI, b_OR, n_O, U_OR)
-        ctx.base, ctx.s = base, s
+    def forward(ctx, a_RI, b_OR, n_O, norm, s):
+        ctx.save_for_backward(a_RI, b_OR)
+        ctx.norm, ctx.s = norm, s
         return n_O.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dn_O):
-        a_RI, b_OR, n_O, U_OR = ctx.saved_tensors
-        a, b, s = a_RI.to(n_O.dtype), b_OR.to(n_O.dtype), ctx.s
-        q_O = torch.where(n_O > 0, dn_O / torch.where(n_O > 0, n_O, 1), 0)
-        qb_OR = q_O[:, None] * b
-        db_OR = s * q_O[:, None] * (U_OR + s * (b @ (a @ a.T)))
-        da_RI = s * ctx.base.transposed_times(qb_OR) + s * s * ((b.T @ qb_OR) @ a)
-        return da_RI.to(a_RI.dtype), db_OR.to(b_OR.dtype), None, None, None, None
+        return *ctx.norm.gradient(dn_O, *ctx.saved_tensors, ctx.s), None, None, None

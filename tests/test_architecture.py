@@ -1,0 +1,125 @@
+"""The layout as tests: imports point one way, public names, no torch for help, every optional package in its place."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import doralib
+import pytest
+
+SOURCE = Path(doralib.__file__).parent
+# a module imports only from rows above its own; a folder is one row, inside which files may import each other
+ROWS = [
+    {"errors", "console"},
+    {"config", "functional", "state", "metrics", "markup"},
+    {"kernels", "bases", "formats", "files", "checkpoints", "rows"},
+    {"layers", "merging", "fitting", "analysis", "data", "targets", "tasks", "styles", "encoding"},
+    {"inject", "plots", "gguf"},
+    {"evaluation", "generation", "scoring", "report", "models", "verify"},
+    {"recipes", "bench"},
+    {"cli"},
+]
+LEVEL = {name: i for i, row in enumerate(ROWS) for name in row}
+# an optional package is imported in these files only
+OPTIONAL = {
+    "triton": {"kernels/triton.py"},
+    "matplotlib": {"plots.py"},
+    "bitsandbytes": set(),
+    "peft": {"bench"},
+}
+
+
+def files():
+    return [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py"]
+
+
+def home(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Names of our modules that a file imports, at any depth."""
+    package = list(path.relative_to(SOURCE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - (node.level - 1)]
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            yield from [parts[0]] if parts else [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("doralib"):
+            yield (node.module.split(".") + [node.names[0].name])[1]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    own = home(path)
+    assert own in LEVEL, f"{own} has no row"
+    for target in imports(path):
+        if target == own or target.startswith("__"):
+            continue
+        assert LEVEL[target] < LEVEL[own], f"{own} must not import {target}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_optional_packages_are_imported_in_their_places(path):
+    place = str(path.relative_to(SOURCE))
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in names:
+            allowed = OPTIONAL.get(name.split(".")[0])
+            assert allowed is None or any(place.startswith(p) for p in allowed), f"{place} must not import {name}"
+
+
+def test_no_file_is_long():
+    for path in files():
+        assert len(path.read_text().splitlines()) <= 400, f"{path} is over 400 lines"
+
+
+def test_public_names():
+    assert doralib.__all__ == sorted(doralib.__all__)
+    for name in doralib.__all__:
+        assert getattr(doralib, name).__module__.startswith("doralib.")
+    with pytest.raises(AttributeError):
+        doralib.no_such_name  # noqa: B018
+    # a submodule of a public function's name would replace it once imported
+    assert not {p.stem for p in SOURCE.glob("*.py")} & set(doralib.__all__)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom doralib import cli\n"
+        "try: cli.app(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy))"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "eval", "generate", "merge", "inspect", "targets", "demo", "bench"):
+        assert verb in done.stdout
+
+
+def test_the_core_needs_no_transformers():
+    """The layers, the files and merging: torch, safetensors and pydantic alone."""
+    modules = "inject, merging, formats, layers, functional"
+    code = f"import sys\nfrom doralib import {modules}\nsys.exit(', '.join({{'transformers', 'datasets'}} & set(sys.modules)))"
+    assert run(code).returncode == 0
+
+
+def test_import_adds_little_to_torch():
+    """Counted in modules, not seconds: what `import doralib` brings in besides torch."""
+    done = run(
+        "import torch, sys\nbefore = set(sys.modules)\nimport doralib, doralib.inject\nprint(len(set(sys.modules) - before))"
+    )
+    assert int(done.stdout) < 150, done.stdout
+
+
+def test_no_environment_switches_in_the_package():
+    for path in files():
+        text = path.read_text()
+        assert "os.environ[" not in text or "kernels" not in str(path), path
