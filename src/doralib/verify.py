@@ -54,9 +54,10 @@ class Verification:
     def text(self) -> str:
         """For a person."""
         verdict = "the merged model answers as the adapted one" if self.passed else "NOT the adapted model"
+        apart, allowed, moved = (f"{100 * share:.2g} %" for share in (self.relative, self.allowed, self.effect))
         lines = [
-            f"{verdict}: logits differ by {100 * self.relative:.2g} % (allowed {100 * self.allowed:.2g} %; the adapter moves them by "
-            f"{100 * self.effect:.2g} %), at most {self.max_abs:.3g}; same likeliest token at {100 * self.top1:.1f} % of {self.tokens}"
+            f"{verdict}: logits differ by {apart} (allowed {allowed}; the adapter moves them by {moved}), "
+            f"at most {self.max_abs:.3g}; same likeliest token at {100 * self.top1:.1f} % of {self.tokens} positions"
         ]
         if not self.passed and self.relative <= self.rounding:
             lines.append("rounding explains it, but it swallows what the adapter does; merge with --dtype float32")

@@ -1,0 +1,1 @@
+"""Measurements: interleaved runs, medians, ratios; each prints JSON."""
