@@ -63,7 +63,7 @@ def fresh_row_norm(
     """
     a_RI, b_OR = a_RI.contiguous(), b_OR.contiguous()
     flags = torch.empty(_NUM_FLAGS, dtype=torch.int32, device=W_OI.device)
-    block = 1024
+    block = 256 if INTERPRETED else 1024
     with _on(W_OI):
         kernels.changed_kernel[(_NUM_FLAGS,)](
             a_RI, b_OR, seen_a_RI, seen_sb_OR, flags, a_RI.numel(), b_OR.numel(), s,

@@ -7,9 +7,6 @@ Matrices are contiguous where no strides are passed. Sums are float32.
 import triton
 import triton.language as tl
 
-# how many programs look for a change of A and B; each leaves one flag
-NUM_FLAGS: tl.constexpr = tl.constexpr(128)
-
 
 @triton.jit
 def _load(ptr, row, col, num_rows, num_cols, row_stride, col_stride, UPCAST: tl.constexpr):
@@ -19,6 +16,11 @@ def _load(ptr, row, col, num_rows, num_cols, row_stride, col_stride, UPCAST: tl.
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+INTERPRETED = not isinstance(_load, triton.JITFunction)
+# how many programs look for a change of A and B, each leaving one flag; the interpreter runs them one by one
+NUM_FLAGS: tl.constexpr = tl.constexpr(4 if INTERPRETED else 128)
 
 
 @triton.jit
@@ -225,6 +227,3 @@ def finish_norm_kernel(part_ptr, flags_ptr, n_ptr, O, num_parts, PREDICATED: tl.
     for part in range(num_parts):
         total_O += tl.load(part_ptr + part * O + o, mask=o < O, other=0.0)
     tl.store(n_ptr + o, tl.sqrt(total_O), mask=o < O)
-
-
-INTERPRETED = not isinstance(compose_kernel, triton.JITFunction)
