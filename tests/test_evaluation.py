@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax
 
 from doralib.console import console
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation import evaluate, load_tasks, results_table
+from doralib.evaluation import evaluate, load_tasks, results_table, wrong_answers
 from doralib.generation import generate
 from doralib.scoring import Request, log_likelihoods, option_requests, text_requests
 from doralib.task_files import packaged_tasks
@@ -306,15 +306,31 @@ def test_options_that_melt_into_the_prompt_are_scored_from_where_they_differ(tin
 
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted(tiny, task):
-    rows = [{"text": "the movie " * n, "label": "positive"} for n in (1, 200, 300)]
+    _, tokenizer = tiny
+    rows = [{"text": "the movie " * n + "the end", "label": "positive"} for n in (1, 200, 300)]
     result = evaluate(*tiny, [task(SENTIMENT, rows)])["made"]
-    assert result.cut == 2
-    ends = evaluate(*tiny, [task({"kind": "exact_match", "prompt": "text", "answer": "label"}, rows)])["made"]
-    assert (ends.cut, ends.n) == (2, 3)
+    assert (result.cut, result.n) == (2, 3)
+    prompt = f"Review: {rows[1]['text']}"
+    tokens = tokenizer(prompt)["input_ids"]
+    kept, cut = option_requests(tokenizer, prompt, [" a", " 1 2"], chat=False, limit=100)
+    assert cut
+    # the longer option has two tokens, of which the last is no input
+    assert [request.tokens[: request.start] for request in kept] == [tuple(tokens[-99:])] * 2
+    assert [tokenizer.decode(request.tokens[request.start :]) for request in kept] == [" a", " 1 2"]
+    with pytest.raises(UsageError, match="the model takes 2 in all"):
+        option_requests(tokenizer, prompt, [" 1 2 3 4"], chat=False, limit=2)
+
+
+def test_a_long_prompt_is_answered_from_its_end(tiny, task):
+    model, tokenizer = tiny
+    rows = [{"text": "the movie " * 300 + "the end", "label": "never"}]
+    settings = {"kind": "exact_match", "prompt": "text", "answer": "label", "max_new_tokens": 6}
+    result = evaluate(model, tokenizer, [task(settings, rows)])["made"]
+    tail = tokenizer.decode(tokenizer(rows[0]["text"])["input_ids"][-250:])
+    assert result.cut == 1
+    assert [wrong["output"] for wrong in result.wrong] == generate(model, tokenizer, [tail], max_new_tokens=6)
     with pytest.raises(UsageError, match="no room for a prompt"):
-        evaluate(
-            *tiny, [task({"kind": "regex", "pattern": "x", "prompt": "text", "answer": "label", "max_new_tokens": 256})]
-        )
+        evaluate(model, tokenizer, [task(settings | {"max_new_tokens": 256})])
 
 
 def test_chat_scores_behind_the_template(tiny, task):
@@ -389,6 +405,22 @@ def test_results_as_a_table(tiny, task):
     assert all(word in shown for word in ("scores", "made", "macro f1", "Before", "perplexity", "bits per byte"))
 
 
+def test_wrong_answers_are_shown_as_they_are(tiny, task):
+    rows = [{"q": "a [bold]question[/bold]", "a": "[red]never"}] * 7
+    made = task({"kind": "regex", "prompt": "q", "answer": "a", "pattern": "never said", "max_new_tokens": 3}, rows)
+    results = evaluate(*tiny, [made, task({"kind": "perplexity", "text": "q"}, rows, "ppl")])
+    with console.capture() as capture:
+        console.print(wrong_answers("made", results["made"]))
+    shown = capture.get()
+    assert "made: 7 of 7 answers are wrong" in shown
+    assert shown.count("[bold]question[/bold]") == 5
+    assert "[red]never" in shown
+    assert "(no answer in:" in shown
+    with console.capture() as capture:
+        console.print(wrong_answers("ppl", results["ppl"]))
+    assert not capture.get().strip()
+
+
 # what is read
 
 
@@ -457,6 +489,8 @@ def test_a_task_like_another(task, tmp_path):
         ({"labels": [" a"]}, "at least two different labels"),
         ({"labels": [" a", "a"]}, "at least two different labels"),
         ({"prompt": "Review: {text"}, "a brace in the text is written"),
+        ({"prompt": "Review: {text:>8}"}, "a column's name alone"),
+        ({"prompt": "Review: {}"}, "a column's name alone"),
         ({"kind": "regex", "labels": None, "pattern": "(a"}, "not a regular expression"),
         ({"kind": "exact_match", "labels": None, "max_new_tokens": 0}, "max_new_tokens"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from doralib.errors import DoraError, UsageError
-from doralib.generation import Sampling, chat_loop, generate, read_prompts, stream, write_outputs
+from doralib.generation import Sampling, chat_loop, generate, read_prompts, stream, write_answers
 
 PROMPTS = ["the movie", "a dull film, a terrible waste of an evening and", "x", "numbers 0 1 2 3", "Review: answer"]
 
@@ -45,6 +45,7 @@ def test_greedy_is_the_most_probable_token_each_time(tiny):
 def test_sampling_depends_on_the_seed_alone(tiny):
     hot = Sampling(temperature=1.5, seed=1)
     first = generate(*tiny, PROMPTS, max_new_tokens=12, sampling=hot)
+    torch.manual_seed(99)
     before = torch.get_rng_state()
     assert generate(*tiny, PROMPTS, max_new_tokens=12, sampling=hot) == first
     assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers must go on as they were"
@@ -219,6 +220,6 @@ def test_bad_prompt_files_are_explained(tmp_path, name, text, error, says):
 
 
 def test_outputs_are_one_object_a_line(tmp_path):
-    write_outputs(tmp_path / "out.jsonl", ["a", "b"], ["é\n", ""])
+    write_answers(tmp_path / "out.jsonl", ["a", "b"], ["é\n", ""])
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"prompt": "a", "output": "é\n"}, {"prompt": "b", "output": ""}]

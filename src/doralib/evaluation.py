@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from .console import console
@@ -31,9 +33,11 @@ from .tasks import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TaskResult", "evaluate", "load_tasks", "results_table"]
+__all__ = ["TaskResult", "evaluate", "load_tasks", "results_table", "wrong_answers"]
 
-_WRONG_SHOWN = 20
+_WRONG_KEPT = 20
+_WRONG_SHOWN = 5
+_PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,23 @@ def results_table(
     return table
 
 
+def wrong_answers(name: str, result: TaskResult) -> Group:
+    """A table of the first mistakes for the terminal; nothing where there are none."""
+    if not result.wrong:
+        return Group()
+    num_wrong = result.n - round(result.metrics["accuracy"].value * result.n)
+    table = Table(title=f"{name}: {num_wrong} of {result.n} answers are wrong", show_lines=True)
+    for column in ("Prompt", "Expected", "Predicted"):
+        table.add_column(column, overflow="fold")
+    for wrong in result.wrong[:_WRONG_SHOWN]:
+        prompt = wrong["prompt"].strip()
+        prompt = prompt if len(prompt) <= _PROMPT_SHOWN else "..." + prompt[-_PROMPT_SHOWN:]
+        said = wrong["predicted"] or f"(no answer in: {wrong.get('output', '').strip()})"
+        # Text: brackets in data are not markup
+        table.add_row(*(Text(cell) for cell in (prompt, wrong["expected"], said)))
+    return Group(table)
+
+
 def _shown(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
     return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1"} else f"{value:.3f}"
@@ -188,7 +209,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         n=len(examples),
         metrics=outcome.metrics,
         confusion=outcome.confusion,
-        wrong=tuple(wrong[:_WRONG_SHOWN]),
+        wrong=tuple(wrong[:_WRONG_KEPT]),
         cut=outcome.cut,
         seconds=time.perf_counter() - start,
     )

@@ -211,7 +211,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def write_outputs(path: str | Path, prompts: Sequence[str], outputs: Sequence[str]) -> None:
+def write_answers(path: str | Path, prompts: Sequence[str], outputs: Sequence[str]) -> None:
     """Write one JSON object a line, `{"prompt": ..., "output": ...}`, whole or not at all."""
     lines = [
         json.dumps({"prompt": prompt, "output": output}, ensure_ascii=False) + "\n"

@@ -249,16 +249,19 @@ def columns_in(template: str) -> list[str]:
     """The columns a template names; text without braces is a column's name itself.
 
     Raises:
-        UsageError: if a brace has no partner.
+        UsageError: if a brace has no partner or holds more than a name.
     """
     if not template:
         return []
     if not {"{", "}"} & set(template):
         return [template]
     try:
-        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UsageError(f"template {template!r}: {error}; a brace in the text is written {{{{ or }}}}") from None
+    if any(not name or spec or conversion for name, spec, conversion in parts):
+        raise UsageError(f"template {template!r}: a pair of braces holds a column's name alone, like {{text}}")
+    return [str(name) for name, _, _ in parts]
 
 
 def fill(template: str, row: Row) -> str:
