@@ -31,21 +31,28 @@ def dora_linear(
     if dropout is not None and dropout.exact and gain_O is not None:
         return eager_dora_linear(x, W_OI, a_RI, b_OR, gain_O, s, bias_O, dropout)
     keep, boost = (None, 1.0) if dropout is None else (dropout.keep, 1.0 / (1.0 - dropout.p))
+    if not torch.is_grad_enabled():
+        return _forward(x, W_OI, bias_O, a_RI, b_OR, gain_O, s * boost, keep)[0]
     return _DoraLinear.apply(x, W_OI, bias_O, a_RI, b_OR, gain_O, s * boost, keep)
+
+
+def _forward(x, W_OI, bias_O, a_RI, b_OR, gain_O, s, keep):
+    """The output, and what was made on the way: x in rows, ``x Aᵀ``, A and B in x's dtype."""
+    x_NI = x.reshape(x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    a, b = a_RI.to(x.dtype), b_OR.to(x.dtype)
+    xa_NR = _dropped(x_NI, keep) @ a.T
+    y = nnf.linear(x, W_OI, bias_O)  # its own tensor, no view of one: a consumer may write into it
+    compose_(y.view(x_NI.shape[0], W_OI.shape[0]), xa_NR, b, gain_O, bias_O, s)
+    return y, x_NI, xa_NR, a, b
 
 
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_OI, bias_O, a_RI, b_OR, gain_O, s, keep):
-        x_NI = x.reshape(x.numel() // max(1, x.shape[-1]), x.shape[-1])
-        a, b = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        xa_NR = _dropped(x_NI, keep) @ a.T
-        y_NO = nnf.linear(x_NI, W_OI, bias_O)
-        compose_(y_NO, xa_NR, b, gain_O, bias_O, s)
-        y = y_NO.view(*x.shape[:-1], W_OI.shape[0])
+        y, x_NI, xa_NR, a, b = _forward(x, W_OI, bias_O, a_RI, b_OR, gain_O, s, keep)
         compiling = torch.compiler.is_compiling()
         # .data: a consumer may write into the output in place; the watch tells, and then y is not read
-        kept = None if gain_O is None else y if compiling else y_NO.data
+        kept = None if gain_O is None else y if compiling else y.data
         ctx.watch = None if gain_O is None or compiling else _Watch(y)
         ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a, b, gain_O)
         ctx.s, ctx.x_shape, ctx.dtypes = s, x.shape, (a_RI.dtype, b_OR.dtype)
