@@ -29,7 +29,7 @@ from doralib.inject import adapt, trainable
 from doralib.recipes import saving, training_keys
 from doralib.recipes.label_loss import LabelLoss
 from doralib.recipes.reading import packaged, read_recipe
-from doralib.recipes.text import Interrupted, train
+from doralib.recipes.text import Interrupted, fine_tune, train
 from doralib.recipes.trainer import AdapterTrainer, LossNotFinite, SeededSampler
 
 WORDS = [
@@ -245,8 +245,8 @@ def test_killed_and_resumed_is_the_same_run(recipe, whole, tmp_path):
         process.wait()
     assert not (run / "adapter_model.safetensors").exists(), process.stderr.read().decode()
     with pytest.raises(UsageError, match=r"exists \(not finished, newest checkpoint at step \d+\); --resume"):
-        train(wanted)
-    train(wanted, resume=True)
+        fine_tune(wanted)
+    fine_tune(wanted, resume=True)
     assert_same_run(run, whole)
 
 
@@ -263,13 +263,13 @@ def test_ctrl_c_saves_and_resumes(recipe, whole):
     with pytest.raises(
         Interrupted, match=r"stopped at step \d+ of 12, saved in .*; the same command with --resume"
     ) as e:
-        train(wanted)
+        fine_tune(wanted)
     thread.join()
     assert e.value.exit_status == 130
     assert summary(run)["status"] == "interrupted"
     assert 5 <= saving.step_of(saving.newest(run / "checkpoints")) < 12
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train(wanted, resume=True)
+    fine_tune(wanted, resume=True)
     assert_same_run(run, whole)
 
 
@@ -282,7 +282,7 @@ def test_resume_passes_over_what_is_not_whole(recipe, whole, tmp_path):
     (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-1])
     (run / "checkpoints" / "checkpoint-9" / "rng_state.pth").unlink()
     assert saving.newest(run / "checkpoints").name == "checkpoint-6"
-    train(recipe(), resume=True)
+    fine_tune(recipe(), resume=True)
     assert_same_run(run, whole)
 
 
@@ -291,18 +291,18 @@ def test_killed_after_the_last_step(recipe, whole, tmp_path):
     shutil.copytree(whole, run)
     for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json"):
         (run / name).unlink()
-    train(recipe(), resume=True)
+    fine_tune(recipe(), resume=True)
     assert_same_run(run, whole)
     # and a finished run has nothing more to do
     before = (run / "adapter_model.safetensors").stat().st_mtime_ns
-    train(recipe(), resume=True)
+    fine_tune(recipe(), resume=True)
     assert (run / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
 def test_resume_in_any_epoch_sees_the_same_rows(recipe, tmp_path):
     """51 rows in batches of 8 are 7 steps an epoch: killed before, at and after its end, with evaluations between."""
     changes = {"data": {"validation": 0.1}, "training": {"eval_steps": 2, "save_steps": 1, "save_total_limit": None}}
-    whole = train(recipe(out="long", **changes))
+    whole = fine_tune(recipe(out="long", **changes))
     for killed_at in (3, 7, 9):
         run = tmp_path / f"again-{killed_at}"
         shutil.copytree(whole, run)
@@ -310,7 +310,7 @@ def test_resume_in_any_epoch_sees_the_same_rows(recipe, tmp_path):
         for path in (run / "checkpoints").iterdir():
             if saving.step_of(path) > killed_at:
                 shutil.rmtree(path)
-        train(recipe(out=run.name, **changes), resume=True)
+        fine_tune(recipe(out=run.name, **changes), resume=True)
         assert_same_run(run, whole)
 
 
@@ -323,7 +323,7 @@ def test_settings_that_do_not_change_the_maths(recipe):
     }
     plain = {"logging_steps": 1, "max_steps": 8}
     adapter = {"lora_dropout": 0.0}
-    runs = {name: train(recipe(out=name, adapter=adapter, training=plain | more)) for name, more in changes.items()}
+    runs = {name: fine_tune(recipe(out=name, adapter=adapter, training=plain | more)) for name, more in changes.items()}
     for name, run in runs.items():
         assert losses(run) == pytest.approx(losses(runs["base"]), rel=1e-4), name
         assert losses(run, "grad_norm") == pytest.approx(losses(runs["base"], "grad_norm"), rel=1e-3), name
@@ -332,9 +332,9 @@ def test_settings_that_do_not_change_the_maths(recipe):
 def test_bfloat16_model_and_autocast_follow_the_same_curve(recipe):
     plain = {"adapter": {"lora_dropout": 0.0}, "eval": {"before": False}}
     short = {"max_steps": 5}
-    exact = losses(train(recipe(out="f32", training=short, **plain)))
-    stored = train(recipe(out="bf16", training=short, model={"dtype": "bfloat16"}, **plain))
-    cast = train(recipe(out="cast", training={"bf16": True, **short}, **plain))
+    exact = losses(fine_tune(recipe(out="f32", training=short, **plain)))
+    stored = fine_tune(recipe(out="bf16", training=short, model={"dtype": "bfloat16"}, **plain))
+    cast = fine_tune(recipe(out="cast", training={"bf16": True, **short}, **plain))
     assert losses(stored) == pytest.approx(exact, rel=2e-2)
     assert losses(cast) == pytest.approx(exact, rel=2e-2)
     assert {tensor.dtype for tensor in weights(stored).values()} == {torch.float32}
@@ -345,12 +345,12 @@ def test_other_methods(recipe, method):
     wanted = recipe(
         adapter={"method": method, "target_modules": None}, training={"learning_rate": 1e-3, "max_steps": 4}
     )
-    run = train(wanted)
+    run = fine_tune(wanted)
     assert summary(run)["method"] == method
     assert (run / "model" / "model.safetensors").is_file() == (method == "full")
     assert (run / "adapter_model.safetensors").is_file() == (method == "lora")
     if method == "full":
-        train(wanted, resume=True)
+        fine_tune(wanted, resume=True)
 
 
 def make_trainer(recipe, tmp_path, **settings):
@@ -403,7 +403,7 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(recipe, tmp_path):
         seed=3,
     )
     with pytest.raises(LossNotFinite, match=r"became nan at step \d+; .*\n.*learning_rate") as caught:
-        train(wanted)
+        fine_tune(wanted)
     assert caught.value.exit_status == 1
     run = Path(wanted.out)
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
@@ -438,12 +438,12 @@ def test_full_disk_leaves_no_half_checkpoint(recipe):
         with pytest.raises(
             DoraError, match=r"checkpoint-\d+ could not be written.*\n.*checkpoint-3; make room.*--resume"
         ):
-            train(wanted)
+            fine_tune(wanted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, size)
         thread.join()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-3"]
-    train(wanted, resume=True)
+    fine_tune(wanted, resume=True)
     assert summary(run)["status"] == "finished"
 
 
@@ -451,7 +451,7 @@ def test_early_stopping_keeps_the_best(recipe):
     # a falling loss taken for the worse makes the first evaluation the best, whatever the model
     pace = {"max_steps": 40, "eval_steps": 2, "save_steps": 2, "early_stopping_patience": 2}
     odd = {"metric_for_best_model": "loss", "greater_is_better": True}
-    run = train(recipe(data={"validation": 0.2}, training=pace | odd))
+    run = fine_tune(recipe(data={"validation": 0.2}, training=pace | odd))
     curve = losses(run, "eval_loss", "eval")
     assert curve == sorted(curve, reverse=True)
     assert len(curve) == 3
@@ -468,13 +468,13 @@ def test_tasks_are_scored_before_and_after(recipe, data_file, tmp_path):
     task["labels"] = {"positive": " positive", "negative": " negative"}
     (tmp_path / "sentiment.yaml").write_text(yaml.safe_dump(task))
     wanted = recipe(eval={"tasks": [str(tmp_path / "sentiment.yaml")], "limit": 20})
-    results = json.loads((train(wanted) / "results.json").read_text())
+    results = json.loads((fine_tune(wanted) / "results.json").read_text())
     assert set(results) == {"before", "after"}
     assert results["after"]["sentiment"]["n"] == 20
 
 
 def test_tensorboard_if_asked(recipe):
-    run = train(recipe(training={"report_to": "tensorboard", "max_steps": 5}))
+    run = fine_tune(recipe(training={"report_to": "tensorboard", "max_steps": 5}))
     assert list((run / "tensorboard").glob("events.*"))
 
 
@@ -486,7 +486,7 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, 
         eval={"tasks": ["no-such-task"]},
     )
     with pytest.raises(UsageError) as caught:
-        train(wanted)
+        fine_tune(wanted)
     for said in (
         "training.learning_rat: TrainingArguments has no such field; did you mean 'learning_rate'?",
         "training.max_steps: ",
@@ -499,7 +499,7 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, 
     assert "such-model" not in str(caught.value)
     assert not Path(wanted.out).exists()
     with pytest.raises(UsageError, match=r"training: .*adamm"):
-        train(recipe(training={"optim": "adamm"}))
+        fine_tune(recipe(training={"optim": "adamm"}))
 
 
 def test_numbers_that_yaml_reads_as_text(recipe):
@@ -512,32 +512,32 @@ def test_an_existing_folder_is_safe(recipe, whole, tmp_path):
     shutil.copytree(whole, run)
     adapter = (run / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UsageError, match=r"exists \(finished, newest checkpoint at step 12\).*--overwrite"):
-        train(recipe())
+        fine_tune(recipe())
     with pytest.raises(UsageError, match=r"these differ from .*: adapter.r, training.max_steps"):
-        train(recipe(adapter={"r": 4}, training={"max_steps": 13}), resume=True)
+        fine_tune(recipe(adapter={"r": 4}, training={"max_steps": 13}), resume=True)
     with pytest.raises(UsageError, match="give one of them"):
-        train(recipe(), resume=True, overwrite=True)
+        fine_tune(recipe(), resume=True, overwrite=True)
     # a mistake that shows only with the model must not cost the old run either
     with pytest.raises(UsageError, match="q_prj"):
-        train(recipe(adapter={"target_modules": ["q_prj"]}), overwrite=True)
+        fine_tune(recipe(adapter={"target_modules": ["q_prj"]}), overwrite=True)
     assert (run / "adapter_model.safetensors").read_bytes() == adapter
-    train(recipe(training={"max_steps": 3}), overwrite=True)
+    fine_tune(recipe(training={"max_steps": 3}), overwrite=True)
     assert summary(run)["steps"] == 3
     with pytest.raises(UsageError, match=r"there is no run at"):
-        train(recipe(out="elsewhere"), resume=True)
+        fine_tune(recipe(out="elsewhere"), resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(UsageError, match="is no run of doralib"):
-        train(recipe(out="mine"), overwrite=True)
+        fine_tune(recipe(out="mine"), overwrite=True)
     with pytest.raises(UsageError, match="is a file"):
-        train(recipe(out="mine/thesis.tex"))
+        fine_tune(recipe(out="mine/thesis.tex"))
 
 
 def test_unusable_data_leave_nothing_behind(recipe, tmp_path):
     (tmp_path / "blank.jsonl").write_text('{"text": "", "label": ""}\n' * 3)
     wanted = recipe(data={"train": str(tmp_path / "blank.jsonl")})
     with pytest.raises(UsageError, match=r"(?s)the data set is empty:.*of 3 rows: 3 left out, empty"):
-        train(wanted)
+        fine_tune(wanted)
     assert not Path(wanted.out).exists()
 
 

@@ -32,7 +32,7 @@ from .reading import read_recipe
 from .run_folder import RunFolder
 from .trainer import AdapterTrainer, LossNotFinite
 
-__all__ = ["Interrupted", "read_recipe", "train"]
+__all__ = ["Interrupted", "fine_tune", "read_recipe", "train"]
 
 _SAMPLES = 5
 _SAMPLE_TOKENS = 64
@@ -82,6 +82,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
         LossNotFinite: if the loss became NaN; the checkpoints before it stay.
         Interrupted: after Ctrl-C, once a checkpoint is saved.
     """
+    run = fine_tune(recipe, resume=resume, overwrite=overwrite)
+    console.print(f"report: {write_report(run)}")
+    return run
+
+
+def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """`train` without its report, for those who run many jobs and report on all of them."""
     plan = _check(recipe, resume=resume, overwrite=overwrite)
     job = _load(plan)
     plan.run.open(recipe, overwrite=overwrite)
@@ -90,7 +97,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     if not plan.run.trained.exists():
         _train(job)
     _after(job)
-    console.print(f"report: {write_report(plan.run.path)}")
     return plan.run.path
 
 
