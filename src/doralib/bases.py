@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .errors import DoraError
+from .kernels import on_gpu
 
 
 class Dense:
@@ -51,6 +52,10 @@ class Dense:
         """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
         W = self.W_OI
         return (W.data_ptr() if not W.is_meta else 0, W._version, W.dtype, W.device)
+
+    def triton_weight(self) -> Tensor | None:
+        """The weight, where Triton's kernels take it."""
+        return self.W_OI if on_gpu(self.W_OI) else None
 
     def row_norm_sq(self) -> Tensor:
         return F.row_norm_sq(self.W_OI)
@@ -109,6 +114,9 @@ class Opaque(Dense):
 
     def key(self) -> tuple[Any, ...]:
         return tuple((t.data_ptr(), t._version, t.device) for t in self._tensors() if not t.is_meta)
+
+    def triton_weight(self) -> Tensor | None:
+        return None
 
     def row_norm_sq(self) -> Tensor:
         O, I = self.shape

@@ -13,7 +13,8 @@ from . import functional as F
 from .bases import Opaque, open_base
 from .config import DoraConfig
 from .errors import DoraError
-from .kernels.eager import Dropout, dora_linear
+from .kernels import dora_linear, on_gpu
+from .kernels.eager import Dropout
 from .kernels.norm import FreshNorm
 
 
@@ -50,13 +51,15 @@ class DoraLinear(nn.Module):
         self.detach_norm = config.detach_norm
         self.norm = FreshNorm(base)
         self.out_features, self.in_features = base.shape
-        norm_sq_O = base.row_norm_sq() if config.method == "dora" else None
         dtype, device = F.sum_dtype(base.dtype), base.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
-        self.register_parameter("lora_magnitude_vector", None if norm_sq_O is None else nn.Parameter(norm_sq_O.sqrt()))
-        if norm_sq_O is not None:
-            self.norm.know_base_norm_sq(norm_sq_O)
+        m_O = (
+            nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+            if config.method == "dora"
+            else None
+        )
+        self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -65,7 +68,9 @@ class DoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.norm.base_norm_sq().sqrt())
+            # the same sum as in every forward pass, so that g = m / n is exactly 1
+            n_O = self.norm(self.lora_A, self.lora_B, self.scale, detach=True)
+            self.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0))
 
     @property
     def r(self) -> int:
@@ -87,7 +92,7 @@ class DoraLinear(nn.Module):
         if self.lora_magnitude_vector is None:
             return None
         n_O = self.norm(self.lora_A, self.lora_B, self.scale, detach=self.detach_norm)
-        return F.gain(self.lora_magnitude_vector, n_O)
+        return self.lora_magnitude_vector / n_O
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
@@ -95,7 +100,7 @@ class DoraLinear(nn.Module):
             return self.base_layer(x)
         x = _autocast(x)
         dropout = self._draw_dropout(x)
-        if isinstance(self.base, Opaque) or torch.compiler.is_compiling():
+        if isinstance(self.base, Opaque) or (torch.compiler.is_compiling() and on_gpu(x) is None):
             return self._composed(x, dropout)
         W_OI = self.base.W_OI
         if torch.is_autocast_enabled(x.device.type):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..functional import adapted_row_norm, sum_dtype
+from . import on_gpu
 
 
 class NormBase(Protocol):
@@ -17,6 +18,9 @@ class NormBase(Protocol):
 
     def key(self) -> tuple[Any, ...]:
         """Differs once the layer's weight has been changed or moved."""
+
+    def triton_weight(self) -> Tensor | None:
+        """W itself, (O, I), where Triton's kernels take it."""
 
     def row_norm_sq(self) -> Tensor:
         """Squared row lengths of W, (O,)."""
@@ -33,11 +37,12 @@ class NormBase(Protocol):
 
 @dataclass
 class _Seen:
+    """What the norm was computed from. On a GPU both factors start as NaN, which equals nothing."""
+
     key: tuple[Any, ...]
     a_RI: Tensor
     b_OR: Tensor
     s: float
-    U_OR: Tensor | None
     n_O: Tensor
 
 
@@ -62,39 +67,57 @@ class FreshNorm:
             self._weight = key, self._base.row_norm_sq()
         return self._weight[1]
 
-    def know_base_norm_sq(self, W_sq_O: Tensor) -> None:
-        """Take squared row lengths that were just computed."""
-        self._weight = self._base.key(), W_sq_O
-
     def __call__(self, a_RI: Tensor, b_OR: Tensor, s: float, *, detach: bool) -> Tensor:
-        """The norm, (O,): a constant of the backward pass, or with its full gradient."""
+        """The norm, (O,): a constant of the backward pass, or with its full gradient. Not to be written to.
+
+        A row of length zero is given as infinity: m / n is then 0, and nothing is NaN in either pass.
+        """
         if detach:
             a_RI, b_OR = a_RI.detach(), b_OR.detach()
         if torch.compiler.is_compiling():
             return _row_norm_op(a_RI, b_OR, s, self._handle)
         if detach:
             return self.constant(a_RI, b_OR, s)
-        seen = self._refreshed(a_RI.detach(), b_OR.detach(), s, keep_U=True)
-        return _FullGradient.apply(a_RI, b_OR, seen.n_O, self, s)
+        return _FullGradient.apply(a_RI, b_OR, self, s)
 
+    @torch.no_grad()
     def constant(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
-        """The norm, (O,), outside the graph. Not to be written to."""
-        return self._refreshed(a_RI.detach(), b_OR.detach(), s, keep_U=False).n_O
+        """The norm outside the graph."""
+        W_OI = self._base.triton_weight()
+        if W_OI is not None:
+            return self._on_gpu(W_OI, a_RI, b_OR, s)
+        W_sq_O, seen = self.base_norm_sq(), self._seen
+        if seen is None or not self._still(seen, a_RI, b_OR, s):
+            U_OR = self._base.times_transposed(a_RI)
+            n_O = adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self._base.dense_rows)
+            n_O.masked_fill_(n_O == 0, float("inf"))
+            seen = self._seen = _Seen(self._base.key(), a_RI.clone(), b_OR.clone(), s, n_O)
+        return seen.n_O
 
+    @torch.no_grad()
     def gradient(self, dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> tuple[Tensor, Tensor]:
         """The norm's part of dA and dB: with q = dn / n, in (O, R) temporaries only.
 
         dB = s q ∘ (W Aᵀ + s B A Aᵀ) and dA = s (q ∘ B)ᵀ W + s² (Bᵀ (q ∘ B)) A.
         """
-        seen = self._refreshed(a_RI, b_OR, s, keep_U=True)
-        assert seen.U_OR is not None
-        n_O = seen.n_O
+        n_O = self.constant(a_RI, b_OR, s)
         a, b = a_RI.to(n_O.dtype), b_OR.to(n_O.dtype)
-        q_O = torch.where(n_O > 0, dn_O / torch.where(n_O > 0, n_O, 1), 0)
+        q_O = dn_O / n_O
         qb_OR = q_O[:, None] * b
-        db_OR = s * q_O[:, None] * (seen.U_OR + s * (b @ (a @ a.T)))
+        db_OR = s * q_O[:, None] * (self._base.times_transposed(a_RI) + s * (b @ (a @ a.T)))
         da_RI = s * self._base.transposed_times(qb_OR) + s * s * ((b.T @ qb_OR) @ a)
         return da_RI.to(a_RI.dtype), db_OR.to(b_OR.dtype)
+
+    def _on_gpu(self, W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """Compared and, if need be, computed on the device: the host never waits."""
+        seen, key = self._seen, self._base.key()
+        if seen is None or seen.key != key or seen.a_RI.shape != a_RI.shape:
+            nan = {"fill_value": float("nan"), "dtype": torch.float32, "device": W_OI.device}
+            a, b, n = (torch.full(shape, **nan) for shape in (a_RI.shape, b_OR.shape, b_OR.shape[:1]))
+            seen = self._seen = _Seen(key, a, b, s, n)
+        fused = on_gpu(W_OI)
+        assert fused is not None
+        return fused.fresh_row_norm(W_OI, a_RI, b_OR, s, seen.a_RI, seen.b_OR, seen.n_O)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer finds its norm again."""
@@ -104,16 +127,6 @@ class FreshNorm:
         """Made anew, under a handle of its own."""
         self.__init__(state["base"])  # type: ignore[misc]
 
-    def _refreshed(self, a_RI: Tensor, b_OR: Tensor, s: float, *, keep_U: bool) -> _Seen:
-        W_sq_O, seen = self.base_norm_sq(), self._seen
-        if seen is None or (keep_U and seen.U_OR is None) or not self._still(seen, a_RI, b_OR, s):
-            with torch.no_grad():
-                U_OR = self._base.times_transposed(a_RI)
-                n_O = adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self._base.dense_rows)
-                seen = _Seen(self._base.key(), a_RI.clone(), b_OR.clone(), s, U_OR if keep_U else None, n_O)
-            self._seen = seen
-        return seen
-
     def _still(self, seen: _Seen, a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
         return seen.key == self._base.key() and seen.s == s and _same(seen.a_RI, a_RI) and _same(seen.b_OR, b_OR)
 
@@ -122,7 +135,7 @@ _handles = itertools.count()
 _by_handle: WeakValueDictionary[int, FreshNorm] = WeakValueDictionary()
 
 
-@torch.library.custom_op("doralib::row_norm", mutates_args=())
+@torch.library.custom_op("doralib::kept_row_norm", mutates_args=())
 def _row_norm_op(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor:
     # a compiler may write into what an operator returned: the remembered norm stays ours
     return _by_handle[handle].constant(a_RI, b_OR, s).clone()
@@ -133,7 +146,7 @@ def _row_norm_shape(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor
     return b_OR.new_empty(b_OR.shape[0], dtype=sum_dtype(b_OR.dtype))
 
 
-@torch.library.custom_op("doralib::row_norm_gradient", mutates_args=())
+@torch.library.custom_op("doralib::kept_row_norm_gradient", mutates_args=())
 def _row_norm_gradient_op(dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> tuple[Tensor, Tensor]:
     return _by_handle[handle].gradient(dn_O, a_RI, b_OR, s)
 
@@ -161,12 +174,12 @@ def _same(seen: Tensor, now: Tensor) -> bool:
 
 class _FullGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a_RI, b_OR, n_O, norm, s):
+    def forward(ctx, a_RI, b_OR, norm, s):
         ctx.save_for_backward(a_RI, b_OR)
         ctx.norm, ctx.s = norm, s
-        return n_O.clone()
+        return norm.constant(a_RI, b_OR, s).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dn_O):
-        return *ctx.norm.gradient(dn_O, *ctx.saved_tensors, ctx.s), None, None, None
+        return *ctx.norm.gradient(dn_O, *ctx.saved_tensors, ctx.s), None, None
