@@ -7,12 +7,23 @@ tables. ``--dry-run`` goes the same way on the CPU, with tiny sizes under Triton
 """
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
 from pathlib import Path
 
-PARTS = ("checks", "ceilings", "tune", "norm", "layers", "blocks", "graphs", "compile", "nf4")
+PARTS = {
+    "checks": "kernels.checks",
+    "ceilings": "kernels.ceilings",
+    "tune": "kernels.tune",
+    "norm": "kernels.norm",
+    "layers": "layers.layers",
+    "blocks": "blocks.blocks",
+    "graphs": "layers.graphs",
+    "compile": "kernels.compiled",
+    "nf4": "layers.nf4",
+}
 
 
 def main() -> int:
@@ -25,7 +36,7 @@ def main() -> int:
     parser.add_argument("--share", default="", help="internal: K/N compiles every N-th tile for the tuning part")
     args = parser.parse_args()
     parts = args.part.split(",")
-    if unknown := set(parts) - set(PARTS):
+    if unknown := set(parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -35,26 +46,16 @@ def main() -> int:
     if args.share:
         kernels.compile_share(*map(int, args.share.split("/")))
         return 0
-    from gpu_parts import blocks, layers, tables
+    from gpu_parts import tables
     from gpu_parts.bench import Bench
 
     bench = Bench(Path(args.out), args.dry_run, args.seconds)
-    runs = {
-        "checks": kernels.checks,
-        "ceilings": kernels.ceilings,
-        "tune": kernels.tune,
-        "norm": kernels.norm,
-        "layers": layers.layers,
-        "blocks": blocks.blocks,
-        "graphs": layers.graphs,
-        "compile": kernels.compiled,
-        "nf4": layers.nf4,
-    }
     failed = []
     for part in parts:
         bench.say(f"== {part}")
         try:
-            runs[part](bench)
+            module, name = PARTS[part].split(".")
+            getattr(importlib.import_module(f"gpu_parts.{module}"), name)(bench)
         except Exception as error:  # noqa: BLE001 - the other parts still count; the failure is recorded
             failed.append(part)
             bench.record("failures", part=part, error=repr(error), trace=traceback.format_exc()[-3000:])
