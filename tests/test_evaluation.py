@@ -13,7 +13,7 @@ from doralib.evaluation import evaluate, load_tasks, results_table, wrong_answer
 from doralib.generation import generate
 from doralib.scoring import Request, log_likelihoods, option_requests, text_requests
 from doralib.task_files import packaged_tasks
-from doralib.tasks import ChoiceTask, RegexTask, columns_in, fill, read_examples
+from doralib.tasks import ChoiceTask, ClassificationTask, RegexTask, columns_in, fill, read_examples
 
 ROWS = [
     {"text": "the movie was wonderful", "label": "positive", "stars": 5},
@@ -542,6 +542,30 @@ def test_labels_by_value(task):
     rows = [{"text": "a", "label": 5}, {"text": "b", "label": 1}]
     made = read_examples(task(SENTIMENT | {"labels": labels}, rows))
     assert [(example.answer, example.options[example.truth]) for example in made] == [("5", " good"), ("1", " bad")]
+
+
+@pytest.mark.parametrize(("value", "key"), [(True, "true"), (5.0, "5"), (5, "5"), (" a ", "a"), (0.5, "0.5")])
+def test_values_and_labels_meet_as_plain_text(value, key):
+    made = ClassificationTask(name="t", prompt="q", labels={value: " yes", "other": " no"}, answer="a")
+    (example,) = made.examples([{"q": "", "a": value}])
+    assert (example.answer, example.truth) == (key, 0)
+
+
+def test_a_beginning_token_stands_once_whatever_the_prompt(tiny):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny[1]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.bos_token = "<|im_start|>"
+    for prompt in ("Sentiment:", ""):
+        (plain,), _ = option_requests(tokenizer, prompt, [" positive"], chat=False, limit=None)
+        assert tokenizer.decode(plain.tokens) == f"<|im_start|>{prompt} positive"
+    (chat,), _ = option_requests(tokenizer, "<|im_start|>user\nx", [" positive"], chat=True, limit=None)
+    assert tokenizer.decode(chat.tokens) == "<|im_start|>user\nx positive"
+    (text,), _ = text_requests(tokenizer, "", "the movie", chat=False, limit=99)
+    assert (tokenizer.decode(text.tokens), text.start) == ("<|im_start|>the movie", 1)
 
 
 def test_templates_name_columns_and_nothing_else():

@@ -331,16 +331,21 @@ def _fitting(
     write: Callable[[str], None],
 ) -> str | None:
     """The conversation as text, without its oldest turns where it is too long; None if even the last message is."""
-    limit = context_length(model)
-    while True:
-        text = chat_text(tokenizer, messages)
-        if limit is None or len(encode(tokenizer, text, chat=True)) + max_new_tokens <= limit:
-            return text
-        if len(messages) == 1:
-            write(f"that is too long: the model takes {limit} tokens with the {max_new_tokens} of the answer")
-            return None
-        del messages[:2]
-        write(f"(the oldest turn is forgotten: the model takes {limit} tokens)\n")
+    limit, kept = context_length(model), list(messages)
+    too_long = lambda: limit is not None and _length(tokenizer, kept) + max_new_tokens > limit
+    while too_long() and len(kept) > 1:
+        del kept[:2]  # a question and its answer
+    if too_long():
+        write(f"that is too long: the model takes {limit} tokens with the {max_new_tokens} of the answer")
+        return None
+    if len(kept) < len(messages):
+        write(f"(the oldest turns are forgotten: the model takes {limit} tokens)\n")
+        messages[:] = kept
+    return chat_text(tokenizer, messages)
+
+
+def _length(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> int:
+    return len(encode(tokenizer, chat_text(tokenizer, messages), chat=True))
 
 
 def _answer(
