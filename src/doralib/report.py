@@ -22,8 +22,8 @@ _STATUS = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write report.html, and figures/*.png where matplotlib is installed, into a run folder; returns the page's path.
+def write_report(run: Path, *, figures: bool = True) -> Path:
+    """Write report.html, and where matplotlib is installed figures/*.png, into a run folder; returns the page's path.
 
     A file of the run that is missing or damaged is named on the page.
 
@@ -32,10 +32,11 @@ def write_report(run: Path) -> Path:
     """
     record = read_run(Path(run))
     notes = list(record.notes)
-    try:
-        plots.write_figures(record)
-    except UsageError as error:
-        notes.append(f"No figures/*.png: {error}.")
+    if figures:
+        try:
+            plots.write_figures(record)
+        except UsageError as error:
+            notes.append(f"No figures/*.png: {error}.")
     path = record.path / "report.html"
     with replacing(path) as part:
         part.write_text(_page(record, notes), encoding="utf-8")
@@ -99,7 +100,7 @@ def _header(record: RunRecord) -> Markup:
 def _tiles(record: RunRecord) -> Markup | None:
     s = record.summary
     trained, total = s.get("trainable_parameters", 0), s.get("total_parameters", 0)
-    share = f" ({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
+    share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
         "time": _duration(s["seconds"]) if _is_number(s.get("seconds")) else None,
@@ -127,7 +128,9 @@ def _curves(record: RunRecord) -> Markup | None:
     if not any(charts):
         return None
     return _section(
-        "Curves", "Thin lines are single steps, thick ones their running mean.", el("div", *charts, class_="charts")
+        "Curves",
+        "Where a line is faint, the thick one over it is its running mean.",
+        el("div", *charts, class_="charts"),
     )
 
 

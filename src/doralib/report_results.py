@@ -53,7 +53,7 @@ def results_section(record: RunRecord) -> Markup | None:
     first = {change.task: change for change in reversed(changes)}
     drawn = [first[task] for task in dict.fromkeys(change.task for change in changes)]
     shares = [change for change in drawn if change.metric in _SHARES]
-    intro = "Lines and brackets are 95 % bootstrap intervals."
+    intro = "Lines, and the small figures, are 95 % bootstrap intervals."
     if not record.results["before"]:
         intro = f"The model was not scored before training. {intro}"
     return el("section", el("h2", "Results"), el("p", intro), _picture(shares), _table(changes))
@@ -71,7 +71,7 @@ def confusion_section(record: RunRecord) -> Markup | None:
     if not blocks:
         return None
     intro = "A line for each true label, a column for each answer; the percentages are of the line."
-    return el("section", el("h2", "Which labels are mixed up"), el("p", intro), *blocks)
+    return el("section", el("h2", "Which labels are mixed up"), el("p", intro), el("div", *blocks, class_="pairs"))
 
 
 def wrong_section(record: RunRecord) -> Markup | None:
@@ -125,7 +125,7 @@ def _picture(changes: Sequence[_Change]) -> Markup | None:
     high = math.ceil(max(value.high for value in values) * 20) / 20
     high = high if high > low else low + 0.05
     step = 0.05 if high - low <= 0.31 else 0.1 if high - low <= 0.61 else 0.2
-    ticks = [low + step * i for i in range(int((high - low) / step + 1.001))]
+    ticks = [step * i for i in range(math.ceil(low / step - 0.001), math.floor(high / step + 0.001) + 1)]
     place = lambda value: f"{100 * (value - low) / (high - low):.2f}%"
     lines = [_change_line(change, place) for change in changes]
     axis = el("div", *(el("span", f"{100 * t:.0f} %", style=f"left:{place(t)}") for t in ticks), class_="axis")
@@ -170,7 +170,7 @@ def _table(changes: Sequence[_Change]) -> Markup:
         rows.append([*task, change.metric.replace("_", " "), *values, _difference_cell(change)])
         previous = change.task
     head: list[Child] = ["task", "rows", "metric", "before", "after", "change"]
-    return table(head, rows, numbers=frozenset({1, 3, 4, 5}))
+    return table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
 
 
 def _cell(metric: str, value: _Value | None) -> Child:

@@ -85,7 +85,10 @@ def _config(path: Path, notes: list[str]) -> Values:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} does not hold what it should.")
+        return {}
+    return value
 
 
 def _metrics(path: Path, notes: list[str]) -> list[Values]:
