@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import DTYPES, Slot, laid_out, write_at
+from ..checkpoints import Slot, laid_out, write_at
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..files import free_bytes, human, replacing, write_json, write_tensors
 from ..formats import to_peft
-from ..functional import row_blocks
+from ..functional import BLOCK_ELEMENTS, row_blocks
 from ..state import AdapterState, LayerAdapter
 
 HIDDEN, INNER, KV, VOCAB, LAYERS = 4096, 14336, 1024, 128256, 32
@@ -50,15 +50,17 @@ _COPY = """
 import shutil, sys
 shutil.copytree(sys.argv[2], sys.argv[3])
 """
-# a merge waits until its bytes are on the disk, so a copy has to as well
+# a merge waits until its bytes are on the disk, so a copy has to as well; ru_maxrss would count the parent's memory too
 _TIMED = """
-import json, os, resource, time
+import json, os, re, time
+from pathlib import Path
 start = time.perf_counter()
 {work}
 written = time.perf_counter()
 os.sync()
-seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({{"seconds": seconds, "unsynced": written - start, "peak": peak}}))
+seconds, cpu = time.perf_counter() - start, time.process_time()
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps({{"seconds": seconds, "unsynced": written - start, "cpu_seconds": cpu, "peak": peak}}))
 """
 
 
@@ -173,10 +175,12 @@ def _write_base(base: Path, layers: int) -> None:
 def _write_shard(path: Path, slots: list[Slot]) -> None:
     header, placed = laid_out(slots, path, {"format": "pt"})
     path.write_bytes(header)
+    # the same noise in every block: neither copying nor merging looks at the numbers
+    noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()
     for slot in placed:
         for rows in row_blocks(*slot.matrix):
-            block = torch.randn(rows.stop - rows.start, slot.matrix[1]).mul_(0.02).to(DTYPES[slot.code])
-            write_at(path, slot.start + rows.start * slot.row_bytes, block)
+            count = (rows.stop - rows.start) * slot.matrix[1]
+            write_at(path, slot.start + rows.start * slot.row_bytes, noise[:count])
 
 
 def _config(layers: int) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Bar charts of a report."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import replacing
+from ..plots import new_figure
+from .tables import Bars
+
+_COLOURS = ("#8a94a3", "#c2560c", "#e0a458", "#2563c9", "#0f8a6c", "#7a4fbf", "#b83280", "#4b5563", "#65a30d")
+
+
+def write_bars(bars: Bars, path: Path) -> Path:
+    """One horizontal bar a subject with its quartiles, in groups, as PNG.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    labels = list(dict.fromkeys(bar.label for group in bars.groups.values() for bar in group))
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(labels)}
+    num_bars = sum(len(group) + 1 for group in bars.groups.values())
+    figure = new_figure(width=7.5, height=1.4 + 0.24 * num_bars)
+    axes = figure.add_subplot()
+    _draw(axes, bars, colours)
+    axes.set_title(bars.title, loc="left", fontsize=11)
+    axes.set_xlabel(bars.axis)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    if bars.line is not None:
+        axes.axvline(bars.line, color="#222222", linewidth=1, linestyle="--")
+    with replacing(path) as part:
+        figure.savefig(part, format="png")
+    return path
+
+
+def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
+    ticks: list[tuple[float, str]] = []
+    at = 0.0
+    for name, group in bars.groups.items():
+        axes.text(0, at, name, fontsize=8, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
+        for bar in group:
+            at += 1
+            axes.barh(at, bar.value, color=colours[bar.label], height=0.8)
+            axes.errorbar(
+                bar.value,
+                at,
+                xerr=[[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]],
+                color="#222222",
+                linewidth=1,
+                capsize=2,
+            )
+            axes.text(bar.high, at, f" {bar.value:.3g}", fontsize=7, va="center")
+            ticks.append((at, bar.label))
+        at += 1.3
+    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()

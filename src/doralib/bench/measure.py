@@ -1,0 +1,120 @@
+"""Interleaved timing: subjects take turns in one process, and ratios are taken within a round.
+
+A neighbour on the machine slows whole rounds, so the median over rounds of a ratio within one round is steadier than
+the ratio of two medians.
+"""
+
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("doralib", "torch", "transformers", "peft")
+
+
+@dataclass
+class Turn:
+    """What one subject does in a round."""
+
+    run: Callable[[], object]
+    """Timed."""
+    prepare: Callable[[], object] = lambda: None
+    """Before it, not timed."""
+
+
+@dataclass
+class Rounds:
+    """Raw seconds of every subject, a number a round, warm-up rounds left out."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    orders: list[list[str]] = field(default_factory=list)
+
+    def ratios(self, over: str, under: str) -> list[float]:
+        """``over / under`` in each round."""
+        return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
+
+    def summary(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Everything for JSON: raw seconds with their spread, and the ratios of the pairs that took part."""
+        there = [pair for pair in pairs if set(pair) <= self.seconds.keys()]
+        return {
+            "seconds": {name: spread(values) for name, values in self.seconds.items()},
+            "ratios": {f"{over} / {under}": spread(self.ratios(over, under)) for over, under in there},
+            "orders": self.orders,
+        }
+
+
+def interleave(turns: Mapping[str, Turn], rounds: int, warmup: int = 1) -> Rounds:
+    """Run every subject once a round; who begins changes from round to round."""
+    measured = Rounds({name: [] for name in turns})
+    for number in range(-warmup, rounds):
+        order = order_of(list(turns), max(number, 0))
+        if number >= 0:
+            measured.orders.append(order)
+        gc.collect()
+        for name in order:
+            seconds = _timed(turns[name])
+            if number >= 0:
+                measured.seconds[name].append(seconds)
+    return measured
+
+
+def order_of(names: list[str], number: int) -> list[str]:
+    """The order of one round: rotated by one each round and reversed every other cycle, so that neighbours change."""
+    start = number % len(names)
+    order = names[start:] + names[:start]
+    return order[::-1] if number // len(names) % 2 else order
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and minimum beside all values."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "min": min(values), "all": list(values)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and how busy it was."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def _timed(turn: Turn) -> float:
+    turn.prepare()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        turn.run()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,151 @@
+"""What a measurement hands back, and its tables in Markdown and on the terminal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from .subjects import REFERENCE
+
+
+@dataclass
+class Table:
+    """Rows of text under columns."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class Goal:
+    """A number that was promised to be at most so large."""
+
+    what: str
+    measured: float
+    goal: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.measured <= self.goal
+
+
+@dataclass
+class Bar:
+    """A value with its quartiles."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Bars:
+    """One figure: groups of bars."""
+
+    title: str
+    axis: str
+    groups: dict[str, list[Bar]] = field(default_factory=dict)
+    line: float | None = 1.0
+    """Where the reference stands."""
+
+
+@dataclass
+class Report:
+    """One measurement, complete."""
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    cases: list[dict[str, Any]]
+    tables: list[Table]
+    bars: Bars
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Everything but the drawing; the tables are made of the cases."""
+        return {
+            "bench": self.name,
+            "title": self.title,
+            "machine": machine,
+            "settings": self.settings,
+            "notes": self.notes,
+            "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals],
+            "cases": self.cases,
+        }
+
+
+def timing_table(title: str, summary: dict[str, Any], others: Sequence[str] = ("peft-dora",)) -> Table:
+    """One case: milliseconds and ratios, a subject a row."""
+    over = [name for name in (REFERENCE, *others) if any(key.endswith(f" / {name}") for key in summary["ratios"])]
+    table = Table(title, ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles)" for name in over)])
+    for name, seconds in summary["seconds"].items():
+        ratios = [summary["ratios"].get(f"{name} / {other}") for other in over]
+        shown = [f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" if r else "" for r in ratios]
+        quartiles = f"{ms(seconds['low'])} to {ms(seconds['high'])}"
+        table.rows.append([name, ms(seconds["median"]), quartiles, ms(seconds["min"]), *shown])
+    return table
+
+
+def ratio_bars(summary: dict[str, Any], reference: str = REFERENCE) -> list[Bar]:
+    """A case's ratios to the reference as bars."""
+    ending = f" / {reference}"
+    found = {key.removesuffix(ending): r for key, r in summary["ratios"].items() if key.endswith(ending)}
+    return [Bar(name, r["median"], r["low"], r["high"]) for name, r in found.items()]
+
+
+def ratio_goal(what: str, summary: dict[str, Any], pair: str, goal: float) -> list[Goal]:
+    """The goal for a ratio of a case, if it was measured: `pair` is ``"over / under"``."""
+    ratio = summary["ratios"].get(pair)
+    return [] if ratio is None else [Goal(f"{what}: {pair}", ratio["median"], goal)]
+
+
+def goal_table(goals: Sequence[Goal]) -> Table:
+    """Promised and measured."""
+    rows = [[g.what, f"{g.measured:.4g}", f"{g.goal:.4g}", "yes" if g.met else "no"] for g in goals]
+    return Table("Goals", ["what", "measured", "at most", "met"], rows)
+
+
+def markdown(report: Report, machine: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    load = ", ".join(f"{value:.1f}" for value in machine["load_average"])
+    head = [
+        f"# {report.title}",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions}; "
+        f"{machine['date']}; load average at the start {load}.",
+        *(["", *(f"- {note}" for note in report.notes)] if report.notes else []),
+    ]
+    tables = [*([goal_table(report.goals)] if report.goals else []), *report.tables]
+    return "\n".join([*head, *(line for table in tables for line in ["", *_lines(table)])]) + "\n"
+
+
+def rich_table(table: Table) -> RichTable:
+    """For the terminal."""
+    shown = RichTable(title=table.title, title_justify="left")
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits that count."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _lines(table: Table) -> list[str]:
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    rows = [table.columns, rule, *table.rows]
+    return [
+        f"## {table.title}",
+        "",
+        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows),
+    ]
