@@ -69,7 +69,7 @@ class _DoraLinear(torch.autograd.Function):
         keep = None if dropout is None else dropout.keep
         ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a_RI, b_OR, gain_O)
         ctx.s, ctx.dropout = s, dropout and dropout._replace(keep=None)
-        ctx.watch = None if gain_O is None or y_NO.is_inference() else _Watch(y_NO)
+        ctx.watch = None if gain_O is None or y_NO.is_inference() else Watch(y_NO)
         return y_NO
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Needs(NamedTuple):
     dropout: bool
 
 
-class _Watch:
+class Watch:
     """Tells whether an output was changed in place after it was returned, without keeping its memory."""
 
     def __init__(self, y: Tensor) -> None:

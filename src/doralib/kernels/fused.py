@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from . import launch
-from .eager import Dropout, _Watch
+from .eager import Dropout, Watch
 from .eager import dora_linear as eager_dora_linear
 
 
@@ -53,7 +53,7 @@ class _DoraLinear(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         # .data: a consumer may write into the output in place; the watch tells, and then y is not read
         kept = None if gain_O is None else y if compiling else y.data
-        ctx.watch = None if gain_O is None or compiling else _Watch(y)
+        ctx.watch = None if gain_O is None or compiling else Watch(y)
         ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a, b, gain_O)
         ctx.s, ctx.x_shape, ctx.dtypes = s, x.shape, (a_RI.dtype, b_OR.dtype)
         return y

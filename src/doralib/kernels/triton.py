@@ -177,6 +177,15 @@ def _dot(x, y, acc, DOT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _length(square_O, AS_DIVISOR: tl.constexpr):
+    """Its root; as a divisor infinity for 0, so that m / n is 0 and nothing is NaN."""
+    length_O = tl.sqrt(square_O)
+    if AS_DIVISOR:
+        length_O = tl.where(square_O > 0.0, length_O, float("inf"))
+    return length_O
+
+
+@triton.jit
 def norm_kernel(
     w_ptr, a_ptr, b_ptr, flags_ptr, out_ptr, O, I, R, s, w_row, w_col, chunk,
     PREDICATED: tl.constexpr, SPLIT: tl.constexpr, ONE_R: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr,
@@ -184,7 +193,7 @@ def norm_kernel(
 ):  # fmt: skip
     """out[o] = sqrt Σ_i (w[o, i] + Σ_r (s b[o, r]) a[r, i])², or with SPLIT out[chunk, o], the chunk's part of Σ.
 
-    With PREDICATED every program leaves at once when no flag is set.
+    With PREDICATED every program leaves at once when no flag is set, and a row of length zero is given as infinity.
     """
     if PREDICATED:  # noqa: SIM102 - a constant, unlike the condition inside
         if tl.max(tl.load(flags_ptr + tl.arange(0, NUM_FLAGS)), axis=0) == 0:
@@ -213,7 +222,7 @@ def norm_kernel(
     if SPLIT:
         tl.store(out_ptr + tl.program_id(1) * O + o, total_O, mask=o < O)
     else:
-        tl.store(out_ptr + o, tl.sqrt(total_O), mask=o < O)
+        tl.store(out_ptr + o, _length(total_O, PREDICATED), mask=o < O)
 
 
 @triton.jit
@@ -226,4 +235,4 @@ def finish_norm_kernel(part_ptr, flags_ptr, n_ptr, O, num_parts, PREDICATED: tl.
     total_O = tl.zeros((BLOCK_O,), tl.float32)
     for part in range(num_parts):
         total_O += tl.load(part_ptr + part * O + o, mask=o < O, other=0.0)
-    tl.store(n_ptr + o, tl.sqrt(total_O), mask=o < O)
+    tl.store(n_ptr + o, _length(total_O, PREDICATED), mask=o < O)
