@@ -267,6 +267,28 @@ def test_adapted_row_norm(shape, dtype, seed):
 
 
 @each_seed
+@each_dtype
+def test_dense_row_norm(dtype, seed):
+    t = draw((7, 5, 3, 2), dtype, seed)
+    want = reference.row_norm(t["W"].double(), t["A"].double(), t["B"].double(), S)
+    size = (t["W"].abs() + S * t["B"].abs() @ t["A"].abs()).double().norm(dim=1)
+    error = (F.dense_row_norm(t["W"], t["A"], t["B"], S).double() - want).abs()
+    assert (error <= 4 * torch.finfo(dtype).eps * size).all()
+
+
+def test_the_cheaper_form_of_the_norm_is_taken(monkeypatch):
+    assert not F.dense_is_cheaper(576, 576, 64)
+    assert F.dense_is_cheaper(576, 576, 128)
+    t = draw((7, 5, 3, 2), torch.float64)
+    base = Dense(linear_module(t["W"]))
+    norms = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(F, "dense_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
+        norms.append(FreshNorm(base)(t["A"], t["B"], S, detach=True))
+    torch.testing.assert_close(*norms)
+
+
+@each_seed
 def test_rows_that_cancel_are_summed_densely(seed):
     """s B A about -W: without the dense sum the relative error is of order 1."""
     t = draw((7, 5, 5, 3), torch.float64, seed)

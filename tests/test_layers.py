@@ -233,6 +233,39 @@ def test_the_norm_is_never_stale_after_other_writes():
     assert_fresh(layer, x)
 
 
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_without_gradients_the_numbers_are_the_same_and_never_stale(kind, dtype, method):
+    layer, x = make(kind, dtype, method=method).eval(), torch.randn(2, N, I).to(dtype)
+    writes = [
+        lambda: None,
+        lambda: layer.lora_A.data.mul_(3),
+        lambda: layer.lora_B.data.add_(1),
+        lambda: layer.lora_magnitude_vector is not None and layer.lora_magnitude_vector.data.mul_(2),
+        lambda: setattr(layer, "scale", 0.1),
+        lambda: layer.load_state_dict(make(kind, dtype, method=method).state_dict()),
+    ]
+    for write in writes:
+        write()
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                got = [layer(x), layer(x)]
+            assert torch.equal(got[0], layer(x).detach())
+            assert torch.equal(got[0], got[1])
+
+
+@methods
+def test_training_goes_on_after_inference_mode(method):
+    layer, x = make(method=method), torch.randn(N, I)
+    with torch.inference_mode():
+        want = layer(x).clone()
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), want.clone())
+    assert torch.isfinite(layer.lora_A.grad).all()
+
+
 def test_a_sharded_parameter_whose_version_stays_zero_is_seen():
     """FSDP2's unsharded parameter: a new tensor over the same memory, version 0 at every step."""
     layer, x = make(), torch.randn(N, I)
@@ -245,6 +278,9 @@ def test_a_sharded_parameter_whose_version_stays_zero_is_seen():
 
 
 def assert_fresh(layer, x):
+    with torch.no_grad():
+        without = layer(x)
+    torch.testing.assert_close(without, layer(x).detach())
     W = layer.base_layer.weight
     V = W + layer.scale * layer.lora_B @ layer.lora_A
     y = torch.nan_to_num(layer.lora_magnitude_vector / V.norm(dim=1)) * (x @ V.T) + layer.bias

@@ -60,6 +60,12 @@ class Dense:
     def row_norm_sq(self) -> Tensor:
         return F.row_norm_sq(self.W_OI)
 
+    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        # with B = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
+        if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any():
+            return F.dense_row_norm(self.W_OI, a_RI, b_OR, s)
+        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
+
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return F.times_transposed(self.W_OI, a_RI)
 
@@ -124,6 +130,9 @@ class Opaque(Dense):
         for columns in F.row_blocks(I, O):
             sums_O += self._columns(columns).to(sums_O.dtype).square().sum(0)
         return sums_O
+
+    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return self._product(a_RI.to(self.dtype)).T.to(F.sum_dtype(self.dtype))

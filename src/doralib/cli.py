@@ -88,7 +88,8 @@ def generate(
 
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
     loaded, tokenizer = load_any(model, base=base, dtype=dtype)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling = generation.Sampling(temperature=temperature, seed=seed)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
         generation.chat_loop(
             loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
@@ -140,6 +141,21 @@ def targets(
     from .recipes.inspection import list_targets
 
     console.print(list_targets(model, every=every))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, merge, accelerate or all.")],
+    out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often the subjects take turns.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model folder or .gguf; else a random SmolLM2-135M.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers of the model.")] = None,
+) -> None:
+    """Measure time and memory against LoRA, PEFT and the frozen model, in turns, in one run."""
+    from .bench import run_bench
+
+    run_bench(name, out, quick=quick, rounds=rounds, model=model, layers=layers)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 # where the terms of the expanded square are more than this times their sum, rounding has eaten 3 of its bits
 CANCELLATION = 8.0
+# the dense sweep over W costs about as much as this many multiplications an element; measured on 2 Xeon cores
+SWEEP = 16
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,6 +91,22 @@ def adapted_row_norm(
             n_sq_O[index] = torch.addmm(dense_rows(index).to(dtype), b[index], a, alpha=s).square().sum(1)
     # rounding can leave a tiny negative where W + s B A is almost zero
     return n_sq_O.clamp_min(0).sqrt()
+
+
+def dense_is_cheaper(O: int, I: int, R: int) -> bool:
+    """Whether summing W + s B A densely costs less than the expanded square, whose R x R products grow faster."""
+    return R * R * (O + I) > SWEEP * O * I
+
+
+@torch.no_grad()
+def dense_row_norm(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+    """`adapted_row_norm` by blocks of the rows themselves: no (O, I) tensor, no cancellation."""
+    dtype = sum_dtype(W_OI.dtype)
+    a, b = a_RI.to(dtype), b_OR.to(dtype)
+    n_O = b.new_empty(W_OI.shape[0])
+    for rows in row_blocks(*W_OI.shape):
+        n_O[rows] = torch.addmm(W_OI[rows].to(dtype), b[rows], a, alpha=s).square_().sum(1).sqrt_()
+    return n_O
 
 
 def gain(m_O: Tensor, n_O: Tensor) -> Tensor:

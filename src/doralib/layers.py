@@ -15,6 +15,7 @@ from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.eager import Dropout
+from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
 
 
@@ -50,6 +51,7 @@ class DoraLinear(nn.Module):
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
         self.detach_norm = config.detach_norm
         self.norm = FreshNorm(base)
+        self.inference = Inference()
         self.out_features, self.in_features = base.shape
         dtype, device = F.sum_dtype(base.dtype), base.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
@@ -68,9 +70,7 @@ class DoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
-            # the same sum as in every forward pass, so that g = m / n is exactly 1
-            n_O = self.norm(self.lora_A, self.lora_B, self.scale, detach=True)
-            self.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0))
+            self.lora_magnitude_vector.copy_(self.norm.at_start(self.lora_A, self.lora_B, self.scale))
 
     @property
     def r(self) -> int:
@@ -105,6 +105,8 @@ class DoraLinear(nn.Module):
         W_OI = self.base.W_OI
         if torch.is_autocast_enabled(x.device.type):
             W_OI = W_OI.to(x.dtype)
+        if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
+            return self._inferred(x, W_OI)
         return dora_linear(x, W_OI, self.lora_A, self.lora_B, self.gain(), self.scale, self.bias, dropout)
 
     def merged_weight(self) -> Tensor:
@@ -119,6 +121,13 @@ class DoraLinear(nn.Module):
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
         return f"{method}, r={self.r}, scale={self.scale:g}, enabled={self.enabled}"
+
+    def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
+        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if m is None:
+            return self.inference(x, W_OI, (A, B), None, self.scale, self.bias)
+        n_O = self.norm(A, B, self.scale, detach=True)
+        return self.inference(x, W_OI, (A, B, m), n_O, self.scale, self.bias)
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
         if not (self.training and self.dropout):

@@ -64,7 +64,7 @@ class _DoraLinear(torch.autograd.Function):
         if gain_O is not None:
             _scale_product(y_NO, gain_O, bias_O)
         xa_NR = _dropped(x_NI, dropout) @ a_RI.to(dtype).T
-        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s * _boost(dropout)).to(dtype).T)
+        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s * _boost(dropout)).to(dtype).T)
         kept = None if gain_O is None else y_NO.data
         keep = None if dropout is None else dropout.keep
         ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a_RI, b_OR, gain_O)
@@ -102,7 +102,7 @@ class _ExactDropout(torch.autograd.Function):
         z_NO = dropped_NI @ W_OI.T
         y_NO.addcmul_(z_NO, (gain_O - 1).to(dtype))
         xa_NR = dropped_NI @ a_RI.to(dtype).T
-        y_NO.addmm_(xa_NR, _scaled(b_OR, gain_O, s).to(dtype).T)
+        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s).to(dtype).T)
         z_NO.addmm_(xa_NR, (b_OR * s).to(dtype).T)
         ctx.save_for_backward(x_NI, xa_NR, z_NO, dropout.keep, W_OI, bias_O, a_RI, b_OR, gain_O)
         ctx.s, ctx.p = s, dropout.p
@@ -115,7 +115,7 @@ class _ExactDropout(torch.autograd.Function):
         dropout = Dropout(keep, ctx.p, exact=True)
         needs = _Needs(*ctx.needs_input_grad)
         dx = da_RI = db_OR = None
-        dxa_NR = dy_NO @ _scaled(b_OR, gain_O, ctx.s).to(dy_NO.dtype)
+        dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s).to(dy_NO.dtype)
         if needs.x:
             change_NI = torch.addmm(dxa_NR @ a_RI.to(dy_NO.dtype), dy_NO * (gain_O - 1).to(dy_NO.dtype), W_OI)
             change_NI.mul_(keep.view_as(change_NI))
@@ -123,7 +123,7 @@ class _ExactDropout(torch.autograd.Function):
         if needs.a:
             da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype).mul_(_boost(dropout))
         if needs.b:
-            db_OR = _scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, ctx.s)
+            db_OR = scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, ctx.s)
         dgain_O = _column_dots(dy_NO, z_NO) if needs.gain else None
         dbias_O = _bias_gradient(dy_NO, bias_O) if needs.bias else None
         return dx, None, dbias_O, da_RI, db_OR, dgain_O, None, None
@@ -171,7 +171,7 @@ def _low_rank_backward(needs, dy_NO, x_NI, xa_NR, factors, s, dropout):
     a_RI, b_OR, gain_O = factors
     dx = da_RI = db_OR = None
     if needs.x or needs.a:
-        dxa_NR = dy_NO @ _scaled(b_OR, gain_O, s).to(dy_NO.dtype)
+        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype)
     if needs.x:
         dx = dxa_NR @ a_RI.to(dy_NO.dtype)
         if dropout is not None:
@@ -179,7 +179,7 @@ def _low_rank_backward(needs, dy_NO, x_NI, xa_NR, factors, s, dropout):
     if needs.a:
         da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype)
     if needs.b:
-        db_OR = _scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, s)
+        db_OR = scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, s)
     return dx, da_RI, db_OR
 
 
@@ -217,7 +217,7 @@ def _scale_product(y_NO, gain_O, bias_O):
         y_NO.sub_(rest_O * bias_O.to(y_NO.dtype))
 
 
-def _scaled(b_OR, gain_O, s):
+def scaled(b_OR, gain_O, s):
     """``s g ∘ B``, a rank-sized product that saves one over (N, O)."""
     return b_OR * s if gain_O is None else b_OR * (gain_O * s)[:, None]
 

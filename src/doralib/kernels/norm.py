@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import adapted_row_norm, sum_dtype
+from ..functional import sum_dtype
 from . import on_gpu
 
 
@@ -25,14 +25,14 @@ class NormBase(Protocol):
     def row_norm_sq(self) -> Tensor:
         """Squared row lengths of W, (O,)."""
 
+    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """Row lengths of W + s B A, (O,)."""
+
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         """``W Aᵀ``, (O, R)."""
 
     def transposed_times(self, c_OR: Tensor) -> Tensor:
         """``Cᵀ W``, (R, I)."""
-
-    def dense_rows(self, index: Tensor) -> Tensor:
-        """Rows of W, (K, I)."""
 
 
 @dataclass
@@ -86,13 +86,26 @@ class FreshNorm:
         W_OI = self._base.triton_weight()
         if W_OI is not None:
             return self._on_gpu(W_OI, a_RI, b_OR, s)
-        W_sq_O, seen = self.base_norm_sq(), self._seen
+        seen = self._seen
         if seen is None or not self._still(seen, a_RI, b_OR, s):
-            U_OR = self._base.times_transposed(a_RI)
-            n_O = adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self._base.dense_rows)
-            n_O.masked_fill_(n_O == 0, float("inf"))
-            seen = self._seen = _Seen(self._base.key(), a_RI.clone(), b_OR.clone(), s, n_O)
+            seen = self._seen = self._computed(a_RI, b_OR, s)
         return seen.n_O
+
+    # a norm made in inference mode could not be kept for a later backward pass
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _computed(self, a_RI: Tensor, b_OR: Tensor, s: float) -> _Seen:
+        n_O = self._base.adapted_row_norm(self.base_norm_sq(), a_RI, b_OR, s)
+        n_O.masked_fill_(n_O == 0, float("inf"))
+        return _Seen(self._base.key(), a_RI.clone(), b_OR.clone(), s, n_O)
+
+    @torch.no_grad()
+    def at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """The true norm while B = 0, bit for bit the one that the first forward pass will find; one pass over W."""
+        if self._base.triton_weight() is None:
+            return self.base_norm_sq().sqrt()
+        n_O = self.constant(a_RI, b_OR, s)
+        return n_O.masked_fill(n_O.isinf(), 0)
 
     @torch.no_grad()
     def gradient(self, dn_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -112,12 +125,13 @@ class FreshNorm:
         """Compared and, if need be, computed on the device: the host never waits."""
         seen, key = self._seen, self._base.key()
         if seen is None or seen.key != key or seen.a_RI.shape != a_RI.shape:
-            nan = {"fill_value": float("nan"), "dtype": torch.float32, "device": W_OI.device}
-            a, b, n = (torch.full(shape, **nan) for shape in (a_RI.shape, b_OR.shape, b_OR.shape[:1]))
+            with torch.inference_mode(False):
+                empty = torch.empty_like(a_RI), torch.empty_like(b_OR), torch.empty_like(b_OR[:, 0])
+                a, b, n = (torch.full_like(t, float("nan"), dtype=torch.float32) for t in empty)
             seen = self._seen = _Seen(key, a, b, s, n)
         fused = on_gpu(W_OI)
         assert fused is not None
-        return fused.fresh_row_norm(W_OI, a_RI, b_OR, s, seen.a_RI, seen.b_OR, seen.n_O)  # type: ignore[no-any-return]
+        return fused.fresh_row_norm(W_OI, a_RI, b_OR, s, seen.a_RI, seen.b_OR, seen.n_O)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer finds its norm again."""
@@ -128,7 +142,7 @@ class FreshNorm:
         self.__init__(state["base"])  # type: ignore[misc]
 
     def _still(self, seen: _Seen, a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
-        return seen.key == self._base.key() and seen.s == s and _same(seen.a_RI, a_RI) and _same(seen.b_OR, b_OR)
+        return seen.key == self._base.key() and seen.s == s and same(seen.a_RI, a_RI) and same(seen.b_OR, b_OR)
 
 
 _handles = itertools.count()
@@ -168,7 +182,8 @@ def _row_norm_backward(ctx, dn_O):
 _row_norm_op.register_autograd(_row_norm_backward, setup_context=_remember)
 
 
-def _same(seen: Tensor, now: Tensor) -> bool:
+def same(seen: Tensor, now: Tensor) -> bool:
+    """Whether two tensors are the same in every bit that counts, dtype and device included; NaN is never the same."""
     return seen.dtype == now.dtype and seen.device == now.device and torch.equal(seen, now)
 
 

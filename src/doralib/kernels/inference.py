@@ -1,0 +1,91 @@
+"""The adapted linear layer where no gradient is wanted: generation, a token at a time.
+
+What follows from A, B, m and the norm alone is made when one of them has changed, so a call adds three small products
+to the frozen layer's own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from .eager import scaled
+from .norm import same
+
+
+class _Ready(NamedTuple):
+    """Factors in the dtype of the products, and what they were made from."""
+
+    made_from: tuple[Tensor | None, ...]
+    s: float
+    dtype: torch.dtype
+    a_RI: Tensor
+    gsb_OR: Tensor
+    rest_O: Tensor | None
+    """g - 1."""
+    shift_O: Tensor | None
+    """(g - 1) ∘ bias."""
+
+
+class Inference:
+    """``g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with the numbers of `eager.dora_linear`."""
+
+    def __init__(self) -> None:
+        self._ready: _Ready | None = None
+
+    def __call__(
+        self, x: Tensor, W_OI: Tensor, factors: tuple[Tensor, ...], n_O: Tensor | None, s: float, bias_O: Tensor | None
+    ) -> Tensor:
+        """The output, (..., O).
+
+        Args:
+            x: (..., I), in evaluation.
+            W_OI: As for `eager.dora_linear`.
+            factors: A, B and, for DoRA, m.
+            n_O: The norm, of which `FreshNorm` hands out the same tensor until A, B or s change; None for LoRA.
+            s: The scale.
+            bias_O: Added once, not scaled.
+        """
+        ready = self._ready
+        if ready is None or not self._still(ready, factors, n_O, s, bias_O, x.dtype):
+            ready = self._ready = _make(factors, n_O, s, bias_O, x.dtype)
+        y = nnf.linear(x, W_OI, None if bias_O is None else bias_O.to(x.dtype))
+        if ready.rest_O is not None:
+            y.addcmul_(y, ready.rest_O)
+            if ready.shift_O is not None:
+                y.sub_(ready.shift_O)
+        y_NO, x_NI = y.view(-1, W_OI.shape[0]), x.reshape(-1, W_OI.shape[1])
+        y_NO.addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
+        return y
+
+    def _still(
+        self,
+        ready: _Ready,
+        factors: tuple[Tensor, ...],
+        n_O: Tensor | None,
+        s: float,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+    ) -> bool:
+        *seen, seen_n, seen_bias = ready.made_from
+        if seen_n is not n_O or ready.s != s or ready.dtype != dtype or (seen_bias is None) != (bias_O is None):
+            return False
+        # the same norm says that A and B are the same, so only m is left to compare
+        watched = list(zip(seen, factors, strict=True))[2 if n_O is not None else 0 :]
+        if bias_O is not None and bias_O.requires_grad:
+            watched.append((seen_bias, bias_O))
+        return all(a is not None and same(a, b) for a, b in watched)
+
+
+def _make(
+    factors: tuple[Tensor, ...], n_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype
+) -> _Ready:
+    a, b, *m = (p.detach() for p in factors)
+    gain_O = None if n_O is None else m[0] / n_O
+    rest_O = None if gain_O is None else (gain_O - 1).to(dtype)
+    shift_O = None if rest_O is None or bias_O is None else rest_O * bias_O.detach().to(dtype)
+    copies = tuple(p.clone() for p in (a, b, *m))
+    bias_copy = None if bias_O is None else bias_O.detach().clone()
+    made_from = (*copies, n_O, bias_copy)
+    return _Ready(made_from, s, dtype, copies[0].to(dtype), scaled(b, gain_O, s).to(dtype), rest_O, shift_O)
