@@ -11,7 +11,7 @@ from ..console import console
 from .measure import Turn, interleave, spread
 from .options import GenerateOptions
 from .subjects import REFERENCE, Adapter, PeftNormCache, build, known, nudge
-from .tables import Bar, Bars, Goal, Report, Table
+from .tables import Bar, Bars, Goal, Report, Table, ratio_text
 from .workload import base_model, token_batch
 
 CACHED = "peft-dora-cached"
@@ -98,7 +98,7 @@ def _table(case: dict[str, Any]) -> Table:
     table = Table(case["name"], ["subject", "tokens/s", "quartiles", "time / base", f"time / {REFERENCE}"])
     for name, speed in case["tokens_per_second"].items():
         ratios = [case["ratios"].get(f"{name} / {under}") for under in ("base", REFERENCE)]
-        shown = [f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" if r else "" for r in ratios]
+        shown = [ratio_text(ratio) for ratio in ratios]
         quartiles = f"{speed['low']:.1f} to {speed['high']:.1f}"
         table.rows.append([name, f"{speed['median']:.1f}", quartiles, *shown])
     return table

@@ -42,12 +42,17 @@ class Rounds:
         """``over / under`` in each round."""
         return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
 
+    def _ratio(self, over: str, under: str) -> dict[str, Any]:
+        """The spread, and a second estimate: a busy neighbour only ever adds time, so the fastest rounds saw it least."""
+        of_minima = min(self.seconds[over]) / min(self.seconds[under])
+        return {**spread(self.ratios(over, under)), "of_minima": of_minima}
+
     def summary(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Everything for JSON: raw seconds with their spread, and the ratios of the pairs that took part."""
         there = [pair for pair in pairs if set(pair) <= self.seconds.keys()]
         return {
             "seconds": {name: spread(values) for name, values in self.seconds.items()},
-            "ratios": {f"{over} / {under}": spread(self.ratios(over, under)) for over, under in there},
+            "ratios": {f"{over} / {under}": self._ratio(over, under) for over, under in there},
             "orders": self.orders,
         }
 

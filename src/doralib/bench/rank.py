@@ -8,7 +8,7 @@ from ..console import console
 from .measure import Turn, interleave
 from .options import RankOptions, batch_of
 from .subjects import REFERENCE, Adapter, build, known
-from .tables import Bar, Bars, Goal, Report, Table, ms
+from .tables import Bar, Bars, Goal, Report, Table, ms, ratio_text
 from .workload import TrainingStep, base_model, token_batch
 
 SUBJECTS = (REFERENCE, "ours-dora")
@@ -49,7 +49,7 @@ def _case(base: nn.Module, tokens: str, names: list[str], options: RankOptions) 
     rounds = interleave(turns, options.rounds, options.warmup)
     lowest = _at(REFERENCE, min(options.ranks))
     pairs = [(_at(name, r), _at(REFERENCE, r)) for r in options.ranks for name in names if name != REFERENCE]
-    pairs += [(_at(name, r), lowest) for r in options.ranks for name in names]
+    pairs += [(_at(name, r), lowest) for r in options.ranks for name in names if _at(name, r) != lowest]
     return rounds.summary(list(dict.fromkeys(pairs)))
 
 
@@ -64,9 +64,7 @@ def _table(title: str, summary: dict[str, Any], names: list[str], ranks: tuple[i
         for name in names:
             over = [f"{_at(name, r)} / {under}" for under in (_at(REFERENCE, r), lowest)]
             found = [summary["ratios"].get(key) for key in over]
-            shown = [
-                f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else "" for ratio in found
-            ]
+            shown = [ratio_text(ratio) for ratio in found]
             table.rows.append([name, str(r), ms(summary["seconds"][_at(name, r)]["median"]), *shown])
     return table
 

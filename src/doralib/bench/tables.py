@@ -82,13 +82,22 @@ class Report:
 def timing_table(title: str, summary: dict[str, Any], others: Sequence[str] = ("peft-dora",)) -> Table:
     """One case: milliseconds and ratios, a subject a row."""
     over = [name for name in (REFERENCE, *others) if any(key.endswith(f" / {name}") for key in summary["ratios"])]
-    table = Table(title, ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles)" for name in over)])
+    table = Table(
+        title, ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles; of minima)" for name in over)]
+    )
     for name, seconds in summary["seconds"].items():
         ratios = [summary["ratios"].get(f"{name} / {other}") for other in over]
-        shown = [f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" if r else "" for r in ratios]
+        shown = [ratio_text(ratio) for ratio in ratios]
         quartiles = f"{ms(seconds['low'])} to {ms(seconds['high'])}"
         table.rows.append([name, ms(seconds["median"]), quartiles, ms(seconds["min"]), *shown])
     return table
+
+
+def ratio_text(ratio: dict[str, Any] | None) -> str:
+    """Median, quartiles and the ratio of the fastest rounds, or nothing."""
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}; {ratio['of_minima']:.3f})"
 
 
 def ratio_bars(summary: dict[str, Any], reference: str = REFERENCE) -> list[Bar]:
@@ -121,6 +130,8 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
         f"{machine['date']}; load average at the start {load}.",
         *(["", *(f"- {note}" for note in report.notes)] if report.notes else []),
     ]
+    if machine["load_average"][0] > 0.5:
+        head += ["", "**The machine was busy before the start; these times are not to be quoted.**"]
     tables = [*([goal_table(report.goals)] if report.goals else []), *report.tables]
     return "\n".join([*head, *(line for table in tables for line in ["", *_lines(table)])]) + "\n"
 
