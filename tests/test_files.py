@@ -74,6 +74,23 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path):
     assert names(tmp_path / "out") == ["old"]
 
 
+def test_a_folder_set_aside_comes_back_when_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = Path.replace
+
+    def refuse_new(path, target):
+        if path.suffix == ".part":
+            raise PermissionError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_new)
+    with pytest.raises(PermissionError), replacing(tmp_path / "out") as part:
+        part.mkdir()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
 def test_what_a_killed_run_left_is_cleared_and_brought_back(tmp_path):
     child = os.fork()
     if child == 0:
