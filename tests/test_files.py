@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from doralib.checkpoints import Checkpoint, read_rows, read_whole
+from doralib.checkpoints import Checkpoint, copy_bytes, read_rows, read_whole
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, replacing, write_json, write_tensors
 
@@ -201,6 +201,21 @@ def test_rows_are_read_as_stored(tmp_path):
         torch.testing.assert_close(read_whole(slots[name]), tensor, rtol=0, atol=0)
     torch.testing.assert_close(read_rows(slots["b.weight"], slice(2, 5)), TENSORS["b.weight"][2:5], rtol=0, atol=0)
     torch.testing.assert_close(read_rows(slots["half"], slice(1, 9)), TENSORS["half"][1:].view(1, 6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_range_is_copied_to_another_place(tmp_path, monkeypatch, kernel):
+    def cannot(*_args):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not kernel:
+        monkeypatch.setattr(os, "copy_file_range", cannot)
+    (tmp_path / "a").write_bytes(bytes(range(20)))
+    (tmp_path / "b").write_bytes(b"-" * 12)
+    copy_bytes(tmp_path / "a", 7, 5, tmp_path / "b", 2)
+    assert (tmp_path / "b").read_bytes() == b"--" + bytes(range(7, 12)) + b"-----"
+    with pytest.raises(DoraError, match="became shorter"):
+        copy_bytes(tmp_path / "a", 18, 5, tmp_path / "b", 0)
 
 
 def sharded(folder: Path) -> None:
