@@ -59,7 +59,8 @@ def fresh_row_norm(
     Args:
         seen_a_RI: float32, contiguous; start it as NaN. Overwritten by A.
         seen_sb_OR: likewise for s B, so that a new s is seen too.
-        n_O: float32; overwritten where a change was found, infinity for a row of length zero. W is not watched: start again when it changes.
+        n_O: float32; overwritten where a change was found, infinity for a row of length zero. W is not watched: start
+            again when it changes.
     """
     a_RI, b_OR = a_RI.contiguous(), b_OR.contiguous()
     flags = torch.empty(_NUM_FLAGS, dtype=torch.int32, device=W_OI.device)
