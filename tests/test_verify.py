@@ -13,7 +13,7 @@ from doralib import DoraConfig, adapt, save_adapter
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_tensors
 from doralib.gguf import expand_gguf, local_base
-from doralib.merge import merge_checkpoint
+from doralib.merging import merge_checkpoint
 from doralib.models import load_any
 from doralib.verify import verify_merge
 

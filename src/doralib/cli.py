@@ -114,7 +114,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into a checkpoint, tensor by tensor."""
-    from .recipes.merging import merge_command
+    from .recipes.merge import merge_command
 
     merge_command(adapter, base, out, dtype=dtype, verify=verify, overwrite=overwrite)
 

@@ -155,10 +155,10 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
         In `sum_dtype`; the caller casts it, once.
     """
     dtype = sum_dtype(W_OI.dtype)
-    V_OI = torch.addmm(W_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=s)
+    V_OI = W_OI.to(dtype, copy=True).addmm_(b_OR.to(dtype), a_RI.to(dtype), alpha=s)
     if m_O is None:
         return V_OI
-    return V_OI.mul_(gain(m_O.to(dtype), V_OI.square().sum(1).sqrt())[:, None])
+    return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 @contextmanager
 def local_base(base: str | Path, scratch: Path) -> Iterator[Path]:
-    """A folder, or one .safetensors file, that `merge.merge_checkpoint` takes, for whatever names a base model.
+    """A folder, or one .safetensors file, that `merging.merge_checkpoint` takes, for whatever names a base model.
 
     Args:
         base: such a folder or file itself, a .gguf file, or a hub name, of which the local cache is asked first.

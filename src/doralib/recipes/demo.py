@@ -17,7 +17,7 @@ from ..evaluation import evaluate, load_tasks
 from ..files import read_json
 from ..models import load_any
 from .assets import DEFAULT_CACHE, Assets, are_cached, demo_assets
-from .merging import merge_command
+from .merge import merge_command
 from .reading import read_recipe
 from .text import train
 

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from rich.progress import Progress
+
 from ..console import console
 from ..errors import DoraError, UsageError
 from ..files import read_json
-from ..merge import MergeSummary, merge_checkpoint
+from ..gguf import local_base
+from ..merging import MergeSummary, merge_checkpoint
 from ..verify import verify_merge
 
 
@@ -20,13 +23,23 @@ def merge_command(
     """
     named = base or base_of(adapter)
     console.print(f"merging {adapter} into {named}")
-    summary = merge_checkpoint(adapter, named, out, dtype=dtype, overwrite=overwrite)
-    console.print(summary.text())
-    if verify:
-        check = verify_merge(out, adapter, named)
-        console.print(check.text())
-        if not check.passed:
-            raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
+    with local_base(named, out) as folder:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("merging", total=None)
+            summary = merge_checkpoint(
+                adapter,
+                folder,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        console.print(summary.text())
+        if verify:
+            check = verify_merge(out, adapter, folder)
+            console.print(check.text())
+            if not check.passed:
+                raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
     return summary
 
 

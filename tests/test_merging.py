@@ -16,7 +16,7 @@ from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.fitting import fit
 from doralib.formats import to_peft
-from doralib.merge import merge_checkpoint
+from doralib.merging import merge_checkpoint
 from doralib.state import AdapterState, LayerAdapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,7 +182,7 @@ def test_row_blocks_give_the_whole_formula_bit_for_bit_and_stay_small(tmp_path, 
         blocks.append(block.nbytes)
         return block
 
-    monkeypatch.setattr(sys.modules["doralib.merge"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.merging"], "read_rows", recorded)
     monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 32 * in_)
     merge_checkpoint(folder, base, tmp_path / "out")
     same(
