@@ -22,7 +22,7 @@ def write_bars(bars: Bars, path: Path) -> Path:
     figure = new_figure(width=7.5, height=1.4 + 0.24 * num_bars)
     axes = figure.add_subplot()
     _draw(axes, bars, colours)
-    axes.set_title(bars.title, loc="left", fontsize=11)
+    axes.set_title(bars.title, loc="left", fontsize=11, pad=14)
     axes.set_xlabel(bars.axis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)

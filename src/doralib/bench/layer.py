@@ -16,7 +16,7 @@ from .subjects import Adapter, build, known, nudge, pairs, usual
 from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
 from .tables import ms as milliseconds
 
-_LIMITS = {"with_output": 16.2e6, "without_output": 8.2e6}
+_LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
 
 

@@ -43,7 +43,7 @@ class Rounds:
         return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
 
     def _ratio(self, over: str, under: str) -> dict[str, Any]:
-        """The spread, and a second estimate: a busy neighbour only ever adds time, so the fastest rounds saw it least."""
+        """The spread; and as a neighbour on the machine only ever adds time, the ratio of the fastest rounds."""
         of_minima = min(self.seconds[over]) / min(self.seconds[under])
         return {**spread(self.ratios(over, under)), "of_minima": of_minima}
 
@@ -98,6 +98,36 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()),
     }
+
+
+class Neighbours:
+    """How much of the machine other processes take while this one measures."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._before = _busy_seconds(), _own_seconds()
+
+    def cores(self) -> float | None:
+        """Cores kept busy by others since this was made, on average; None where the system does not tell."""
+        busy, own, (busy_before, own_before) = _busy_seconds(), _own_seconds(), self._before
+        if busy is None or busy_before is None:
+            return None
+        others = (busy - busy_before) - (own - own_before)
+        return round(max(0.0, others / (time.perf_counter() - self._start)), 2)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked, for anybody, since the machine started."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, path.read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """What this process and its ended children have used."""
+    return sum(os.times()[:4])
 
 
 def _timed(turn: Turn) -> float:

@@ -13,7 +13,7 @@ from .adapt import bench_adapt
 from .figures import write_bars
 from .generate import bench_generate
 from .layer import bench_layer
-from .measure import machine
+from .measure import Neighbours, machine
 from .memory import bench_memory
 from .merging import report_merge
 from .rank import bench_rank
@@ -78,8 +78,9 @@ def _checked(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> dict[str, Any]:
     # asked before the measurement, which loads the machine itself
-    where = machine()
+    where, neighbours = machine(), Neighbours()
     report = bench.measure(options)
+    where["cores_busy_elsewhere"] = neighbours.cores()
     value = report.to_json(where)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{report.name}.json", value)

@@ -8,6 +8,9 @@ from rich.table import Table as RichTable
 
 from .subjects import REFERENCE
 
+QUIET = 0.15
+"""Cores that other processes may keep busy, on average, before a report says so."""
+
 
 @dataclass
 class Table:
@@ -130,8 +133,8 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
         f"{machine['date']}; load average at the start {load}.",
         *(["", *(f"- {note}" for note in report.notes)] if report.notes else []),
     ]
-    if machine["load_average"][0] > 0.5:
-        head += ["", "**The machine was busy before the start; these times are not to be quoted.**"]
+    if (others := machine["cores_busy_elsewhere"]) and others > QUIET:
+        head += ["", f"**Other processes kept {others:g} cores busy meanwhile: these times are not to be quoted.**"]
     tables = [*([goal_table(report.goals)] if report.goals else []), *report.tables]
     return "\n".join([*head, *(line for table in tables for line in ["", *_lines(table)])]) + "\n"
 
