@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import console
-from .errors import DoraError
+from .errors import DoraError, UsageError
 
 app = typer.Typer(
     name="doralib",
@@ -145,17 +145,17 @@ def targets(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, merge, accelerate or all.")],
+    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, merge or all.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often the subjects take turns.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder or .gguf; else a random SmolLM2-135M.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers of the model.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
 ) -> None:
     """Measure time and memory against LoRA, PEFT and the frozen model, in turns, in one run."""
-    from .bench import run_bench
+    from .bench.runner import run_bench
 
-    run_bench(name, out, quick=quick, rounds=rounds, model=model, layers=layers)
+    if bare := [option for option in options or [] if "=" not in option]:
+        raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
+    run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 
 
 @app.command()

@@ -1,28 +1,36 @@
-"""The operators a layer computes with: one public function each, and which file's is used where.
+"""The operators a layer computes with, one public function each, and which file's is used where.
 
-`eager` is plain torch, for every device and dtype. On a GPU with Triton `fused` takes its place.
+`eager` is plain torch, for every device and dtype. On a GPU where Triton's kernels have passed their trial `fused`
+takes its place.
 """
 
 import importlib
 import importlib.util
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_passed: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def on_gpu(tensor: Tensor) -> ModuleType | None:
-    """`fused`, where its Triton kernels take this tensor: on a GPU, not in float64."""
-    if not tensor.is_cuda or tensor.dtype == torch.float64 or not _has_triton():
+    """`fused`, where it takes this tensor: on a GPU, not in float64, once its numbers there were found right."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64:
         return None
-    return importlib.import_module(".fused", __name__)
+    key = (tensor.device, tensor.dtype)
+    # a compiler that looks on must not trace the trial
+    if key not in _passed and not torch.compiler.is_compiling():
+        _passed[key] = _try(*key)
+    return importlib.import_module(".fused", __name__) if _passed.get(key, False) else None
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    trial = importlib.import_module(".trial", __name__)
+    return bool(trial.passes(importlib.import_module(".fused", __name__), device, dtype))
 
 
 def dora_linear(x: Tensor, *operands: Any) -> Tensor:
