@@ -1,4 +1,4 @@
-"""Adapter file formats: for each, a pair of pure functions between its tensors and ours."""
+"""PEFT: adapter_model.safetensors and adapter_config.json."""
 
 import re
 from collections import Counter
@@ -7,13 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import DoraConfig
-from .errors import DoraError
-from .state import AdapterState, LayerAdapter
+from ..config import DoraConfig
+from ..errors import DoraError
+from ..state import AdapterState, LayerAdapter
 
 _PEFT_PREFIX = "base_model.model."
-_PEFT_FIELDS = {"lora_A.weight": "a_RI", "lora_B.weight": "b_OR", "lora_magnitude_vector": "m_O"}
-_PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PEFT_FIELDS))})")
+_FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
+# kinds of layers with keys of their own; PEFT has no transposed convolutions, so those are ours
+_FACTORS_OF = {
+    "embedding": {"a_RI": "lora_embedding_A", "b_OR": "lora_embedding_B"},
+    "transposed_convolution": {"a_RI": "lora_transposed_A.weight", "b_OR": "lora_transposed_B.weight"},
+}
+_MAGNITUDE = "lora_magnitude_vector"
+# (field, kind) by key; kind "": linear or convolution, as the shapes say
+_MEANINGS = {_MAGNITUDE: ("m_O", "")} | {
+    key: (field, kind) for kind, keys in {"": _FACTORS, **_FACTORS_OF}.items() for field, key in keys.items()
+}
+_PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _MEANINGS))})")
 # settings that PEFT's file shares with ours, by the same name
 _SHARED = (
     "r",
@@ -49,20 +59,23 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     """
     config = _peft_config(settings)
     parts: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, set[str]] = {}
     extra: dict[str, Tensor] = {}
     problems = []
     for key, tensor in tensors.items():
         name = key.removeprefix(_PEFT_PREFIX)
         if match := _PEFT_LAYER.fullmatch(name):
-            parts.setdefault(match[1], {})[_PEFT_FIELDS[match[2]]] = tensor
+            field, kind = _MEANINGS[match[2]]
+            parts.setdefault(match[1], {})[field] = tensor
+            kinds.setdefault(match[1], set()).update({kind} - {""})
         elif _is_extra(name, config):
             extra[name.replace(".base_layer.", ".")] = tensor
         else:
-            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a linear DoRA or LoRA adapter")
+            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
     layers = {}
     for layer, found in parts.items():
         try:
-            layers[layer] = _peft_layer(layer, found, config)
+            layers[layer] = _peft_layer(layer, found, "".join(sorted(kinds[layer])), config)
         except DoraError as error:
             problems.append(f"{layer}: {error}")
     if not layers and not extra and not problems:
@@ -76,10 +89,11 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     """Our adapter as PEFT's tensors and settings."""
     tensors = {}
     for layer, adapter in state.layers.items():
-        for key, field in _PEFT_FIELDS.items():
-            tensor = getattr(adapter, field)
-            if tensor is not None:
-                tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = tensor
+        for field, key in _FACTORS_OF.get(adapter.kind, _FACTORS).items():
+            tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = getattr(adapter, field)
+        if adapter.m_O is not None:
+            shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
+            tensors[f"{_PEFT_PREFIX}{layer}.{_MAGNITUDE}"] = adapter.m_O.reshape(shape)
     for name, tensor in state.extra.items():
         module, _, field = name.rpartition(".")
         # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
@@ -118,19 +132,32 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
     return DoraConfig(method=method, dropout_mode="exact", **values)
 
 
-def _peft_layer(layer: str, found: dict[str, Tensor], config: DoraConfig) -> LayerAdapter:
-    missing = [key for key, field in _PEFT_FIELDS.items() if field not in found]
+def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
+    keys = _FACTORS_OF.get(kind, _FACTORS)
+    missing = [key for field, key in keys.items() if field not in found]
     if config.method == "lora":
         if "m_O" in found:
             raise DoraError("has a lora_magnitude_vector, but use_dora is false in the settings")
-        missing = [key for key in missing if _PEFT_FIELDS[key] != "m_O"]
+    elif "m_O" not in found:
+        missing.append(_MAGNITUDE)
     if missing:
         raise DoraError(f"lacks {', '.join(missing)}")
-    if found["a_RI"].dim() != 2 or found["b_OR"].dim() != 2:
-        raise DoraError("is not the adapter of a linear layer (a convolution's, by its shapes)")
-    if found["a_RI"].shape[0] != config.rank_of(layer):
-        raise DoraError(f"lora_A has rank {found['a_RI'].shape[0]}, the settings say {config.rank_of(layer)}")
-    return LayerAdapter(found["a_RI"], found["b_OR"], found.get("m_O"), config.scale_of(layer))
+    a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
+    if a.shape[0] != config.rank_of(layer):
+        raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")
+    if a.dim() > 2:
+        _refuse_groups(a, b)
+        m = m.flatten() if m is not None and m.numel() == b.shape[0] else m
+    return LayerAdapter(a, b, m, config.scale_of(layer), kind)
+
+
+def _refuse_groups(a: Tensor, b: Tensor) -> None:
+    """PEFT lets A mix all inputs of a grouped convolution, and takes norms of a weight that this is no change of."""
+    if b.dim() == a.dim() and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        raise DoraError(
+            f"is PEFT's adapter of a grouped convolution (A {tuple(a.shape)}, B {tuple(b.shape)}): it mixes channels "
+            "across groups, so it is no change of the grouped weight and cannot be merged; train it anew with doralib"
+        )
 
 
 def _is_extra(name: str, config: DoraConfig) -> bool:

@@ -1,0 +1,102 @@
+"""Adapter file formats: for each, a pair of pure functions between its tensors and settings and ours."""
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError, did_you_mean
+from ..state import AdapterState
+from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, tensorrt, torchtune
+from .content import Content, Format, Found, Given
+from .peft import from_peft, to_peft
+
+__all__ = ["FORMATS", "Content", "Format", "Found", "Given", "detect", "format_named", "from_peft", "to_peft"]
+
+
+def _is_peft(content: Content) -> bool:
+    named = any(key.startswith("base_model.model.") for key in content.tensors)
+    ours = named or (content.settings.get("peft_type") == "LORA" and "use_dora" in content.settings)
+    others = (nvlabs.detect, torchtune.detect_export, fsdp_qlora.detect, tensorrt.detect)
+    return ours and not any(other(content) for other in others)
+
+
+def _read_peft(content: Content, _given: Given) -> Found:
+    if not content.settings:
+        raise DoraError("PEFT's adapter_config.json is missing beside the tensors; without it alpha is unknown")
+    return Found(*from_peft(content.tensors, content.settings))
+
+
+def _write_peft(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
+    return Content(*to_peft(config, state))
+
+
+_CONFIG = "adapter_config.json"
+FORMATS = {
+    each.name: each
+    for each in (
+        Format("peft", "PEFT", _is_peft, _read_peft, _write_peft, settings_file=_CONFIG),
+        Format("nvlabs", "NVlabs/DoRA", nvlabs.detect, nvlabs.read, None, "adapter_model.bin", _CONFIG),
+        Format("kohya", "kohya / LyCORIS", kohya.detect, kohya.read, kohya.write, "lora.safetensors"),
+        Format("ai-toolkit", "ai-toolkit", aitoolkit.detect, aitoolkit.read, aitoolkit.write, "lora.safetensors"),
+        Format(
+            "diffusers",
+            "diffusers",
+            diffusers.detect,
+            diffusers.read,
+            diffusers.write,
+            "pytorch_lora_weights.safetensors",
+        ),
+        Format("mlx", "MLX-LM", mlx.detect, mlx.read, mlx.write, "adapters.safetensors", _CONFIG),
+        Format(
+            "torchtune",
+            "torchtune",
+            torchtune.detect_live,
+            torchtune.read_live,
+            torchtune.write_live,
+            "adapter_model.pt",
+            _CONFIG,
+        ),
+        Format(
+            "torchtune-export",
+            "torchtune's export",
+            torchtune.detect_export,
+            torchtune.read_export,
+            None,
+            settings_file=_CONFIG,
+        ),
+        Format(
+            "fsdp-qlora",
+            "fsdp_qlora",
+            fsdp_qlora.detect,
+            fsdp_qlora.read,
+            fsdp_qlora.write,
+            "model_state_dict.safetensors",
+        ),
+        Format("tensorrt", "TensorRT-LLM", tensorrt.detect, tensorrt.read, None, settings_file=_CONFIG),
+    )
+}
+
+
+def detect(content: Content) -> Format:
+    """The one format that a file is in, by its keys and settings.
+
+    Raises:
+        DoraError: if it is none, or several.
+    """
+    fits = [each for each in FORMATS.values() if each.detect(content)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        names = ", ".join(each.name for each in fits)
+        raise DoraError(f"the file could be of several formats ({names}); say which")
+    keys = sorted(content.tensors)
+    shown = "\n  ".join(f"{key} {tuple(content.tensors[key].shape)}" for key in keys[:5]) or "no tensors"
+    raise DoraError(f"no known adapter has these tensors ({len(keys)}):\n  {shown}\n  known: {', '.join(FORMATS)}")
+
+
+def format_named(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"{name!r} is no adapter format{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}")
+    return FORMATS[name]

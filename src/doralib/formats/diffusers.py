@@ -1,0 +1,171 @@
+"""diffusers: pytorch_lora_weights.safetensors, keys by part of the pipeline, settings in the file's metadata."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError
+from ..state import AdapterState, LayerAdapter
+from .components import COMPONENTS, component_of, guessed
+from .content import Content, Found, Given, only_layers, refuse
+from .parts import alpha_of, commonest, config_for, gathered, layers_of, number
+
+METADATA = "lora_adapter_metadata"
+_FIELDS = {
+    "lora.down.weight": "a",
+    "lora.up.weight": "b",
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_linear_layer.down.weight": "a",
+    "lora_linear_layer.up.weight": "b",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+    "alpha": "alpha",
+}
+_KEYS = {"a": "lora.down.weight", "b": "lora.up.weight", "m": "lora_magnitude_vector"}
+# a unet's keys are diffusers' own; every other part's are PEFT's
+_WRITTEN = {
+    True: {"a": "lora.down.weight", "b": "lora.up.weight", "m": "lora_magnitude_vector"},
+    False: {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"},
+}
+
+
+def detect(content: Content) -> bool:
+    """Whether keys begin with a part of a pipeline, and a magnitude, if any, is PEFT's."""
+    keys = [key for key in content.tensors if ".lora" in key]
+    parts = METADATA in content.metadata or any(component_of(key) for key in keys)
+    return parts and bool(keys) and not any(key.endswith(".magnitude") for key in content.tensors)
+
+
+def read(content: Content, given: Given) -> Found:
+    """diffusers' adapter, names with their part in front; without metadata alpha is the rank, as diffusers takes it.
+
+    Raises:
+        DoraError: listing everything that does not belong.
+    """
+    parts, problems = gathered(content.tensors, _FIELDS)
+    problems += [
+        f"{name}: begins with no part of a pipeline ({', '.join(COMPONENTS)})"
+        for name in parts
+        if component_of(name) is None
+    ]
+    settings, notes = _settings(content.metadata, parts, given)
+    problems += _without_magnitude(parts, settings)
+
+    def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
+        own = settings.get(component_of(name) or "")
+        rank = part["a"].shape[0]
+        if own is not None and own.rank_of(_inside(name)) != rank:
+            raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(_inside(name))}")
+        if "alpha" in part:
+            scale = number(part["alpha"]) / rank
+        else:
+            scale = (given.alpha or rank) / rank if own is None else own.scale_of(_inside(name))
+        m_O = part["m"].flatten() if "m" in part else None
+        return LayerAdapter(part["a"], part["b"], m_O, scale)
+
+    layers = layers_of(parts, layer, _KEYS, problems)
+    refuse("the diffusers adapter", problems)
+    return Found(config_for(layers, dropout_mode="exact"), AdapterState(layers), notes)
+
+
+def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
+    """The adapter for a pipeline's load_lora_weights, with the metadata without which diffusers forgets alpha.
+
+    Raises:
+        UsageError: if it cannot be told which part of a pipeline the layers belong to, or whole tensors were trained.
+    """
+    only_layers(state, "diffusers")
+    named = with_components(state, given)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for part in sorted({component_of(name) or "" for name in named}):
+        layers = {name: layer for name, layer in named.items() if component_of(name) == part}
+        keys = _WRITTEN[part == "unet"]
+        for name, layer in layers.items():
+            tensors |= {f"{name}.{keys['a']}": layer.a_RI, f"{name}.{keys['b']}": layer.b_OR}
+            if layer.m_O is not None:
+                tensors[f"{name}.{keys['m']}"] = layer.m_O.reshape(magnitude_shape(layer))
+        metadata |= {f"{part}.{field}": value for field, value in _lora_config(layers, config).items()}
+    return Content(tensors, {}, {METADATA: json.dumps(metadata, indent=2, sort_keys=True)})
+
+
+def with_components(state: AdapterState, given: Given) -> dict[str, LayerAdapter]:
+    """Layers by names with their part of a pipeline in front.
+
+    Raises:
+        UsageError: if it cannot be told.
+    """
+    if all(component_of(name) for name in state.layers):
+        return dict(state.layers)
+    part = given.component or guessed(list(state.layers))
+    if part not in COMPONENTS:
+        raise UsageError(
+            f"which part of a pipeline is {next(iter(state.layers))}? Give --component, one of {', '.join(COMPONENTS)}"
+        )
+    return {f"{part}.{name}": layer for name, layer in state.layers.items()}
+
+
+def magnitude_shape(layer: LayerAdapter) -> tuple[int, ...]:
+    """PEFT's: (O,) for a linear layer, (1, O, 1...) for a convolution."""
+    spatial = layer.a_RI.dim() - 2
+    return (1, -1, *[1] * spatial) if spatial else (-1,)
+
+
+def _settings(
+    metadata: Mapping[str, str], parts: Mapping[str, Any], given: Given
+) -> tuple[dict[str, DoraConfig], tuple[str, ...]]:
+    """Settings of each part, and what is assumed of parts that have none."""
+    text = metadata.get(METADATA)
+    if text is None:
+        if all("alpha" in part for part in parts.values()):
+            return {}, ()
+        taken = "the rank, as diffusers itself does" if given.alpha is None else f"{given.alpha:g}, as given"
+        return {}, (f"the file says no alpha (no {METADATA}): taken as {taken}",)
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise DoraError(f"{METADATA} in the file is not whole JSON; save the adapter again") from None
+    configs = {}
+    for part in COMPONENTS:
+        own = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
+        if own:
+            fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            method = "dora" if own.get("use_dora") else "lora"
+            configs[part] = DoraConfig(method=method, **{f: own[f] for f in fields if own.get(f) is not None})
+    return configs, ()
+
+
+def _without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, DoraConfig]) -> list[str]:
+    """Parts said to be DoRA that have no magnitude, which `layers_of` does not know."""
+    return [
+        f"{part}: use_dora is set, but there is not one lora_magnitude_vector"
+        for part, config in settings.items()
+        if config.method == "dora" and not any("m" in parts[name] for name in parts if component_of(name) == part)
+    ]
+
+
+def _lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict[str, Any]:
+    """What PEFT's LoraConfig needs to make these layers again."""
+    inner = {_inside(name): layer for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in inner.items()}
+    alphas = {name: alpha_of(layer) for name, layer in inner.items()}
+    r, alpha = commonest(ranks), commonest(alphas)
+    return {
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != r},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(inner),
+        "use_dora": any(layer.m_O is not None for layer in inner.values()),
+        "lora_dropout": config.lora_dropout,
+        "bias": "none",
+    }
+
+
+def _inside(name: str) -> str:
+    return name.partition(".")[2]

@@ -1,0 +1,210 @@
+"""kohya's sd-scripts and LyCORIS: one safetensors file, module paths with underscores, a length per output (or not)."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError, nearest
+from ..state import AdapterState, LayerAdapter
+from .components import component_of, within
+from .content import Content, Found, Given, only_layers, refuse
+from .parts import alpha_of, config_for, gathered, layers_of, number
+
+_KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
+_FIELDS = {key: field for field, key in _KEYS.items()}
+# prefix of a key to the parts of a pipeline that it may mean; none: the model itself
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_transformer": ("transformer",),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    "lycoris": (),
+}
+_PREFIX_OF = {
+    "unet": "lora_unet",
+    "transformer": "lora_unet",
+    "text_encoder": "lora_te1",
+    "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
+}
+_OTHER_KINDS = ("hada_", "lokr_", "oft_", "boft_", "glora_", "on_input", "diff", "w_norm", "b_norm")
+
+
+def detect(content: Content) -> bool:
+    """Whether keys are paths with underscores, as kohya's and LyCORIS'; ai-toolkit's say magnitude for dora_scale."""
+    heads = {key.split(".")[0] for key in content.tensors}
+    ours = any(head.startswith(f"{prefix}_") for head in heads for prefix in PREFIXES)
+    return ours and not any(key.endswith(".magnitude") for key in content.tensors)
+
+
+def read(content: Content, given: Given) -> Found:
+    """kohya's or LyCORIS' adapter, its names looked up among the base model's.
+
+    Raises:
+        UsageError: if no base model is given to look the names up in.
+        DoraError: listing every name that is not there or could be two modules, every magnitude along the input axis,
+            and all else that does not belong.
+    """
+    return read_fields(content, given, _KEYS, "the kohya / LyCORIS adapter")
+
+
+def read_fields(content: Content, given: Given, keys: Mapping[str, str], title: str) -> Found:
+    """The same, with the keys' endings by our field."""
+    refuse(title, _other_kinds(content.tensors))
+    parts, problems = gathered(content.tensors, {key: field for field, key in keys.items()})
+    names, unresolved = resolved(list(parts), given)
+    problems += unresolved
+    without_alpha = [name for name, part in parts.items() if "alpha" not in part]
+
+    def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
+        a, b = _expanded(part)
+        alpha = number(part["alpha"]) if "alpha" in part else given.alpha or a.shape[0]
+        m_O = lengths(part["m"], b.shape[0], a.shape[1]) if "m" in part else None
+        return LayerAdapter(a, b, m_O, alpha / a.shape[0])
+
+    layers = layers_of(parts, layer, keys, problems)
+    problems += _misfits({names[name]: layer for name, layer in layers.items() if name in names}, given)
+    refuse(title, problems)
+    renamed = {names[name]: layer for name, layer in layers.items()}
+    assumed = "the rank" if given.alpha is None else f"{given.alpha:g}, as given"
+    notes = [f"{len(without_alpha)} layers have no alpha: taken as {assumed}"] if without_alpha else []
+    return Found(config_for(renamed, dropout_mode="adapter"), AdapterState(renamed), tuple(notes))
+
+
+def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
+    """The adapter as kohya and LyCORIS (wd_on_output) write it.
+
+    Raises:
+        UsageError: if whole tensors were trained, or two names become the same with underscores.
+    """
+    return write_fields(state, given, _KEYS)
+
+
+def write_fields(state: AdapterState, given: Given, keys: Mapping[str, str]) -> Content:
+    """The same, with the keys' endings by our field."""
+    only_layers(state, "kohya / LyCORIS")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in state.layers.items():
+        key = underscored(name, given.component)
+        if f"{key}.{keys['a']}" in tensors:
+            raise UsageError(f"{name} and another layer are both {key} in a file with underscores for dots")
+        tensors[f"{key}.{keys['a']}"] = layer.a_RI
+        tensors[f"{key}.{keys['b']}"] = layer.b_OR
+        tensors[f"{key}.{keys['alpha']}"] = torch.tensor(alpha_of(layer))
+        if layer.m_O is not None:
+            shape = (-1, *[1] * (layer.a_RI.dim() - 1))
+            tensors[f"{key}.{keys['m']}"] = layer.m_O.reshape(shape if keys["m"] == "dora_scale" else (-1,))
+    ranks = {layer.rank for layer in state.layers.values()}
+    alphas = {alpha_of(layer) for layer in state.layers.values()}
+    metadata = {"ss_network_module": "lycoris.kohya", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
+    return Content(tensors, {}, metadata)
+
+
+def underscored(name: str, component: str | None) -> str:
+    """A module's key in a file of this kind."""
+    part = component_of(name) or component
+    prefix = _PREFIX_OF.get(part or "", "lycoris")
+    return f"{prefix}_{within(name, part)}".replace(".", "_")
+
+
+def resolved(keys: list[str], given: Given) -> tuple[dict[str, str], list[str]]:
+    """Module names by keys with underscores, and a line for each that has none or several.
+
+    Raises:
+        UsageError: if there are no names to look among.
+    """
+    if not given.shapes:
+        raise UsageError(
+            f"names like {keys[0] if keys else 'lora_unet_...'} have underscores for dots; which are which, only the "
+            "base model's own names can say: give --base MODEL"
+        )
+    known: dict[str, list[str]] = defaultdict(list)
+    for module in given.shapes:
+        known[module.replace(".", "_")].append(module)
+    names, problems = {}, []
+    for key in keys:
+        found = _candidates(key, known)
+        if len(found) == 1:
+            names[key] = found[0]
+        elif found:
+            problems.append(f"{key}: is ambiguous, it could be {' or '.join(found)}")
+        else:
+            near = nearest(key.partition("_")[2], known, count=1)
+            hint = f" (the nearest is {known[near[0]][0]})" if near else ""
+            problems.append(f"{key}: no module of the base model has this name{hint}")
+    taken: dict[str, str] = {}
+    for key, name in names.items():
+        if name in taken:
+            problems.append(f"{key}: is {name}, which {taken[name]} is too")
+        taken[name] = key
+    return names, problems
+
+
+def lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
+    """dora_scale as one length per output, (O,).
+
+    Raises:
+        DoraError: if it has one per input, or it cannot be told.
+    """
+    shape = tuple(scale.shape)
+    per_input = f"dora_scale {shape} has one length per input ({num_in}; LyCORIS with wd_on_output=False)"
+    cannot = "DoRA and every other format keep one per output, and the one cannot be written as the other: "
+    remedy = "merge it with LyCORIS into its base model"
+    if scale.dim() == 1:
+        if num_out == num_in == shape[0]:
+            raise DoraError(f"dora_scale {shape} of a square layer: one length per output or per input? Ambiguous")
+        if shape[0] == num_in:
+            raise DoraError(f"{per_input}; {cannot}{remedy}")
+    if scale.numel() == num_out and shape[0] == num_out:
+        return scale.flatten()
+    if scale.dim() > 1 and scale.numel() == num_in == shape[1]:
+        raise DoraError(f"{per_input}; {cannot}{remedy}")
+    raise DoraError(f"dora_scale {shape} fits neither the {num_out} outputs nor the {num_in} inputs")
+
+
+def _candidates(key: str, known: Mapping[str, list[str]]) -> list[str]:
+    found: list[str] = []
+    for prefix, parts in PREFIXES.items():
+        if not key.startswith(f"{prefix}_"):
+            continue
+        rest = key.removeprefix(f"{prefix}_")
+        inside = [name for part in parts for name in known.get(f"{part}_{rest}", []) if component_of(name) == part]
+        # a lone model's names have no component in front
+        alone = [name for name in known.get(rest, []) if component_of(name) is None or not parts]
+        found += inside or alone
+    return list(dict.fromkeys(found))
+
+
+def _expanded(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B; Tucker's middle (R, R, k...) goes into A exactly: both only mix channels before the kernel."""
+    a, b = part["a"], part["b"]
+    if "mid" not in part:
+        return a, b
+    mid = part["mid"]
+    fits = mid.dim() == a.dim() > 2 and mid.shape[0] == b.shape[1] and mid.shape[1] == a.shape[0]
+    if not fits or a[0, 0].numel() != 1:
+        found = f"lora_down {tuple(a.shape)}, lora_mid {tuple(mid.shape)}, lora_up {tuple(b.shape)}"
+        raise DoraError(f"is no Tucker convolution: {found}")
+    return torch.einsum("ij...,jc->ic...", mid, a.flatten(1)), b
+
+
+def _other_kinds(tensors: Mapping[str, Tensor]) -> list[str]:
+    found = sorted({key for key in tensors if key.partition(".")[2].startswith(_OTHER_KINDS)})
+    return [f"{key}: LoHa, LoKr, OFT and full differences are not A and B of a LoRA" for key in found]
+
+
+def _misfits(layers: Mapping[str, LayerAdapter], given: Given) -> list[str]:
+    return [
+        f"{name}: (out, in) {(b.shape[0], a.shape[1])} in the adapter, {tuple(given.shapes[name])} in the base model"
+        for name, (a, b) in ((name, (layer.a_RI, layer.b_OR)) for name, layer in layers.items())
+        if tuple(given.shapes[name][:2]) not in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0]))
+    ]
+
+
+def _one(values: set[int] | set[float]) -> str:
+    return f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"

@@ -1,0 +1,107 @@
+"""MLX-LM: adapters.safetensors with A and B transposed, and the training arguments as adapter_config.json."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError
+from ..state import AdapterState, LayerAdapter
+from .content import Content, Found, Given, only_layers, refuse
+from .parts import config_for, gathered, layers_of
+
+_KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
+_FIELDS = {key: field for field, key in _KEYS.items()}
+
+
+def detect(content: Content) -> bool:
+    """Whether it is MLX-LM's."""
+    return any(key.endswith(".lora_a") for key in content.tensors) or "fine_tune_type" in content.settings
+
+
+def read(content: Content, given: Given) -> Found:
+    """MLX-LM's adapter; alpha is its scale times the rank.
+
+    Raises:
+        DoraError: listing everything that does not belong, embeddings among it: MLX keeps a length per token there.
+    """
+    kind = content.settings.get("fine_tune_type", "lora")
+    parameters = content.settings.get("lora_parameters") or {}
+    scale = parameters.get("scale")
+    problems = [] if kind in ("dora", "lora") else [f"fine_tune_type is {kind!r}, which is no adapter"]
+    if scale is None and given.alpha is None:
+        problems.append("adapter_config.json says no lora_parameters.scale; give --alpha (scale x rank)")
+    parts, unknown = gathered(content.tensors, _FIELDS)
+    problems += unknown + _not_as_said(kind, parts)
+
+    def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
+        _refuse_embedding(name, part)
+        a_RI, b_OR = part["a"].T.contiguous(), part["b"].T.contiguous()
+        s = scale if given.alpha is None else given.alpha / a_RI.shape[0]
+        return LayerAdapter(a_RI, b_OR, part.get("m"), float(s or 0))
+
+    layers = layers_of(parts, layer, _KEYS, problems)
+    refuse("the MLX adapter", problems)
+    config = config_for(layers, lora_dropout=float(parameters.get("dropout", 0.0)), dropout_mode="adapter")
+    return Found(config, AdapterState(layers, base_model=content.settings.get("model")))
+
+
+def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
+    """The adapter for MLX-LM, which has one rank for all layers; a scale of its own is folded into B.
+
+    Raises:
+        UsageError: if the ranks differ, or whole tensors were trained.
+    """
+    only_layers(state, "MLX")
+    ranks = sorted({layer.rank for layer in state.layers.values()})
+    if len(ranks) > 1:
+        raise UsageError(f"MLX has one rank for all layers, this adapter has {', '.join(map(str, ranks))}")
+    scale = next(iter(state.layers.values())).scale
+    tensors: dict[str, Tensor] = {}
+    for name, layer in state.layers.items():
+        b_RO = layer.b_OR.T if layer.scale == scale else layer.b_OR.T * (layer.scale / scale)
+        tensors |= {f"{name}.lora_a": layer.a_RI.T.contiguous(), f"{name}.lora_b": b_RO.contiguous()}
+        if layer.m_O is not None:
+            tensors[f"{name}.m"] = layer.m_O.float()
+    settings: dict[str, Any] = {
+        "fine_tune_type": "dora" if config.method == "dora" else "lora",
+        "model": state.base_model,
+        "num_layers": -1,  # all: a layer that the file does not name starts as the base's own
+        "lora_parameters": {
+            "rank": ranks[0],
+            "scale": scale,
+            "dropout": config.lora_dropout,
+            "keys": sorted({_within_block(name) for name in state.layers}),
+        },
+    }
+    return Content(tensors, settings)
+
+
+def _not_as_said(kind: str, parts: dict[str, dict[str, Tensor]]) -> list[str]:
+    with_m = sum("m" in part for part in parts.values())
+    if kind == "dora" and not with_m:
+        return ["fine_tune_type is 'dora', but there is not one magnitude (.m)"]
+    if kind == "lora" and with_m:
+        return [f"fine_tune_type is 'lora', but {with_m} layers have a magnitude (.m)"]
+    return []
+
+
+def _refuse_embedding(name: str, part: dict[str, Tensor]) -> None:
+    a_IR, b_RO, m = part["a"], part["b"], part.get("m")
+    if a_IR.dim() != 2 or b_RO.dim() != 2 or m is None or m.dim() != 1:
+        return
+    per_input, per_output = m.shape[0] == a_IR.shape[0], m.shape[0] == b_RO.shape[1]
+    if per_input and not per_output:
+        raise DoraError(
+            f"has {m.shape[0]} magnitudes, one per input: an embedding of MLX, which no other format has; "
+            "fuse it with mlx_lm.fuse"
+        )
+    if per_input and per_output and "emb" in name.rpartition(".")[2]:
+        raise DoraError("is square and named like an embedding: its magnitudes' axis is ambiguous")
+
+
+def _within_block(name: str) -> str:
+    """MLX's keys are names inside a block; a layer outside the blocks goes by its whole name."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[0] + 1 :]) if numbers else name

@@ -1,0 +1,105 @@
+"""Steps that formats share: keys to parts, parts to layers, layers to settings."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import DoraError
+from ..state import AdapterState, LayerAdapter
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+def gathered(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> tuple[Parts, list[str]]:
+    """Tensors by layer and field, and a line for each that is neither.
+
+    Args:
+        fields: our field ("a", "b", "m", ...) by the ending of its key.
+    """
+    parts: Parts = {}
+    problems = []
+    endings = sorted(fields, key=len, reverse=True)
+    for key, tensor in tensors.items():
+        ending = next((e for e in endings if key.endswith("." + e) and key != "." + e), None)
+        if ending is None:
+            problems.append(f"{key} {tuple(tensor.shape)}: is no part of a LoRA or DoRA layer; nothing may be dropped")
+            continue
+        part = parts.setdefault(key.removesuffix("." + ending), {})
+        if fields[ending] in part:
+            problems.append(f"{key}: its layer has the same tensor under another key")
+        part[fields[ending]] = tensor
+    return parts, problems
+
+
+def layers_of(
+    parts: Parts, make: Callable[[str, dict[str, Tensor]], LayerAdapter], keys: Mapping[str, str], problems: list[str]
+) -> dict[str, LayerAdapter]:
+    """Every layer that can be made; a line in ``problems`` for each that cannot.
+
+    If one layer has a magnitude, all need one.
+
+    Args:
+        keys: ending of the key by our field, for the lines.
+    """
+    with_m = any("m" in part for part in parts.values())
+    needed = ("a", "b", "m") if with_m else ("a", "b")
+    layers = {}
+    for name, part in parts.items():
+        missing = [keys[field] for field in needed if field not in part]
+        if missing:
+            problems.append(f"{name}: lacks {', '.join(missing)}")
+            continue
+        try:
+            layers[name] = make(name, part)
+        except DoraError as error:
+            problems.append(f"{name}: {error}")
+    if not parts and not problems:
+        problems.append("the file holds no tensor at all")
+    return layers
+
+
+def number(tensor: Tensor) -> float:
+    """The value of a tensor that holds one, e.g. alpha.
+
+    Raises:
+        DoraError: if it holds several.
+    """
+    if tensor.numel() != 1:
+        raise DoraError(f"alpha is {tuple(tensor.shape)}, not one number")
+    return float(tensor)
+
+
+def alpha_of(adapter: LayerAdapter) -> float:
+    """lora_alpha of a layer's own scale, whatever rule made it: alpha / r is the scale."""
+    alpha = adapter.scale * adapter.rank
+    nearest = round(alpha, 6)
+    return nearest if abs(alpha - nearest) <= 1e-6 * abs(alpha) else alpha
+
+
+def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfig:
+    """Settings that say of each layer what it is: the commonest rank and alpha, and patterns for the others."""
+    ranks = {name: adapter.rank for name, adapter in layers.items()}
+    alphas = {name: alpha_of(adapter) for name, adapter in layers.items()}
+    r, alpha = commonest(ranks), commonest(alphas)
+    return DoraConfig(
+        method="dora" if any(adapter.m_O is not None for adapter in layers.values()) else "lora",
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        target_modules=tuple(sorted(layers)),
+        **settings,
+    )
+
+
+def commonest(values: Mapping[str, Any]) -> Any:
+    """The value that most names have; the first of equals."""
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def renamed(state: AdapterState, names: Mapping[str, str]) -> AdapterState:
+    """The same adapter with other layer names."""
+    return AdapterState({names[name]: layer for name, layer in state.layers.items()}, state.extra, state.base_model)

@@ -1,0 +1,58 @@
+"""TensorRT-LLM: PEFT's files with each magnitude divided by the length it is for, so that the engine need not know it.
+
+What its own examples/dora/normalize_weights.py makes. Written only: without the base model, m cannot be had back.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError
+from ..functional import gain
+from ..state import AdapterState, LayerAdapter
+from .content import Content, Found, Given, only_layers
+from .peft import to_peft
+
+# nothing else would tell these files from PEFT's, which would then be far off
+MARK = "magnitudes_divided_by_norm"
+
+
+def detect(content: Content) -> bool:
+    """Whether it is one that we wrote."""
+    return bool(content.settings.get(MARK))
+
+
+def read(_content: Content, _given: Given) -> Found:
+    """Never: the magnitudes are gone.
+
+    Raises:
+        DoraError: saying what to convert instead.
+    """
+    raise DoraError(
+        "this adapter was written for TensorRT-LLM: its magnitudes are divided by the rows' lengths, and only the "
+        "adapter that it was made from can be read"
+    )
+
+
+def write(config: DoraConfig, state: AdapterState, norms: Mapping[str, Tensor]) -> Content:
+    """The adapter for TensorRT-LLM; needs --dora_plugin=enable there, or the magnitudes are ignored.
+
+    Args:
+        norms: length of each output row of W + s B A, by layer.
+
+    Raises:
+        UsageError: for LoRA, whole tensors, or ranks and alphas of several kinds, of which its reader knows one.
+    """
+    only_layers(state, "TensorRT-LLM")
+    if config.method != "dora":
+        raise UsageError("TensorRT-LLM reads a plain LoRA as PEFT writes it: convert --to peft")
+    if config.rank_pattern or config.alpha_pattern:
+        raise UsageError("TensorRT-LLM reads one rank and one alpha for all layers; this adapter has patterns")
+    divided = {}
+    for name, layer in state.layers.items():
+        assert layer.m_O is not None
+        g_O = gain(layer.m_O.to(norms[name].dtype), norms[name]).to(layer.m_O.dtype)
+        divided[name] = LayerAdapter(layer.a_RI, layer.b_OR, g_O, layer.scale)
+    tensors, settings = to_peft(config, AdapterState(divided, {}, state.base_model))
+    return Content(tensors, {**settings, MARK: True})

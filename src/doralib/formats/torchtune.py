@@ -1,0 +1,191 @@
+"""torchtune: adapter_model.pt with its live names, and its export in PEFT's names, which lacks use_dora.
+
+torchtune keeps the rows of q and k in the order of Meta's rotary embedding, pairs side by side; transformers keeps the
+two halves apart. Its export to PEFT's names reorders B of q and k for every model, and the magnitudes of none.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DoraConfig
+from ..errors import UsageError
+from ..state import AdapterState, LayerAdapter
+from .content import Content, Found, Given, only_layers, refuse
+from .parts import alpha_of, commonest, config_for, gathered, layers_of
+from .peft import from_peft
+
+_KEYS = {"a": "lora_a.weight", "b": "lora_b.weight", "m": "magnitude"}
+_FIELDS = {key: field for field, key in _KEYS.items()}
+_HF = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+_OURS = {hf: own for own, hf in _HF.items()}
+_LIVE = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# of torchtune 0.6's converters these reorder q and k, and qwen2's does not
+_REORDERED = frozenset({"llama", "mistral", "gemma", "gemma2"})
+_AS_IS = frozenset({"qwen2"})
+_EXPORTED = ".lora_magnitude_vector"
+
+Reorder = Callable[[Tensor, int], Tensor]
+
+
+def detect_live(content: Content) -> bool:
+    """Whether it is torchtune's adapter_model.pt."""
+    return any(key.endswith(".lora_a.weight") for key in content.tensors)
+
+
+def detect_export(content: Content) -> bool:
+    """Whether it is torchtune's export: PEFT's names with magnitudes, and settings without a word on use_dora."""
+    exported = any(key.startswith("base_model.model.") and key.endswith(_EXPORTED) for key in content.tensors)
+    return exported and bool(content.settings) and "use_dora" not in content.settings
+
+
+def read_live(content: Content, given: Given) -> Found:
+    """torchtune's own checkpoint under transformers' names, rows of q and k in transformers' order.
+
+    Raises:
+        UsageError: if q or k is adapted and no base model is given to count heads in, or alpha is not known.
+        DoraError: listing everything that does not belong.
+    """
+    alpha = given.alpha or content.settings.get("lora_alpha")
+    if alpha is None:
+        raise UsageError("there is no adapter_config.json beside adapter_model.pt to say lora_alpha; give --alpha")
+    parts, problems = gathered(content.tensors, _FIELDS)
+    names = {name: _hf_name(name) for name in parts}
+    problems += [f"{name}: is no linear layer of torchtune's decoders" for name, hf in names.items() if hf is None]
+    turned = {hf: part for name, part in parts.items() if (hf := names[name]) is not None}
+    heads = _heads(list(turned), given)
+
+    def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
+        turn = _turn(name, heads, _to_hf)
+        return LayerAdapter(
+            part["a"], turn(part["b"]), turn(part["m"]) if "m" in part else None, alpha / len(part["a"])
+        )
+
+    layers = layers_of(turned, layer, _KEYS, problems)
+    refuse("the torchtune adapter", problems)
+    dropout = float(content.settings.get("lora_dropout", 0.0) or 0.0)
+    return Found(config_for(layers, lora_dropout=dropout, dropout_mode="adapter"), AdapterState(layers))
+
+
+def read_export(content: Content, given: Given) -> Found:
+    """torchtune's PEFT-like export with use_dora restored and q and k put right.
+
+    Raises:
+        UsageError: if q or k is adapted and no base model is given to count heads in.
+        DoraError: listing everything that does not belong.
+    """
+    names = [key.removeprefix("base_model.model.").removesuffix(_EXPORTED) for key in content.tensors]
+    heads = _heads([name for name in names if _LAYER.fullmatch(name)], given)
+    as_is = given.config.get("model_type") in _AS_IS
+    tensors = {}
+    for key, tensor in content.tensors.items():
+        name = key.removeprefix("base_model.model.")
+        turned = tensor
+        if not as_is and name.endswith(_EXPORTED):
+            turned = _turn(name.removesuffix(_EXPORTED), heads, _to_hf)(tensor)
+        elif as_is and name.endswith(".lora_B.weight"):
+            counts = _head_counts(given)
+            turned = _turn(name.removesuffix(".lora_B.weight"), counts, _from_hf)(tensor)
+        tensors[key] = turned
+    config, state = from_peft(tensors, {**content.settings, "peft_type": "LORA", "use_dora": True})
+    config = config.model_copy(update={"dropout_mode": "adapter"})
+    what = "B of q and k put back in order" if as_is else "magnitudes of q and k put in transformers' order"
+    notes = ["torchtune's export forgets use_dora: set"] + [what] * any(map(_is_qk, state.layers))
+    return Found(config, state, tuple(notes))
+
+
+def write_live(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
+    """The adapter as torchtune's adapter_checkpoint.
+
+    Raises:
+        UsageError: for layers that torchtune's decoders do not have, several ranks, or q and k without a base model.
+    """
+    only_layers(state, "torchtune")
+    names = {name: _own_name(name) for name in state.layers}
+    if unknown := [name for name, own in names.items() if own is None]:
+        raise UsageError(f"torchtune's decoders have no layer for {', '.join(unknown[:5])}")
+    ranks = {layer.rank for layer in state.layers.values()}
+    if len(ranks) > 1:
+        raise UsageError(
+            f"torchtune has one rank for all layers, this adapter has {', '.join(map(str, sorted(ranks)))}"
+        )
+    heads = _heads(list(state.layers), given)
+    alpha = commonest({name: alpha_of(layer) for name, layer in state.layers.items()})
+    rank = ranks.pop()
+    tensors: dict[str, Tensor] = {}
+    for name, layer in state.layers.items():
+        turn = _turn(name, heads, _from_hf)
+        # one alpha for all: a scale of its own goes into B
+        b_OR = layer.b_OR if alpha_of(layer) == alpha else layer.b_OR * (alpha_of(layer) / alpha)
+        tensors |= {f"{names[name]}.{_KEYS['a']}": layer.a_RI, f"{names[name]}.{_KEYS['b']}": turn(b_OR)}
+        if layer.m_O is not None:
+            tensors[f"{names[name]}.{_KEYS['m']}"] = turn(layer.m_O)
+    targets = sorted({name.rpartition(".")[2] for name in state.layers})
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
+    return Content(tensors, settings)
+
+
+def _hf_name(own: str) -> str | None:
+    if own == "output":
+        return "lm_head"
+    match = _LIVE.fullmatch(own)
+    return f"model.layers.{match[1]}.{_HF[match[2]]}" if match and match[2] in _HF else None
+
+
+def _own_name(hf: str) -> str | None:
+    if hf == "lm_head":
+        return "output"
+    match = _LAYER.fullmatch(hf)
+    return f"layers.{match[1]}.{_OURS[match[2]]}" if match and match[2] in _OURS else None
+
+
+def _is_qk(name: str) -> bool:
+    return name.endswith((".q_proj", ".k_proj"))
+
+
+def _heads(names: list[str], given: Given) -> dict[str, int]:
+    """Heads by projection, where rows are in another order; empty where they are not."""
+    if not any(map(_is_qk, names)) or given.config.get("model_type") in _AS_IS:
+        return {}
+    kind = given.config.get("model_type")
+    if kind not in _REORDERED:
+        known = ", ".join(sorted(_REORDERED | _AS_IS))
+        found = f"the base is of type {kind!r}" if given.config else "no base model is given"
+        raise UsageError(
+            f"torchtune stores q_proj and k_proj with the rows of each head in another order, by the number of heads "
+            f"and the kind of model: give --base MODEL of a known type ({known}); {found}"
+        )
+    return _head_counts(given)
+
+
+def _head_counts(given: Given) -> dict[str, int]:
+    heads = int(given.config["num_attention_heads"])
+    return {"q_proj": heads, "k_proj": int(given.config.get("num_key_value_heads") or heads)}
+
+
+def _turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Tensor], Tensor]:
+    count = heads.get(name.rpartition(".")[2])
+    return (lambda tensor: tensor) if count is None else (lambda tensor: reorder(tensor, count))
+
+
+def _to_hf(rows: Tensor, heads: int) -> Tensor:
+    """Pairs side by side to halves apart, within each head."""
+    size = rows.shape[0] // heads
+    return rows.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def _from_hf(rows: Tensor, heads: int) -> Tensor:
+    """Halves apart to pairs side by side."""
+    size = rows.shape[0] // heads
+    return rows.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(rows.shape)

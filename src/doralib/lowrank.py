@@ -1,0 +1,107 @@
+"""The best LoRA of a given rank in place of DoRA, for servers that run LoRA alone; a layer at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint, read_whole
+from .errors import DoraError
+from .fitting import fit
+from .functional import dense_row_norm, gain, sum_dtype
+from .state import AdapterState, LayerAdapter
+
+# above this many rows and columns the whole decomposition takes minutes a layer
+_WHOLE = 1024
+# more columns than are wanted, and rounds of the power iteration: together the error is within a percent of the least
+_SPARE, _ROUNDS = 16, 8
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How well a LoRA stands for one layer's change."""
+
+    layer: str
+    rank: int
+    relative: float
+    """|change - LoRA| / |change|, Frobenius norms; 0 where nothing changed."""
+    of_weight: float
+    """|change - LoRA| / |W|."""
+
+
+def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[AdapterState, list[Approximation]]:
+    """For each layer the LoRA of this rank that is nearest to its change of the base weight, with s = 1.
+
+    Raises:
+        DoraError: if the adapter does not fit the checkpoint: everything, at once.
+    """
+    layers, errors = {}, []
+    for name, layer, W_OI in base_weights(state, checkpoint):
+        change_OI = change_of(W_OI, layer)
+        layers[name], error = nearest_lora(change_OI, rank)
+        size = change_OI.norm().item()
+        relative = error / size if size else 0.0
+        errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
+    return AdapterState(layers, state.extra, state.base_model), errors
+
+
+def adapted_lengths(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Length of each output row of ``W + s B A``, (O,), by layer.
+
+    Raises:
+        DoraError: if the adapter does not fit the checkpoint.
+    """
+    return {
+        name: dense_row_norm(W_OI, layer.a_RI, layer.b_OR, layer.scale)
+        for name, layer, W_OI in base_weights(state, checkpoint)
+    }
+
+
+def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
+    """Each layer with its base weight, (O, I), one at a time.
+
+    Raises:
+        DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
+    """
+    if conv := [name for name, layer in state.layers.items() if layer.a_RI.dim() != 2]:
+        raise DoraError(f"only linear layers can be had as weights here, not {', '.join(conv[:5])}")
+    fitted = fit(state, checkpoint.slots, checkpoint.config())
+    stored = {id(layer): name for name, layer in fitted.layers.items()}
+    for name, layer in state.layers.items():
+        slot = stored[id(layer)]
+        weight = read_whole(checkpoint.slots[slot])
+        yield name, layer, weight.T if slot in fitted.transposed else weight
+
+
+@torch.no_grad()
+def change_of(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
+    """``g ∘ (W + s B A) - W`` in `sum_dtype`, as (g - 1) ∘ W + g ∘ (s B A): nothing cancels where g is near 1."""
+    dtype = sum_dtype(W_OI.dtype)
+    W, a, b, s = W_OI.to(dtype), layer.a_RI.to(dtype), layer.b_OR.to(dtype), layer.scale
+    if layer.m_O is None:
+        return b @ a * s
+    g_O = gain(layer.m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]
+    return torch.addmm((g_O - 1) * W, g_O * b, a, alpha=s)
+
+
+@torch.no_grad()
+def nearest_lora(change_OI: Tensor, rank: int) -> tuple[LayerAdapter, float]:
+    """The LoRA of this rank nearest to a change of weight, and the Frobenius norm of what it misses.
+
+    Small weights are decomposed whole (Eckart and Young: nothing is nearer); large ones by power iteration.
+    """
+    rank = min(rank, *change_OI.shape)
+    if min(change_OI.shape) <= _WHOLE:
+        U_OK, S_K, V_KI = torch.linalg.svd(change_OI, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file from the same adapter
+            spare = min(rank + _SPARE, *change_OI.shape)
+            U_OK, S_K, V_IK = torch.svd_lowrank(change_OI, q=spare, niter=_ROUNDS)
+        V_KI = V_IK.T
+    root_R = S_K[:rank].sqrt()
+    layer = LayerAdapter(
+        (root_R[:, None] * V_KI[:rank]).contiguous(), (U_OK[:, :rank] * root_R).contiguous(), None, 1.0
+    )
+    return layer, torch.addmm(change_OI, layer.b_OR, layer.a_RI, alpha=-1).norm().item()

@@ -1,0 +1,242 @@
+"""`doralib convert`: an adapter of any known format as any other, or as the nearest plain LoRA."""
+
+import contextlib
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+
+from ..checkpoints import Checkpoint
+from ..config import DoraConfig
+from ..console import console
+from ..errors import UsageError, did_you_mean
+from ..formats import FORMATS, Content, Found, Given, tensorrt, to_peft
+from ..formats.components import COMPONENTS, component_of, within
+from ..formats.parts import config_for, renamed
+from ..formats.storage import read_any, write_content
+from ..gguf import local_base
+from ..lowrank import Approximation, adapted_lengths, low_rank
+from ..models import load_any
+from ..state import AdapterState
+
+LORA = "lora"
+TARGETS = (*(name for name, each in FORMATS.items() if each.write), "tensorrt", LORA)
+_NEED_WEIGHTS = ("tensorrt", LORA)
+_OF_PIPELINES = ("kohya", "ai-toolkit", "diffusers")
+# of a layer's change, in Frobenius norm: above it the LoRA is another adapter
+_BAD = 0.1
+# where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
+_SINGLE_FILE = {
+    "model.diffusion_model.": "unet.",
+    "cond_stage_model.transformer.": "text_encoder.",
+    "conditioner.embedders.0.transformer.": "text_encoder.",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert into what."""
+
+    adapter: Path
+    """A file, or a folder that holds one."""
+    to: str
+    """A format's name, or ``lora``."""
+    out: Path
+    """A folder, or one .safetensors file for the formats that are one."""
+    source: str | None = None
+    """The format it is in, where its file could be of several."""
+    base: str | None = None
+    """The base model, for formats that need its names, its heads or its weights."""
+    given: Given = field(default_factory=Given)
+    """alpha and component, for files that do not say them."""
+    rank: int | None = None
+    """Of the LoRA."""
+    texts: tuple[str, ...] = ()
+    """With ``lora``: compare the logits on these."""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was read and written."""
+
+    out: Path
+    source: str
+    """The format it was in."""
+    layers: int
+    notes: tuple[str, ...]
+    """What had to be assumed."""
+    errors: tuple[Approximation, ...] = ()
+    """Of each layer, where a LoRA was put in place of DoRA."""
+    logits: float | None = None
+    """Relative error of the logits, if it was asked for."""
+
+
+def convert(request: Request) -> Conversion:
+    """Convert, and tell the user what was done and assumed.
+
+    Raises:
+        UsageError: if the request cannot be right, e.g. a base model is needed.
+        DoraError: if the adapter is damaged, or anything of it would be lost.
+    """
+    done = convert_adapter(request)
+    console.print(f"{request.adapter} ({done.source}): {done.layers} layers written as {request.to} to {done.out}")
+    for note in done.notes:
+        console.print(f"note: {note}")
+    if done.errors:
+        console.print(_table(done))
+    return done
+
+
+def convert_adapter(request: Request) -> Conversion:
+    """Read an adapter and write it in another format.
+
+    Raises:
+        UsageError: if the request cannot be right, e.g. a base model is needed.
+        DoraError: if the adapter is damaged, or anything of it would be lost.
+    """
+    _check(request)
+    with contextlib.ExitStack() as stack:
+        given, base = request.given, None
+        if request.base:
+            base = stack.enter_context(local_base(request.base, request.out))
+            given = knowing(given, base)
+        source, found = read_any(request.adapter, given, request.source)
+        found = _only_component(found, given.component, request.to)
+        if request.to not in _NEED_WEIGHTS:
+            writer = FORMATS[request.to]
+            assert writer.write is not None
+            written = write_content(
+                writer.write(found.config, found.state, given), writer, request.out, overwrite=request.overwrite
+            )
+            return Conversion(written, source.name, len(found.state.layers), found.notes)
+        if base is None:
+            base = stack.enter_context(local_base(_base_of(found, request), request.out))
+        done = _with_weights(request, found, base)
+        return replace(done, source=source.name, notes=(*found.notes, *done.notes))
+
+
+def knowing(given: Given, base: Path) -> Given:
+    """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
+
+    Raises:
+        UsageError: if there are no weights.
+        DoraError: if they are damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if (base / "model_index.json").is_file():
+        for part in COMPONENTS:
+            if (base / part).is_dir():
+                shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
+        return replace(given, shapes=shapes)
+    checkpoint = Checkpoint.open(base)
+    for name, shape in _modules(checkpoint).items():
+        head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
+        shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
+    return replace(given, shapes=shapes, config=checkpoint.config())
+
+
+def _check(request: Request) -> None:
+    if request.to not in TARGETS:
+        readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
+        hint = did_you_mean(request.to, TARGETS)
+        raise UsageError(f"--to {request.to}: {readable}known: {', '.join(TARGETS)}{hint}")
+    if request.to == LORA and request.rank is None:
+        raise UsageError("--to lora needs --rank R: the change of a DoRA layer has no rank of its own")
+    if request.to != LORA and (request.rank is not None or request.texts):
+        raise UsageError(f"--rank and texts belong to --to lora; {request.to} keeps the adapter as it is")
+    if request.rank is not None and request.rank < 1:
+        raise UsageError(f"--rank {request.rank} is no rank; give 1 or more")
+    if request.given.component is not None and request.given.component not in COMPONENTS:
+        raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
+
+
+def _only_component(found: Found, component: str | None, to: str) -> Found:
+    """For formats that know one model and no pipelines: the layers of one part, by their names inside it."""
+    parts = {component_of(name) for name in found.state.layers}
+    if to in _OF_PIPELINES or parts == {None}:
+        return found
+    names = ", ".join(sorted(part for part in parts if part))
+    if component is None and len(parts) > 1:
+        raise UsageError(f"the adapter is of several parts of a pipeline ({names}), {to} of one: give --component")
+    part = component or next(iter(parts))
+    if part not in parts:
+        raise UsageError(f"--component {part}: the adapter is of {names}")
+    layers = {name: layer for name, layer in found.state.layers.items() if component_of(name) == part}
+    state = renamed(AdapterState(layers, {}, found.state.base_model), {name: within(name, part) for name in layers})
+    left = len(found.state.layers) - len(layers)
+    notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
+    return Found(config_for(state.layers, dropout_mode=found.config.dropout_mode), state, (*found.notes, *notes))
+
+
+def _base_of(found: Found, request: Request) -> str:
+    if not found.state.base_model:
+        raise UsageError(
+            f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
+        )
+    return found.state.base_model
+
+
+def _with_weights(request: Request, found: Found, base: Path) -> Conversion:
+    checkpoint = Checkpoint.open(base)
+    peft, count = FORMATS["peft"], len(found.state.layers)
+    if request.to == "tensorrt":
+        content = tensorrt.write(found.config, found.state, adapted_lengths(found.state, checkpoint))
+        written = write_content(content, FORMATS["tensorrt"], request.out, overwrite=request.overwrite)
+        return Conversion(written, "", count, ("TensorRT-LLM ignores magnitudes without --dora_plugin=enable",))
+    assert request.rank is not None
+    state, errors = low_rank(found.state, checkpoint, request.rank)
+    config = _lora_config(found.config, state)
+    content = Content(*to_peft(config, replace(state, base_model=request.base or state.base_model)))
+    written = write_content(content, peft, request.out, overwrite=request.overwrite)
+    logits = _logit_error(found, (config, state), base, request.texts) if request.texts else None
+    return Conversion(written, "", count, (), tuple(errors), logits)
+
+
+def _lora_config(config: DoraConfig, state: AdapterState) -> DoraConfig:
+    return config_for(state.layers, bias=config.bias, modules_to_save=config.modules_to_save)
+
+
+def _logit_error(found: Found, other: tuple[DoraConfig, AdapterState], base: Path, texts: tuple[str, ...]) -> float:
+    """Root mean square difference of two adapters' logits over that of the first's about their mean."""
+    want = _logits(found.config, found.state, base, texts)
+    got = _logits(*other, base, texts)
+    want, got = (each - each.mean(1, keepdim=True) for each in (want, got))
+    return ((got - want).norm() / want.norm()).item()
+
+
+@torch.inference_mode()
+def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[str, ...]) -> Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
+        model, tokenizer = load_any(folder, base=str(base), dtype="float32")
+    return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+
+
+def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {
+        re.sub(r"\.weight$", "", name): slot.shape
+        for name, slot in checkpoint.slots.items()
+        if name.endswith(".weight") and len(slot.shape) > 1
+    }
+
+
+def _table(done: Conversion) -> Group:
+    table = Table("layer", "rank", "error of the change", "error of the weight")
+    for each in done.errors:
+        table.add_row(each.layer, str(each.rank), f"{100 * each.relative:.3g} %", f"{100 * each.of_weight:.3g} %")
+    lines = []
+    if done.logits is not None:
+        lines.append(f"logits differ by {100 * done.logits:.3g} %")
+    worst = max(done.errors, key=lambda each: each.relative)
+    if worst.relative > _BAD:
+        lines.append(
+            f"{worst.layer} loses {100 * worst.relative:.3g} % of its change: this LoRA is not the adapter. "
+            "Merging loses nothing (doralib merge), a larger --rank loses less"
+        )
+    return Group(table, *lines)

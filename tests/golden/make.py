@@ -1,0 +1,224 @@
+"""Write the golden files of this folder with the tools themselves: `python tests/golden/make.py TOOL`.
+
+Each tool was run in an environment of its own (versions in each folder's tool.txt). Beside a tool's own files each
+folder has expected.safetensors: `base.LAYER`, the frozen weight, and `merged.LAYER`, what the tool itself makes of it.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+
+
+def _disturb(named):
+    """Values as after training: none at its start, none zero."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in sorted(named):
+            noise = torch.randn(p.shape, generator=generator)
+            is_length = any(word in name for word in ("magnitude", "dora_scale")) or name.endswith(".m")
+            p.copy_(p * (1 + 0.2 * noise) if is_length else 0.4 * noise)
+
+
+def _finish(folder, package, base, merged):
+    tensors = {f"base.{name}": value for name, value in base.items()}
+    tensors |= {f"merged.{name}": value for name, value in merged.items()}
+    tensors = {name: value.detach().clone().contiguous().float() for name, value in tensors.items()}
+    save_file(tensors, folder / "expected.safetensors")
+    (folder / "tool.txt").write_text(f"{package} {version(package)}\n")
+
+
+def _folder(name):
+    folder = HERE / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class Net(torch.nn.Module):
+    """Two linear layers and a square one, no two other sizes equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 8), "k_proj": torch.nn.Linear(6, 4, bias=False)})
+        self.head = torch.nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x
+
+
+def peft():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    net = Net()
+    base = {name: m.weight.clone() for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}
+    config = LoraConfig(
+        r=2, lora_alpha=6, use_dora=True, target_modules=list(base), rank_pattern={"head": 3}, alpha_pattern={"k_proj": 5}
+    )
+    model = get_peft_model(net, config)
+    _disturb((n, p) for n, p in model.named_parameters() if "lora_" in n)
+    folder = _folder("peft")
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    plain = model.merge_and_unload()
+    _finish(folder, "peft", base, {name: plain.get_submodule(name).weight for name in base})
+
+
+def lycoris():
+    import lycoris
+
+    for name, options in {
+        "lycoris": {"wd_on_output": True},
+        "lycoris_input": {"wd_on_output": False},
+        "lycoris_tucker": {"wd_on_output": True, "use_tucker": True},
+    }.items():
+        torch.manual_seed(0)
+        net = Net()
+        if "tucker" in name:
+            net = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 5, (3, 2))})
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        base = {n: m.weight.clone() for n, m in net.named_modules() if isinstance(m, kinds)}
+        targets = {"target_module": ["Linear", "Conv2d", "Net", "ModuleDict"], "enable_conv": True}
+        lycoris.LycorisNetwork.apply_preset(targets)
+        network = lycoris.create_lycoris(
+            net, 1.0, linear_dim=2, linear_alpha=3.0, conv_dim=2, conv_alpha=3.0, algo="lora", dora_wd=True, **options
+        )
+        _disturb(network.named_parameters())
+        folder = _folder(name)
+        network.save_weights(folder / "lora.safetensors", torch.float32, {})
+        names = {f"lycoris_{n}".replace(".", "_"): n for n in base}
+        merged = {names[lora.lora_name]: lora.get_merged_weight()[0] for lora in network.loras}
+        assert merged.keys() == base.keys()
+        _finish(folder, "lycoris_lora", base, merged)
+
+
+def _unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+    )
+
+
+def diffusers():
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = _unet()
+    block = "down_blocks.1.attentions.0.transformer_blocks.0"
+    names = [f"{block}.attn1.to_q", f"{block}.attn2.to_k", f"{block}.attn2.to_out.0"]
+    base = {f"unet.{name}": unet.get_submodule(name).weight.clone() for name in names}
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=7, use_dora=True, target_modules=names))
+    _disturb((n, p) for n, p in unet.named_parameters() if "lora_" in n)
+    tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    folder = _folder("diffusers")
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=tensors, **_collate_lora_metadata({"unet": unet})
+    )
+    unet.fuse_lora()
+    merged = {f"unet.{name}": unet.get_submodule(name).base_layer.weight for name in names}
+    _finish(folder, "diffusers", base, merged)
+
+
+def mlx():
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    def torched(array):
+        return torch.from_numpy(np.array(array))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(6, 8)
+            self.o_proj = nn.Linear(5, 5, bias=False)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [Block(), Block()]
+
+    mx.random.seed(0)
+    model = Model()
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": ["q_proj", "o_proj"]}
+    linear_to_lora_layers(model, -1, parameters, use_dora=True)
+    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
+    moved = {name: torched(value).clone() for name, value in trained.items()}
+    _disturb(moved.items())
+    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
+    folder = _folder("mlx")
+    mx.save_safetensors(
+        str(folder / "adapters.safetensors"), {n: v for n, v in tree_flatten(model.parameters()) if n in trained}
+    )
+    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    layers = {f"layers.{i}.{name}": getattr(model.layers[i], name) for i in (0, 1) for name in ("q_proj", "o_proj")}
+    _finish(
+        folder,
+        "mlx-lm",
+        {name: torched(layer.linear.weight) for name, layer in layers.items()},
+        {name: torched(layer.fuse().weight) for name, layer in layers.items()},
+    )
+
+
+SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "model_type": "llama"}
+
+
+def torchtune():
+    from safetensors.torch import save_file as save
+    from torchtune.models import convert_weights
+    from torchtune.models.llama3_1 import lora_llama3_1
+    from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt
+
+    torch.manual_seed(0)
+    modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    model = lora_llama3_1(
+        lora_attn_modules=modules, apply_lora_to_mlp=True, vocab_size=8, num_layers=1, num_heads=4, num_kv_heads=2,
+        embed_dim=16, intermediate_dim=20, max_seq_len=16, lora_rank=2, lora_alpha=6, use_dora=True,
+    )  # fmt: skip
+    _disturb(get_adapter_params(model).items())
+    trained = {name: p.detach().clone() for name, p in get_adapter_params(model).items()}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "dim": 16}
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in trained if ".lora_" in name})
+    full = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    keep = {f"{name}.weight" for name in layers}
+    base = convert_weights.tune_to_hf({name: v for name, v in full.items() if name in keep}, **heads)
+    after = get_merged_lora_ckpt(full, rank=2, alpha=6)
+    merged = convert_weights.tune_to_hf({name: v for name, v in after.items() if name in keep}, **heads)
+    config = {"r": 2, "lora_alpha": 6, "target_modules": [*modules, "w1", "w2", "w3"], "peft_type": "LORA"}
+    config = convert_weights.tune_to_peft_adapter_config(config)
+    for name in ("torchtune", "torchtune_export"):
+        folder = _folder(name)
+        if name == "torchtune":
+            torch.save(trained, folder / "adapter_model.pt")
+        else:
+            exported = convert_weights.tune_to_peft_adapter_weights(dict(trained), **heads)
+            save({n: v.contiguous() for n, v in exported.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "base_config.json").write_text(json.dumps(SIZES))
+        short = [{n.removesuffix(".weight"): v for n, v in each.items()} for each in (base, merged)]
+        _finish(folder, "torchtune", *short)
+
+
+if __name__ == "__main__":
+    for tool in sys.argv[1:]:
+        globals()[tool]()
