@@ -13,12 +13,12 @@ SOURCE = Path(doralib.__file__).parent
 # a module imports only from rows above its own; a folder is one row, inside which files may import each other
 ROWS = [
     {"errors", "console"},
-    {"config", "functional", "state", "metrics", "markup"},
+    {"config", "functional", "state", "metrics", "markup", "templates"},
     {"kernels", "files", "encoding", "charts"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
-    {"layers", "convolutions", "embeddings", "bank", "merging", "lowrank", "data", "tasks", "plots"}
+    {"layers", "merging", "lowrank", "data", "tasks", "plots"}
     | {"report_results", "report_use"},
-    {"targets", "task_files", "report"},
+    {"convolutions", "embeddings", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
     {"models"},
     {"verify"},

@@ -1,14 +1,18 @@
-"""What a frozen linear layer can do, one short class per storage, found by dotted type name.
+"""What a frozen layer can do, one short class per storage, found by dotted type name.
+
+Every one is a linear map of rows: a convolution's rows are its output channels, an embedding's its dimensions.
 
 An adapter needs a base's shape, its product with an input and, for merging, its dense weight. A storage that nobody
 registered still trains, through its own module call (`Opaque`).
 """
 
 import copy
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import functional as F
 from .errors import DoraError
@@ -17,6 +21,8 @@ from .kernels import on_gpu
 
 class Dense:
     """`nn.Linear`: the weight is a plain (O, I) tensor."""
+
+    kind: ClassVar[str] = "linear"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -39,18 +45,23 @@ class Dense:
         return O, I
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(O, I), or (O, I / groups, taps...) of a convolution."""
+        return self.shape
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weight, or of the products of a storage that hides it."""
-        return self.W_OI.dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self.W_OI.device
+        return self._weight.device
 
     def key(self) -> tuple[Any, ...]:
         """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
-        W = self.W_OI
+        W = self._weight
         return (W.data_ptr() if not W.is_meta else 0, W._version, W.dtype, W.device)
 
     def triton_weight(self) -> Tensor | None:
@@ -61,8 +72,8 @@ class Dense:
         return F.row_norm_sq(self.W_OI)
 
     def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
-        # with B = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
-        if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any():
+        # with B A = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
+        if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any() and a_RI.any():
             return F.dense_row_norm(self.W_OI, a_RI, b_OR, s)
         return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
 
@@ -82,6 +93,11 @@ class Dense:
         weight = self._stored(W_OI.to(self.W_OI.dtype)).contiguous()
         module.weight = nn.Parameter(weight, requires_grad=False)
         return module
+
+    @property
+    def _weight(self) -> Tensor:
+        """As stored."""
+        return self.module.weight  # type: ignore[return-value]
 
     def _stored(self, W_OI: Tensor) -> Tensor:
         return W_OI
@@ -180,25 +196,97 @@ class Opaque(Dense):
         return next((t.device for t in self._tensors()), torch.device("cpu"))
 
 
+class Convolution(Dense):
+    """`nn.Conv1d`, 2d, 3d: a row is all that makes one output channel, (I / groups · taps,)."""
+
+    kind = "convolution"
+
+    @property
+    def W_OI(self) -> Tensor:
+        return self._weight.flatten(1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        O, *row = self.row_shape
+        return O, math.prod(row)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self._weight.shape)
+
+    def triton_weight(self) -> Tensor | None:
+        return super().triton_weight() if self._weight.is_contiguous() else None
+
+    def product(self, x: Tensor, weight_OIK: Tensor, *output_size: Any) -> Tensor:  # noqa: ARG002
+        """The layer's own operator with another weight, of any number of output channels, and no bias."""
+        # the module's method knows stride, dilation, groups and every padding mode
+        return self.module._conv_forward(x, weight_OIK, None)  # type: ignore[operator]
+
+    def _stored(self, W_OI: Tensor) -> Tensor:
+        return W_OI.reshape(self.row_shape)
+
+
+class TransposedConvolution(Convolution):
+    """`nn.ConvTranspose1d`, 2d, 3d: stored (I, O / groups, taps...); rows are output channels all the same."""
+
+    kind = "transposed_convolution"
+
+    @property
+    def W_OI(self) -> Tensor:
+        # a copy: these layers are small and few
+        return F.swapped_channels(self._weight, self._groups).flatten(1)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        I, O, *kernel = self._weight.shape
+        return O * self._groups, I // self._groups, *kernel
+
+    def triton_weight(self) -> Tensor | None:
+        return None
+
+    def product(self, x: Tensor, weight_OIK: Tensor, *output_size: Any) -> Tensor:
+        module: Any = self.module
+        size, count = output_size[0] if output_size else None, len(self._weight.shape) - 2
+        geometry = (module.stride, module.padding, module.kernel_size)
+        extra = module._output_padding(x, size, *geometry, count, module.dilation)
+        operator = (nnf.conv_transpose1d, nnf.conv_transpose2d, nnf.conv_transpose3d)[count - 1]
+        stored = F.swapped_channels(weight_OIK, self._groups)
+        return operator(x, stored, None, module.stride, module.padding, extra, self._groups, module.dilation)
+
+    @property
+    def _groups(self) -> int:
+        return self.module.groups  # type: ignore[return-value]
+
+    def _stored(self, W_OI: Tensor) -> Tensor:
+        return F.swapped_channels(W_OI.reshape(self.row_shape), self._groups)
+
+
 STORAGES: dict[str, type[Dense]] = {
     "torch.nn.modules.linear.Linear": Dense,
     "transformers.pytorch_utils.Conv1D": Transposed,
+    **{f"torch.nn.modules.conv.Conv{n}d": Convolution for n in (1, 2, 3)},
+    **{f"torch.nn.modules.conv.ConvTranspose{n}d": TransposedConvolution for n in (1, 2, 3)},
 }
 
 
 def open_base(module: nn.Module) -> Dense | None:
-    """The storage of a linear layer, or None when the module is not one.
+    """The storage of a layer that can be adapted, or None when the module is not one.
 
     The nearest registered ancestor wins, unless the class below it computes in its own way: then the layer's weight
-    need not be what its product says, and it is `Opaque`.
+    need not be what its product says, and it is `Opaque`, or None where the layer is not linear.
     """
     for cls in type(module).__mro__:
         storage = STORAGES.get(f"{cls.__module__}.{cls.__qualname__}")
         if storage is not None:
-            own_call = type(module).forward is not cls.forward or "forward" in module.__dict__  # type: ignore[attr-defined]
+            own_call = any(
+                getattr(type(module), call, None) is not getattr(cls, call, None) or call in module.__dict__
+                for call in ("forward", "_conv_forward")
+            )
             weight = getattr(module, "weight", None)
             plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[union-attr]
-            return storage(module) if plain and not own_call else Opaque(module)
+            if plain and not own_call:
+                return storage(module)
+            return Opaque(module) if storage.kind == "linear" else None
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return Opaque(module)
     return None

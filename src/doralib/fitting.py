@@ -47,7 +47,7 @@ class Fit:
 
     layers: Mapping[str, LayerAdapter]
     transposed: frozenset[str]
-    """Those of ``layers`` whose weight is stored (in, out)."""
+    """Those of ``layers`` whose rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions."""
     values: Mapping[str, Tensor]
     """Tensors that take the place of the checkpoint's."""
 
@@ -69,7 +69,7 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
     problems += _missing_lines(missing, stored, config)
     problems += _misfits(layers, values, stored)
     problems += _not_finite(layers, values)
-    problems += _untying(values, stored, config)
+    problems += _untying([*values, *(name for name in layers if layers[name].kind == "embedding")], stored, config)
     transposed, undecided = _transposed(layers, stored, config)
     problems += undecided
     if problems:
@@ -162,11 +162,11 @@ def _missing_lines(missing: list[str], stored: Mapping[str, Stored], config: Map
     ]
 
 
-def _untying(values: Mapping[str, Tensor], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+def _untying(embeddings: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
     """An embedding trained as a copy of its own cannot go where the output head is the same tensor."""
     return [
         f"{name}: the output head is tied to this embedding, which was trained apart; replacing it would change both"
-        for name in values
+        for name in embeddings
         if name.endswith(_EMBEDDINGS) and _is_tied(stored, config) and config.get("tie_word_embeddings", True)
     ]
 
@@ -182,7 +182,7 @@ def _misfits(
             problems.append(
                 f"{name}: is stored as {stored[name].code}, quantised; merge into the model in full precision"
             )
-        elif shape not in (adapter.shape, adapter.shape[::-1]):
+        elif not _fits(adapter, tuple(shape)):
             problems.append(f"{name}: the adapter needs (out, in) {adapter.shape}, the checkpoint has {shape}")
     for name, value in values.items():
         if stored[name].shape != tuple(value.shape):
@@ -190,6 +190,18 @@ def _misfits(
         elif not stored[name].plain:
             problems.append(f"{name}: is stored as {stored[name].code}, quantised; the adapter's cannot take its place")
     return problems
+
+
+def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
+    O, I, *taps = adapter.shape
+    if adapter.kind == "linear":
+        return shape in ((O, I), (I, O))
+    if adapter.kind == "embedding":
+        return shape == (I, O)
+    if adapter.kind == "convolution":
+        return shape == adapter.shape
+    # stored (in, out / groups, taps...)
+    return len(shape) > 2 and shape[0] % I == 0 and shape == (shape[0], O // (shape[0] // I), *taps)
 
 
 def _not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> list[str]:
@@ -210,11 +222,20 @@ def _tensors(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -
 def _transposed(
     layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[frozenset[str], list[str]]:
-    """The weights stored (in, out), and those of which it cannot be known.
+    """The weights whose rows are not stored as rows, and those of which it cannot be known.
 
     Unequal sizes tell. A square weight is transposed where the model's type is known to use Conv1D and the layer has a
     name of one, and is not where the type is another and no unequal weight contradicts.
     """
+    others = {name for name, a in layers.items() if a.kind in ("embedding", "transposed_convolution")}
+    layers = {name: a for name, a in layers.items() if a.kind == "linear"}
+    found, undecided = _transposed_linear(layers, stored, config)
+    return frozenset(found | others), undecided
+
+
+def _transposed_linear(
+    layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> tuple[frozenset[str], list[str]]:
     by_shape = {name for name, a in layers.items() if a.shape[0] != a.shape[1] and stored[name].shape == a.shape[::-1]}
     square = [name for name, a in layers.items() if a.shape[0] == a.shape[1]]
     types = _model_types(config)

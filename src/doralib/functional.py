@@ -161,6 +161,11 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
 
 
+def swapped_channels(weight: Tensor, groups: int) -> Tensor:
+    """(g a, b, taps...) as (g b, a, taps...): from a transposed convolution's storage to output channels, and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 @torch.no_grad()
 def moved(W_OI: Tensor, V_OI: Tensor) -> tuple[Tensor, Tensor]:
     """How far each output row went from W to V: | |v| - |w| | and 1 - cos(v, w), both (O,); paper, section 3.2.

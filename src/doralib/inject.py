@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .bases import open_base
 from .config import DoraConfig
+from .convolutions import DoraConv
 from .errors import DoraError, UsageError
 from .formats import from_peft, to_peft
 from .layers import DoraLinear, TrainedCopy
@@ -105,10 +107,7 @@ def state_of(model: nn.Module) -> AdapterState:
     extra: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, DoraLinear):
-            m_O = module.lora_magnitude_vector
-            layers[name] = LayerAdapter(
-                module.lora_A.detach(), module.lora_B.detach(), None if m_O is None else m_O.detach(), module.scale
-            )
+            layers[name] = module.state()
         elif isinstance(module, TrainedCopy):
             extra |= {f"{name}.{key}": p.detach() for key, p in module.trained.named_parameters()}
     extra |= {_plain(name): model.get_parameter(name).detach() for name in _adapted(model).biases}
@@ -200,7 +199,7 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
     model.requires_grad_(False)
     wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: DoraLinear(model.get_submodule(name), config.rank_of(name), config.scale_of(name), config)
+        name: _adapted_layer(model.get_submodule(name), config.rank_of(name), config.scale_of(name), config)
         for name in chosen
     }
     wrappers |= {name: TrainedCopy(model.get_submodule(name)) for name in whole}
@@ -211,6 +210,15 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
         adapted.biases[name] = bias.detach().clone()
     model._doralib = adapted  # type: ignore[assignment]
     return model
+
+
+_LAYERS = {"convolution": DoraConv, "transposed_convolution": DoraConv}
+
+
+def _adapted_layer(module: nn.Module, r: int, scale: float, config: DoraConfig) -> DoraLinear:
+    base = open_base(module)
+    layer = DoraLinear if base is None else _LAYERS.get(base.kind, DoraLinear)
+    return layer(module, r, scale, config)
 
 
 def _train_in_full(model: Model, config: DoraConfig) -> Model:
@@ -307,17 +315,25 @@ def _tensors(state: AdapterState) -> dict[str, Tensor]:
     return {**parts, **state.extra}
 
 
-def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear layers of a model, once every adapted shape is right."""
+def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The layers of a model that can be adapted, once every adapted shape is right."""
     linear = adaptable(model)
     wrong = [
         f"{name}: {adapter.shape} in the adapter, {linear[name]} in the model"
         for name, adapter in state.layers.items()
         if name in linear and linear[name] != adapter.shape
     ]
+    for name, adapter in state.layers.items():
+        base = open_base(model.get_submodule(name))
+        if base is not None and base.kind != adapter.kind:
+            wrong.append(f"{name}: {_words(adapter.kind)} in the adapter, {_words(base.kind)} in the model")
     if wrong:
         raise DoraError(_listed(f"{path} is an adapter of another model; these shapes differ", wrong))
     return linear
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _plain(name: str) -> str:

@@ -17,6 +17,7 @@ from .kernels import dora_linear, on_gpu
 from .kernels.eager import Dropout
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
+from .state import LayerAdapter
 
 
 class DoraLinear(nn.Module):
@@ -54,8 +55,9 @@ class DoraLinear(nn.Module):
         self.inference = Inference()
         self.out_features, self.in_features = base.shape
         dtype, device = F.sum_dtype(base.dtype), base.device
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
+        _, *row = base.row_shape
+        self.lora_A = nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device))
         m_O = (
             nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
             if config.method == "dora"
@@ -70,12 +72,22 @@ class DoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.norm.at_start(self.lora_A, self.lora_B, self.scale))
+            self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
 
     @property
     def r(self) -> int:
         """Rank."""
         return self.lora_A.shape[0]
+
+    @property
+    def a_RI(self) -> Tensor:
+        """A as rows, a view."""
+        return self.lora_A.flatten(1)
+
+    @property
+    def b_OR(self) -> Tensor:
+        """B as rows, a view."""
+        return self.lora_B.flatten(1)
 
     @property
     def weight(self) -> Tensor:
@@ -91,14 +103,14 @@ class DoraLinear(nn.Module):
         """``g = m / |W + s B A|``, (O,), or None for LoRA."""
         if self.lora_magnitude_vector is None:
             return None
-        n_O = self.norm(self.lora_A, self.lora_B, self.scale, detach=self.detach_norm)
+        n_O = self.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
         return self.lora_magnitude_vector / n_O
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
         if not self.enabled:
             return self.base_layer(x)
-        x = _autocast(x)
+        x = autocast(x)
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or (torch.compiler.is_compiling() and on_gpu(x) is None):
             return self._composed(x, dropout)
@@ -109,10 +121,16 @@ class DoraLinear(nn.Module):
             return self._inferred(x, W_OI)
         return dora_linear(x, W_OI, self.lora_A, self.lora_B, self.gain(), self.scale, self.bias, dropout)
 
+    def state(self) -> LayerAdapter:
+        """The trained values; views, not copies."""
+        m_O = self.lora_magnitude_vector
+        values = self.lora_A.detach(), self.lora_B.detach(), None if m_O is None else m_O.detach()
+        return LayerAdapter(*values, self.scale, self.base.kind)
+
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
         m_O = self.lora_magnitude_vector
-        return F.merge_weight(self.base.W_OI, self.lora_A, self.lora_B, m_O, self.scale)
+        return F.merge_weight(self.base.W_OI, self.a_RI, self.b_OR, m_O, self.scale)
 
     def merged(self) -> nn.Module:
         """A plain layer of the base's kind with the merged weight."""
@@ -197,6 +215,7 @@ def _master_copy(original: nn.Module) -> nn.Module:
     return trained
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """An input in the dtype that autocast, where it is on, would give it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

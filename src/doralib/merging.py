@@ -23,7 +23,7 @@ from .errors import DoraError, UsageError, did_you_mean
 from .files import human, names_in, read_json, read_tensors, replacing, write_json
 from .fitting import Fit, fit
 from .formats import from_peft
-from .functional import merge_weight, row_blocks
+from .functional import merge_weight, row_blocks, swapped_channels
 from .state import AdapterState, LayerAdapter
 
 Progress = Callable[[int, int], None]
@@ -105,7 +105,8 @@ def merge_checkpoint(
 ) -> MergeSummary:
     """Write the base with the adapter folded in, as a folder that plain transformers loads.
 
-    Holds the adapter and one row block a thread (a whole tensor for HF Conv1D, which is stored transposed).
+    Holds the adapter and one row block a thread (a whole tensor of HF Conv1D, embeddings and transposed convolutions,
+    whose rows are not stored as rows).
 
     Args:
         adapter: folder of adapter_config.json and adapter_model.safetensors, e.g. a run.
@@ -261,7 +262,12 @@ def _new_rows(piece: _Piece, rows: slice) -> Tensor:
     block = read_rows(piece.slot, rows)
     if piece.adapter is None:
         return block
-    a_RI, b_OR, m_O, s = piece.adapter.a_RI, piece.adapter.b_OR, piece.adapter.m_O, piece.adapter.scale
+    (a_RI, b_OR), m_O, s = piece.adapter.factors, piece.adapter.m_O, piece.adapter.scale
+    if piece.adapter.kind == "transposed_convolution":
+        groups = piece.slot.shape[0] // piece.adapter.shape[1]
+        by_channel = swapped_channels(block.view(piece.slot.shape), groups)
+        merged = merge_weight(by_channel.flatten(1), a_RI, b_OR, m_O, s)
+        return swapped_channels(merged.view(by_channel.shape), groups).flatten(1)
     if piece.transposed:
         return merge_weight(block.T, a_RI, b_OR, m_O, s).T
     return merge_weight(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], s)

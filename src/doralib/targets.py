@@ -14,14 +14,14 @@ from .layers import DoraLinear
 ALL_LINEAR = "all-linear"
 
 
-def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(O, I) of every linear layer by name, in model order; adapted ones included."""
+def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """(O, I), or (O, I / groups, taps...), of every layer that can be adapted, by name in model order; adapted ones too."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, DoraLinear):
-            found[name] = module.base.shape
+            found[name] = module.base.row_shape
         elif not name.endswith(".base_layer") and (base := open_base(module)) is not None:
-            found[name] = base.shape
+            found[name] = base.row_shape
     return found
 
 
@@ -35,7 +35,7 @@ def choose(model: nn.Module, config: DoraConfig) -> list[str]:
     linear = adaptable(model)
     wanted = config.target_modules or ALL_LINEAR
     if wanted == ALL_LINEAR:
-        chosen = [name for name in linear if name not in _heads(model)]
+        chosen = [name for name in linear if _kind(model, name) == "linear" and name not in _heads(model)]
     else:
         chosen = matching(model, wanted, "target_modules")
     if config.exclude_modules is not None:
@@ -69,7 +69,7 @@ def matching(model: nn.Module, names: Names, setting: str) -> list[str]:
     return [name for name in known if name in chosen]
 
 
-def refuse(model: nn.Module, chosen: list[str], linear: dict[str, tuple[int, int]]) -> None:
+def refuse(model: nn.Module, chosen: list[str], linear: dict[str, tuple[int, ...]]) -> None:
     """Say everything that stands in the way of adapting these modules.
 
     Raises:
@@ -97,6 +97,12 @@ def refuse(model: nn.Module, chosen: list[str], linear: dict[str, tuple[int, int
 
 
 _HELP = "list every layer that can be adapted with: doralib targets MODEL"
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    module = model.get_submodule(name)
+    base = module.base if isinstance(module, DoraLinear) else open_base(module)
+    return "" if base is None else base.kind
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

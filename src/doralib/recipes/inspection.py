@@ -1,5 +1,6 @@
 """`doralib inspect` and `doralib targets`: what is in an adapter, and what in a model could take one."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def movements(state: AdapterState, base: str) -> dict[str, Movement]:
     for name, layer in state.layers.items():
         frozen = open_base(model.get_submodule(name))
         assert frozen is not None
-        V_OI = F.merge_weight(frozen.W_OI, layer.a_RI, layer.b_OR, layer.m_O, layer.scale)
+        V_OI = F.merge_weight(frozen.W_OI, *layer.factors, layer.m_O, layer.scale)
         length_O, direction_O = F.moved(frozen.W_OI, V_OI)
         relative = length_O / frozen.row_norm_sq().sqrt().clamp_min(1e-30)
         out[name] = Movement(relative.mean().item(), direction_O.mean().item())
@@ -60,16 +61,16 @@ def movements(state: AdapterState, base: str) -> dict[str, Movement]:
 
 
 def list_targets(model: str, *, every: bool = False) -> Table:
-    """The linear layers of a model, a line a kind (or every one), with shapes and what rank 16 would cost."""
+    """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
     loaded, _ = load_model(ModelSettings(path=model))
     layers = adaptable(loaded)
-    kinds: dict[tuple[str, tuple[int, int]], list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, shape in layers.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
     table = Table("target_modules", "count", "(out, in)", "parameters at r 16", "for example", title=model)
-    for (kind, (O, I)), names in kinds.items():
-        cost = len(names) * (16 * (O + I) + O)
-        table.add_row(kind, str(len(names)), f"({O}, {I})", f"{cost:,}", names[0])
+    for (kind, shape), names in kinds.items():
+        cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
+        table.add_row(kind, str(len(names)), str(shape), f"{cost:,}", names[0])
     return table
 
 
@@ -88,7 +89,7 @@ def _summary(adapter: Path, config: DoraConfig, state: AdapterState) -> Text:
 
 def _sizes(layer: LayerAdapter) -> tuple[str, str]:
     # |B A|² = tr((BᵀB)(A Aᵀ)): no (O, I) product
-    a, b = layer.a_RI.float(), layer.b_OR.float()
+    a, b = (factor.float() for factor in layer.factors)
     size = layer.scale * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
     span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
     return f"{size:.4g}", span

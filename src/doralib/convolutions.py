@@ -1,0 +1,63 @@
+"""Adapted convolutions: a row of the weight is all that makes one output channel, and has one length."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from .bases import Convolution
+from .layers import DoraLinear, autocast
+
+
+class DoraConv(DoraLinear):
+    """A frozen convolution, transposed or not, whose output channels learn a length (m) and a low-rank turn (B A).
+
+    ``y = g ∘ (W * x + s B * A * x) + bias`` with ``g = m / |W + s B A|``, the length taken over everything that makes
+    one output channel. A is (R, I / groups, taps...) and B (O, R, 1...), so that B A is a change of the frozen weight
+    itself for any number of groups and any rank, and merges into it.
+    """
+
+    base: Convolution
+
+    def forward(self, x: Tensor, *output_size: Any) -> Tensor:
+        """What the base layer takes, and what it would return."""
+        if not self.enabled:
+            return self.base_layer(x, *output_size)
+        x = autocast(x)
+        y = self.base_layer(x, *output_size)
+        dropout = self._draw_dropout(x)
+        x_a = x if dropout is None else x * dropout.keep / (1 - dropout.p)
+        gain_O = self.gain()
+        if gain_O is None:
+            return y + self._change(x_a, self.b_OR * self.scale, *output_size)
+        if dropout is not None and dropout.exact:
+            weight = self.base.W_OI.detach().unflatten(1, self._row)
+            product = self.base.product(x_a, weight.to(x.dtype), *output_size)
+        else:
+            product = y if self.bias is None else y - self._by_channel(self.bias.to(y.dtype))
+        change = self._change(x_a, self.b_OR * (gain_O * self.scale)[:, None], *output_size)
+        # with g - 1, as `functional.compose`: g = 1 and B = 0 give y bit for bit
+        return y + (self._by_channel((gain_O - 1).to(y.dtype)) * product + change)
+
+    def __getattr__(self, name: str) -> Any:
+        """What model code reads from the frozen layer: stride, kernel_size, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _change(self, x: Tensor, sb_OR: Tensor, *output_size: Any) -> Tensor:
+        """``s B * A * x``; with groups as one small weight, since A would make R channels of each group."""
+        if self.groups > 1:
+            change_OI = sb_OR @ self.a_RI
+            return self.base.product(x, change_OI.to(x.dtype).unflatten(1, self._row), *output_size)
+        xa = self.base.product(x, self.lora_A.to(x.dtype), *output_size)
+        pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[self.lora_A.dim() - 3]
+        return pointwise(xa, sb_OR.to(x.dtype).view_as(self.lora_B))
+
+    @property
+    def _row(self) -> tuple[int, ...]:
+        return self.base.row_shape[1:]
+
+    def _by_channel(self, t_O: Tensor) -> Tensor:
+        return t_O.view(-1, *(1 for _ in self._row[1:]))
