@@ -210,9 +210,9 @@ def test_misspelt_names_are_all_told_at_once():
         check_columns(DataSettings(train="t", style="alpaca", prompt="x"), ["instruction", "output"], "t")
     with pytest.raises(UsageError, match=r"data.target: style completion needs it"):
         check_columns(DataSettings(train="t"), ["text"], "t")
-    with pytest.raises(UsageError, match=r"is no template"):
+    with pytest.raises(UsageError, match=r"a brace in the text is written"):
         check_columns(DataSettings(train="t", target="{text"), ["text"], "t")
-    with pytest.raises(UsageError, match=r"column names in braces only"):
+    with pytest.raises(UsageError, match=r"holds a column.s name alone"):
         check_columns(DataSettings(train="t", target="{text!r}"), ["text"], "t")
 
 

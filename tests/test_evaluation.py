@@ -13,7 +13,8 @@ from doralib.evaluation import evaluate, load_tasks, results_table, wrong_answer
 from doralib.generation import generate
 from doralib.scoring import Request, log_likelihoods, option_requests, text_requests
 from doralib.task_files import packaged_tasks
-from doralib.tasks import ChoiceTask, ClassificationTask, RegexTask, columns_in, fill, read_examples
+from doralib.tasks import ChoiceTask, ClassificationTask, RegexTask, fill, read_examples
+from doralib.templates import columns_in
 
 ROWS = [
     {"text": "the movie was wonderful", "label": "positive", "stars": 5},

@@ -1,7 +1,6 @@
 """Prompt styles: how a row of data becomes text, piece by piece, with the pieces to learn marked."""
 
 import math
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from jinja2 import TemplateError
 
 from .config import DataSettings
 from .errors import UsageError, did_you_mean
+from .templates import columns_in, filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -81,37 +81,20 @@ def _text(row: Row, column: str) -> str:
     return str(value)
 
 
-def _template_columns(template: str, columns: Sequence[str], setting: str) -> list[str]:
-    """The columns that a template names; one without braces is a column's name itself."""
-    if template in columns:
-        return [template]
-    try:
-        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UsageError(f"{setting}: {template!r} is no template: {error}; write {{{{ and }}}} for braces") from None
-    for _, name, spec, conversion in fields:
-        if not name or spec or conversion:
-            raise UsageError(f"{setting}: {template!r} may hold column names in braces only, like {{text}}")
-    return [str(name) for _, name, _, _ in fields] or [template]
-
-
 def _fill(template: str, row: Row, setting: str) -> str:
     """The template with the row's values; a row that has none of them is empty."""
-    columns = _template_columns(template, list(row), setting)
+    columns = columns_in(template, setting)
     values = {column: _text(row, column) for column in columns}
     if not any(value.strip() for value in values.values()):
         raise BadRow("empty", f"nothing in {', '.join(columns)}")
-    if template in row:
-        return values[template]
-    parts = string.Formatter().parse(template)
-    return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
+    return filled(template, values)
 
 
-def _completion_needs(settings: DataSettings, columns: Sequence[str]) -> dict[str, list[str]]:
+def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:
     if settings.target is None:
         raise UsageError("data.target: style completion needs it, a column's name or a template like ' {label}'")
     named = {"data.prompt": settings.prompt, "data.target": settings.target}
-    return {key: _template_columns(text, columns, key) for key, text in named.items() if text is not None}
+    return {key: columns_in(text, key) for key, text in named.items() if text is not None}
 
 
 def _completion(row: Row, settings: DataSettings, _: "Tokenizer") -> list[Piece]:

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from .config import Checked
 from .errors import DoraError, UsageError, did_you_mean
 from .rows import read
+from .templates import columns_in, filled
 
 Row = Mapping[str, Any]
 _SHOWN = 12
@@ -245,31 +245,9 @@ class Example:
     """Which option is right."""
 
 
-def columns_in(template: str) -> list[str]:
-    """The columns a template names; text without braces is a column's name itself.
-
-    Raises:
-        UsageError: if a brace has no partner or holds more than a name.
-    """
-    if not template:
-        return []
-    if not {"{", "}"} & set(template):
-        return [template]
-    try:
-        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UsageError(f"template {template!r}: {error}; a brace in the text is written {{{{ or }}}}") from None
-    if any(not name or spec or conversion for name, spec, conversion in parts):
-        raise UsageError(f"template {template!r}: a pair of braces holds a column's name alone, like {{text}}")
-    return [str(name) for name, _, _ in parts]
-
-
 def fill(template: str, row: Row) -> str:
     """The template with the row's values as text; braces in values stay as they are."""
-    if template and not {"{", "}"} & set(template):
-        return str(row[template])
-    # not str.format: a template must not reach into attributes of the values
-    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in Formatter().parse(template))
+    return filled(template, {name: str(row[name]) for name in columns_in(template)})
 
 
 def read_examples(task: Task, limit: int | None = None) -> list[Example]:

@@ -9,7 +9,8 @@ import yaml
 
 from ..errors import UsageError, did_you_mean
 from ..rows import READERS
-from ..tasks import KINDS, Task, columns_in
+from ..tasks import KINDS, Task
+from ..templates import columns_in
 
 
 def load_tasks(names: Sequence[str]) -> list[Task]:
