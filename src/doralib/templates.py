@@ -21,7 +21,7 @@ def columns_in(template: str, setting: str = "template") -> list[str]:
     except ValueError as error:
         raise UsageError(f"{setting} {template!r}: {error}; a brace in the text is written {{{{ or }}}}") from None
     if any(not name or spec or conversion for name, spec, conversion in parts):
-        raise UsageError(f"{setting} {template!r}: braces hold a column's name, as in {{text}}, and nothing else")
+        raise UsageError(f"{setting} {template!r}: a pair of braces holds a column's name alone, like {{text}}")
     return [name for name, _, _ in parts if name]
 
 
