@@ -115,6 +115,38 @@ class Transposed(Dense):
         return W_OI.t()
 
 
+class Embedding(Transposed):
+    """`nn.Embedding`: a row is one dimension over the whole vocabulary, as in PEFT; the weight is stored (I, O)."""
+
+    kind = "embedding"
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What the layer multiplies its rows by (Gemma's embed_scale), or None."""
+        factor = getattr(self.module, "embed_scale", None)
+        return factor if factor is None or isinstance(factor, Tensor) else torch.tensor(float(factor))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None
+
+    def triton_weight(self) -> Tensor | None:
+        return None
+
+    # by blocks of tokens: a block of dimensions would read the whole table
+    def row_norm_sq(self) -> Tensor:
+        sums_O = torch.zeros(self.shape[0], dtype=F.sum_dtype(self.dtype), device=self.device)
+        for tokens in F.row_blocks(*self._weight.shape):
+            sums_O += self._weight.detach()[tokens].to(sums_O.dtype).square().sum(0)
+        return sums_O
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return F.transposed_times(self._weight.detach(), a_RI.detach().T).T
+
+    def transposed_times(self, c_OR: Tensor) -> Tensor:
+        return F.times_transposed(self._weight.detach(), c_OR.detach().T).T
+
+
 class Opaque(Dense):
     """Any storage with `in_features` and `out_features`, by its own module call alone."""
 
@@ -264,6 +296,7 @@ class TransposedConvolution(Convolution):
 STORAGES: dict[str, type[Dense]] = {
     "torch.nn.modules.linear.Linear": Dense,
     "transformers.pytorch_utils.Conv1D": Transposed,
+    "torch.nn.modules.sparse.Embedding": Embedding,
     **{f"torch.nn.modules.conv.Conv{n}d": Convolution for n in (1, 2, 3)},
     **{f"torch.nn.modules.conv.ConvTranspose{n}d": TransposedConvolution for n in (1, 2, 3)},
 }
@@ -284,9 +317,21 @@ def open_base(module: nn.Module) -> Dense | None:
             )
             weight = getattr(module, "weight", None)
             plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[union-attr]
-            if plain and not own_call:
+            if plain and (not own_call or (storage is Embedding and _only_scales(module))):
                 return storage(module)
             return Opaque(module) if storage.kind == "linear" else None
     if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return Opaque(module)
     return None
+
+
+def _only_scales(module: nn.Module) -> bool:
+    """Whether an embedding with a call of its own is one of transformers' scaled ones, by what it does to a few."""
+    factor, weight = Embedding(module).factor, module.weight.detach()  # type: ignore[operator]
+    if factor is None or factor.numel() != 1:
+        return False
+    if weight.is_meta:
+        return True
+    tokens = torch.arange(min(8, len(weight)), device=weight.device)
+    with torch.no_grad():
+        return torch.allclose(module(tokens).float(), weight[: len(tokens)].float() * factor.float(), rtol=0.02)

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from .bases import Convolution
-from .layers import DoraLinear, autocast
+from .layers import DoraLinear, ReadsThrough, autocast
 
 
-class DoraConv(DoraLinear):
+class DoraConv(ReadsThrough, DoraLinear):
     """A frozen convolution, transposed or not, whose output channels learn a length (m) and a low-rank turn (B A).
 
     ``y = g ∘ (W * x + s B * A * x) + bias`` with ``g = m / |W + s B A|``, the length taken over everything that makes
@@ -38,13 +38,6 @@ class DoraConv(DoraLinear):
         change = self._change(x_a, self.b_OR * (gain_O * self.scale)[:, None], *output_size)
         # with g - 1, as `functional.compose`: g = 1 and B = 0 give y bit for bit
         return y + (self._by_channel((gain_O - 1).to(y.dtype)) * product + change)
-
-    def __getattr__(self, name: str) -> Any:
-        """What model code reads from the frozen layer: stride, kernel_size, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
 
     def _change(self, x: Tensor, sb_OR: Tensor, *output_size: Any) -> Tensor:
         """``s B * A * x``; with groups as one small weight, since A would make R channels of each group."""

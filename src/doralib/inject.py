@@ -13,6 +13,7 @@ from . import files
 from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
+from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
 from .formats import from_peft, to_peft
 from .layers import DoraLinear, TrainedCopy
@@ -212,7 +213,11 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     return model
 
 
-_LAYERS = {"convolution": DoraConv, "transposed_convolution": DoraConv}
+_LAYERS: dict[str, type[DoraLinear]] = {
+    "convolution": DoraConv,
+    "transposed_convolution": DoraConv,
+    "embedding": DoraEmbedding,
+}
 
 
 def _adapted_layer(module: nn.Module, r: int, scale: float, config: DoraConfig) -> DoraLinear:

@@ -56,8 +56,10 @@ class DoraLinear(nn.Module):
         self.out_features, self.in_features = base.shape
         dtype, device = F.sum_dtype(base.dtype), base.device
         _, *row = base.row_shape
-        self.lora_A = nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device))
+        self._register_factors(
+            nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
+            nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
+        )
         m_O = (
             nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
             if config.method == "dora"
@@ -140,6 +142,9 @@ class DoraLinear(nn.Module):
         method = "lora" if self.lora_magnitude_vector is None else "dora"
         return f"{method}, r={self.r}, scale={self.scale:g}, enabled={self.enabled}"
 
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_A, self.lora_B = a, b
+
     def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
         A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
         if m is None:
@@ -175,6 +180,16 @@ class DoraLinear(nn.Module):
             if p.dtype.itemsize < 4:
                 p.data = masters[name].to(p.device)
         return self
+
+
+class ReadsThrough(nn.Module):
+    """An adapted layer of which model code reads more than weight and bias: stride, padding_idx, ..."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
 
 class TrainedCopy(nn.Module):

@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """(O, I), or (O, I / groups, taps...), of every layer that can be adapted, by name in model order; adapted ones too."""
+    """(O, I), or (O, I / groups, taps...), of every layer that can be adapted, by name; adapted ones included."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, DoraLinear):

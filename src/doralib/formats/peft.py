@@ -24,6 +24,7 @@ _MEANINGS = {_MAGNITUDE: ("m_O", "")} | {
     key: (field, kind) for kind, keys in {"": _FACTORS, **_FACTORS_OF}.items() for field, key in keys.items()
 }
 _PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _MEANINGS))})")
+_FROZEN_COPY = ".base_layer.weight"
 # settings that PEFT's file shares with ours, by the same name
 _SHARED = (
     "r",
@@ -70,6 +71,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
             kinds.setdefault(match[1], set()).update({kind} - {""})
         elif _is_extra(name, config):
             extra[name.replace(".base_layer.", ".")] = tensor
+        elif name.endswith(_FROZEN_COPY) and _has_factors(key.removesuffix(_FROZEN_COPY), tensors):
+            continue  # PEFT adds the untouched weight of an adapted embedding or head
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
     layers = {}
@@ -149,6 +152,10 @@ def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
         _refuse_groups(a, b)
         m = m.flatten() if m is not None and m.numel() == b.shape[0] else m
     return LayerAdapter(a, b, m, config.scale_of(layer), kind)
+
+
+def _has_factors(layer: str, tensors: Mapping[str, Tensor]) -> bool:
+    return any(f"{layer}.{keys['a_RI']}" in tensors for keys in (_FACTORS, *_FACTORS_OF.values()))
 
 
 def _refuse_groups(a: Tensor, b: Tensor) -> None:

@@ -1,0 +1,68 @@
+"""Adapted embeddings: a row is one dimension over the whole vocabulary, and has one length, as in PEFT."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .bases import Embedding
+from .config import DoraConfig
+from .errors import DoraError
+from .layers import DoraLinear, ReadsThrough
+
+
+class DoraEmbedding(ReadsThrough, DoraLinear):
+    """A frozen embedding whose dimensions learn a length (m) and a low-rank turn of direction (B A).
+
+    ``y = f g ∘ (W[:, i] + s B A[:, i])`` for token i with ``g = m / |W + s B A|``, W (dim, vocabulary) and f the factor
+    of a scaled embedding. As in PEFT the start is A = 0, B normal: a padding token's column of A gets no gradient, so
+    a padding row of zeros stays zero. There is no dropout: its input is a token.
+
+    Raises:
+        DoraError: with max_norm, for which torch writes to the frozen weight.
+    """
+
+    base: Embedding
+    lora_embedding_A: nn.Parameter
+    """(R, vocabulary)."""
+    lora_embedding_B: nn.Parameter
+    """(dim, R)."""
+
+    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+        if getattr(base_layer, "max_norm", None) is not None:
+            raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
+        super().__init__(base_layer, r, scale, config)
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
+        """A under the name that all layers share."""
+        return self.lora_embedding_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
+        """B, likewise."""
+        return self.lora_embedding_B
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the start: A = 0, B normal, m = |W|."""
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) to (..., dim), in the dtype that the base layer would return."""
+        y = self.base_layer(tokens)
+        if not self.enabled:
+            return y
+        gain_O = self.gain()
+        sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
+        if self.base.factor is not None:
+            sb_OR = sb_OR * self.base.factor.to(sb_OR)
+        a = nnf.embedding(tokens, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        change = a.to(y.dtype) @ sb_OR.to(y.dtype).T
+        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
+        return y + (change if gain_O is None else (gain_O - 1).to(y.dtype) * y + change)
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_embedding_A, self.lora_embedding_B = a, b
