@@ -160,7 +160,7 @@ def _table(case: dict[str, Any]) -> Table:
 
 
 def _goals(case: dict[str, Any]) -> list[Goal]:
-    limit = 1.1 if case["settings"]["checkpointing"] else 1.02
+    limit = 1.02 if case["settings"]["checkpointing"] else 1.1
     return [
         Goal(f"{case['name']}, {measure.replace('_', ' ')}: {pair}", ratio["median"], limit)
         for measure in ("total_bytes", "resident_bytes")
