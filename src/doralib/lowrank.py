@@ -39,7 +39,9 @@ def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[Ad
     layers, errors = {}, []
     for name, layer, W_OI in base_weights(state, checkpoint):
         change_OI = change_of(W_OI, layer)
-        layers[name], error = nearest_lora(change_OI, rank)
+        lora, error = nearest_lora(change_OI, rank)
+        b = lora.b_OR.reshape(lora.b_OR.shape + (1,) * len(layer.kernel))
+        layers[name] = LayerAdapter(lora.a_RI.reshape(-1, *layer.shape[1:]), b, None, 1.0, layer.kind)
         size = change_OI.norm().item()
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
@@ -53,24 +55,23 @@ def adapted_lengths(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Te
         DoraError: if the adapter does not fit the checkpoint.
     """
     return {
-        name: dense_row_norm(W_OI, layer.a_RI, layer.b_OR, layer.scale)
-        for name, layer, W_OI in base_weights(state, checkpoint)
+        name: dense_row_norm(W_OI, *layer.factors, layer.scale) for name, layer, W_OI in base_weights(state, checkpoint)
     }
 
 
 def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
-    """Each layer with its base weight, (O, I), one at a time.
+    """Each layer with the rows of its base weight, (O, I), one at a time.
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    if conv := [name for name, layer in state.layers.items() if layer.a_RI.dim() != 2]:
-        raise DoraError(f"only linear layers can be had as weights here, not {', '.join(conv[:5])}")
+    if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
+        raise DoraError(f"a transposed convolution has no such form: {', '.join(turned[:5])}; merge the adapter")
     fitted = fit(state, checkpoint.slots, checkpoint.config())
     stored = {id(layer): name for name, layer in fitted.layers.items()}
     for name, layer in state.layers.items():
         slot = stored[id(layer)]
-        weight = read_whole(checkpoint.slots[slot])
+        weight = read_whole(checkpoint.slots[slot]).flatten(1)
         yield name, layer, weight.T if slot in fitted.transposed else weight
 
 
@@ -78,7 +79,7 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
 def change_of(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
     """``g ∘ (W + s B A) - W`` in `sum_dtype`, as (g - 1) ∘ W + g ∘ (s B A): nothing cancels where g is near 1."""
     dtype = sum_dtype(W_OI.dtype)
-    W, a, b, s = W_OI.to(dtype), layer.a_RI.to(dtype), layer.b_OR.to(dtype), layer.scale
+    W, (a, b), s = W_OI.to(dtype), (each.to(dtype) for each in layer.factors), layer.scale
     if layer.m_O is None:
         return b @ a * s
     g_O = gain(layer.m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]

@@ -58,8 +58,9 @@ def peft():
     net = Net()
     base = {name: m.weight.clone() for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}
     config = LoraConfig(
-        r=2, lora_alpha=6, use_dora=True, target_modules=list(base), rank_pattern={"head": 3}, alpha_pattern={"k_proj": 5}
-    )
+        r=2, lora_alpha=6, use_dora=True, target_modules=list(base),
+        rank_pattern={"head": 3}, alpha_pattern={"k_proj": 5},
+    )  # fmt: skip
     model = get_peft_model(net, config)
     _disturb((n, p) for n, p in model.named_parameters() if "lora_" in n)
     folder = _folder("peft")
@@ -88,6 +89,7 @@ def lycoris():
         network = lycoris.create_lycoris(
             net, 1.0, linear_dim=2, linear_alpha=3.0, conv_dim=2, conv_alpha=3.0, algo="lora", dora_wd=True, **options
         )
+        network.apply_to()
         _disturb(network.named_parameters())
         folder = _folder(name)
         network.save_weights(folder / "lora.safetensors", torch.float32, {})
@@ -195,6 +197,12 @@ def torchtune():
         lora_attn_modules=modules, apply_lora_to_mlp=True, vocab_size=8, num_layers=1, num_heads=4, num_kv_heads=2,
         embed_dim=16, intermediate_dim=20, max_seq_len=16, lora_rank=2, lora_alpha=6, use_dora=True,
     )  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            torch.nn.init.normal_(p)
+    for module in model.modules():
+        if hasattr(module, "initialize_dora_magnitude"):
+            module.initialize_dora_magnitude()
     _disturb(get_adapter_params(model).items())
     trained = {name: p.detach().clone() for name, p in get_adapter_params(model).items()}
     heads = {"num_heads": 4, "num_kv_heads": 2, "dim": 16}

@@ -56,7 +56,8 @@ def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
     """
     only_layers(state, "ai-toolkit")
     folded = {
-        name: LayerAdapter(layer.a_RI, layer.b_OR * layer.scale, layer.m_O, 1.0) for name, layer in state.layers.items()
+        name: LayerAdapter(layer.a_RI, layer.b_OR * layer.scale, layer.m_O, 1.0, layer.kind)
+        for name, layer in state.layers.items()
     }
     parts = {component_of(name) or given.component for name in folded}
     if parts != {"transformer"}:

@@ -74,12 +74,16 @@ def refuse(what: str, problems: list[str]) -> None:
         raise DoraError("\n  ".join([f"{what}: {count}", *problems[:_MOST_LINES], *more]))
 
 
-def only_layers(state: AdapterState, title: str) -> None:
-    """Nothing, if the adapter is layers alone, which is all that most tools' files can hold.
+def only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("linear",)) -> None:
+    """Nothing, if the adapter is layers of these kinds alone, which is all that most tools' files can hold.
 
     Raises:
-        UsageError: naming the whole tensors that would be lost.
+        UsageError: naming the layers and whole tensors that would be lost.
     """
+    if others := [f"{name} ({layer.kind})" for name, layer in state.layers.items() if layer.kind not in kinds]:
+        raise UsageError(
+            f"{title} has no DoRA of {', '.join(others[:5])}; it takes {' and '.join(kinds)} layers: merge"
+        )
     if state.extra:
         names = ", ".join(sorted(state.extra)[:5])
         raise UsageError(

@@ -79,7 +79,7 @@ def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
     Raises:
         UsageError: if it cannot be told which part of a pipeline the layers belong to, or whole tensors were trained.
     """
-    only_layers(state, "diffusers")
+    only_layers(state, "diffusers", ("linear", "convolution"))
     named = with_components(state, given)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}

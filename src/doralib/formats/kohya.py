@@ -64,7 +64,9 @@ def read_fields(content: Content, given: Given, keys: Mapping[str, str], title: 
     def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
         a, b = _expanded(part)
         alpha = number(part["alpha"]) if "alpha" in part else given.alpha or a.shape[0]
-        m_O = lengths(part["m"], b.shape[0], a.shape[1]) if "m" in part else None
+        m_O = part.get("m")
+        if m_O is not None and keys["m"] == "dora_scale":  # a `magnitude` has one axis
+            m_O = lengths(m_O, b.shape[0], a.shape[1])
         return LayerAdapter(a, b, m_O, alpha / a.shape[0])
 
     layers = layers_of(parts, layer, keys, problems)
@@ -87,7 +89,7 @@ def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
 
 def write_fields(state: AdapterState, given: Given, keys: Mapping[str, str]) -> Content:
     """The same, with the keys' endings by our field."""
-    only_layers(state, "kohya / LyCORIS")
+    only_layers(state, "kohya / LyCORIS", ("linear", "convolution"))
     tensors: dict[str, Tensor] = {}
     for name, layer in state.layers.items():
         key = underscored(name, given.component)
@@ -200,9 +202,9 @@ def _other_kinds(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _misfits(layers: Mapping[str, LayerAdapter], given: Given) -> list[str]:
     return [
-        f"{name}: (out, in) {(b.shape[0], a.shape[1])} in the adapter, {tuple(given.shapes[name])} in the base model"
-        for name, (a, b) in ((name, (layer.a_RI, layer.b_OR)) for name, layer in layers.items())
-        if tuple(given.shapes[name][:2]) not in ((b.shape[0], a.shape[1]), (a.shape[1], b.shape[0]))
+        f"{name}: (out, in) {layer.shape} in the adapter, {tuple(given.shapes[name])} in the base model"
+        for name, layer in layers.items()
+        if tuple(given.shapes[name]) != layer.shape
     ]
 
 

@@ -46,6 +46,7 @@ _REFUSED = (
     "use_qalora",
     "use_bdlora",
     "trainable_token_indices",
+    "magnitudes_divided_by_norm",  # what `tensorrt` writes
 )
 
 
@@ -103,6 +104,9 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         inner = ".base_layer" if module in state.layers else ""
         tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
     settings = {field: getattr(config, field) for field in _SHARED}
+    # layers with a magnitude alone have rank 1 in files, whatever the settings say
+    ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
+    settings["rank_pattern"] = {**ranks, **config.rank_pattern}
     settings |= {
         "peft_type": "LORA",
         "use_dora": config.method == "dora",
@@ -179,7 +183,10 @@ def _is_extra(name: str, config: DoraConfig) -> bool:
 
 def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
     """Endings for PEFT to find the layers by; whole names where the endings would name more than was adapted."""
+    alone = [name for name, layer in state.layers.items() if layer.rank != config.rank_of(name)]
     if isinstance(config.target_modules, tuple):
-        return sorted(config.target_modules)
+        return sorted({*config.target_modules, *alone})
     ends = Counter(layer.rpartition(".")[2] for layer in state.layers)
-    return sorted(ends) if config.target_modules in (None, "all-linear") else str(config.target_modules)
+    if config.target_modules in (None, "all-linear"):
+        return sorted(ends)
+    return "|".join([f"(?:{config.target_modules})", *map(re.escape, alone)]) if alone else str(config.target_modules)

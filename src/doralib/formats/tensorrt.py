@@ -53,6 +53,6 @@ def write(config: DoraConfig, state: AdapterState, norms: Mapping[str, Tensor]) 
     for name, layer in state.layers.items():
         assert layer.m_O is not None
         g_O = gain(layer.m_O.to(norms[name].dtype), norms[name]).to(layer.m_O.dtype)
-        divided[name] = LayerAdapter(layer.a_RI, layer.b_OR, g_O, layer.scale)
+        divided[name] = LayerAdapter(layer.a_RI, layer.b_OR, g_O, layer.scale, layer.kind)
     tensors, settings = to_peft(config, AdapterState(divided, {}, state.base_model))
     return Content(tensors, {**settings, MARK: True})

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import UsageError
+from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
 from .content import Content, Found, Given, only_layers, refuse
 from .parts import alpha_of, commonest, config_for, gathered, layers_of
@@ -181,11 +181,17 @@ def _turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Te
 
 def _to_hf(rows: Tensor, heads: int) -> Tensor:
     """Pairs side by side to halves apart, within each head."""
-    size = rows.shape[0] // heads
+    size = _head_size(rows, heads)
     return rows.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
 def _from_hf(rows: Tensor, heads: int) -> Tensor:
     """Halves apart to pairs side by side."""
-    size = rows.shape[0] // heads
+    size = _head_size(rows, heads)
     return rows.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def _head_size(rows: Tensor, heads: int) -> int:
+    if rows.dim() == 0 or rows.shape[0] % (2 * heads):
+        raise DoraError(f"{tuple(rows.shape)} has not the rows of {heads} heads of even size, as the base model has")
+    return rows.shape[0] // heads
