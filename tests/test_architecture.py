@@ -18,7 +18,7 @@ ROWS = [
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"}
     | {"report_results", "report_use"},
-    {"convolutions", "embeddings", "bank", "targets", "task_files", "report"},
+    {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
     {"models"},
     {"verify"},

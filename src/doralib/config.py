@@ -56,6 +56,8 @@ class DoraConfig(Checked):
     """Name endings, one regular expression for whole names, or "all-linear"; null: all-linear (full: everything)."""
     exclude_modules: Names | None = None
     """Taken out of target_modules; read in the same way."""
+    magnitude_modules: Names = ()
+    """Layers of which only the magnitude is trained, beside the target_modules; named in the same way."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
@@ -82,10 +84,12 @@ class DoraConfig(Checked):
         ]
         for field in ("rank_pattern", "alpha_pattern"):
             problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
-        for field in ("target_modules", "exclude_modules"):
+        for field in ("target_modules", "exclude_modules", "magnitude_modules"):
             names = getattr(self, field)
             if isinstance(names, str) and _bad_regex(names):
                 problems.append(f"{field}: {_bad_regex(names)}")
+        if self.magnitude_modules and self.method != "dora":
+            problems.append(f"magnitude_modules have magnitudes, which method {self.method!r} has not; take dora")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -1,6 +1,5 @@
 """Adapted embeddings: a row is one dimension over the whole vocabulary, and has one length, as in PEFT."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -42,14 +41,6 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
         """B, likewise."""
         return self.lora_embedding_B
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Back to the start: A = 0, B normal, m = |W|."""
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B)
-        if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
-
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
@@ -66,3 +57,7 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_embedding_A, self.lora_embedding_B = a, b
+
+    def _start_factors(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)

@@ -17,8 +17,9 @@ from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
 from .formats import from_peft, to_peft
 from .layers import DoraLinear, TrainedCopy
+from .magnitudes import DoraMagnitude
 from .state import AdapterState, LayerAdapter
-from .targets import adaptable, choose, matching, refuse
+from .targets import adaptable, choose, magnitudes, matching, refuse
 
 Model = TypeVar("Model", bound=nn.Module)
 _OWN_SETTINGS = "doralib_config.json"
@@ -134,6 +135,12 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
         for name in pairs.keys() & given.keys()
         if given[name].shape != pairs[name].shape
     ]
+    problems += [
+        f"{name}: turns its rows, but only their lengths are adapted in the model"
+        for name, adapter in state.layers.items()
+        if all(factor.any() for factor in adapter.factors)
+        and isinstance(dict(model.named_modules()).get(name), DoraMagnitude)
+    ]
     if problems:
         raise DoraError(_listed("the adapter does not fit this model", sorted(problems)))
     for name, tensor in pairs.items():
@@ -199,8 +206,11 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     biases = _bias_names(model, config, chosen)
     adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
     model.requires_grad_(False)
+    alone = set(magnitudes(model, config))
     wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: _adapted_layer(model.get_submodule(name), config.rank_of(name), config.scale_of(name), config)
+        name: DoraMagnitude(model.get_submodule(name), 1, 1.0, config)
+        if name in alone
+        else _adapted_layer(model.get_submodule(name), config.rank_of(name), config.scale_of(name), config)
         for name in chosen
     }
     wrappers |= {name: TrainedCopy(model.get_submodule(name)) for name in whole}

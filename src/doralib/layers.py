@@ -71,8 +71,7 @@ class DoraLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Back to the start: A as the paper draws it, B = 0, m = |W|."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        self._start_factors()
         if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
 
@@ -144,6 +143,10 @@ class DoraLinear(nn.Module):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_A, self.lora_B = a, b
+
+    def _start_factors(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
         A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector

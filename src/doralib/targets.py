@@ -41,10 +41,22 @@ def choose(model: nn.Module, config: DoraConfig) -> list[str]:
     if config.exclude_modules is not None:
         out = set(matching(model, config.exclude_modules, "exclude_modules"))
         chosen = [name for name in chosen if name not in out]
+    alone = magnitudes(model, config)
+    if wanted == ALL_LINEAR:
+        chosen = [name for name in chosen if name not in alone]
+    if both := [name for name in alone if name in chosen]:
+        raise UsageError(f"{', '.join(both)}: in magnitude_modules and in target_modules, which train it whole anyway")
+    chosen += alone
     if not chosen:
         raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
     refuse(model, chosen, linear)
     return chosen
+
+
+def magnitudes(model: nn.Module, config: DoraConfig) -> list[str]:
+    """Names of the layers of which only the magnitude is trained, in model order."""
+    names = config.magnitude_modules
+    return matching(model, names, "magnitude_modules") if names else []
 
 
 def matching(model: nn.Module, names: Names, setting: str) -> list[str]:
