@@ -81,7 +81,7 @@ class _DoraLinear(torch.autograd.Function):
         dx, da_RI, db_OR = _low_rank_backward(needs, dy_NO, x_NI, xa_NR, (a_RI, b_OR, gain_O), s, dropout)
         if needs.x:
             dz_NO = dy_NO if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
-            dx = torch.addmm(dx, dz_NO, W_OI)
+            dx.addmm_(dz_NO, W_OI)  # onto the small product: out of place it would cost a copy of (N, I)
         dgain_O = None
         if needs.gain:
             product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
@@ -117,13 +117,13 @@ class _ExactDropout(torch.autograd.Function):
         dx = da_RI = db_OR = None
         dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s).to(dy_NO.dtype)
         if needs.x:
-            change_NI = torch.addmm(dxa_NR @ a_RI.to(dy_NO.dtype), dy_NO * (gain_O - 1).to(dy_NO.dtype), W_OI)
+            change_NI = (dxa_NR @ a_RI.to(dy_NO.dtype)).addmm_(dy_NO * (gain_O - 1).to(dy_NO.dtype), W_OI)
             change_NI.mul_(keep.view_as(change_NI))
-            dx = torch.add(change_NI.mul_(_boost(dropout)), dy_NO @ W_OI)
+            dx = change_NI.mul_(_boost(dropout)).addmm_(dy_NO, W_OI)
         if needs.a:
             da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype).mul_(_boost(dropout))
         if needs.b:
-            db_OR = scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, ctx.s)
+            db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, ctx.s)
         dgain_O = _column_dots(dy_NO, z_NO) if needs.gain else None
         dbias_O = _bias_gradient(dy_NO, bias_O) if needs.bias else None
         return dx, None, dbias_O, da_RI, db_OR, dgain_O, None, None
@@ -179,7 +179,7 @@ def _low_rank_backward(needs, dy_NO, x_NI, xa_NR, factors, s, dropout):
     if needs.a:
         da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype)
     if needs.b:
-        db_OR = scaled((dy_NO.T @ xa_NR).to(b_OR.dtype), gain_O, s)
+        db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, s)
     return dx, da_RI, db_OR
 
 
