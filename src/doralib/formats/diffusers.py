@@ -27,11 +27,11 @@ _FIELDS = {
     "alpha": "alpha",
 }
 _KEYS = {"a": "lora.down.weight", "b": "lora.up.weight", "m": "lora_magnitude_vector"}
-# a unet's keys are diffusers' own; every other part's are PEFT's
-_WRITTEN = {
-    True: {"a": "lora.down.weight", "b": "lora.up.weight", "m": "lora_magnitude_vector"},
-    False: {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"},
-}
+_PEFT_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+# a unet's keys are diffusers' own. transformers, which loads text encoders, looks for the magnitude as a module's
+# weight: by PEFT's own key it is dropped (seen with diffusers 0.42.1 and transformers 5.23), and PEFT takes both
+_WRITTEN = {"unet": _KEYS, "transformer": _PEFT_KEYS}
+_TEXT_ENCODER = {**_PEFT_KEYS, "m": "lora_magnitude_vector.weight"}
 
 
 def detect(content: Content) -> bool:
@@ -85,7 +85,7 @@ def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
     metadata: dict[str, Any] = {}
     for part in sorted({component_of(name) or "" for name in named}):
         layers = {name: layer for name, layer in named.items() if component_of(name) == part}
-        keys = _WRITTEN[part == "unet"]
+        keys = _WRITTEN.get(part, _TEXT_ENCODER)
         for name, layer in layers.items():
             tensors |= {f"{name}.{keys['a']}": layer.a_RI, f"{name}.{keys['b']}": layer.b_OR}
             if layer.m_O is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import AdapterState, LayerAdapter
+from ..state import LayerAdapter
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -98,8 +98,3 @@ def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfi
 def commonest(values: Mapping[str, Any]) -> Any:
     """The value that most names have; the first of equals."""
     return Counter(values.values()).most_common(1)[0][0]
-
-
-def renamed(state: AdapterState, names: Mapping[str, str]) -> AdapterState:
-    """The same adapter with other layer names."""
-    return AdapterState({names[name]: layer for name, layer in state.layers.items()}, state.extra, state.base_model)

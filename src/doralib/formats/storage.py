@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .. import files
 from ..errors import DoraError, UsageError
+from ..state import AdapterState
 from . import detect, format_named
+from .components import component_of, within
 from .content import Content, Format, Found, Given
+from .parts import config_for
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -40,6 +43,28 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
     content = read_content(adapter_file(Path(path)))
     found = format_named(named) if named else detect(content)
     return found, found.read(content, given)
+
+
+def one_part(found: Found, component: str | None = None) -> Found:
+    """For what knows one model and no pipelines: the layers of one part, by their names inside it.
+
+    Raises:
+        UsageError: if the adapter is of several parts and none is named, or of others.
+    """
+    parts = {component_of(name) for name in found.state.layers}
+    if parts == {None}:
+        return found
+    names = ", ".join(sorted(part for part in parts if part))
+    if component is None and len(parts) > 1:
+        raise UsageError(f"the adapter is of several parts of a pipeline ({names}); give --component, one of them")
+    part = component or next(iter(parts))
+    if part not in parts:
+        raise UsageError(f"--component {part}: the adapter is of {names}")
+    layers = {within(name, part): layer for name, layer in found.state.layers.items() if component_of(name) == part}
+    left = len(found.state.layers) - len(layers)
+    notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
+    config = config_for(layers, dropout_mode=found.config.dropout_mode)
+    return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
 
 
 def adapter_file(path: Path) -> Path:

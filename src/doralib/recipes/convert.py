@@ -16,9 +16,9 @@ from ..config import DoraConfig
 from ..console import console
 from ..errors import UsageError, did_you_mean
 from ..formats import FORMATS, Content, Found, Given, tensorrt, to_peft
-from ..formats.components import COMPONENTS, component_of, within
-from ..formats.parts import config_for, renamed
-from ..formats.storage import read_any, write_content
+from ..formats.components import COMPONENTS
+from ..formats.parts import config_for
+from ..formats.storage import one_part, read_any, write_content
 from ..gguf import local_base
 from ..lowrank import Approximation, adapted_lengths, low_rank
 from ..models import load_any
@@ -107,7 +107,8 @@ def convert_adapter(request: Request) -> Conversion:
             base = stack.enter_context(local_base(request.base, request.out))
             given = knowing(given, base)
         source, found = read_any(request.adapter, given, request.source)
-        found = _only_component(found, given.component, request.to)
+        if request.to not in _OF_PIPELINES:
+            found = one_part(found, given.component)
         if request.to not in _NEED_WEIGHTS:
             writer = FORMATS[request.to]
             assert writer.write is not None
@@ -154,24 +155,6 @@ def _check(request: Request) -> None:
         raise UsageError(f"--rank {request.rank} is no rank; give 1 or more")
     if request.given.component is not None and request.given.component not in COMPONENTS:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
-
-
-def _only_component(found: Found, component: str | None, to: str) -> Found:
-    """For formats that know one model and no pipelines: the layers of one part, by their names inside it."""
-    parts = {component_of(name) for name in found.state.layers}
-    if to in _OF_PIPELINES or parts == {None}:
-        return found
-    names = ", ".join(sorted(part for part in parts if part))
-    if component is None and len(parts) > 1:
-        raise UsageError(f"the adapter is of several parts of a pipeline ({names}), {to} of one: give --component")
-    part = component or next(iter(parts))
-    if part not in parts:
-        raise UsageError(f"--component {part}: the adapter is of {names}")
-    layers = {name: layer for name, layer in found.state.layers.items() if component_of(name) == part}
-    state = renamed(AdapterState(layers, {}, found.state.base_model), {name: within(name, part) for name in layers})
-    left = len(found.state.layers) - len(layers)
-    notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
-    return Found(config_for(state.layers, dropout_mode=found.config.dropout_mode), state, (*found.notes, *notes))
 
 
 def _base_of(found: Found, request: Request) -> str:
