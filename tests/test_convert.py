@@ -174,3 +174,35 @@ def test_an_adapter_of_another_model_is_refused(trained, tmp_path):
     with pytest.raises(DoraError, match="does not fit the base"):
         convert_adapter(Request(adapter, "lora", tmp_path / "out", base=base, rank=2))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "single file"])
+def test_a_kohya_files_names_are_looked_up_in_a_pipeline(kind, tmp_path):
+    """LyCORIS' names, by the base's own, to diffusers' and back."""
+    modules = {"unet.down_blocks.0.to_q": (8, 6), "text_encoder.text_model.q_proj": (6, 6)}
+    if kind == "pipeline":
+        base = tmp_path / "base"
+        for name, shape in modules.items():
+            part, _, inner = name.partition(".")
+            file = "diffusion_pytorch_model" if part == "unet" else "model"
+            write_tensors(base / part / f"{file}.safetensors", {f"{inner}.weight": torch.randn(shape)})
+        (base / "model_index.json").write_text("{}")
+    else:
+        base = tmp_path / "base.safetensors"
+        heads = {"unet": "model.diffusion_model", "text_encoder": "cond_stage_model.transformer"}
+        stored = {f"{heads[name.partition('.')[0]]}.{name.partition('.')[2]}": shape for name, shape in modules.items()}
+        write_tensors(base, {f"{name}.weight": torch.randn(shape) for name, shape in stored.items()})
+    tensors = {}
+    for key, (O, I) in zip(
+        ("lora_unet_down_blocks_0_to_q", "lora_te_text_model_q_proj"), modules.values(), strict=True
+    ):
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = torch.randn(2, I), torch.randn(O, 2)
+        tensors[f"{key}.alpha"], tensors[f"{key}.dora_scale"] = torch.tensor(1.0), torch.rand(O, 1)
+    write_tensors(tmp_path / "kohya.safetensors", tensors)
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    done = convert_adapter(Request(tmp_path / "kohya.safetensors", "diffusers", there, base=str(base)))
+    assert (done.source, done.layers) == ("kohya", 2)
+    convert_adapter(Request(there, "kohya", back))
+    again = read_tensors(back)
+    for key, value in tensors.items():
+        assert torch.equal(again[key], value)

@@ -240,6 +240,16 @@ def test_the_prefix_says_which_part_of_a_pipeline():
         assert list(read_kohya(kohya(torch.rand(8, 1), name=key), here).state.layers) == [want]
 
 
+def test_the_first_text_encoders_prefix_says_whether_it_is_the_only_one():
+    encoder, second = "text_encoder.text_model.q_proj", "text_encoder_2.text_model.q_proj"
+    for names, want in {(encoder,): "lora_te_", (encoder, second): "lora_te1_"}.items():
+        config, state, _ = adapter([(name, 4, 3) for name in names])
+        assert next(iter(FORMATS["kohya"].write(config, state, Given()).tensors)).startswith(want)
+    config, state, _ = adapter([(encoder, 4, 3)])
+    given = Given(shapes={second: (4, 3)})
+    assert next(iter(FORMATS["kohya"].write(config, state, given).tensors)).startswith("lora_te1_")
+
+
 def test_other_kinds_are_named():
     content = Content({"lora_unet_a.hada_w1_a": torch.zeros(2, 2), "lora_unet_a.dora_scale": torch.zeros(2, 1)})
     with pytest.raises(DoraError, match=r"hada_w1_a: LoHa"):

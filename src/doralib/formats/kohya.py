@@ -27,7 +27,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 }
 _PREFIX_OF = {
     "unet": "lora_unet",
-    "transformer": "lora_unet",
+    # with diffusers' names inside; sd-scripts itself writes lora_unet with the original model's names
+    "transformer": "lora_transformer",
     "text_encoder": "lora_te1",
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
@@ -91,8 +92,12 @@ def write_fields(state: AdapterState, given: Given, keys: Mapping[str, str]) -> 
     """The same, with the keys' endings by our field."""
     only_layers(state, "kohya / LyCORIS", ("linear", "convolution"))
     tensors: dict[str, Tensor] = {}
+    # SD 1.5 and 2, of one text encoder, say lora_te; all later models lora_te1
+    parts = {component_of(name) for name in (*state.layers, *given.shapes)}
+    alone = not parts & {"text_encoder_2", "text_encoder_3", "transformer"}
     for name, layer in state.layers.items():
         key = underscored(name, given.component)
+        key = key.replace("lora_te1_", "lora_te_", 1) if alone and key.startswith("lora_te1_") else key
         if f"{key}.{keys['a']}" in tensors:
             raise UsageError(f"{name} and another layer are both {key} in a file with underscores for dots")
         tensors[f"{key}.{keys['a']}"] = layer.a_RI
