@@ -24,9 +24,9 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_blocks(num_rows: int, row_length: int) -> Iterator[slice]:
-    """Slices that cover the rows, each of at most BLOCK_ELEMENTS elements (and at least one row)."""
-    step = max(1, BLOCK_ELEMENTS // max(1, row_length))
+def row_blocks(num_rows: int, row_length: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover the rows, each of at most `elements` (BLOCK_ELEMENTS), and at least one row."""
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, row_length))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

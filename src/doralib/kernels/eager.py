@@ -16,6 +16,8 @@ from ..functional import row_blocks, sum_dtype
 
 # below this gain the product is not read back from the output: the output may have underflowed
 _TINY_GAIN = 1e-12
+# elements of one block of a pass over (N, O) on a CPU: a third less time than whole passes at 1024 x 576, float32
+_CACHED_ELEMENTS = 1 << 17
 
 
 class Dropout(NamedTuple):
@@ -79,16 +81,17 @@ class _DoraLinear(torch.autograd.Function):
         dropout = ctx.dropout and ctx.dropout._replace(keep=keep)
         needs, s = _Needs(*ctx.needs_input_grad), ctx.s * _boost(dropout)
         dx, da_RI, db_OR = _low_rank_backward(needs, dy_NO, x_NI, xa_NR, (a_RI, b_OR, gain_O), s, dropout)
+        dz_NO, dots_O, dgain_O = dy_NO, None, None
+        if gain_O is not None:
+            dz_NO, dots_O = _split(dy_NO, y_NO, gain_O, bias_O)
         if needs.x:
-            dz_NO = dy_NO if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
             dx.addmm_(dz_NO, W_OI)  # onto the small product: out of place it would cost a copy of (N, I)
-        dgain_O = None
         if needs.gain:
             product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
             if ctx.watch.changed():
                 dgain_O = _column_dots(dy_NO, product.columns(slice(None)))
             else:
-                dgain_O = _gain_gradient(dy_NO, y_NO, bias_O, gain_O, product)
+                dgain_O = _gain_gradient(dots_O, dy_NO, gain_O, product)
         dbias_O = _bias_gradient(dy_NO, bias_O) if needs.bias else None
         return dx, None, dbias_O, da_RI, db_OR, dgain_O, None, None
 
@@ -183,26 +186,40 @@ def _low_rank_backward(needs, dy_NO, x_NI, xa_NR, factors, s, dropout):
     return dx, da_RI, db_OR
 
 
-def _gain_gradient(dy_NO, y_NO, bias_O, gain_O, product):
+def _split(dy_NO, y_NO, gain_O, bias_O):
+    """``dz = g ∘ dy`` and ``Σ_N dy ∘ (y - bias)``, (O,), in one pass by blocks that stay in a core's cache."""
+    rest_O, dtype = (gain_O - 1).to(dy_NO.dtype), sum_dtype(dy_NO.dtype)
+    dz_NO, dots_O = torch.empty_like(dy_NO), dy_NO.new_zeros(dy_NO.shape[1], dtype=dtype)
+    bias = None if bias_O is None else bias_O.to(dtype)
+    for rows in _passes(dy_NO):
+        dy, y = dy_NO[rows], y_NO[rows].to(dtype)
+        torch.addcmul(dy, dy, rest_O, out=dz_NO[rows])
+        dots_O += (dy * (y if bias is None else y - bias)).sum(0)
+    return dz_NO, dots_O
+
+
+def _gain_gradient(dots_O, dy_NO, gain_O, product):
     """``Σ_N dy ∘ z``, (O,), with z read back from the kept output as (y - bias) / g; tiny gains computed again."""
     tiny = gain_O.abs() < _TINY_GAIN
-    dgain_O = _column_dots(dy_NO, y_NO, bias_O) / torch.where(tiny, 1, gain_O)
+    dgain_O = dots_O / torch.where(tiny, 1, gain_O)
     if tiny.any():
         index = tiny.nonzero().flatten()
         dgain_O[index] = _column_dots(dy_NO[:, index], product.columns(index))
     return dgain_O
 
 
-def _column_dots(a_NO, b_NO, minus_O=None):
-    """``Σ_N a ∘ (b - minus)``, (O,), in `sum_dtype`, a cache-sized block of rows at a time."""
+def _column_dots(a_NO, b_NO):
+    """``Σ_N a ∘ b``, (O,), in `sum_dtype`, a cache-sized block of rows at a time."""
     dtype = sum_dtype(a_NO.dtype)
     dots_O = a_NO.new_zeros(a_NO.shape[1], dtype=dtype)
-    for rows in row_blocks(*a_NO.shape):
-        b = b_NO[rows].to(dtype)
-        if minus_O is not None:
-            b = b - minus_O.to(dtype)
-        dots_O += (a_NO[rows] * b).sum(0)
+    for rows in _passes(a_NO):
+        dots_O += (a_NO[rows] * b_NO[rows].to(dtype)).sum(0)
     return dots_O
+
+
+def _passes(tensor_NO):
+    """Blocks of rows; a GPU takes all at once, where a block would be a launch."""
+    return row_blocks(*tensor_NO.shape, _CACHED_ELEMENTS if tensor_NO.device.type == "cpu" else tensor_NO.numel())
 
 
 def _bias_gradient(dy_NO, bias_O):
