@@ -10,6 +10,7 @@ from torch import nn
 
 import doralib
 from doralib import inject
+from doralib.bank import DoraBank
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.magnitudes import DoraMagnitude
@@ -118,7 +119,7 @@ def test_what_turns_rows_does_not_load_into_magnitudes():
 
 
 def test_magnitude_modules_are_checked():
-    with pytest.raises(UsageError, match="take dora"):
+    with pytest.raises(UsageError, match="go with method dora"):
         config(method="lora")
     with pytest.raises(UsageError, match="'o_prog'"):
         doralib.adapt(make_llama(), config(magnitude_modules=("o_prog",)))
@@ -131,13 +132,12 @@ def test_magnitude_modules_are_checked():
 
 
 def llama(size):
-    """LLaMA's linear layers alone, without memory."""
+    """One block of LLaMA's linear layers, without memory, and how many there are."""
     width, inner, depth = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40)}[size]
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (width, width))
     shapes |= {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
     with torch.device("meta"):
-        layers = [nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()}) for _ in range(depth)]
-        return nn.ModuleList(layers)
+        return nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()}), depth
 
 
 UD = (*QKV, "up_proj", "down_proj")
@@ -160,5 +160,110 @@ UD = (*QKV, "up_proj", "down_proj")
     ],
 )
 def test_parameter_counts_of_the_papers(size, settings, count):
-    model = doralib.adapt(llama(size), DoraConfig(**settings))
-    assert sum(p.numel() for _, p in inject.trainable(model)) == count
+    block, depth = llama(size)
+    doralib.adapt(block, DoraConfig(**settings))
+    assert depth * sum(p.numel() for _, p in inject.trainable(block)) == count
+
+
+@pytest.mark.parametrize(("method", "count"), [("vera", 1_589_248), ("dvora", 2_949_120)])
+def test_parameter_counts_of_banks(method, count):
+    block, depth = llama("7B")
+    doralib.adapt(block, DoraConfig(method=method, r=1024, target_modules=(*QKV, *REST)))
+    assert depth * sum(p.numel() for _, p in inject.trainable(block)) == count
+    assert len({id(m.bank) for m in block.modules() if isinstance(m, DoraBank)}) == 1
+
+
+banks = pytest.mark.parametrize("method", ["vera", "dvora"])
+
+
+def banked(method, **changes):
+    settings = {"method": method, "r": 24, "target_modules": (*QKV, "down_proj"), "projection_prng_key": 5}
+    return DoraConfig(**settings | changes)
+
+
+@banks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fresh_bank_changes_nothing_bit_for_bit(method, dtype):
+    model = make_llama().to(dtype)
+    before = model(ids()).logits
+    doralib.adapt(model, banked(method))
+    assert torch.equal(model(ids()).logits, before)
+    magnitude = {"lora_magnitude_vector"} if method == "dvora" else set()
+    trained = {name.rpartition(".")[2] for name, _ in inject.trainable(model)}
+    assert trained == {"vera_lambda_d", "vera_lambda_b"} | magnitude
+
+
+@banks
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_bank_equals_the_formula_and_its_gradients(method, detach):
+    net = nn.ModuleList([nn.Linear(6, 5), nn.Linear(9, 4, bias=False)]).double()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+    doralib.adapt(net, banked(method, target_modules=("0", "1"), detach_norm=detach))
+    move(net, 0.4)
+    for layer, x in ((net[0], torch.randn(3, 6).double()), (net[1], torch.randn(3, 9).double())):
+        O, I = layer.base_layer.weight.shape
+        A, B = layer.bank.A[:, :I].double(), layer.bank.B[:O].double()
+        V = layer.base_layer.weight + torch.diag(layer.vera_lambda_b) @ B @ torch.diag(layer.vera_lambda_d) @ A
+        m = layer.lora_magnitude_vector
+        if m is not None:
+            V = (m / (V.norm(dim=1).detach() if detach else V.norm(dim=1)))[:, None] * V
+        want = nn.functional.linear(x, V, layer.base_layer.bias)
+        torch.testing.assert_close(layer(x), want)
+        torch.testing.assert_close(layer.merged()(x), want)
+        leaves, dy = [p for p in layer.parameters() if p.requires_grad], torch.randn_like(want)
+        grads = torch.autograd.grad(layer(x), leaves, dy), torch.autograd.grad(want, leaves, dy)
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@banks
+def test_a_bank_saves_loads_merges(method, tmp_path):
+    plain = make_llama()
+    plain.save_pretrained(tmp_path / "base")
+    model = move(doralib.adapt(copy.deepcopy(plain), banked(method)))
+    doralib.save_adapter(model, tmp_path / "adapter")
+    again = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    stored = type(plain).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(stored(ids()).logits, model(ids()).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(doralib.merge(copy.deepcopy(model))(ids()).logits, stored(ids()).logits)
+    assert torch.equal(doralib.remove(model)(ids()).logits, plain(ids()).logits)
+    other = doralib.adapt(copy.deepcopy(plain), banked(method, projection_prng_key=6))
+    with pytest.raises(DoraError, match="random A and B"):
+        doralib.load_adapter(other, tmp_path / "adapter")
+
+
+def test_a_bank_is_the_same_after_a_cast():
+    model = doralib.adapt(make_llama(), banked("dvora"))
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.bank.A.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(layer.bank.A, before)
+    assert layer.vera_lambda_d.dtype == torch.float32
+
+
+def test_peft_reads_vera_and_refuses_dvora(tmp_path):
+    plain = make_llama()
+    model = move(doralib.adapt(copy.deepcopy(plain), banked("vera")))
+    doralib.save_adapter(model, tmp_path / "vera")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "vera").eval()
+    torch.testing.assert_close(theirs(ids()).logits, model(ids()).logits, atol=1e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    doralib.save_adapter(doralib.adapt(copy.deepcopy(plain), banked("dvora")), tmp_path / "dvora")
+    with pytest.raises(KeyError, match="DVORA"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "dvora")
+
+
+def test_banks_are_checked():
+    with pytest.raises(UsageError, match="rank_pattern: method 'vera' has no place") as error:
+        banked("vera", rank_pattern={"q_proj": 3}, modules_to_save=("lm_head",), bias="all")
+    assert "modules_to_save" in str(error.value)
+    assert "bias" in str(error.value)
+    with pytest.raises(UsageError, match="go with method dora"):
+        banked("dvora", magnitude_modules=("o_proj",))
+    with pytest.raises(DoraError, match="linear layers only"):
+        doralib.adapt(nn.Sequential(nn.Conv1d(3, 4, 2)), banked("vera", target_modules=("0",)))

@@ -44,8 +44,9 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
 class DoraConfig(Checked):
     """What to adapt, by which method, and how strongly."""
 
-    method: Literal["dora", "lora", "full"] = "dora"
-    """dora: length and direction; lora: the same layer without the length; full: the weights themselves."""
+    method: Literal["dora", "lora", "dvora", "vera", "full"] = "dora"
+    """dora: length and direction; lora: the same layer without the length; dvora and vera: the same with random A and B
+    shared by all layers and two trained vectors in each; full: the weights themselves."""
     r: int = Field(default=16, ge=1)
     """Rank of the update B A."""
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -58,6 +59,10 @@ class DoraConfig(Checked):
     """Taken out of target_modules; read in the same way."""
     magnitude_modules: Names = ()
     """Layers of which only the magnitude is trained, beside the target_modules; named in the same way."""
+    d_initial: float = 0.1
+    """vera, dvora: where the vector between A and B starts."""
+    projection_prng_key: int = Field(default=0, ge=0)
+    """vera, dvora: the seed of A and B."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
@@ -88,11 +93,28 @@ class DoraConfig(Checked):
             names = getattr(self, field)
             if isinstance(names, str) and _bad_regex(names):
                 problems.append(f"{field}: {_bad_regex(names)}")
+        if self.has_bank:
+            problems += [
+                f"{field}: method {self.method!r} has no place for it"
+                for field in _NOT_WITH_A_BANK
+                if getattr(self, field)
+            ]
+            problems += [f"bias: method {self.method!r} trains none"] * (self.bias != "none")
         if self.magnitude_modules and self.method != "dora":
-            problems.append(f"magnitude_modules have magnitudes, which method {self.method!r} has not; take dora")
+            problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether the method trains lengths."""
+        return self.method in ("dora", "dvora")
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether A and B are random and shared."""
+        return self.method in ("vera", "dvora")
 
     def rank_of(self, layer: str) -> int:
         """r of the layer of this name."""
@@ -100,6 +122,8 @@ class DoraConfig(Checked):
 
     def scale_of(self, layer: str) -> float:
         """The factor s of ``s B A`` in the layer of this name."""
+        if self.has_bank:
+            return 1.0
         r, alpha = self.rank_of(layer), float(_by_pattern(self.alpha_pattern, layer, self.lora_alpha))
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
@@ -170,6 +194,9 @@ class Recipe(Checked):
     eval: EvalSettings = EvalSettings()
     out: str
     seed: int = Field(default=0, ge=0)
+
+
+_NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
 def _by_pattern(patterns: dict[str, Any], layer: str, otherwise: float) -> float:

@@ -64,7 +64,11 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
     """
     values = _without_tied_copies(state.extra, stored, config)
     names, missing, problems = _matched([*(f"{layer}.weight" for layer in state.layers), *values], stored)
-    layers = {names[key]: adapter for name, adapter in state.layers.items() if (key := f"{name}.weight") in names}
+    layers = {
+        (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
+        for name, adapter in state.layers.items()
+        if (key := f"{name}.weight") in names
+    }
     values = {names[name]: value for name, value in values.items() if name in names}
     problems += _missing_lines(missing, stored, config)
     problems += _misfits(layers, values, stored)
@@ -214,7 +218,7 @@ def _not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]
 
 def _tensors(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
     for name, adapter in layers.items():
-        yield name, [tensor for tensor in (adapter.a_RI, adapter.b_OR, adapter.m_O) if tensor is not None]
+        yield name, list(adapter.tensors().values())
     for name, value in values.items():
         yield name, [value]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .bank import Bank, DoraBank, bank_for, other_banks
 from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
@@ -138,9 +139,10 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
     problems += [
         f"{name}: turns its rows, but only their lengths are adapted in the model"
         for name, adapter in state.layers.items()
-        if all(factor.any() for factor in adapter.factors)
-        and isinstance(dict(model.named_modules()).get(name), DoraMagnitude)
+        if isinstance(dict(model.named_modules()).get(name), DoraMagnitude)
+        and all(factor.any() for factor in adapter.factors)
     ]
+    problems += other_banks(into, state)
     if problems:
         raise DoraError(_listed("the adapter does not fit this model", sorted(problems)))
     for name, tensor in pairs.items():
@@ -188,6 +190,9 @@ def load_adapter(model: Model, path: str | Path) -> Model:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
     config, state = read_adapter(path)
+    shapes = adaptable(model)
+    narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
+    state = replace(state, layers=narrowed)
     if not hasattr(model, "_doralib"):
         linear = {name: m for name, m in model.named_modules() if name in state.layers}
         absent = sorted(state.layers.keys() - linear.keys())
@@ -207,11 +212,9 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
     model.requires_grad_(False)
     alone = set(magnitudes(model, config))
+    bank = bank_for([model.get_submodule(name) for name in chosen], config)
     wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: DoraMagnitude(model.get_submodule(name), 1, 1.0, config)
-        if name in alone
-        else _adapted_layer(model.get_submodule(name), config.rank_of(name), config.scale_of(name), config)
-        for name in chosen
+        name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
     }
     wrappers |= {name: TrainedCopy(model.get_submodule(name)) for name in whole}
     for name, wrapper in wrappers.items():
@@ -230,10 +233,14 @@ _LAYERS: dict[str, type[DoraLinear]] = {
 }
 
 
-def _adapted_layer(module: nn.Module, r: int, scale: float, config: DoraConfig) -> DoraLinear:
+def _adapted_layer(module: nn.Module, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLinear:
+    if alone:
+        return DoraMagnitude(module, 1, 1.0, config)
+    if bank is not None:
+        return DoraBank(module, bank, config)
     base = open_base(module)
     layer = DoraLinear if base is None else _LAYERS.get(base.kind, DoraLinear)
-    return layer(module, r, scale, config)
+    return layer(module, config.rank_of(name), config.scale_of(name), config)
 
 
 def _train_in_full(model: Model, config: DoraConfig) -> Model:
@@ -324,8 +331,7 @@ def _tensors(state: AdapterState) -> dict[str, Tensor]:
     parts = {
         f"{layer}.{field}": tensor
         for layer, adapter in state.layers.items()
-        for field, tensor in (("A", adapter.a_RI), ("B", adapter.b_OR), ("m", adapter.m_O))
-        if tensor is not None
+        for field, tensor in adapter.tensors().items()
     }
     return {**parts, **state.extra}
 

@@ -60,11 +60,7 @@ class DoraLinear(nn.Module):
             nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
             nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
         )
-        m_O = (
-            nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
-            if config.method == "dora"
-            else None
-        )
+        m_O = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
 

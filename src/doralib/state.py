@@ -58,6 +58,76 @@ class LayerAdapter:
         """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
         return self.a_RI.flatten(1), self.b_OR.flatten(1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by short names."""
+        named = {"A": self.a_RI, "B": self.b_OR, "m": self.m_O}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def narrowed(self, shape: tuple[int, ...]) -> "LayerAdapter":  # noqa: ARG002
+        """The adapter for a weight of this shape: itself, where its own tensors say its shape."""
+        return self
+
+
+class BankAdapter(LayerAdapter):
+    """A layer of VeRA or DVoRA: ``diag(b) B diag(d) A`` with A and B random and shared by all layers.
+
+    A and B are the whole bank's, views; the layer takes as many of their columns and rows as its weight has, and its
+    own ``a_RI`` and ``b_OR`` are products made when they are asked for.
+    """
+
+    kind = "linear"
+    scale = 1.0
+
+    def __init__(self, bank: tuple[Tensor, Tensor], d_R: Tensor, b_O: Tensor, m_O: Tensor | None, num_in: int) -> None:
+        values = {"bank": bank, "d_R": d_R, "b_O": b_O, "m_O": m_O, "num_in": num_in}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        a, b = bank
+        fits = a.shape[0] == b.shape[1] == len(d_R) and len(b_O) <= len(b) and num_in <= a.shape[1]
+        if not fits or (m_O is not None and m_O.shape != b_O.shape):
+            raise DoraError(
+                f"a layer of a bank A {tuple(a.shape)}, B {tuple(b.shape)} needs d (r,), b (out,) and m (out,), found "
+                f"d {tuple(d_R.shape)}, b {tuple(b_O.shape)}" + ("" if m_O is None else f", m {tuple(m_O.shape)}")
+            )
+
+    bank: tuple[Tensor, Tensor]
+    d_R: Tensor
+    b_O: Tensor
+    num_in: int
+
+    @property
+    def a_RI(self) -> Tensor:
+        """``diag(d) A``, made anew."""
+        return self.d_R[:, None] * self.bank[0][:, : self.num_in].to(self.d_R)
+
+    @property
+    def b_OR(self) -> Tensor:
+        """``diag(b) B``, made anew."""
+        return self.b_O[:, None] * self.bank[1][: len(self.b_O)].to(self.b_O)
+
+    @property
+    def rank(self) -> int:
+        return len(self.d_R)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.b_O), self.num_in
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"d": self.d_R, "b": self.b_O, "m": self.m_O}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def narrowed(self, shape: tuple[int, ...]) -> LayerAdapter:
+        O = len(self.b_O)
+        if len(shape) != 2 or O not in shape:
+            return self
+        num_in = shape[1] if shape[0] == O else shape[0]
+        return BankAdapter(self.bank, self.d_R, self.b_O, self.m_O, num_in) if num_in <= self.bank[0].shape[1] else self
+
 
 @dataclass(frozen=True)
 class AdapterState:

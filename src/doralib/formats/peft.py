@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, LayerAdapter
+from .vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
@@ -59,6 +60,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     Raises:
         DoraError: listing every missing, extra and ill-shaped tensor.
     """
+    if settings.get("peft_type") in TYPES:
+        return from_vera(tensors, settings)
     config = _peft_config(settings)
     parts: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, set[str]] = {}
@@ -91,6 +94,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
 
 def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Our adapter as PEFT's tensors and settings."""
+    if config.has_bank:
+        return to_vera(config, state, _target_names(config, state))
     tensors = {}
     for layer, adapter in state.layers.items():
         for field, key in _FACTORS_OF.get(adapter.kind, _FACTORS).items():
