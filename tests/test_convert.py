@@ -131,6 +131,7 @@ def test_large_weights_are_decomposed_nearly_as_well(monkeypatch):
     layer, missed = nearest_lora(change, 6)
     assert least <= missed * (1 + 1e-6)
     assert missed < 1.01 * least
+    torch.rand(1)
     again, _ = nearest_lora(change, 6)
     assert torch.equal(again.a_RI, layer.a_RI), "the same adapter gives the same file"
 
@@ -206,3 +207,18 @@ def test_a_kohya_files_names_are_looked_up_in_a_pipeline(kind, tmp_path):
     again = read_tensors(back)
     for key, value in tensors.items():
         assert torch.equal(again[key], value)
+
+
+def test_shared_random_matrices_go_to_a_lora_and_nowhere_else(tiny_llama, tiny_llama_folder, tmp_path):
+    model, _ = tiny_llama
+    doralib.adapt(model, doralib.DoraConfig(method="dvora", r=6, target_modules=("q_proj", "up_proj", "down_proj")))
+    with torch.no_grad():
+        for _, p in trainable(model):
+            p.add_(0.1 * torch.randn_like(p))
+    doralib.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UsageError, match="dvora shares its random matrices"):
+        convert_adapter(Request(tmp_path / "adapter", "kohya", tmp_path / "out"))
+    request = Request(
+        tmp_path / "adapter", "lora", tmp_path / "lora", base=str(tiny_llama_folder), rank=48, texts=TEXTS
+    )
+    assert convert_adapter(request).logits < 1e-5

@@ -68,9 +68,8 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
     if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
         raise DoraError(f"a transposed convolution has no such form: {', '.join(turned[:5])}; merge the adapter")
     fitted = fit(state, checkpoint.slots, checkpoint.config())
-    stored = {id(layer): name for name, layer in fitted.layers.items()}
-    for name, layer in state.layers.items():
-        slot = stored[id(layer)]
+    # in the same order, by the checkpoint's names, and as wide as its weights
+    for name, (slot, layer) in zip(state.layers, fitted.layers.items(), strict=True):
         weight = read_whole(checkpoint.slots[slot]).flatten(1)
         yield name, layer, weight.T if slot in fitted.transposed else weight
 

@@ -47,7 +47,8 @@ def detect_live(content: Content) -> bool:
 def detect_export(content: Content) -> bool:
     """Whether it is torchtune's export: PEFT's names with magnitudes, and settings without a word on use_dora."""
     exported = any(key.startswith("base_model.model.") and key.endswith(_EXPORTED) for key in content.tensors)
-    return exported and bool(content.settings) and "use_dora" not in content.settings
+    settings = content.settings
+    return exported and settings.get("peft_type") == "LORA" and "use_dora" not in settings
 
 
 def read_live(content: Content, given: Given) -> Found:

@@ -107,6 +107,7 @@ def convert_adapter(request: Request) -> Conversion:
             base = stack.enter_context(local_base(request.base, request.out))
             given = knowing(given, base)
         source, found = read_any(request.adapter, given, request.source)
+        _refuse_shared(found.config, request.to)
         if request.to not in _OF_PIPELINES:
             found = one_part(found, given.component)
         if request.to not in _NEED_WEIGHTS:
@@ -155,6 +156,14 @@ def _check(request: Request) -> None:
         raise UsageError(f"--rank {request.rank} is no rank; give 1 or more")
     if request.given.component is not None and request.given.component not in COMPONENTS:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
+
+
+def _refuse_shared(config: DoraConfig, to: str) -> None:
+    if config.method not in ("dora", "lora") and to not in ("peft", LORA):
+        raise UsageError(
+            f"{config.method} shares its random matrices between layers, and {to} has no place for that: "
+            "merge it, or take the nearest LoRA (--to lora)"
+        )
 
 
 def _base_of(found: Found, request: Request) -> str:
