@@ -188,3 +188,22 @@ def test_adapters_that_are_missing_truncated_or_of_another_model(run, tmp_path, 
 def test_a_misspelt_verb_and_option(run):
     assert run("trian")[0] == 2
     assert run("targets", "x", "--evry")[0] == 2
+
+
+def test_convert(run, tmp_path, tiny_llama_folder):
+    config = DoraConfig(r=2, target_modules=("q_proj", "up_proj"))
+    doralib.save_adapter(doralib.adapt(make_llama(), config), tmp_path / "ours")
+    base = ("--base", tiny_llama_folder)
+    status, out, err = run("convert", tmp_path / "ours", "--to", "mlx", "--out", tmp_path / "mlx", *base)
+    assert status == 0, err
+    assert "4 layers" in out
+    status, _, err = run("convert", tmp_path / "mlx", "--to", "peft", "--out", tmp_path / "back", *base)
+    assert status == 0, err
+    assert run("inspect", tmp_path / "back")[0] == 0
+    lora = ("--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
+    status, out, err = run("convert", tmp_path / "ours", *lora, *base, "--texts")
+    assert status == 0, err
+    assert "q_proj" in out
+    status, _, err = run("convert", tmp_path / "ours", "--to", "kohia", "--out", tmp_path / "x")
+    assert status == 2
+    assert "did you mean 'kohya'" in err

@@ -120,6 +120,31 @@ def merge(
 
 
 @app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A file, or a folder that holds one.")],
+    to: Annotated[str, typer.Option(help="peft, kohya, ai-toolkit, diffusers, mlx, torchtune, tensorrt, lora ...")],
+    out: Annotated[Path, typer.Option(help="A folder, or one .safetensors file.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="Its format, where the file could be of several.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
+    alpha: Annotated[float | None, typer.Option(min=0, help="lora_alpha, for files that forget it.")] = None,
+    component: Annotated[str | None, typer.Option(help="The part of a pipeline, e.g. unet.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --to lora: its rank.")] = None,
+    texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter of any known format as any other, or as the nearest plain LoRA."""
+    from .formats import Given
+    from .recipes.convert import Request
+    from .recipes.convert import convert as run
+    from .verify import TEXTS
+
+    given = Given(alpha=alpha, component=component)
+    run(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
+
+
+@app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder or a run.")],
     base: Annotated[
