@@ -267,3 +267,17 @@ def test_banks_are_checked():
         banked("dvora", magnitude_modules=("o_proj",))
     with pytest.raises(DoraError, match="linear layers only"):
         doralib.adapt(nn.Sequential(nn.Conv1d(3, 4, 2)), banked("vera", target_modules=("0",)))
+
+
+@pytest.mark.parametrize("start", ["kaiming", "gaussian"])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(512, 8), lambda: nn.Conv2d(128, 8, 2)], ids=["linear", "conv"])
+def test_starts(start, build):
+    """The spread that PEFT's own start has, and nothing changed."""
+    settings = peft.LoraConfig(r=16, target_modules=["0"], init_lora_weights=start == "kaiming" or start)
+    theirs = peft.get_peft_model(nn.Sequential(build()), settings).base_model.model[0].lora_A["default"].weight
+    model = doralib.adapt(nn.Sequential(build()), DoraConfig(r=16, target_modules=("0",), init_lora_weights=start))
+    assert model[0].lora_A.shape == theirs.shape
+    A, theirs = model[0].lora_A.detach(), theirs.detach()
+    assert A.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+    assert (A.abs().max() / A.std() > 2.5) == (start == "gaussian")
+    assert not model[0].lora_B.any()

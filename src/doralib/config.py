@@ -63,6 +63,8 @@ class DoraConfig(Checked):
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
     """vera, dvora: the seed of A and B."""
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A of linear layers and convolutions is drawn; B starts as zeros, so that nothing changes."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}

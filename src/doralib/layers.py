@@ -19,6 +19,12 @@ from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
 from .state import LayerAdapter
 
+# A at the start, by `init_lora_weights`, filled in place: kaiming is the paper's, gaussian is PEFT's of that name
+STARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "kaiming": lambda a_RI: nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5)),
+    "gaussian": lambda a_RI: nn.init.normal_(a_RI, std=1 / len(a_RI)),
+}
+
 
 class DoraLinear(nn.Module):
     """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
@@ -51,6 +57,7 @@ class DoraLinear(nn.Module):
         self.enabled = True
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
         self.detach_norm = config.detach_norm
+        self.start = config.init_lora_weights
         self.norm = FreshNorm(base)
         self.inference = Inference()
         self.out_features, self.in_features = base.shape
@@ -141,7 +148,7 @@ class DoraLinear(nn.Module):
         self.lora_A, self.lora_B = a, b
 
     def _start_factors(self) -> None:
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        STARTS[self.start](self.lora_A)
         nn.init.zeros_(self.lora_B)
 
     def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
