@@ -75,7 +75,7 @@ def list_targets(model: str, *, every: bool = False) -> Table:
 
 
 def _summary(adapter: Path, config: DoraConfig, state: AdapterState) -> Text:
-    tensors = [t for layer in state.layers.values() for t in (layer.a_RI, layer.b_OR, layer.m_O) if t is not None]
+    tensors = [t for layer in state.layers.values() for t in layer.tensors().values()]
     count = sum(t.numel() for t in [*tensors, *state.extra.values()])
     lines = [
         f"{adapter}: {config.method}, {len(state.layers)} layers, {count:,} parameters, base {state.base_model}",
