@@ -16,8 +16,7 @@ ROWS = [
     {"config", "functional", "state", "metrics", "markup", "templates"},
     {"kernels", "files", "encoding", "charts"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
-    {"layers", "merging", "lowrank", "data", "tasks", "plots"}
-    | {"report_results", "report_use"},
+    {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use"},
     {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
     {"models"},
@@ -118,7 +117,6 @@ def test_the_core_needs_no_transformers():
 
 def test_import_adds_little_to_torch():
     """Counted in modules, not seconds: what `import doralib` brings in besides torch."""
-    done = run(
-        "import torch, sys\nbefore = set(sys.modules)\nimport doralib, doralib.inject\nprint(len(set(sys.modules) - before))"
-    )
+    code = "import torch, sys\nbefore = set(sys.modules)\nimport doralib, doralib.inject\n"
+    done = run(code + "print(len(set(sys.modules) - before))")
     assert int(done.stdout) < 150, done.stdout

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import make_llama, make_tokenizer
 
@@ -200,6 +201,10 @@ def test_convert(run, tmp_path, tiny_llama_folder):
     status, _, err = run("convert", tmp_path / "mlx", "--to", "peft", "--out", tmp_path / "back", *base)
     assert status == 0, err
     assert run("inspect", tmp_path / "back")[0] == 0
+    # a file of another tool is an adapter like any other
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = [doralib.load_adapter(make_llama(), tmp_path / name)(ids).logits for name in ("ours", "mlx")]
+    torch.testing.assert_close(*logits)
     lora = ("--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
     status, out, err = run("convert", tmp_path / "ours", *lora, *base, "--texts")
     assert status == 0, err

@@ -220,7 +220,7 @@ def test_gradient_checkpointing_gives_the_same_numbers(model, reentrant):
         torch.testing.assert_close(gradients[1][name], want, rtol=1e-6, atol=1e-8)
 
 
-# PEFT: numbers and files
+# the numbers and the files of PEFT
 
 
 def peft_twin(model, **changes):

@@ -1,10 +1,11 @@
 """Put adapters on a model in place, switch them, read and write them, take them off or fold them in."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from .config import DoraConfig
 from .convolutions import DoraConv
 from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
-from .formats import from_peft, to_peft
+from .formats import Given, to_peft
+from .formats.storage import one_part, read_any
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, LayerAdapter
@@ -168,28 +170,38 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     files.write_json(folder / _OWN_SETTINGS, config.model_dump(mode="json"))
 
 
-def read_adapter(path: str | Path) -> tuple[DoraConfig, AdapterState]:
-    """An adapter folder as settings and state.
+def read_adapter(path: str | Path, model: nn.Module | None = None) -> tuple[DoraConfig, AdapterState]:
+    """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
+
+    Args:
+        model: The base model, for formats that need its names or its heads.
 
     Raises:
-        UsageError: if there is no adapter.
+        UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    folder = Path(path)
-    tensors = files.read_tensors(folder / "adapter_model.safetensors")
-    config, state = from_peft(tensors, files.read_json(folder / "adapter_config.json"))
-    if (folder / _OWN_SETTINGS).exists():
-        config = DoraConfig(**files.read_json(folder / _OWN_SETTINGS))
-    return config, state
+    found = one_part(read_any(path, Given() if model is None else _known(model))[1])
+    for note in found.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    own = Path(path) / _OWN_SETTINGS
+    return DoraConfig(**files.read_json(own)) if own.exists() else found.config, found.state
+
+
+def _known(model: nn.Module) -> Given:
+    to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
+    settings = to_dict()
+    return Given(shapes={name: tuple(shape) for name, shape in adaptable(model).items()}, config=settings)
 
 
 def load_adapter(model: Model, path: str | Path) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
+    The file may be of any format that ``doralib convert`` reads.
+
     Raises:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
-    config, state = read_adapter(path)
+    config, state = read_adapter(path, model)
     shapes = adaptable(model)
     narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
     state = replace(state, layers=narrowed)

@@ -219,7 +219,8 @@ def _column_dots(a_NO, b_NO):
 
 def _passes(tensor_NO):
     """Blocks of rows; a GPU takes all at once, where a block would be a launch."""
-    return row_blocks(*tensor_NO.shape, _CACHED_ELEMENTS if tensor_NO.device.type == "cpu" else tensor_NO.numel())
+    N, O = tensor_NO.shape
+    return row_blocks(N, O, _CACHED_ELEMENTS if tensor_NO.device.type == "cpu" else N * O)
 
 
 def _bias_gradient(dy_NO, bias_O):
