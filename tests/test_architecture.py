@@ -16,7 +16,7 @@ ROWS = [
     {"config", "functional", "state", "metrics", "markup", "templates"},
     {"kernels", "files", "encoding", "charts"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
-    {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use"},
+    {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
     {"models"},

@@ -1,0 +1,113 @@
+"""For those who stay with PEFT: its DoRA layers, computed by doralib's kernels in place.
+
+Same parameters, same files, same outputs and gradients within rounding; no second base product without dropout, no
+identity matrix, no NaN on zero rows. Nothing is wrapped: each layer's forward is replaced on the instance, and
+`restore` takes it off again.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .bases import Dense, Opaque, open_base
+from .errors import UsageError
+from .kernels import dora_linear, on_gpu
+from .kernels.eager import Dropout
+from .kernels.inference import Inference
+from .kernels.norm import FreshNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+_PEFT_LAYER = "peft.tuners.lora.layer."
+_TAKEN = "doralib_fast"
+
+
+def accelerate(peft_model: Model) -> Model:
+    """Let the DoRA layers of a `PeftModel` compute with doralib's kernels, in place; the model itself is returned.
+
+    Where a call needs what PEFT alone can do (merged or disabled adapters, several at once, adapters by row) the
+    layer's own forward is used.
+
+    Raises:
+        UsageError: if there is no DoRA layer, or some cannot be taken: all of them with the reason; nothing is changed.
+    """
+    layers = {name: m for name, m in peft_model.named_modules() if _is_dora(m)}
+    if not layers:
+        raise UsageError("accelerate: this model has no PEFT layer with use_dora=True")
+    reasons = {name: reason for name, m in layers.items() if (reason := _refusal(m))}
+    if reasons:
+        lines = [f"{name}: {reason}" for name, reason in list(reasons.items())[:8]]
+        raise UsageError(
+            "\n  ".join([f"accelerate: {len(reasons)} of {len(layers)} DoRA layers cannot be taken:", *lines])
+        )
+    for layer in layers.values():
+        if _TAKEN not in layer.__dict__:
+            fast = _Fast(layer)
+            layer.__dict__[_TAKEN] = fast
+            layer.__dict__["forward"] = fast.forward
+    return peft_model
+
+
+def restore(peft_model: Model) -> Model:
+    """PEFT's own forward again, on every layer that `accelerate` took."""
+    for layer in peft_model.modules():
+        if layer.__dict__.pop(_TAKEN, None) is not None:
+            del layer.__dict__["forward"]
+    return peft_model
+
+
+class _Fast:
+    """One PEFT layer's forward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        base = open_base(layer.base_layer)  # type: ignore[arg-type]
+        assert base is not None
+        self.base: Dense = base
+        self.norm, self.inference = FreshNorm(base), Inference()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+        plain = args or any(value is not None for value in kwargs.values())
+        if name is None or plain or layer.disable_adapters or layer.merged or not layer.use_dora.get(name, False):
+            own: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+            return own
+        return self._dora(x, name)
+
+    def _dora(self, x: Tensor, name: str) -> Tensor:
+        layer, W_OI = self.layer, self.base.W_OI
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W_OI.dtype)
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        m, s = layer.lora_magnitude_vector[name].weight, float(layer.scaling[name])
+        n_O = self.norm(A, B, s, detach=True)
+        p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+        W_OI = W_OI.to(x.dtype)
+        if not p and not torch.is_grad_enabled() and on_gpu(x) is None:
+            return self.inference(x, W_OI, (A, B, m), n_O, s, self.base.bias)
+        dropout = None
+        if p:
+            keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+            dropout = Dropout(keep, p, exact=True)
+        return dora_linear(x, W_OI, A, B, m / n_O, s, self.base.bias, dropout)
+
+
+def _is_dora(module: nn.Module) -> bool:
+    """Whether it is a PEFT layer in which an adapter uses DoRA."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    uses: Any = getattr(module, "use_dora", None)
+    return kind.startswith("peft.tuners.lora.") and hasattr(module, "base_layer") and any(dict(uses or {}).values())
+
+
+def _refusal(layer: nn.Module) -> str:
+    """Why a layer cannot be taken, or nothing."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if kind != f"{_PEFT_LAYER}Linear":
+        return f"it is PEFT's {type(layer).__qualname__} ({kind}); only its Linear is taken"
+    base = open_base(layer.base_layer)  # type: ignore[arg-type]
+    if base is None or isinstance(base, Opaque):
+        return f"its base, {type(layer.base_layer).__qualname__}, is a storage whose weight cannot be read"
+    dropouts: Any = layer.lora_dropout
+    odd = [type(d).__name__ for d in dropouts.values() if type(d) not in (nn.Dropout, nn.Identity)]
+    return f"its dropout is {odd[0]}" if odd else ""
