@@ -7,13 +7,17 @@ METHOD ?= dora
 # remembers what was installed from which files; a second run needs no network
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format bench clean
+# make slow: the tests on the real model, once make demo has fetched it
+.PHONY: demo test slow check format bench clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m "not slow"
+
+slow: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,6 +30,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/doralib bench all --out benchmarks/results
+	$(BIN)/python -c "from pathlib import Path; from doralib.bench.readme import update_readme; update_readme(Path('README.md'), Path('benchmarks/results'))"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -441,3 +441,22 @@ def test_a_busy_machine_is_named_in_the_report():
     assert "not to be quoted" not in markdown(report, where | {"cores_busy_elsewhere": 0.0})
     assert "| a / b | 2 | 1 | no |" in markdown(report, where)
     assert report.to_json(where)["goals"] == [{"what": "a | b", "measured": 2.0, "goal": 1.0, "met": False}]
+
+
+def test_the_readme_table_comes_from_the_json(tmp_path):
+    from doralib.bench.readme import update_readme
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- measured -->\nold 9.99\n<!-- /measured -->\nafter\n")
+    with pytest.raises(UsageError, match="doralib bench all"):
+        update_readme(readme, tmp_path)
+    machine = {"cpu": "X", "cores": 2, "versions": {"torch": "2"}, "date": "2026-01-01T00", "cores_busy_elsewhere": 0.1}
+    goals = [{"what": "ours / theirs", "measured": 1.23456, "goal": 1.0, "met": False}]
+    report = {"bench": "step", "machine": machine, "goals": goals}
+    (tmp_path / "step.json").write_text(json.dumps(report))
+    update_readme(readme, tmp_path)
+    text = readme.read_text()
+    assert "| ours / theirs | 1.23 | 1 | no | `doralib bench step` |" in text
+    assert "9.99" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")

@@ -301,7 +301,6 @@ def test_checkpoint_recomputation_uses_the_same_norm(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_torch_compile_gives_the_same_numbers(method, detach):

@@ -1,0 +1,51 @@
+"""The code in README and docs runs; what they name exists; README stays short."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_blocks_run(code, tiny_llama_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"MODEL": str(tiny_llama_folder), "BATCH": torch.tensor([[5, 6, 7, 8]])})
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_recipe_in_the_docs_is_complete(tmp_path):
+    import yaml
+
+    from doralib.config import Recipe
+
+    text = (ROOT / "docs" / "train.md").read_text()
+    recipe = Recipe(**yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]))
+    assert recipe.adapter.r == 16
+
+
+def test_readme_is_short_and_every_figure_has_its_command():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    table = text.split("## Measured")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|") and "---" not in line][1:]
+    assert rows
+    for row in rows:
+        assert re.search(r"`(doralib|make) [^`]+`", row), row
