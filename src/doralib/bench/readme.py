@@ -44,8 +44,8 @@ def _machines(reports: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {versions}, {machine['date'][:10]}. Ratios are medians of rounds "
-        f"in which the subjects take turns; other processes kept at most {busy:.2f} cores busy. Settings, spread and the "
-        "rows without a goal are in `benchmarks/results/`."
+        f"in which the subjects take turns; other processes kept at most {busy:.2f} cores busy. Settings, spread, "
+        "and the rows without a goal, are in `benchmarks/results/`."
     )
 
 
