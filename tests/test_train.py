@@ -595,3 +595,11 @@ def test_order_follows_from_seed_and_epoch():
 def _order(sampler, epoch):
     sampler.set_epoch(epoch)
     return list(sampler)
+
+
+def test_a_bare_no_in_yaml_is_a_strategy(tmp_path):
+    recipe = Recipe(
+        model={"path": "m"}, data={"train": "t"}, training={"eval_strategy": False, "save_strategy": False}, out="o"
+    )
+    args = training_keys.arguments(recipe, tmp_path)
+    assert (args.eval_strategy, args.save_strategy) == ("no", "no")

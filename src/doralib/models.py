@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from .config import ModelSettings
 from .errors import DoraError, UsageError
@@ -23,6 +25,8 @@ def load_model(settings: ModelSettings) -> Loaded:
         DoraError: if its files are damaged.
     """
     where, extra = _located(settings.path)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # bars of transformers are for a terminal
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)

@@ -80,7 +80,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
             problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
         else:
             try:
-                values[key] = _of_kind(value, {**hints, **EXTRA}[key])
+                # YAML reads a bare no as false
+                plain = "no" if value is False and key.endswith("_strategy") else value
+                values[key] = _of_kind(plain, {**hints, **EXTRA}[key])
             except ValidationError as error:
                 problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
     problems += _impossible(values, has_validation=recipe.data.validation is not None)
