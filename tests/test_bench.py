@@ -452,11 +452,16 @@ def test_the_readme_table_comes_from_the_json(tmp_path):
         update_readme(readme, tmp_path)
     machine = {"cpu": "X", "cores": 2, "versions": {"torch": "2"}, "date": "2026-01-01T00", "cores_busy_elsewhere": 0.1}
     goals = [{"what": "ours / theirs", "measured": 1.23456, "goal": 1.0, "met": False}]
-    report = {"bench": "step", "machine": machine, "goals": goals}
+    report = {
+        "bench": "step",
+        "machine": machine,
+        "goals": goals,
+        "settings": {"rounds": 5, "r": 16, "dropout": [0.05]},
+    }
     (tmp_path / "step.json").write_text(json.dumps(report))
     update_readme(readme, tmp_path)
     text = readme.read_text()
-    assert "| ours / theirs | 1.23 | 1 | no | `doralib bench step` |" in text
+    assert "| ours / theirs | 1.23 | 1 | no | `doralib bench step rounds=5 dropout=0.05` |" in text
     assert "9.99" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

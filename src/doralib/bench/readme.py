@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import read_json, replacing
+from .runner import BENCHES
 
 _START, _END = "<!-- measured -->", "<!-- /measured -->"
 _LINES = ("| what | measured | goal | met | command |", "|---|---:|---:|---|---|")
@@ -32,9 +33,17 @@ def update_readme(readme: Path, results: Path) -> None:
 def _rows(report: dict[str, Any]) -> list[str]:
     return [
         f"| {goal['what']} | {_figure(goal['measured'])} | {_figure(goal['goal'])} | {'yes' if goal['met'] else 'no'} "
-        f"| `doralib bench {report['bench']}` |"
+        f"| `{_command(report)}` |"
         for goal in report["goals"]
     ]
+
+
+def _command(report: dict[str, Any]) -> str:
+    """What measures it again, with the settings that were not the usual ones."""
+    usual = BENCHES[report["bench"]].options().model_dump(mode="json")
+    given = {key: value for key, value in report["settings"].items() if key in usual and value != usual[key]}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
+    return " ".join(["doralib bench", report["bench"], *(f"{key}={value}" for key, value in texts.items())])
 
 
 def _machines(reports: list[dict[str, Any]]) -> str:
