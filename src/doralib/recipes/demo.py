@@ -71,7 +71,7 @@ def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
         f"     fine-tune it for {steps} steps; score it again\n"
         f"  2. merge the adapter into a checkpoint of its own\n"
         f"  3. check that the merged model gives the same answers\n"
-        f"This takes about 6 minutes on 2 CPU cores{fetch}.\n"
+        f"This takes 6 to 10 minutes on 2 CPU cores{fetch}.\n"
         f"Everything goes to {run.parent}; the assets are kept in {cache.expanduser()}.",
         highlight=False,
         soft_wrap=True,
