@@ -138,10 +138,11 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
         for name in pairs.keys() & given.keys()
         if given[name].shape != pairs[name].shape
     ]
+    modules = dict(model.named_modules())
     problems += [
         f"{name}: turns its rows, but only their lengths are adapted in the model"
         for name, adapter in state.layers.items()
-        if isinstance(dict(model.named_modules()).get(name), DoraMagnitude)
+        if isinstance(modules.get(name), DoraMagnitude)
         and all(factor.any() for factor in adapter.factors)
     ]
     problems += other_banks(into, state)
@@ -156,7 +157,7 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write the adapter into a folder that PEFT reads as it is; what stood there is replaced at once or not at all.
+    """Write the adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
 
     Besides PEFT's two files, ``doralib_config.json`` keeps what PEFT has no word for (dropout_mode, detach_norm).
     """
