@@ -179,6 +179,17 @@ def test_tied_bypassed_and_adapted_layers_are_refused(model):
         doralib.adapt(nn.TransformerEncoderLayer(8, 2), config(target_modules=("out_proj",)))
 
 
+def test_a_refusal_by_a_layer_itself_changes_nothing():
+    """VeRA takes linear layers only, which it finds out when it is made."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Conv1d(7, 3, 2))
+    model[0].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(DoraError, match="linear layers only"):
+        doralib.adapt(model, DoraConfig(method="vera", r=2, target_modules=("0", "1")))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert type(model[0]) is nn.Linear
+
+
 def test_bias_training_needs_float32():
     model = nn.Sequential(nn.Linear(5, 7)).to(torch.bfloat16)
     with pytest.raises(UsageError, match="load the model in float32"):

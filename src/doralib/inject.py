@@ -142,8 +142,7 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
     problems += [
         f"{name}: turns its rows, but only their lengths are adapted in the model"
         for name, adapter in state.layers.items()
-        if isinstance(modules.get(name), DoraMagnitude)
-        and all(factor.any() for factor in adapter.factors)
+        if isinstance(modules.get(name), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
     ]
     problems += other_banks(into, state)
     if problems:
@@ -224,12 +223,12 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     biases = _bias_names(model, config, chosen)
     adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
     model.requires_grad_(False)
-    alone = set(magnitudes(model, config))
-    bank = bank_for([model.get_submodule(name) for name in chosen], config)
-    wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
-    }
-    wrappers |= {name: TrainedCopy(model.get_submodule(name)) for name in whole}
+    try:
+        wrappers = _wrappers(model, config, chosen, whole)
+    except DoraError:
+        for name, p in model.named_parameters():
+            p.requires_grad_(adapted.frozen[name])
+        raise
     for name, wrapper in wrappers.items():
         _put(model, name, wrapper.train(model.get_submodule(name).training))
     for name in biases:
@@ -237,6 +236,17 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
         adapted.biases[name] = bias.detach().clone()
     model._doralib = adapted  # type: ignore[assignment]
     return model
+
+
+def _wrappers(
+    model: nn.Module, config: DoraConfig, chosen: list[str], whole: list[str]
+) -> dict[str, DoraLinear | TrainedCopy]:
+    alone = set(magnitudes(model, config))
+    bank = bank_for([model.get_submodule(name) for name in chosen], config)
+    wrappers: dict[str, DoraLinear | TrainedCopy] = {
+        name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
+    }
+    return wrappers | {name: TrainedCopy(model.get_submodule(name)) for name in whole}
 
 
 _LAYERS: dict[str, type[DoraLinear]] = {
