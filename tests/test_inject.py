@@ -12,7 +12,7 @@ import doralib
 from doralib import inject
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
-from doralib.kernels.eager import Dropout
+from doralib.kernels.dropout import Dropout
 from doralib.layers import DoraLinear, TrainedCopy
 from doralib.targets import adaptable, choose
 

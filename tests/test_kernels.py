@@ -1,6 +1,7 @@
 """Each fast function against the formula it stands for, in float64, forward and every gradient."""
 
 import copy
+import math
 
 import pytest
 import reference
@@ -9,7 +10,11 @@ from torch import nn
 
 from doralib import functional as F
 from doralib.bases import Dense
-from doralib.kernels.eager import Dropout, dora_linear
+from doralib.kernels import eager
+from doralib.kernels.columns import column_dots, scaled_product_and_dots
+from doralib.kernels.dropout import Dropout, boost, dropped
+from doralib.kernels.dropout import draw as draw_dropout
+from doralib.kernels.eager import dora_linear
 from doralib.kernels.norm import FreshNorm
 
 # no two sizes of a case are equal: a swapped axis or a stray broadcast cannot pass
@@ -20,6 +25,13 @@ each_seed = pytest.mark.parametrize("seed", range(20))
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda v: "O{}-I{}-R{}-N{}".format(*v))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 NAMES = ("x", "A", "B", "gain", "bias")
+
+
+@pytest.fixture(params=[math.inf, 0], ids=["by-parts", "effective-weight"])
+def way(request, monkeypatch):
+    """Both ways to compute the layer, whatever the sizes."""
+    monkeypatch.setattr(eager, "_ROWS_PER_FEATURE", request.param)
+    return request.param
 
 
 def draw(shape, dtype, seed=0):
@@ -69,14 +81,14 @@ def plain_formula(t):
 @each_seed
 @each_shape
 @each_dtype
-def test_dora_linear(shape, dtype, seed):
+def test_dora_linear(shape, dtype, seed, way):
     tensors = draw(shape, dtype, seed)
     assert_within_bound(run(plain, tensors), plain_formula, tensors, dtype)
 
 
 @each_seed
 @each_dtype
-def test_lora_linear(dtype, seed):
+def test_lora_linear(dtype, seed, way):
     tensors = draw(SHAPES[0], dtype, seed)
     ours = run(lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], None, S, t["bias"]), tensors)
     assert_within_bound(
@@ -122,14 +134,14 @@ def test_gradcheck(exact):
         )
 
 
-def test_gain_of_zero_still_has_its_gradient():
+def test_gain_of_zero_still_has_its_gradient(way):
     tensors = draw(SHAPES[0], torch.float32)
     tensors["gain"][2] = 0
     tensors["gain"][4] = 1e-30
     assert_within_bound(run(plain, tensors), plain_formula, tensors, torch.float32)
 
 
-def test_a_consumer_that_changes_the_output_in_place():
+def test_a_consumer_that_changes_the_output_in_place(way):
     tensors = draw(SHAPES[0], torch.float32)
     ours = run(lambda t: torch.relu_(plain(t)), tensors)
     exact = run(lambda t: torch.relu(plain_formula(t)), {n: v.double() for n, v in tensors.items()})
@@ -242,6 +254,75 @@ def test_bytes_saved_for_backward():
     assert total == frozen + x + xa + y + N * I  # one byte an input element for the mask
 
 
+def test_a_weight_is_made_only_where_it_pays(monkeypatch):
+    """Float32 on a CPU, many rows, no dropout; and it is not kept for the backward pass."""
+    made = []
+    monkeypatch.setattr(eager, "effective_weight", lambda *args: made.append(args) or F.effective_weight(*args))
+
+    def times_made(shape, dtype=torch.float32, **settings):
+        t = draw(shape, dtype)
+        made.clear()
+        run(lambda t: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], **settings), t)
+        return len(made)
+
+    many, few = (7, 8, 3, 11), (7, 8, 3, 10)
+    assert times_made(many) == 2
+    assert times_made(few) == 0
+    assert times_made(many, torch.bfloat16) == 0
+    assert times_made(many, dropout=Dropout(torch.rand(11, 8) > 0.1, 0.1, False)) == 0
+    O, I, R, N = 96, 20, 4, 64
+    t = draw((O, I, R, N), torch.float32)
+    t["x"].requires_grad_()
+    total, output = saved_bytes(lambda: plain(t))
+    frozen = sum(t[n].numel() * 4 for n in ("W", "A", "B", "gain", "bias"))
+    assert (total, output) == (frozen + (N * I + N * R + N * O) * 4, N * O * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 11, 5000])
+def test_sums_over_rows(num_rows, dtype):
+    t = draw((7, 5, 3, num_rows), dtype)
+    y = torch.randn(num_rows, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gain, shift = t["gain"].to(F.sum_dtype(dtype)), t["bias"]
+    exact = {n: v.double() for n, v in {**t, "y": y}.items()}
+    want = (exact["dy"] * (exact["y"] - exact["bias"])).sum(0)
+    size = (exact["dy"].abs() * (exact["y"].abs() + exact["bias"].abs())).sum(0)
+    eps = torch.finfo(F.sum_dtype(dtype)).eps
+    out = torch.ones(num_rows, 5, dtype=dtype)
+    for got in (column_dots(t["dy"], y, shift), scaled_product_and_dots(out, t["dy"], y, gain, t["W"], shift)):
+        assert got.dtype == F.sum_dtype(dtype)
+        assert ((got.double() - want).abs() <= 8 * eps * size).all()
+    want = 1 + (exact["gain"] * exact["dy"]) @ exact["W"]
+    size = 1 + (exact["gain"] * exact["dy"]).abs() @ exact["W"].abs()
+    assert ((out.double() - want).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.999, 1e-9])
+def test_a_draw_of_dropout(p):
+    x = torch.ones(401, 503)
+    dropout = draw_dropout(x, p, exact=False)
+    assert dropout.keep.shape == x.shape
+    assert abs(dropout.p - p) <= 2**-17
+    assert boost(dropout) == 1 / (1 - dropout.p)
+    n, zeros = x.numel(), int((~dropout.keep).sum())
+    assert abs(zeros - n * dropout.p) <= 5 * (n * p * (1 - p)) ** 0.5
+    torch.testing.assert_close(dropped(x, dropout), dropout.keep / (1 - dropout.p))
+    assert not torch.equal(draw_dropout(x, 0.5, exact=False).keep, draw_dropout(x, 0.5, exact=False).keep)
+
+
+def test_a_draw_is_of_independent_elements_and_follows_the_seed():
+    x = torch.empty(1000, 1000)
+    torch.manual_seed(3)
+    keep = draw_dropout(x, 0.5, exact=False).keep
+    torch.manual_seed(3)
+    assert torch.equal(keep, draw_dropout(x, 0.5, exact=False).keep)
+    # four elements share a random word: no correlation between neighbours, up to 5 standard deviations of 1e-3
+    centred = keep.flatten().float() - 0.5
+    for distance in (1, 2, 3, 4, 1000):
+        assert abs((centred[:-distance] * centred[distance:]).mean() * 4) < 5e-3
+    assert draw_dropout(torch.empty(3, 0), 0.5, exact=True).keep.shape == (3, 0)
+
+
 # the norm
 
 
@@ -300,6 +381,31 @@ def test_rows_that_cancel_are_summed_densely(seed):
     size = W.double().norm(dim=1) + (S * B.double().abs() @ A.double().abs()).norm(dim=1)
     error = (norm(A, B, S, detach=True).double() - want).abs()
     assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
+
+
+@each_seed
+def test_a_norm_from_bfloat16_products(seed, monkeypatch):
+    """The product with a bfloat16 weight is rounded, the norm is right to 2^-13, however far the rows have turned."""
+    t = draw((31, 24, 5, 3), torch.bfloat16, seed)
+    A, B = (t[n].float() + torch.rand(t[n].shape) / 512 for n in "AB")
+    B = B * 10 ** torch.linspace(-3, 1, 31)[:, None]
+    dense, base = [], Dense(linear_module(t["W"]))
+    monkeypatch.setattr(base, "dense_rows", lambda index: dense.append(index) or t["W"][index])
+    got = FreshNorm(base)(A, B, S, detach=True)
+    want = reference.row_norm(t["W"].double(), A.double(), B.double(), S)
+    assert got.dtype == torch.float32
+    assert ((got.double() - want).abs() <= (2**-13 + 2**-20) * want).all()
+    assert 0 < sum(len(index) for index in dense) < 31  # some rows can be trusted, some cannot
+
+
+@each_dtype
+def test_autocast_does_not_reach_the_norm(dtype):
+    t = draw((31, 24, 5, 3), dtype)
+    norms = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            norms.append(FreshNorm(Dense(linear_module(t["W"])))(t["A"], t["B"], S, detach=True))
+    assert torch.equal(*norms)
 
 
 @each_seed

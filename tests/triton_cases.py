@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from doralib.kernels import fused, launch
-from doralib.kernels.eager import Dropout
+from doralib.kernels.dropout import Dropout
 from doralib.kernels.launch import Products, Tile
 
 # no two sizes of a case are equal; the last is larger than one tile each way and its rank is no power of two

@@ -12,6 +12,7 @@ from . import functional as F
 from .bases import Dense, open_base
 from .config import DoraConfig
 from .errors import DoraError
+from .kernels.dropout import dropped
 from .kernels.norm import FreshNorm
 from .layers import DoraLinear, autocast
 from .state import AdapterState, BankAdapter, LayerAdapter
@@ -142,7 +143,7 @@ class DoraBank(DoraLinear):
             return y
         x = autocast(x)
         dropout = self._draw_dropout(x)
-        x_a = x if dropout is None else x * dropout.keep / (1 - dropout.p)
+        x_a = dropped(x, dropout)
         a, b = _slices(self.base, self.bank)
         scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
         change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)

@@ -75,7 +75,9 @@ class Dense:
         # with B A = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
         if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any() and a_RI.any():
             return F.dense_row_norm(self.W_OI, a_RI, b_OR, s)
-        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
+        coarse = self.dtype == torch.bfloat16
+        U_OR = F.coarse_times_transposed(self.W_OI, a_RI) if coarse else self.times_transposed(a_RI)
+        return F.adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self.dense_rows, coarse=coarse)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return F.times_transposed(self.W_OI, a_RI)

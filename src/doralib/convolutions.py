@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from .bases import Convolution
+from .kernels.dropout import dropped
 from .layers import DoraLinear, ReadsThrough, autocast
 
 
@@ -26,7 +27,7 @@ class DoraConv(ReadsThrough, DoraLinear):
         x = autocast(x)
         y = self.base_layer(x, *output_size)
         dropout = self._draw_dropout(x)
-        x_a = x if dropout is None else x * dropout.keep / (1 - dropout.p)
+        x_a = dropped(x, dropout)
         gain_O = self.gain()
         if gain_O is None:
             return y + self._change(x_a, self.b_OR * self.scale, *output_size)

@@ -6,6 +6,7 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
     V = W + s B A        n = length of each output row of V        g = m / n        y = g ∘ (x Vᵀ) + bias
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 # where the terms of the expanded square are more than this times their sum, rounding has eaten 3 of its bits
 CANCELLATION = 8.0
+# above this n² / |w|² they are not: the larger root of 8 n² = 1 + (1 + n)², squared
+SHRUNK = ((1 + math.sqrt(15)) / 7) ** 2
 # the dense sweep over W costs about as much as this many multiplications an element; measured on 2 Xeon cores
 SWEEP = 16
 
@@ -41,13 +44,27 @@ def row_norm_sq(W_OI: Tensor) -> Tensor:
 
 @torch.no_grad()
 def times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
-    """``W Aᵀ``, (O, R), in `sum_dtype`, by row blocks."""
+    """``W Aᵀ``, (O, R), in `sum_dtype`, by row blocks where W is of another dtype."""
     dtype = sum_dtype(W_OI.dtype)
     a_IR = a_RI.to(dtype).T
+    if W_OI.dtype == dtype:
+        return W_OI @ a_IR
     U_OR = a_IR.new_empty(W_OI.shape[0], a_RI.shape[0])
     for rows in row_blocks(*W_OI.shape):
         torch.mm(W_OI[rows].to(dtype), a_IR, out=U_OR[rows])
     return U_OR
+
+
+@torch.no_grad()
+def coarse_times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
+    """``W Aᵀ``, (O, R), in float32, of a bfloat16 W that is not cast: each number is right to 2^-9 of itself.
+
+    A goes in as the sum of two bfloat16 numbers, so that only the product's own rounding is left.
+    """
+    high_RI = a_RI.to(W_OI.dtype)
+    low_RI = (a_RI - high_RI).to(W_OI.dtype)
+    U_OR = (W_OI @ torch.cat([high_RI, low_RI]).T).float()
+    return U_OR[:, : len(a_RI)] + U_OR[:, len(a_RI) :]
 
 
 @torch.no_grad()
@@ -68,6 +85,8 @@ def adapted_row_norm(
     b_OR: Tensor,
     s: float,
     dense_rows: Callable[[Tensor], Tensor] | None = None,
+    *,
+    coarse: bool = False,
 ) -> Tensor:
     """Length of each output row of ``W + s B A``, (O,), without forming the (O, I) sum; outside the graph.
 
@@ -79,18 +98,34 @@ def adapted_row_norm(
         U_OR: ``W Aᵀ``.
         dense_rows: The rows of W with the given numbers, (K, I). Without it the rows that cancel keep an error of
             about eps (|w| + |s b A|)² / |w + s b A|².
+        coarse: U_OR is `coarse_times_transposed`; rows whose length that moves by more than 2^-13 of itself, a 16th of
+            what bfloat16 can tell apart, are summed densely too.
     """
-    dtype = W_sq_O.dtype
-    a, b, U = a_RI.to(dtype), b_OR.to(dtype), U_OR.to(dtype)
-    gram_O = s * s * ((b @ (a @ a.T)) * b).sum(1)
-    n_sq_O = W_sq_O + 2 * s * (b * U).sum(1) + gram_O
+    a, b, U = a_RI.to(W_sq_O.dtype), b_OR.to(W_sq_O.dtype), U_OR.to(W_sq_O.dtype)
+    gram_RR = a @ a.T
+    n_sq_O = W_sq_O + (torch.addmm(U, b, gram_RR, beta=2 * s, alpha=s * s) * b).sum(1)
     if dense_rows is not None and not n_sq_O.is_meta:
-        cancelled = (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
+        cancelled = _untrusted(W_sq_O, n_sq_O, (b, U, gram_RR), s, coarse=coarse)
         for rows in row_blocks(len(cancelled), a.shape[1]):
             index = cancelled[rows]
-            n_sq_O[index] = torch.addmm(dense_rows(index).to(dtype), b[index], a, alpha=s).square().sum(1)
+            n_sq_O[index] = torch.addmm(dense_rows(index).to(b.dtype), b[index], a, alpha=s).square().sum(1)
     # rounding can leave a tiny negative where W + s B A is almost zero
-    return n_sq_O.clamp_min(0).sqrt()
+    return n_sq_O.clamp_min_(0).sqrt_()
+
+
+def _untrusted(
+    W_sq_O: Tensor, n_sq_O: Tensor, parts: tuple[Tensor, Tensor, Tensor], s: float, *, coarse: bool
+) -> Tensor:
+    """Numbers of the rows whose expanded square has lost too much."""
+    b_OR, U_OR, gram_RR = parts
+    if coarse:
+        # 2^-9 of these terms is at most 2^-12 of n²
+        return ((b_OR * U_OR).abs_().sum(1) * (16 * s) > n_sq_O).nonzero().flatten()
+    # |s b A| <= |w| + n: where n is not much below |w| nothing can have cancelled, and the rest need not be computed
+    if not (n_sq_O < SHRUNK * W_sq_O).any():
+        return W_sq_O.new_empty(0, dtype=torch.long)
+    gram_O = s * s * ((b_OR @ gram_RR) * b_OR).sum(1)
+    return (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
 
 
 def dense_is_cheaper(O: int, I: int, R: int) -> bool:
@@ -140,6 +175,15 @@ def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: 
         lora_NO: ``s B A x~``.
     """
     return base_NO + ((gain_O - 1).to(base_NO.dtype) * dropped_NO + gain_O.to(base_NO.dtype) * lora_NO)
+
+
+@torch.no_grad()
+def effective_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, gain_O: Tensor | None, s: float) -> Tensor:
+    """``g ∘ (W + s B A)``, (O, I), in W's dtype; W itself, bit for bit, where g = 1 and B A = 0."""
+    if gain_O is None:
+        return torch.addmm(W_OI, b_OR.to(W_OI.dtype), a_RI.to(W_OI.dtype), alpha=s)
+    scaled_OI = W_OI * gain_O.to(W_OI.dtype)[:, None]
+    return scaled_OI.addmm_((b_OR * gain_O[:, None]).to(W_OI.dtype), a_RI.to(W_OI.dtype), alpha=s)
 
 
 @torch.no_grad()

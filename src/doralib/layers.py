@@ -14,7 +14,7 @@ from .bases import Opaque, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
-from .kernels.eager import Dropout
+from .kernels.dropout import Dropout, draw, dropped
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
 from .state import LayerAdapter
@@ -161,13 +161,12 @@ class DoraLinear(nn.Module):
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
         if not (self.training and self.dropout):
             return None
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
-        return Dropout(keep, self.dropout, self.exact_dropout)
+        return draw(x, self.dropout, exact=self.exact_dropout)
 
     def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """The plain formula around the layer's own call: unknown storages, and what a compiler can see through."""
         base = self.base_layer(x)
-        x_a = x if dropout is None else x * dropout.keep / (1 - dropout.p)
+        x_a = dropped(x, dropout)
         lora = nnf.linear(nnf.linear(x_a, self.lora_A.to(x.dtype)), (self.lora_B * self.scale).to(x.dtype))
         gain_O = self.gain()
         if gain_O is None:

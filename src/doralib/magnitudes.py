@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels.dropout import dropped
 from .layers import DoraLinear, ReadsThrough, autocast
 
 
@@ -22,7 +23,7 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
             return y
         changed = y
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):
-            changed = self.base_layer(autocast(x) * dropout.keep / (1 - dropout.p), *args)
+            changed = self.base_layer(dropped(autocast(x), dropout), *args)
         if self.bias is not None:
             changed = changed - self._by_channel(self.bias.to(y.dtype))
         gain_O = self.gain()

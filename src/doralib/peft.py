@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .bases import Dense, Opaque, open_base
 from .errors import UsageError
 from .kernels import dora_linear, on_gpu
-from .kernels.eager import Dropout
+from .kernels.dropout import draw
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
 
@@ -86,10 +86,7 @@ class _Fast:
         W_OI = W_OI.to(x.dtype)
         if not p and not torch.is_grad_enabled() and on_gpu(x) is None:
             return self.inference(x, W_OI, (A, B, m), n_O, s, self.base.bias)
-        dropout = None
-        if p:
-            keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
-            dropout = Dropout(keep, p, exact=True)
+        dropout = draw(x, p, exact=True) if p else None
         return dora_linear(x, W_OI, A, B, m / n_O, s, self.base.bias, dropout)
 
 

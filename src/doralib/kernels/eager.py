@@ -12,22 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
-from ..functional import row_blocks, sum_dtype
+from ..functional import effective_weight, sum_dtype
+from .columns import column_dots, scaled_product_and_dots
+from .dropout import Dropout, boost, mask
 
 # below this gain the product is not read back from the output: the output may have underflowed
 _TINY_GAIN = 1e-12
-# elements of one block of a pass over (N, O) on a CPU: a third less time than whole passes at 1024 x 576, float32
-_CACHED_ELEMENTS = 1 << 17
-
-
-class Dropout(NamedTuple):
-    """One draw of dropout."""
-
-    keep: Tensor
-    """bool, the shape of x: false where the adapter's input is zeroed."""
-    p: float
-    exact: bool
-    """Drop the input of the whole weight change (the paper's code, PEFT), not of the low-rank path alone."""
+# from this many input rows for each input feature on, a weight that is made twice costs less than the passes it saves
+_ROWS_PER_FEATURE = 1.25
 
 
 def dora_linear(
@@ -51,62 +43,98 @@ def dora_linear(
     Raises:
         RuntimeError: from torch, on shapes or dtypes that do not fit, and on a second derivative.
     """
-    function = _ExactDropout if dropout is not None and dropout.exact and gain_O is not None else _DoraLinear
     # reshape(-1) cannot tell how many rows an empty input has
     x_NI = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    function = _DoraLinear
+    if dropout is not None and dropout.exact and gain_O is not None:
+        function = _ExactDropout
+    elif dropout is None and weight_is_cheaper(x_NI):
+        function = _Effective
     y_NO: Tensor = function.apply(x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
+def weight_is_cheaper(x_NI: Tensor) -> bool:
+    """Whether the effective weight costs less; never where casting it could swallow a small change."""
+    N, I = x_NI.shape
+    return x_NI.device.type == "cpu" and x_NI.dtype in (torch.float32, torch.float64) and N > _ROWS_PER_FEATURE * I
+
+
 class _DoraLinear(torch.autograd.Function):
+    """Base product, one pass for the gain, the low-rank product onto it."""
+
     @staticmethod
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
         dtype = x_NI.dtype
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
         if gain_O is not None:
             _scale_product(y_NO, gain_O, bias_O)
-        xa_NR = _dropped(x_NI, dropout) @ a_RI.to(dtype).T
-        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s * _boost(dropout)).to(dtype).T)
-        kept = None if gain_O is None else y_NO.data
-        keep = None if dropout is None else dropout.keep
-        ctx.save_for_backward(x_NI, xa_NR, kept, keep, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s, ctx.dropout = s, dropout and dropout._replace(keep=None)
-        ctx.watch = None if gain_O is None or y_NO.is_inference() else Watch(y_NO)
+        xa_NR = _masked(x_NI, dropout) @ a_RI.to(dtype).T
+        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s * boost(dropout)).to(dtype).T)
+        _keep(ctx, y_NO, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
+        ctx.s = s
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        x_NI, xa_NR, y_NO, keep, W_OI, bias_O, a_RI, b_OR, gain_O = ctx.saved_tensors
-        dropout = ctx.dropout and ctx.dropout._replace(keep=keep)
-        needs, s = _Needs(*ctx.needs_input_grad), ctx.s * _boost(dropout)
-        dx, da_RI, db_OR = _low_rank_backward(needs, dy_NO, x_NI, xa_NR, (a_RI, b_OR, gain_O), s, dropout)
-        dz_NO, dots_O, dgain_O = dy_NO, None, None
-        if gain_O is not None:
-            dz_NO, dots_O = _split(dy_NO, y_NO, gain_O, bias_O)
+        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, dropout = _kept(ctx)
+        needs, s, dy_NO = _Needs(*ctx.needs_input_grad), ctx.s * boost(dropout), dy_NO.contiguous()
+        mask_NI = None if dropout is None else mask(dropout, x_NI)
+        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype) if needs.x or needs.a else None
+        dx = dots_O = None
         if needs.x:
-            dx.addmm_(dz_NO, W_OI)  # onto the small product: out of place it would cost a copy of (N, I)
+            dx = dxa_NR @ a_RI.to(dy_NO.dtype)
+            dx = dx if mask_NI is None else dx.mul_(mask_NI)
+        if gain_O is not None:
+            dots_O = scaled_product_and_dots(dx, dy_NO, y_NO, gain_O, W_OI, bias_O)
+        elif needs.x:
+            dx.addmm_(dy_NO, W_OI)
+        product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
+        dgain_O = _gain_gradient(ctx.watch, dots_O, dy_NO, gain_O, product) if needs.gain else None
+        dropped_NI = x_NI if mask_NI is None else mask_NI.mul_(x_NI)
+        da, db = _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), s)
+        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
+
+
+class _Effective(torch.autograd.Function):
+    """One product with ``g ∘ (W + s B A)``, made in each pass and dropped: float32, many rows, no dropout."""
+
+    @staticmethod
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
+        y_NO = nnf.linear(x_NI, effective_weight(W_OI, a_RI, b_OR, gain_O, s), _cast(bias_O, x_NI.dtype))
+        xa_NR = x_NI @ a_RI.to(x_NI.dtype).T
+        _keep(ctx, y_NO, None, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
+        ctx.s = s
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_NO):
+        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, _ = _kept(ctx)
+        needs, s, dy_NO = _Needs(*ctx.needs_input_grad), ctx.s, dy_NO.contiguous()
+        dx = dy_NO @ effective_weight(W_OI, a_RI, b_OR, gain_O, s) if needs.x else None
+        dgain_O = None
         if needs.gain:
             product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
-            if ctx.watch.changed():
-                dgain_O = _column_dots(dy_NO, product.columns(slice(None)))
-            else:
-                dgain_O = _gain_gradient(dots_O, dy_NO, gain_O, product)
-        dbias_O = _bias_gradient(dy_NO, bias_O) if needs.bias else None
-        return dx, None, dbias_O, da_RI, db_OR, dgain_O, None, None
+            dgain_O = _gain_gradient(ctx.watch, column_dots(dy_NO, y_NO, bias_O), dy_NO, gain_O, product)
+        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype) if needs.a else None
+        da, db = _factor_gradients(needs, dy_NO, x_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), s)
+        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
 
 
 class _ExactDropout(torch.autograd.Function):
+    """The base's product once for x and once for what dropout leaves of it."""
+
     @staticmethod
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
-        dtype = x_NI.dtype
-        dropped_NI = _dropped(x_NI, dropout).mul_(_boost(dropout))
+        dtype, up = x_NI.dtype, boost(dropout)
+        dropped_NI = _masked(x_NI, dropout)
+        xa_NR, sb_RO = dropped_NI @ a_RI.to(dtype).T, (b_OR * s).to(dtype).T
+        z_NO = (dropped_NI @ W_OI.T).addmm_(xa_NR, sb_RO)
+        # (g - 1) z + s x~ Aᵀ Bᵀ, with 1 / (1 - p) in the small factors
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
-        z_NO = dropped_NI @ W_OI.T
-        y_NO.addcmul_(z_NO, (gain_O - 1).to(dtype))
-        xa_NR = dropped_NI @ a_RI.to(dtype).T
-        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s).to(dtype).T)
-        z_NO.addmm_(xa_NR, (b_OR * s).to(dtype).T)
+        y_NO.addcmul_(z_NO, ((gain_O - 1) * up).to(dtype)).addmm_(xa_NR, sb_RO, alpha=up)
         ctx.save_for_backward(x_NI, xa_NR, z_NO, dropout.keep, W_OI, bias_O, a_RI, b_OR, gain_O)
         ctx.s, ctx.p = s, dropout.p
         return y_NO
@@ -115,21 +143,17 @@ class _ExactDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_NO):
         x_NI, xa_NR, z_NO, keep, W_OI, bias_O, a_RI, b_OR, gain_O = ctx.saved_tensors
-        dropout = Dropout(keep, ctx.p, exact=True)
-        needs = _Needs(*ctx.needs_input_grad)
-        dx = da_RI = db_OR = None
-        dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s).to(dy_NO.dtype)
+        needs, dropout = _Needs(*ctx.needs_input_grad), Dropout(keep, ctx.p, exact=True)
+        up, dy_NO, mask_NI = boost(dropout), dy_NO.contiguous(), mask(dropout, x_NI)
+        dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s * up).to(dy_NO.dtype)
+        dx = dxa_NR @ a_RI.to(dy_NO.dtype) if needs.x else None
+        dots_O = scaled_product_and_dots(dx, dy_NO, z_NO, (gain_O - 1) * up, W_OI)
         if needs.x:
-            change_NI = (dxa_NR @ a_RI.to(dy_NO.dtype)).addmm_(dy_NO * (gain_O - 1).to(dy_NO.dtype), W_OI)
-            change_NI.mul_(keep.view_as(change_NI))
-            dx = change_NI.mul_(_boost(dropout)).addmm_(dy_NO, W_OI)
-        if needs.a:
-            da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype).mul_(_boost(dropout))
-        if needs.b:
-            db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, ctx.s)
-        dgain_O = _column_dots(dy_NO, z_NO) if needs.gain else None
-        dbias_O = _bias_gradient(dy_NO, bias_O) if needs.bias else None
-        return dx, None, dbias_O, da_RI, db_OR, dgain_O, None, None
+            dx.mul_(mask_NI).addmm_(dy_NO, W_OI)
+        factors = a_RI, b_OR, gain_O
+        da, db = _factor_gradients(needs, dy_NO, mask_NI.mul_(x_NI), dxa_NR, xa_NR, factors, ctx.s * up)
+        dgain_O = dots_O.mul_(up) if needs.gain else None
+        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
 
 
 class _Needs(NamedTuple):
@@ -155,6 +179,20 @@ class Watch:
         return self._alias._version != self._version
 
 
+def _keep(ctx, y_NO, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O):
+    """For the backward pass; of the output, only where there is a gain that is read back from it."""
+    kept = None if gain_O is None else y_NO.data
+    keep = None if dropout is None else dropout.keep
+    ctx.save_for_backward(x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O, kept, keep)
+    ctx.dropout = dropout and dropout._replace(keep=None)
+    ctx.watch = None if gain_O is None or y_NO.is_inference() else Watch(y_NO)
+
+
+def _kept(ctx):
+    *tensors, y_NO, keep = ctx.saved_tensors
+    return tensors, y_NO, ctx.dropout and ctx.dropout._replace(keep=keep)
+
+
 class _Product(NamedTuple):
     """``x Wᵀ + s x~ Aᵀ Bᵀ``, computed again for some output columns only."""
 
@@ -169,66 +207,36 @@ class _Product(NamedTuple):
         return z_NK.addmm_(self.xa_NR, (self.b_OR[index] * self.s).to(z_NK.dtype).T)
 
 
-def _low_rank_backward(needs, dy_NO, x_NI, xa_NR, factors, s, dropout):
-    """The low-rank path's part of dx, (N, I), and the gradients of A and B."""
-    a_RI, b_OR, gain_O = factors
-    dx = da_RI = db_OR = None
-    if needs.x or needs.a:
-        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype)
-    if needs.x:
-        dx = dxa_NR @ a_RI.to(dy_NO.dtype)
-        if dropout is not None:
-            dx.mul_(dropout.keep.view_as(dx))
-    if needs.a:
-        da_RI = (dxa_NR.T @ _dropped(x_NI, dropout)).to(a_RI.dtype)
-    if needs.b:
-        db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, s)
-    return dx, da_RI, db_OR
-
-
-def _split(dy_NO, y_NO, gain_O, bias_O):
-    """``dz = g ∘ dy`` and ``Σ_N dy ∘ (y - bias)``, (O,), in one pass by blocks that stay in a core's cache."""
-    rest_O, dtype = (gain_O - 1).to(dy_NO.dtype), sum_dtype(dy_NO.dtype)
-    dz_NO, dots_O = torch.empty_like(dy_NO), dy_NO.new_zeros(dy_NO.shape[1], dtype=dtype)
-    bias = None if bias_O is None else bias_O.to(dtype)
-    for rows in _passes(dy_NO):
-        dy, y = dy_NO[rows], y_NO[rows].to(dtype)
-        torch.addcmul(dy, dy, rest_O, out=dz_NO[rows])
-        dots_O += (dy * (y if bias is None else y - bias)).sum(0)
-    return dz_NO, dots_O
-
-
-def _gain_gradient(dots_O, dy_NO, gain_O, product):
+def _gain_gradient(watch, dots_O, dy_NO, gain_O, product):
     """``Σ_N dy ∘ z``, (O,), with z read back from the kept output as (y - bias) / g; tiny gains computed again."""
+    if watch.changed():
+        return column_dots(dy_NO, product.columns(slice(None)))
     tiny = gain_O.abs() < _TINY_GAIN
+    if not tiny.any():
+        return dots_O.div_(gain_O)
+    index = tiny.nonzero().flatten()
     dgain_O = dots_O / torch.where(tiny, 1, gain_O)
-    if tiny.any():
-        index = tiny.nonzero().flatten()
-        dgain_O[index] = _column_dots(dy_NO[:, index], product.columns(index))
+    dgain_O[index] = column_dots(dy_NO[:, index].contiguous(), product.columns(index))
     return dgain_O
 
 
-def _column_dots(a_NO, b_NO):
-    """``Σ_N a ∘ b``, (O,), in `sum_dtype`, a cache-sized block of rows at a time."""
-    dtype = sum_dtype(a_NO.dtype)
-    dots_O = a_NO.new_zeros(a_NO.shape[1], dtype=dtype)
-    for rows in _passes(a_NO):
-        dots_O += (a_NO[rows] * b_NO[rows].to(dtype)).sum(0)
-    return dots_O
+def _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, factors, s):
+    """dA and dB."""
+    a_RI, b_OR, gain_O = factors
+    da_RI = (dxa_NR.T @ dropped_NI).to(a_RI.dtype) if needs.a else None
+    db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, s) if needs.b else None
+    return da_RI, db_OR
 
 
-def _passes(tensor_NO):
-    """Blocks of rows; a GPU takes all at once, where a block would be a launch."""
-    N, O = tensor_NO.shape
-    return row_blocks(N, O, _CACHED_ELEMENTS if tensor_NO.device.type == "cpu" else N * O)
-
-
-def _bias_gradient(dy_NO, bias_O):
-    return dy_NO.sum(0, dtype=sum_dtype(dy_NO.dtype)).to(bias_O.dtype)
+def _bias_gradient(needs, dy_NO, bias_O):
+    return dy_NO.sum(0, dtype=sum_dtype(dy_NO.dtype)).to(bias_O.dtype) if needs.bias else None
 
 
 def _scale_product(y_NO, gain_O, bias_O):
     """Turn ``z + bias`` into ``g ∘ z + bias`` in place; g - 1 keeps what g would lose in bfloat16."""
+    if bias_O is None and y_NO.dtype == gain_O.dtype:
+        y_NO.mul_(gain_O)
+        return
     rest_O = (gain_O - 1).to(y_NO.dtype)
     y_NO.addcmul_(y_NO, rest_O)
     if bias_O is not None:
@@ -240,13 +248,9 @@ def scaled(b_OR, gain_O, s):
     return b_OR * s if gain_O is None else b_OR * (gain_O * s)[:, None]
 
 
-def _dropped(x_NI, dropout):
-    """x with zeros where dropout says, not yet divided by 1 - p (`_boost` does that in a smaller tensor)."""
-    return x_NI if dropout is None else x_NI * dropout.keep.view_as(x_NI)
-
-
-def _boost(dropout):
-    return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
+def _masked(x_NI, dropout):
+    """x with zeros where dropout says, not yet divided by 1 - p (`boost` does that in a smaller tensor)."""
+    return x_NI if dropout is None else mask(dropout, x_NI).mul_(x_NI)
 
 
 def _cast(tensor, dtype):

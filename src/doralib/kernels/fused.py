@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from . import launch
-from .eager import Dropout, Watch
+from .dropout import Dropout
+from .eager import Watch
 from .eager import dora_linear as eager_dora_linear
 
 

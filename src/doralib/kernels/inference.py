@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from .eager import scaled
+from ..functional import effective_weight
+from .eager import scaled, weight_is_cheaper
 from .norm import same
 
 
@@ -47,6 +48,12 @@ class Inference:
             s: The scale.
             bias_O: Added once, not scaled.
         """
+        x_NI = x.reshape(-1, W_OI.shape[1])
+        if weight_is_cheaper(x_NI):
+            gain_O = None if n_O is None else factors[2] / n_O
+            return nnf.linear(
+                x, effective_weight(W_OI, *factors[:2], gain_O, s), None if bias_O is None else bias_O.to(x.dtype)
+            )
         ready = self._ready
         if ready is None or not self._still(ready, factors, n_O, s, bias_O, x.dtype):
             ready = self._ready = _make(factors, n_O, s, bias_O, x.dtype)
@@ -55,8 +62,7 @@ class Inference:
             y.addcmul_(y, ready.rest_O)
             if ready.shift_O is not None:
                 y.sub_(ready.shift_O)
-        y_NO, x_NI = y.view(-1, W_OI.shape[0]), x.reshape(-1, W_OI.shape[1])
-        y_NO.addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
+        y.view(-1, W_OI.shape[0]).addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
         return y
 
     def _still(

@@ -80,24 +80,25 @@ class FreshNorm:
             return self.constant(a_RI, b_OR, s)
         return _FullGradient.apply(a_RI, b_OR, self, s)
 
-    @torch.no_grad()
     def constant(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
         """The norm outside the graph."""
         W_OI = self._base.triton_weight()
         if W_OI is not None:
             return self._on_gpu(W_OI, a_RI, b_OR, s)
-        seen = self._seen
-        if seen is None or not self._still(seen, a_RI, b_OR, s):
-            seen = self._seen = self._computed(a_RI, b_OR, s)
+        seen, key = self._seen, self._base.key()
+        if seen is None or seen.key != key or seen.s != s or not (same(seen.a_RI, a_RI) and same(seen.b_OR, b_OR)):
+            seen = self._seen = self._computed(key, a_RI, b_OR, s)
         return seen.n_O
 
     # a norm made in inference mode could not be kept for a later backward pass
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _computed(self, a_RI: Tensor, b_OR: Tensor, s: float) -> _Seen:
-        n_O = self._base.adapted_row_norm(self.base_norm_sq(), a_RI, b_OR, s)
+    def _computed(self, key: tuple[Any, ...], a_RI: Tensor, b_OR: Tensor, s: float) -> _Seen:
+        # autocast would run the products of float32 sums in half precision
+        with torch.autocast(a_RI.device.type, enabled=False):
+            n_O = self._base.adapted_row_norm(self.base_norm_sq(), a_RI, b_OR, s)
         n_O.masked_fill_(n_O == 0, float("inf"))
-        return _Seen(self._base.key(), a_RI.clone(), b_OR.clone(), s, n_O)
+        return _Seen(key, a_RI.clone(), b_OR.clone(), s, n_O)
 
     @torch.no_grad()
     def at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
@@ -121,6 +122,7 @@ class FreshNorm:
         da_RI = s * self._base.transposed_times(qb_OR) + s * s * ((b.T @ qb_OR) @ a)
         return da_RI.to(a_RI.dtype), db_OR.to(b_OR.dtype)
 
+    @torch.no_grad()
     def _on_gpu(self, W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
         """Compared and, if need be, computed on the device: the host never waits."""
         seen, key = self._seen, self._base.key()
@@ -140,9 +142,6 @@ class FreshNorm:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Made anew, under a handle of its own."""
         self.__init__(state["base"])  # type: ignore[misc]
-
-    def _still(self, seen: _Seen, a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
-        return seen.key == self._base.key() and seen.s == s and same(seen.a_RI, a_RI) and same(seen.b_OR, b_OR)
 
 
 _handles = itertools.count()
