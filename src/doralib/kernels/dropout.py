@@ -44,5 +44,5 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
 
 
 def mask(dropout: Dropout, x: Tensor) -> Tensor:
-    """Zeros and ones in x's dtype and shape; a product of two dtypes would convert in chunks, at four times the time."""
+    """Zeros and ones in x's dtype and shape: a product of two dtypes takes four times as long as this and a product."""
     return dropout.keep.view_as(x).to(x.dtype)

@@ -101,7 +101,7 @@ class _Effective(torch.autograd.Function):
     """One product with ``g ∘ (W + s B A)``, made in each pass and dropped: float32, many rows, no dropout."""
 
     @staticmethod
-    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, _):
         y_NO = nnf.linear(x_NI, effective_weight(W_OI, a_RI, b_OR, gain_O, s), _cast(bias_O, x_NI.dtype))
         xa_NR = x_NI @ a_RI.to(x_NI.dtype).T
         _keep(ctx, y_NO, None, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
