@@ -240,18 +240,18 @@ def test_bytes_saved_for_backward():
     t = draw((O, I, R, N), torch.float32)
     leaves = {n: t[n].requires_grad_() for n in NAMES}
     frozen = sum(t[n].numel() * 4 for n in ("W", "A", "B", "gain", "bias"))
-    x, xa, y = N * I * 4, N * R * 4, N * O * 4
+    x, xa, y, gsb = N * I * 4, N * R * 4, N * O * 4, O * R * 4
     assert leaves
     total, output = saved_bytes(lambda: plain(t))
-    assert total == frozen + x + xa + y
+    assert total == frozen + x + xa + y + gsb
     assert output == y  # the output itself, so nothing more where its consumer keeps it too
     total, output = saved_bytes(lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], None, S, t["bias"]))
-    assert (total, output) == (frozen - O * 4 + x + xa, 0)
+    assert (total, output) == (frozen - O * 4 + x + xa + gsb, 0)
     keep = torch.rand(N, I) > 0.1
     total, _ = saved_bytes(
         lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(keep, 0.1, False))
     )
-    assert total == frozen + x + xa + y + N * I  # one byte an input element for the mask
+    assert total == frozen + x + xa + y + gsb + N * I  # one byte an input element for the mask
 
 
 def test_a_weight_is_made_only_where_it_pays(monkeypatch):
@@ -275,7 +275,7 @@ def test_a_weight_is_made_only_where_it_pays(monkeypatch):
     t["x"].requires_grad_()
     total, output = saved_bytes(lambda: plain(t))
     frozen = sum(t[n].numel() * 4 for n in ("W", "A", "B", "gain", "bias"))
-    assert (total, output) == (frozen + (N * I + N * R + N * O) * 4, N * O * 4)
+    assert (total, output) == (frozen + (N * I + N * R + N * O + O * R) * 4, N * O * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

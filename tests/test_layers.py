@@ -235,16 +235,17 @@ def test_the_norm_is_never_stale_after_other_writes():
 
 @methods
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_without_gradients_the_numbers_are_the_same_and_never_stale(kind, dtype, method):
-    layer, x = make(kind, dtype, method=method).eval(), torch.randn(2, N, I).to(dtype)
+@pytest.mark.parametrize("rows", [1, 2 * I], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
+def test_without_gradients_the_numbers_are_the_same_and_never_stale(kind, bias, rows, dtype, method):
+    layer, x = make(kind, dtype, bias, method=method).eval(), torch.randn(2, rows, I).to(dtype)
     writes = [
         lambda: None,
         lambda: layer.lora_A.data.mul_(3),
         lambda: layer.lora_B.data.add_(1),
         lambda: layer.lora_magnitude_vector is not None and layer.lora_magnitude_vector.data.mul_(2),
         lambda: setattr(layer, "scale", 0.1),
-        lambda: layer.load_state_dict(make(kind, dtype, method=method).state_dict()),
+        lambda: layer.load_state_dict(make(kind, dtype, bias, method=method).state_dict()),
     ]
     for write in writes:
         write()

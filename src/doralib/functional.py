@@ -178,12 +178,17 @@ def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: 
 
 
 @torch.no_grad()
-def effective_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, gain_O: Tensor | None, s: float) -> Tensor:
-    """``g ∘ (W + s B A)``, (O, I), in W's dtype; W itself, bit for bit, where g = 1 and B A = 0."""
+def effective_weight(W_OI: Tensor, a_RI: Tensor, gsb_OR: Tensor, gain_O: Tensor | None) -> Tensor:
+    """``g ∘ (W + s B A)``, (O, I), in W's dtype; W itself, bit for bit, where g = 1 and B A = 0.
+
+    Args:
+        a_RI: In W's dtype, and so is gsb_OR.
+        gsb_OR: ``s g ∘ B``.
+        gain_O: None for LoRA.
+    """
     if gain_O is None:
-        return torch.addmm(W_OI, b_OR.to(W_OI.dtype), a_RI.to(W_OI.dtype), alpha=s)
-    scaled_OI = W_OI * gain_O.to(W_OI.dtype)[:, None]
-    return scaled_OI.addmm_((b_OR * gain_O[:, None]).to(W_OI.dtype), a_RI.to(W_OI.dtype), alpha=s)
+        return torch.addmm(W_OI, gsb_OR, a_RI)
+    return (W_OI * gain_O.to(W_OI.dtype)[:, None]).addmm_(gsb_OR, a_RI)
 
 
 @torch.no_grad()

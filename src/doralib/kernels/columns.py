@@ -5,6 +5,9 @@ sweep for every dtype, summed in float32 or better: with weight g, mean b and va
 and its weight's ``Σ_N dy ∘ (y - b)``.
 """
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,10 +19,7 @@ _SWEEP_ROWS = 2048
 
 def column_dots(dy_NO: Tensor, y_NO: Tensor, shift_O: Tensor | None = None) -> Tensor:
     """``Σ_N dy ∘ (y - shift)``, (O,), in `sum_dtype`; both tensors contiguous."""
-    dots_O = dy_NO.new_zeros(dy_NO.shape[1], dtype=sum_dtype(dy_NO.dtype))
-    for rows in _sweeps(dy_NO):
-        dots_O += _sweep(dy_NO[rows], y_NO[rows], None, shift_O)[1]
-    return dots_O
+    return _total([_sweep(dy_NO[rows], y_NO[rows], None, shift_O)[1] for rows in _sweeps(dy_NO)], dy_NO)
 
 
 def scaled_product_and_dots(
@@ -28,31 +28,45 @@ def scaled_product_and_dots(
     """`column_dots`, and ``(g ∘ dy) W`` added to `out_NI` on the way."""
     if out_NI is None:
         return column_dots(dy_NO, y_NO, shift_O)
-    dots_O = dy_NO.new_zeros(dy_NO.shape[1], dtype=sum_dtype(dy_NO.dtype))
+    dots = []
     for rows in _sweeps(dy_NO):
-        dz, dots = _sweep(dy_NO[rows], y_NO[rows], gain_O, shift_O)
+        dz_NO, dots_O = _sweep(dy_NO[rows], y_NO[rows], gain_O, shift_O)
         # onto what is there: out of place it would cost a copy
-        out_NI[rows].addmm_(dz, W_OI)
-        dots_O += dots
-    return dots_O
+        out_NI[rows].addmm_(dz_NO, W_OI)
+        dots.append(dots_O)
+    return _total(dots, dy_NO)
 
 
-def _sweeps(tensor_NO):
+def _total(parts: list[Tensor], dy_NO: Tensor) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return sum(parts, dy_NO.new_zeros(dy_NO.shape[1], dtype=sum_dtype(dy_NO.dtype)))
+
+
+def _sweeps(tensor_NO: Tensor) -> list[slice]:
     """Blocks of rows; a GPU takes all at once, where a block would be a launch."""
     N = tensor_NO.shape[0]
-    return row_blocks(N, 1, _SWEEP_ROWS if tensor_NO.device.type == "cpu" else N)
+    return list(row_blocks(N, 1, _SWEEP_ROWS if tensor_NO.device.type == "cpu" else N))
 
 
-def _sweep(dy_NO, y_NO, gain_O, shift_O):
-    """``g ∘ dy`` (with a gain) and the dots of one block."""
+def _sweep(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor | None) -> Any:
+    """``g ∘ dy`` (with a gain, else None) and the dots of one block."""
     dtype = sum_dtype(dy_NO.dtype)
-    shift_O = dy_NO.new_zeros(dy_NO.shape[1], dtype=dtype) if shift_O is None else shift_O.to(dtype)
-    if dy_NO.device.type == "cpu":
-        one_O = torch.ones_like(shift_O)
-        weight_O = one_O if gain_O is None else gain_O.to(dtype)
-        wanted = [gain_O is not None, True, False]
-        return torch.ops.aten.native_batch_norm_backward(
-            dy_NO, y_NO, weight_O, shift_O, one_O, None, None, False, 0.0, wanted
-        )[:2]
-    dz_NO = None if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
-    return dz_NO, (dy_NO * (y_NO.to(dtype) - shift_O)).sum(0)
+    if dy_NO.device.type != "cpu":
+        y_NO = y_NO.to(dtype) if shift_O is None else y_NO.to(dtype) - shift_O
+        dz_NO = None if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
+        return dz_NO, (dy_NO * y_NO).sum(0)
+    zero_O, one_O = _constants(dy_NO.shape[1], dtype)
+    shift_O = zero_O if shift_O is None else shift_O.to(dtype)
+    weight_O = one_O if gain_O is None else gain_O.to(dtype)
+    wanted = [gain_O is not None, True, False]
+    dz, dots_O, _ = torch.ops.aten.native_batch_norm_backward(
+        dy_NO, y_NO, weight_O, shift_O, one_O, None, None, False, 0.0, wanted
+    )
+    return dz, dots_O
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(O: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.zeros(O, dtype=dtype), torch.ones(O, dtype=dtype)

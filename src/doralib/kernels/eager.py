@@ -45,7 +45,7 @@ def dora_linear(
     """
     # reshape(-1) cannot tell how many rows an empty input has
     x_NI = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    function = _DoraLinear
+    function: type[torch.autograd.Function] = _DoraLinear
     if dropout is not None and dropout.exact and gain_O is not None:
         function = _ExactDropout
     elif dropout is None and weight_is_cheaper(x_NI):
@@ -66,32 +66,34 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
         dtype = x_NI.dtype
+        a, gsb_OR = a_RI.to(dtype), scaled(b_OR, gain_O, s * boost(dropout)).to(dtype)
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
         if gain_O is not None:
-            _scale_product(y_NO, gain_O, bias_O)
-        xa_NR = _masked(x_NI, dropout) @ a_RI.to(dtype).T
-        y_NO.addmm_(xa_NR, scaled(b_OR, gain_O, s * boost(dropout)).to(dtype).T)
-        _keep(ctx, y_NO, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
+            scale_product(y_NO, gain_O, *rest_and_shift(gain_O, bias_O, dtype))
+        xa_NR = _masked(x_NI, dropout) @ a.T
+        y_NO.addmm_(xa_NR, gsb_OR.T)
+        _keep(ctx, y_NO, (a, gsb_OR), dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
         ctx.s = s
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, dropout = _kept(ctx)
+        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, (a, gsb_OR), dropout = _kept(ctx)
         needs, s, dy_NO = _Needs(*ctx.needs_input_grad), ctx.s * boost(dropout), dy_NO.contiguous()
         mask_NI = None if dropout is None else mask(dropout, x_NI)
-        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype) if needs.x or needs.a else None
-        dx = dots_O = None
-        if needs.x:
-            dx = dxa_NR @ a_RI.to(dy_NO.dtype)
-            dx = dx if mask_NI is None else dx.mul_(mask_NI)
+        dxa_NR = dy_NO @ gsb_OR if needs.x or needs.a else None
+        dx = dxa_NR @ a if needs.x else None
+        if dx is not None and mask_NI is not None:
+            dx.mul_(mask_NI)
+        dgain_O = None
         if gain_O is not None:
             dots_O = scaled_product_and_dots(dx, dy_NO, y_NO, gain_O, W_OI, bias_O)
-        elif needs.x:
+            if needs.gain:
+                product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
+                dgain_O = _gain_gradient(ctx.watch, dots_O, dy_NO, gain_O, product)
+        elif dx is not None:
             dx.addmm_(dy_NO, W_OI)
-        product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
-        dgain_O = _gain_gradient(ctx.watch, dots_O, dy_NO, gain_O, product) if needs.gain else None
         dropped_NI = x_NI if mask_NI is None else mask_NI.mul_(x_NI)
         da, db = _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), s)
         return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
@@ -102,24 +104,25 @@ class _Effective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, _):
-        y_NO = nnf.linear(x_NI, effective_weight(W_OI, a_RI, b_OR, gain_O, s), _cast(bias_O, x_NI.dtype))
-        xa_NR = x_NI @ a_RI.to(x_NI.dtype).T
-        _keep(ctx, y_NO, None, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
+        a, gsb_OR = a_RI.to(x_NI.dtype), scaled(b_OR, gain_O, s).to(x_NI.dtype)
+        y_NO = nnf.linear(x_NI, effective_weight(W_OI, a, gsb_OR, gain_O), _cast(bias_O, x_NI.dtype))
+        xa_NR = x_NI @ a.T
+        _keep(ctx, y_NO, (a, gsb_OR), None, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
         ctx.s = s
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, _ = _kept(ctx)
-        needs, s, dy_NO = _Needs(*ctx.needs_input_grad), ctx.s, dy_NO.contiguous()
-        dx = dy_NO @ effective_weight(W_OI, a_RI, b_OR, gain_O, s) if needs.x else None
+        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, (a, gsb_OR), _ = _kept(ctx)
+        needs, dy_NO = _Needs(*ctx.needs_input_grad), dy_NO.contiguous()
+        dx = dy_NO @ effective_weight(W_OI, a, gsb_OR, gain_O) if needs.x else None
         dgain_O = None
         if needs.gain:
-            product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
+            product = _Product(x_NI, xa_NR, W_OI, b_OR, ctx.s)
             dgain_O = _gain_gradient(ctx.watch, column_dots(dy_NO, y_NO, bias_O), dy_NO, gain_O, product)
-        dxa_NR = dy_NO @ scaled(b_OR, gain_O, s).to(dy_NO.dtype) if needs.a else None
-        da, db = _factor_gradients(needs, dy_NO, x_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), s)
+        dxa_NR = dy_NO @ gsb_OR if needs.a else None
+        da, db = _factor_gradients(needs, dy_NO, x_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), ctx.s)
         return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
 
 
@@ -130,7 +133,8 @@ class _ExactDropout(torch.autograd.Function):
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
         dtype, up = x_NI.dtype, boost(dropout)
         dropped_NI = _masked(x_NI, dropout)
-        xa_NR, sb_RO = dropped_NI @ a_RI.to(dtype).T, (b_OR * s).to(dtype).T
+        a, sb_RO = a_RI.to(dtype), (b_OR * s).to(dtype).T
+        xa_NR = dropped_NI @ a.T
         z_NO = (dropped_NI @ W_OI.T).addmm_(xa_NR, sb_RO)
         # (g - 1) z + s x~ Aᵀ Bᵀ, with 1 / (1 - p) in the small factors
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
@@ -148,7 +152,7 @@ class _ExactDropout(torch.autograd.Function):
         dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s * up).to(dy_NO.dtype)
         dx = dxa_NR @ a_RI.to(dy_NO.dtype) if needs.x else None
         dots_O = scaled_product_and_dots(dx, dy_NO, z_NO, (gain_O - 1) * up, W_OI)
-        if needs.x:
+        if dx is not None:
             dx.mul_(mask_NI).addmm_(dy_NO, W_OI)
         factors = a_RI, b_OR, gain_O
         da, db = _factor_gradients(needs, dy_NO, mask_NI.mul_(x_NI), dxa_NR, xa_NR, factors, ctx.s * up)
@@ -179,18 +183,18 @@ class Watch:
         return self._alias._version != self._version
 
 
-def _keep(ctx, y_NO, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O):
+def _keep(ctx, y_NO, factors, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O):
     """For the backward pass; of the output, only where there is a gain that is read back from it."""
     kept = None if gain_O is None else y_NO.data
     keep = None if dropout is None else dropout.keep
-    ctx.save_for_backward(x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O, kept, keep)
+    ctx.save_for_backward(x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O, kept, *factors, keep)
     ctx.dropout = dropout and dropout._replace(keep=None)
     ctx.watch = None if gain_O is None or y_NO.is_inference() else Watch(y_NO)
 
 
 def _kept(ctx):
-    *tensors, y_NO, keep = ctx.saved_tensors
-    return tensors, y_NO, ctx.dropout and ctx.dropout._replace(keep=keep)
+    *tensors, y_NO, a, gsb_OR, keep = ctx.saved_tensors
+    return tensors, y_NO, (a, gsb_OR), ctx.dropout and ctx.dropout._replace(keep=keep)
 
 
 class _Product(NamedTuple):
@@ -224,23 +228,33 @@ def _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, factors, s):
     """dA and dB."""
     a_RI, b_OR, gain_O = factors
     da_RI = (dxa_NR.T @ dropped_NI).to(a_RI.dtype) if needs.a else None
-    db_OR = scaled((xa_NR.T @ dy_NO).T.to(b_OR.dtype), gain_O, s) if needs.b else None
-    return da_RI, db_OR
+    if not needs.b:
+        return da_RI, None
+    # in B's own layout, or autograd copies it once more
+    db_OR = torch.empty_like(b_OR).copy_((xa_NR.T @ dy_NO).T)
+    return da_RI, db_OR.mul_(s if gain_O is None else (gain_O * s)[:, None])
 
 
 def _bias_gradient(needs, dy_NO, bias_O):
     return dy_NO.sum(0, dtype=sum_dtype(dy_NO.dtype)).to(bias_O.dtype) if needs.bias else None
 
 
-def _scale_product(y_NO, gain_O, bias_O):
+def rest_and_shift(gain_O, bias_O, dtype):
+    """``g - 1`` and ``(g - 1) ∘ bias``, or two None where the gain itself loses nothing and there is no bias."""
+    if bias_O is None and dtype == gain_O.dtype:
+        return None, None
+    rest_O = (gain_O - 1).to(dtype)
+    return rest_O, None if bias_O is None else rest_O * bias_O.to(dtype)
+
+
+def scale_product(y_NO, gain_O, rest_O, shift_O):
     """Turn ``z + bias`` into ``g ∘ z + bias`` in place; g - 1 keeps what g would lose in bfloat16."""
-    if bias_O is None and y_NO.dtype == gain_O.dtype:
+    if rest_O is None:
         y_NO.mul_(gain_O)
         return
-    rest_O = (gain_O - 1).to(y_NO.dtype)
     y_NO.addcmul_(y_NO, rest_O)
-    if bias_O is not None:
-        y_NO.sub_(rest_O * bias_O.to(y_NO.dtype))
+    if shift_O is not None:
+        y_NO.sub_(shift_O)
 
 
 def scaled(b_OR, gain_O, s):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ..functional import effective_weight
-from .eager import scaled, weight_is_cheaper
+from .eager import rest_and_shift, scale_product, scaled, weight_is_cheaper
 from .norm import same
 
 
@@ -23,6 +23,7 @@ class _Ready(NamedTuple):
     dtype: torch.dtype
     a_RI: Tensor
     gsb_OR: Tensor
+    gain_O: Tensor | None
     rest_O: Tensor | None
     """g - 1."""
     shift_O: Tensor | None
@@ -49,19 +50,15 @@ class Inference:
             bias_O: Added once, not scaled.
         """
         x_NI = x.reshape(-1, W_OI.shape[1])
-        if weight_is_cheaper(x_NI):
-            gain_O = None if n_O is None else factors[2] / n_O
-            return nnf.linear(
-                x, effective_weight(W_OI, *factors[:2], gain_O, s), None if bias_O is None else bias_O.to(x.dtype)
-            )
         ready = self._ready
         if ready is None or not self._still(ready, factors, n_O, s, bias_O, x.dtype):
             ready = self._ready = _make(factors, n_O, s, bias_O, x.dtype)
-        y = nnf.linear(x, W_OI, None if bias_O is None else bias_O.to(x.dtype))
-        if ready.rest_O is not None:
-            y.addcmul_(y, ready.rest_O)
-            if ready.shift_O is not None:
-                y.sub_(ready.shift_O)
+        bias = None if bias_O is None else bias_O.to(x.dtype)
+        if weight_is_cheaper(x_NI):
+            return nnf.linear(x, effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O), bias)
+        y = nnf.linear(x, W_OI, bias)
+        if ready.gain_O is not None:
+            scale_product(y, ready.gain_O, ready.rest_O, ready.shift_O)
         y.view(-1, W_OI.shape[0]).addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
         return y
 
@@ -89,9 +86,8 @@ def _make(
 ) -> _Ready:
     a, b, *m = (p.detach() for p in factors)
     gain_O = None if n_O is None else m[0] / n_O
-    rest_O = None if gain_O is None else (gain_O - 1).to(dtype)
-    shift_O = None if rest_O is None or bias_O is None else rest_O * bias_O.detach().to(dtype)
+    rest_O, shift_O = (None, None) if gain_O is None else rest_and_shift(gain_O, bias_O, dtype)
     copies = tuple(p.clone() for p in (a, b, *m))
     bias_copy = None if bias_O is None else bias_O.detach().clone()
     made_from = (*copies, n_O, bias_copy)
-    return _Ready(made_from, s, dtype, copies[0].to(dtype), scaled(b, gain_O, s).to(dtype), rest_O, shift_O)
+    return _Ready(made_from, s, dtype, copies[0].to(dtype), scaled(b, gain_O, s).to(dtype), gain_O, rest_O, shift_O)
