@@ -265,6 +265,8 @@ def test_banks_are_checked():
     assert "bias" in str(error.value)
     with pytest.raises(UsageError, match="go with method dora"):
         banked("dvora", magnitude_modules=("o_proj",))
+    with pytest.raises(UsageError, match="loraplus_lr_ratio: method 'dvora' trains no B"):
+        banked("dvora", loraplus_lr_ratio=4)
     with pytest.raises(DoraError, match="linear layers only"):
         doralib.adapt(nn.Sequential(nn.Conv1d(3, 4, 2)), banked("vera", target_modules=("0",)))
 
