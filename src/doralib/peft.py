@@ -86,7 +86,7 @@ class _Fast:
         module, weight = self.base.module, self.base.module.weight
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         compiled = torch.compiler.is_compiling() and on_gpu(x) is None
-        return bool(hooked) or compiled or bool(weight.requires_grad)  # type: ignore[union-attr]
+        return bool(hooked) or compiled or bool(weight.requires_grad)
 
     def _dora(self, x: Tensor, name: str) -> Tensor:
         layer, W_OI = self.layer, self.base.W_OI
