@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import doralib
 from doralib.config import DoraConfig
+from doralib.kernels.dropout import draw
 from doralib.layers import DoraLinear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -44,8 +45,9 @@ class Plain(nn.Module):
         terms = W, self.A, self.B, self.gain(W), self.s, bias
         if not (self.training and self.p):
             return reference.linear(x, *terms)
-        # as our layers draw theirs: one mask a layer, in the order of the calls
-        dropped = x * torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.p) / (1 - self.p)
+        # the same draws: one mask a layer, in the order of the calls
+        drawn = draw(x, self.p, exact=self.exact)
+        dropped = x * drawn.keep.view_as(x) / (1 - drawn.p)
         exact = self.exact and self.m is not None
         return (reference.linear_exact_dropout if exact else reference.linear_adapter_dropout)(x, dropped, *terms)
 

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from doralib.errors import UsageError
+from doralib.kernels.dropout import draw
 from doralib.peft import accelerate, restore
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -154,8 +155,10 @@ def test_the_same_dropout_gives_pefts_numbers(monkeypatch):
     """PEFT's dropout is made to draw its masks as ours are drawn: one a layer, in the same order."""
 
     def drawn(x, p, training, inplace):
-        keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - p) if training else torch.ones(x.shape)
-        return x * keep / (1 - p if training else 1)
+        if not training:
+            return x
+        ours = draw(x, p, exact=True)
+        return x * ours.keep.view_as(x) / (1 - ours.p)
 
     monkeypatch.setattr(nn.functional, "dropout", drawn)
     model = peft_model(lora_dropout=0.3).train()
