@@ -13,13 +13,13 @@ SOURCE = Path(doralib.__file__).parent
 # a module imports only from rows above its own; a folder is one row, inside which files may import each other
 ROWS = [
     {"errors", "console"},
-    {"config", "functional", "state", "metrics", "markup", "templates"},
-    {"kernels", "files", "encoding", "charts"},
-    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
+    {"config", "functional", "metrics", "markup", "templates"},
+    {"kernels", "files", "state", "encoding", "charts"},
+    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "starts", "scoring", "generation"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
-    {"models"},
+    {"models", "groups"},
     {"verify"},
     {"recipes", "bench"},
     {"cli"},

@@ -357,6 +357,25 @@ def test_rank(tmp_path):
     assert len(value["goals"]) == 2
 
 
+def test_accelerate(tmp_path):
+    run_bench("accelerate", tmp_path, **STEP | {"dtype": "float32,bfloat16", "dropout": "0,0.05", "rounds": 2})
+    value = written(tmp_path, "accelerate")
+    assert len(value["cases"]) == 4
+    for case in value["cases"]:
+        assert list(case["seconds"]) == ["peft-lora", "peft-dora", "peft-dora-accelerated"]
+        assert case["ratios"].keys() == {
+            "peft-dora / peft-lora",
+            "peft-dora-accelerated / peft-lora",
+            "peft-dora-accelerated / peft-dora",
+        }
+        small = 1e-5 if case["settings"]["dtype"] == "float32" else 0.05
+        assert 0 < case["agreement"]["logits"] < small
+        assert 0 < case["agreement"]["gradient"] < small
+        losses = case["first_losses"].values()
+        assert max(losses) - min(losses) < (0.05 if small > 1e-5 else 1e-5)
+    assert [goal["goal"] for goal in value["goals"]] == [1.0] * 4
+
+
 def test_generate(tmp_path):
     options = {"model": "tiny", "dtype": "float32", "rounds": 2, "warmup": 0, "prompt": 3, "new": 4}
     run_bench("generate", tmp_path, **options)

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .config import DoraConfig as DoraConfig
     from .errors import DoraError as DoraError
     from .errors import UsageError as UsageError
+    from .groups import parameter_groups as parameter_groups
     from .inject import adapt as adapt
     from .inject import disable as disable
     from .inject import disabled as disabled
@@ -31,6 +32,7 @@ _HOMES = {
     "enable": "inject",
     "load_adapter": "inject",
     "merge": "inject",
+    "parameter_groups": "groups",
     "remove": "inject",
     "save_adapter": "inject",
 }

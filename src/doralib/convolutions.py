@@ -45,9 +45,10 @@ class DoraConv(ReadsThrough, DoraLinear):
         if self.groups > 1:
             change_OI = sb_OR @ self.a_RI
             return self.base.product(x, change_OI.to(x.dtype).unflatten(1, self._row), *output_size)
-        xa = self.base.product(x, self.lora_A.to(x.dtype), *output_size)
-        pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[self.lora_A.dim() - 3]
-        return pointwise(xa, sb_OR.to(x.dtype).view_as(self.lora_B))
+        A, B = self.factors
+        xa = self.base.product(x, A.to(x.dtype), *output_size)
+        pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[A.dim() - 3]
+        return pointwise(xa, sb_OR.to(x.dtype).view_as(B))
 
     @property
     def _row(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from .bases import Embedding
 from .config import DoraConfig
 from .errors import DoraError
 from .layers import DoraLinear, ReadsThrough
+from .starts import decomposes
 
 
 class DoraEmbedding(ReadsThrough, DoraLinear):
@@ -29,6 +30,11 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         if getattr(base_layer, "max_norm", None) is not None:
             raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
+        if decomposes(config.init_lora_weights):
+            raise DoraError(
+                f"an embedding has no start {config.init_lora_weights!r}; leave it out of target_modules, or out with "
+                "exclude_modules"
+            )
         super().__init__(base_layer, r, scale, config)
 
     @property

@@ -128,6 +128,14 @@ def _untrusted(
     return (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
 
 
+def difference(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of ``B A - B0 A0``, of rank 2 R: ``[B - B0, B0] [A; A - A0]``, where nothing cancels while A is near A0.
+
+    At the start both products are zero exactly. For factors of a convolution too.
+    """
+    return torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], 1)
+
+
 def dense_is_cheaper(O: int, I: int, R: int) -> bool:
     """Whether summing W + s B A densely costs less than the expanded square, whose R x R products grow faster."""
     return R * R * (O + I) > SWEEP * O * I

@@ -21,7 +21,7 @@ from .formats import Given, to_peft
 from .formats.storage import one_part, read_any
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
-from .state import AdapterState, LayerAdapter
+from .state import AdapterState, LayerAdapter, MovedAdapter
 from .targets import adaptable, choose, magnitudes, matching, refuse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -128,6 +128,11 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
     Raises:
         DoraError: listing every layer that is missing, too many or of another shape; nothing is changed then.
     """
+    if (start := config_of(model)).moves_start and not any(isinstance(a, MovedAdapter) for a in state.layers.values()):
+        raise DoraError(
+            f"this model's adapter began as a part of the weights (init_lora_weights: {start.init_lora_weights!r}); "
+            "a file holds the change of the weights alone, of rank 2r: load it into a plain model"
+        )
     into = state_of(model)
     pairs = {**_tensors(into)}
     given = _tensors(state)
@@ -158,9 +163,10 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
 
+    An adapter that started as a part of the weight is written as a change of the weight as it is, of rank 2r.
     Besides PEFT's two files, ``doralib_config.json`` keeps what PEFT has no word for (dropout_mode, detach_norm).
     """
-    config, folder = config_of(model), Path(path)
+    config, folder = config_of(model).in_files(), Path(path)
     if config.method == "full":
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
     tensors, settings = to_peft(config, state_of(model))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .errors import DoraError
+from .functional import difference
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,40 @@ class LayerAdapter:
     def narrowed(self, shape: tuple[int, ...]) -> "LayerAdapter":  # noqa: ARG002
         """The adapter for a weight of this shape: itself, where its own tensors say its shape."""
         return self
+
+
+class MovedAdapter(LayerAdapter):
+    """A layer of which A and B started as a part of the weight: the change ``s (B A - B0 A0)``, of rank 2 r.
+
+    ``a_RI`` and ``b_OR`` are the factors of that, made when they are asked for; what is trained is A, B and m.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self, A: Tensor, B: Tensor, m_O: Tensor | None, scale: float, kind: str, start: tuple[Tensor, Tensor]
+    ) -> None:
+        for name, value in {"trained": (A, B), "start": start, "m_O": m_O, "scale": scale, "kind": kind}.items():
+            object.__setattr__(self, name, value)
+
+    trained: tuple[Tensor, Tensor]
+    start: tuple[Tensor, Tensor]
+
+    @property
+    def a_RI(self) -> Tensor:
+        """``[A; A - A0]``, made anew."""
+        return difference(*self.trained, *self.start)[0]
+
+    @property
+    def b_OR(self) -> Tensor:
+        """``[B - B0, B0]``, made anew."""
+        return difference(*self.trained, *self.start)[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, and where it started."""
+        names = ("A", "B", "start A", "start B")
+        named: dict[str, Tensor | None] = dict(zip(names, (*self.trained, *self.start), strict=True))
+        return {name: tensor for name, tensor in {**named, "m": self.m_O}.items() if tensor is not None}
 
 
 class BankAdapter(LayerAdapter):

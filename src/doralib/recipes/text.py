@@ -263,9 +263,7 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(
-        job.model, plan.args, job.tokenizer, job.train, job.validation, plan.recipe.adapter.magnitude_lr_ratio
-    )
+    trainer = AdapterTrainer(job.model, plan.args, job.tokenizer, job.train, job.validation, plan.recipe.adapter)
     stop, metrics, bar = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter), ProgressBar(trainer.meter)
     # Trainer's own printer and bar would repeat ours
     trainer.callback_handler.callbacks = [
