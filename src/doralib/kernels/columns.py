@@ -47,7 +47,8 @@ def _total(parts: list[Tensor], dy_NO: Tensor) -> Tensor:
 def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of the tensors' rows; a GPU takes all at once, where a block would be a launch."""
     N = tensors[0].shape[0]
-    if tensors[0].device.type != "cpu" or N <= _SWEEP_ROWS:
+    # no sweep over no rows: torch's kernel reads past them
+    if N and (tensors[0].device.type != "cpu" or N <= _SWEEP_ROWS):
         yield tensors
         return
     for rows in row_blocks(N, 1, _SWEEP_ROWS):
