@@ -209,7 +209,14 @@ def test_biases_change_with_the_adapter(tmp_path):
         assert inject.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
         trained = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
         assert trained == {"a": {"0.bias", "2.bias"}, "b": {"2.bias"}, "c": set()}[name]
-    doralib.set_adapter(model, "b")
+    with doralib.disabled(model):  # what is switched to meanwhile shows afterwards
+        doralib.set_adapter(model, None)
+        doralib.set_adapter(model, "b")
+        assert torch.equal(model(x), base()(x))
+    assert torch.equal(model(x), want["b"])
+    with doralib.adapter_rows(model, ["c", None, "c", None]):
+        torch.testing.assert_close(model(x), torch.stack([want["c"], base()(x)] * 2).flatten(0, 1)[[0, 5, 2, 7]])
+    assert torch.equal(model(x), want["b"])
     move(model, 9)
     trained_on = model(x)
     doralib.set_adapter(model, "a")
@@ -495,6 +502,18 @@ def test_checkpointing_with_rows(several):
         loss.backward()
 
 
-def test_an_adapter_cannot_be_deleted_inside_rows(several):
-    with doralib.adapter_rows(several, ["maths"] * 4), pytest.raises(UsageError, match="inside a block"):
-        doralib.delete_adapter(several, "maths")
+def test_adapters_stay_as_they_are_inside_rows(several, alone):
+    with doralib.adapter_rows(several, ["maths"] * 4):
+        for call in (
+            lambda: doralib.delete_adapter(several, "maths"),
+            lambda: doralib.set_adapter(several, "code"),
+            lambda: doralib.load_adapter(several, alone["code"][0], "again"),
+            lambda: doralib.add_weighted_adapter(several, {"maths": 1.0}, "sum"),
+            lambda: doralib.remove(several),
+        ):
+            with pytest.raises(UsageError, match="inside a block"):
+                call()
+        with doralib.adapter_rows(several, ["code", "maths", None, "code"]):
+            mixed = several(ids()).logits
+        assert torch.equal(several(ids()).logits, alone["maths"][1])
+    torch.testing.assert_close(mixed[3], alone["code"][1][3], rtol=1e-4, atol=1e-5)

@@ -163,6 +163,8 @@ def test_refusals(tmp_path):
         doralib.merge_adapter(model, tmp_path / "there")
     with doralib.adapter_rows(model, ["default"]), pytest.raises(UsageError, match="inside a block"):
         doralib.merge_adapter(model)
+    with doralib.disabled(model), pytest.raises(UsageError, match="is disabled"):
+        doralib.merge_adapter(model)
     doralib.set_adapter(model, None)
     with pytest.raises(UsageError, match="no adapter is active"):
         doralib.merge_adapter(model)

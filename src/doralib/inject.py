@@ -23,6 +23,7 @@ from .live import (
     Record,
     adapter_of,
     bias_of,
+    free_record_of,
     listed,
     make_switched,
     plain,
@@ -30,6 +31,7 @@ from .live import (
     record_of,
     same_tensors,
     show_biases,
+    show_the_right_biases,
     tensors_of,
     wrapped,
 )
@@ -101,7 +103,7 @@ def add_state(model: Model, adapter_name: str, config: DoraConfig, state: Adapte
 
 def remove(model: Model) -> Model:
     """Take every adapter off in place: the model as it was before `adapt`."""
-    record = record_of(model)
+    record = free_record_of(model)
     show_biases(model, None)
     _unwrap(model, original)
     _restore(model, record)
@@ -114,12 +116,13 @@ def merge(model: Model) -> Model:
     Raises:
         UsageError: if the model has other adapters, which would be lost, or none is active.
     """
-    record, (name, _) = record_of(model), adapter_of(model)
+    record, (name, _) = free_record_of(model), adapter_of(model)
     if others := [other for other in record.adapters if other != name]:
         raise UsageError(
             f"merging {name} would throw {', '.join(others)} away: doralib.delete_adapter(model, name) each, or "
             "fold it in with doralib.merge_adapter(model), which can be undone"
         )
+    show_biases(model, name)
     _unwrap(model, lambda layer: layer.merged())
     _restore(model, record)
     return model
@@ -250,7 +253,7 @@ def refuse_name(adapter_name: str) -> None:
 
 
 def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
-    record = record_of(model)
+    record = free_record_of(model)
     refuse_name(adapter_name)
     if adapter_name in record.adapters:
         raise UsageError(
@@ -291,7 +294,7 @@ def _beside(
         place = model.get_submodule(name)
         if not isinstance(place, Switched):
             place = Switched(place, name).train(place.training)
-            place.active, place.enabled = record.active, record.shown == record.active
+            place.active, place.enabled = record.active, record.enabled
             put(model, name, place)
         place.hold(adapter_name, wrapper.train(place.training))
     values = {name: record.biases.setdefault(name, bias_of(model, name).detach().clone()).clone() for name in biases}
@@ -330,4 +333,5 @@ def _switch(model: nn.Module, *, enabled: bool) -> None:
         raise UsageError("full fine-tuning changes the weights themselves; there is no adapter to switch")
     for _, wrapper in wrapped(model):
         wrapper.enabled = enabled
-    show_biases(model, record.active if enabled else None)
+    record.enabled = enabled
+    show_the_right_biases(model)

@@ -38,6 +38,7 @@ class Record:
     """The base model's own values of the biases that adapters train."""
     shown: str | None = None
     """The adapter whose biases the model holds now."""
+    enabled: bool = True
     rows: Rows | None = None
     """Which adapter each row of a batch goes through, while that is set."""
     merged: Any = None
@@ -55,6 +56,18 @@ def record_of(model: nn.Module) -> Record:
         raise UsageError("this model has no adapter; put one on with doralib.adapt or doralib.load_adapter")
     if record.merged is not None:
         raise UsageError("the adapter is folded in; doralib.unmerge_adapter(model) takes it out again")
+    return record
+
+
+def free_record_of(model: nn.Module) -> Record:
+    """The record of a model whose adapters may come, go and switch.
+
+    Raises:
+        UsageError: as `record_of`, and inside a block of adapter_rows.
+    """
+    record = record_of(model)
+    if record.rows is not None:
+        raise UsageError("adapters cannot come, go or switch inside a block of adapter_rows")
     return record
 
 
@@ -143,6 +156,12 @@ def bias_of(model: nn.Module, name: str) -> nn.Parameter:
     if isinstance(module, DoraLinear | TrainedCopy | Switched):
         module = original(module)
     return getattr(module, child)
+
+
+def show_the_right_biases(model: nn.Module) -> None:
+    """Let the model hold the biases of the adapter that computes: none where rows have adapters of their own."""
+    record = record_of(model)
+    show_biases(model, record.active if record.enabled and record.rows is None else None)
 
 
 def show_biases(model: nn.Module, name: str | None) -> None:

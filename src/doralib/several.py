@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .inject import remove
-from .live import adapter_of, bias_of, make_switched, put, record_of, show_biases, wrapped
+from .live import adapter_of, bias_of, free_record_of, make_switched, put, record_of, show_the_right_biases, wrapped
 from .switched import Rows, Switched
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,18 +36,16 @@ def set_adapter(model: Model, adapter_name: str | None) -> Model:
     Raises:
         UsageError: if there is no adapter of this name.
     """
-    record = record_of(model)
+    record = free_record_of(model)
     if adapter_name is not None:
         adapter_of(model, adapter_name)
     if adapter_name == record.active:
         return model
     _refuse_full(model)
-    enabled = record.shown == record.active
     for place in make_switched(model):
         place.active = adapter_name
     record.active = adapter_name
-    if enabled and record.rows is None:
-        show_biases(model, adapter_name)
+    show_the_right_biases(model)
     _train_biases(model)
     return model
 
@@ -58,10 +56,8 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
     Raises:
         UsageError: if there is no adapter of this name.
     """
-    record = record_of(model)
+    record = free_record_of(model)
     adapter_of(model, adapter_name)
-    if record.rows is not None:
-        raise UsageError("an adapter cannot be deleted inside a block of adapter_rows")
     if len(record.adapters) == 1:
         return remove(model)
     if record.active == adapter_name:
@@ -93,18 +89,16 @@ def adapter_rows(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     """
     rows, record = Rows(names), record_of(model)
     _refuse_rows(model, rows)
-    before, shown, places = record.rows, record.shown, make_switched(model)
+    before, places = record.rows, make_switched(model)
     hooks = [
         model.register_forward_pre_hook(partial(_refuse_batch, rows), with_kwargs=True),
         model.register_forward_hook(partial(_watch_backward, rows)),
     ]
     _set_rows(model, places, rows)
-    show_biases(model, None)
     try:
         yield model
     finally:
         _set_rows(model, places, before)
-        show_biases(model, shown)
         for hook in hooks:
             hook.remove()
 
@@ -113,6 +107,7 @@ def _set_rows(model: nn.Module, places: list[Switched], rows: Rows | None) -> No
     record_of(model).rows = rows
     for place in places:
         place.rows = rows
+    show_the_right_biases(model)
 
 
 def _refuse_full(model: nn.Module) -> None:

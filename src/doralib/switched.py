@@ -66,8 +66,8 @@ class Switched(nn.Module):
 
     def merged(self) -> nn.Module:
         """A plain module with the active adapter folded in; the original where it has no layer here."""
-        layer = self.current()
-        return layer.merged() if isinstance(layer, DoraLinear | TrainedCopy) else layer
+        layer = dict(self.adapters.items()).get(self.active or "")
+        return layer.merged() if isinstance(layer, DoraLinear | TrainedCopy) else self.base_layer
 
     def extra_repr(self) -> str:
         return f"active={self.active}, enabled={self.enabled}"

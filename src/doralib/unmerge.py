@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import files
 from .errors import DoraError, UsageError
 from .layers import original
-from .live import Record, adapter_of, put, record_of, wrapped
+from .live import Record, adapter_of, free_record_of, put, wrapped
 from .switched import Switched, Wrapper
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +40,7 @@ def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
             the file exists.
         DoraError: with a file, if a frozen weight is in a storage that safetensors files cannot hold.
     """
-    record = record_of(model)
+    record = free_record_of(model)
     adapter_of(model)
     file = None if keep == "cpu" else Path(keep)
     _refuse(model, record, file)
@@ -96,9 +96,7 @@ def _bring_back(model: nn.Module, merged: _Merged) -> None:
 def _refuse(model: nn.Module, record: Record, file: Path | None) -> None:
     if any(adapter.config.method == "full" for adapter in record.adapters.values()):
         raise UsageError("full fine-tuning changes the weights themselves; there is nothing to fold in")
-    if record.rows is not None:
-        raise UsageError("adapters cannot be folded in inside a block of adapter_rows")
-    if record.shown != record.active:
+    if not record.enabled:
         raise UsageError("the adapter is disabled; doralib.enable(model) first")
     if file is None:
         return
