@@ -186,6 +186,19 @@ def test_remove_and_merge(several, alone):
     assert torch.equal(several(ids()).logits, make_llama()(ids()).logits)
 
 
+@pytest.mark.parametrize("name", ["kohya", "mlx", "ai-toolkit", "torchtune", "fsdp-qlora"])
+def test_files_of_any_format(several, name, tmp_path):
+    from doralib.formats import FORMATS
+    from doralib.formats.storage import write_content
+
+    given, config = inject._known(several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
+    state = inject.state_of(move(doralib.adapt(make_llama(), config), 9))
+    write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
+    want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
+    doralib.load_adapter(several, tmp_path, "theirs")
+    assert torch.equal(doralib.set_adapter(several, "theirs")(ids()).logits, want)
+
+
 def test_biases_change_with_the_adapter(tmp_path):
     def base():
         torch.manual_seed(0)
@@ -448,6 +461,15 @@ def test_beams_repeat_rows_and_so_must_the_names(several):
         several.generate(batch, **options)
     with doralib.adapter_rows(several, [name for name in names for _ in range(3)]):
         assert torch.equal(several.generate(batch, **options), torch.cat(want))
+
+
+def test_prompts_that_are_sorted_are_refused(several):
+    from conftest import make_tokenizer
+
+    from doralib.generation import generate
+
+    with doralib.adapter_rows(several, ["maths", "code"]), pytest.raises(UsageError, match=r"call model\.generate"):
+        generate(several, make_tokenizer(), ["a", "longer prompt"], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("rows", [3, 5])

@@ -11,7 +11,7 @@ from .config import DoraConfig
 from .errors import DoraError, UsageError, did_you_mean
 from .layers import DoraLinear, TrainedCopy, original
 from .state import AdapterState, LayerAdapter
-from .switched import Rows, Switched, Wrapper, shared, switched
+from .switched import Rows, Switched, Wrapper, switched
 
 # the name of the adapter of a model that was given none, as in PEFT
 DEFAULT = "default"
@@ -92,12 +92,20 @@ def adapter_of(model: nn.Module, name: str | None = None) -> tuple[str, Adapter]
 
 def wrapped(model: nn.Module) -> list[tuple[str, Wrapper | Switched]]:
     """The places where adapters sit, by the replaced module's name; what shares a place is not listed apart."""
-    inside = shared(model)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, DoraLinear | TrainedCopy | Switched) and id(module) not in inside
-    ]
+    return list(_places("", model, set()))
+
+
+def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Wrapper | Switched]]:
+    """In model order, without a look inside a place: that is most of a model's modules."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, DoraLinear | TrainedCopy | Switched):
+        yield name, module
+        return
+    for child, inner in module._modules.items():
+        if inner is not None:
+            yield from _places(f"{name}.{child}" if name else child, inner, seen)
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, Wrapper]:

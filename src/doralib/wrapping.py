@@ -84,6 +84,11 @@ def _refuse_whole(model: nn.Module, chosen: list[str], whole: list[str]) -> None
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), set()).add(name)
     problems = [f"{name} is in target_modules too" for name in whole if name in chosen]
+    problems += [
+        f"{name} holds {held[0]}, which is in target_modules"
+        for name in whole
+        if (held := [layer for layer in chosen if layer.startswith(name + ".")])
+    ]
     for name in whole:
         inside = {name, *(f"{name}.{n}" for n, _ in model.get_submodule(name).named_modules())}
         for p in model.get_submodule(name).parameters():
