@@ -55,6 +55,7 @@ def test_powers_of_two_and_equal_scales_are_exact(tmp_path):
         theirs = inject.state_of(want).layers[name]
         assert torch.equal(layer.lora_B[:, :3] * layer.scale, theirs.b_OR * theirs.scale)
         assert not layer.lora_B[:, 3:].any()
+        assert not layer.lora_A[3:].any()
 
 
 def test_layers_that_the_file_lacks_are_the_base_models(tmp_path):
