@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -539,3 +540,29 @@ def test_adapters_stay_as_they_are_inside_rows(several, alone):
             mixed = several(ids()).logits
         assert torch.equal(several(ids()).logits, alone["maths"][1])
     torch.testing.assert_close(mixed[3], alone["code"][1][3], rtol=1e-4, atol=1e-5)
+
+
+def test_generate_on_the_command_line(alone, tiny_llama_folder, capsys, monkeypatch):
+    from doralib import cli
+
+    def run(*arguments):
+        options = ["--max-new-tokens", "3", *arguments]
+        monkeypatch.setattr(sys, "argv", ["doralib", "generate", str(tiny_llama_folder), *options])
+        try:
+            cli.main()
+        except SystemExit as done:
+            return done.code or 0, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    named = [f"--adapter={name}={alone[name][0]}" for name in ("maths", "words")]
+    status, both, _ = run("--prompt", "a good", *named)
+    assert status == 0
+    for name, argument in zip(("maths", "words"), named, strict=True):
+        status, answer, _ = run("--prompt", "a good", argument)
+        assert status == 0
+        assert f"{name}: {answer}" in both
+    assert run("--prompt", "a good", "--adapter=maths")[::2] == (
+        2,
+        "doralib: --adapter maths: give a name and a path, NAME=PATH\n",
+    )
+    assert "for one --adapter" in run(*named)[2]
