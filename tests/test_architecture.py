@@ -17,8 +17,12 @@ ROWS = [
     {"kernels", "files", "state", "encoding", "charts"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "starts", "scoring", "generation"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
+    {"switched"},
     {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
+    {"live"},
+    {"wrapping"},
     {"inject", "evaluation"},
+    {"several", "combination", "hotswap", "unmerge"},
     {"models", "groups"},
     {"verify"},
     {"recipes", "bench"},
@@ -109,7 +113,7 @@ def test_help_needs_no_torch():
 
 def test_the_core_needs_no_transformers():
     """The layers, the files and merging: torch, safetensors and pydantic alone."""
-    modules = "inject, merging, formats, layers, functional"
+    modules = "inject, several, combination, hotswap, unmerge, merging, formats, layers, functional"
     heavy = "{'transformers', 'datasets'} & set(sys.modules)"
     code = f"import sys\nfrom doralib import {modules}\nsys.exit(', '.join({heavy}) or 0)"
     assert run(code).returncode == 0

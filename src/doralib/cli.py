@@ -81,13 +81,20 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     batch_size: Batch = 8,
     seed: int = 0,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
+    ] = None,
 ) -> None:
     """Answer one prompt, a file of prompts, or chat in the terminal (neither given)."""
     from . import generation
-    from .models import load_any
+    from .models import load_any, load_named
+    from .several import set_adapter
 
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
+    if len(adapter or []) > 1 and (prompts is None or out is not None):
+        raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
     loaded, tokenizer = load_any(model, base=base, dtype=dtype)
+    names = load_named(loaded, adapter or [])
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
@@ -95,13 +102,16 @@ def generate(
             loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
         )
         return
-    answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
-    if out is not None:
-        generation.write_answers(out, prompts, answers)
-        console.print(f"{len(answers)} answers written: {out}")
-        return
-    for answer in answers:
-        print(answer)
+    for name in names or [""]:
+        if name:
+            set_adapter(loaded, name)
+        answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+        if out is not None:
+            generation.write_answers(out, prompts, answers)
+            console.print(f"{len(answers)} answers written: {out}")
+            return
+        for answer in answers:
+            print(f"{name}: {answer}" if len(names) > 1 else answer)
 
 
 @app.command()

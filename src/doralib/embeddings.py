@@ -50,8 +50,10 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
-        if not self.enabled:
-            return y
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
         gain_O = self.gain()
         sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:

@@ -7,7 +7,8 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,6 +217,44 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     if m_O is None:
         return V_OI
     return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
+
+
+class Part(NamedTuple):
+    """One adapter's share of a combination: ``w (V - W)`` with ``V = g ∘ (W + s B A)``."""
+
+    weight: float
+    """w."""
+    a_RI: Tensor
+    b_OR: Tensor
+    gain_O: Tensor | None
+    """g; None for LoRA."""
+    s: float
+
+
+@torch.no_grad()
+def combined(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
+    """The one adapter that changes W by what several change it, weighted and summed: A', B' and G, in float64.
+
+    ``W + Σ w_i (V_i - W) = G ∘ (W + B' A')`` row by row, with G = 1 + Σ w_i (g_i - 1), A' the A_i one under the other
+    and B' the w_i s_i g_i ∘ B_i / G side by side. The magnitude is m' = G |W + B' A'|; LoRA alone has G = 1.
+
+    Returns:
+        A' (R, I), B' (O, R) and G (O,). Where G is 0 the row is 0, which m' = 0 and B' = 0 say; if a change is left
+        there all the same, no adapter can say it, and G is NaN.
+    """
+    gains = [torch.ones(len(p.b_OR)).to(p.b_OR) if p.gain_O is None else p.gain_O for p in parts]
+    moves = torch.stack([p.weight * (g.double() - 1) for p, g in zip(parts, gains, strict=True)])
+    G_O = 1 + moves.sum(0)
+    # what is left of sums like 1 - 0.7 - 0.3
+    nothing = G_O.abs() <= 4 * torch.finfo(torch.float64).eps * (1 + moves.abs().sum(0))
+    a_RI = torch.cat([p.a_RI.double() for p in parts])
+    turn_OR = torch.cat(
+        [p.weight * p.s * g.double()[:, None] * p.b_OR.double() for p, g in zip(parts, gains, strict=True)], 1
+    )
+    left = nothing.clone()
+    left[nothing] = (turn_OR[nothing] @ a_RI).any(1)
+    b_OR = torch.where(nothing[:, None], 0, turn_OR / torch.where(nothing, 1, G_O)[:, None])
+    return a_RI, b_OR, torch.where(left, float("nan"), torch.where(nothing, 0, G_O))
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:

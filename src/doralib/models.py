@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .config import ModelSettings
 from .errors import DoraError, UsageError
 from .files import read_json
 from .inject import load_adapter
+from .several import set_adapter
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -53,6 +55,22 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto") -> Load
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
     return model.eval(), tokenizer
+
+
+def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+    """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
+
+    Raises:
+        UsageError: if one is not given so.
+    """
+    pairs = [each.partition("=") for each in named]
+    if bad := [each for each, (name, _, path) in zip(named, pairs, strict=True) if not (name and path)]:
+        raise UsageError(f"--adapter {bad[0]}: give a name and a path, NAME=PATH")
+    for name, _, path in pairs:
+        load_adapter(model, path, name)
+    if pairs:
+        set_adapter(model, pairs[0][0])
+    return [name for name, _, _ in pairs]
 
 
 def _located(path: str) -> tuple[str, dict[str, str]]:
