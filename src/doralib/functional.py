@@ -7,7 +7,7 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -208,6 +208,30 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     if m_O is None:
         return V_OI
     return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
+
+
+@torch.no_grad()
+def merged_change(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s: float) -> Tensor:
+    """``g ∘ (W + s B A) - W``, (O, I) in `sum_dtype`, as ``(g - 1) ∘ W + g ∘ (s B A)``: nothing cancels near g = 1."""
+    dtype = sum_dtype(W_OI.dtype)
+    W, a, b = W_OI.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+    if m_O is None:
+        return b @ a * s
+    g_O1 = gain(m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]
+    return torch.addmm((g_O1 - 1) * W, g_O1 * b, a, alpha=s)
+
+
+@torch.no_grad()
+def combined(W_OI: Tensor, changes: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """``W + Σ w (V - W)`` from each adapter's weight w and own merged change V - W, in `sum_dtype`.
+
+    The one sum of DoRA adapters that means something: m, A and B of two adapters cannot be added, for each was
+    trained with its own norm.
+    """
+    V_OI = W_OI.to(sum_dtype(W_OI.dtype), copy=True)
+    for weight, change_OI in changes:
+        V_OI.add_(change_OI, alpha=weight)
+    return V_OI
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:

@@ -10,22 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import files
 from .bank import Bank, DoraBank, bank_for, other_banks
 from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
 from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
-from .formats import Given, to_peft
-from .formats.storage import one_part, read_any
+from .formats import FORMATS, Given
+from .formats.storage import one_part, read_any, write_content
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, LayerAdapter
 from .targets import adaptable, choose, magnitudes, matching, refuse
 
 Model = TypeVar("Model", bound=nn.Module)
-_OWN_SETTINGS = "doralib_config.json"
 
 
 @dataclass
@@ -163,45 +161,47 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     config, folder = config_of(model), Path(path)
     if config.method == "full":
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
-    tensors, settings = to_peft(config, state_of(model))
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    files.write_json(folder / "adapter_config.json", settings)
-    files.write_json(folder / _OWN_SETTINGS, config.model_dump(mode="json"))
+    peft = FORMATS["peft"]
+    assert peft.write is not None
+    write_content(peft.write(config, state_of(model), Given()), peft, folder, overwrite=True)
 
 
-def read_adapter(path: str | Path, model: nn.Module | None = None) -> tuple[DoraConfig, AdapterState]:
+def read_adapter(
+    path: str | Path, model: nn.Module | None = None, given: Given | None = None
+) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
     Args:
         model: The base model, for formats that need its names or its heads.
+        given: What else a file may not say: alpha, the part of a pipeline.
 
     Raises:
         UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    found = one_part(read_any(path, Given() if model is None else _known(model))[1])
+    given = given or Given()
+    _, found = read_any(path, given if model is None else _knowing(given, model))
+    found = one_part(found, given.component)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
-    own = Path(path) / _OWN_SETTINGS
-    return DoraConfig(**files.read_json(own)) if own.exists() else found.config, found.state
+    return found.config, found.state
 
 
-def _known(model: nn.Module) -> Given:
+def _knowing(given: Given, model: nn.Module) -> Given:
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
-    settings = to_dict()
-    return Given(shapes={name: tuple(shape) for name, shape in adaptable(model).items()}, config=settings)
+    shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
+    return replace(given, shapes=shapes, config=to_dict())
 
 
-def load_adapter(model: Model, path: str | Path) -> Model:
+def load_adapter(model: Model, path: str | Path, given: Given | None = None) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
-    The file may be of any format that ``doralib convert`` reads.
+    The file may be of any format that ``doralib convert`` reads; ``given`` is what it may not say.
 
     Raises:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
-    config, state = read_adapter(path, model)
+    config, state = read_adapter(path, model, given)
     shapes = adaptable(model)
     narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
     state = replace(state, layers=narrowed)

@@ -54,6 +54,11 @@ class LayerAdapter:
         return self.b_OR.shape[0], *self.a_RI.shape[1:]
 
     @property
+    def magnitude_alone(self) -> bool:
+        """Whether only lengths are trained, which in files is A and B of rank 1 and zeros."""
+        return self.m_O is not None and self.rank == 1 and not (self.a_RI.any() or self.b_OR.any())
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
         return self.a_RI.flatten(1), self.b_OR.flatten(1)

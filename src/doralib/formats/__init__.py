@@ -24,7 +24,7 @@ def _read_peft(content: Content, _given: Given) -> Found:
 
 
 def _write_peft(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
-    return Content(*to_peft(config, state))
+    return Content(*to_peft(config, state), own=config.model_dump(mode="json"))
 
 
 _CONFIG = "adapter_config.json"

@@ -22,6 +22,8 @@ class Content:
     """The JSON beside it, if there is one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Words inside a safetensors file."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """doralib_config.json beside it: what PEFT's files have no word for."""
 
 
 @dataclass(frozen=True)

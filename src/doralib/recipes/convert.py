@@ -1,7 +1,6 @@
 """`doralib convert`: an adapter of any known format as any other, or as the nearest plain LoRA."""
 
 import contextlib
-import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from ..adapters import knowing
 from ..checkpoints import Checkpoint
 from ..config import DoraConfig
 from ..console import console
@@ -30,12 +30,6 @@ _NEED_WEIGHTS = ("tensorrt", LORA)
 _OF_PIPELINES = ("kohya", "ai-toolkit", "diffusers")
 # of a layer's change, in Frobenius norm: above it the LoRA is another adapter
 _BAD = 0.1
-# where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
-_SINGLE_FILE = {
-    "model.diffusion_model.": "unet.",
-    "cond_stage_model.transformer.": "text_encoder.",
-    "conditioner.embedders.0.transformer.": "text_encoder.",
-}
 
 
 @dataclass(frozen=True)
@@ -123,26 +117,6 @@ def convert_adapter(request: Request) -> Conversion:
         return replace(done, source=source.name, notes=(*found.notes, *done.notes))
 
 
-def knowing(given: Given, base: Path) -> Given:
-    """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
-
-    Raises:
-        UsageError: if there are no weights.
-        DoraError: if they are damaged.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    if (base / "model_index.json").is_file():
-        for part in COMPONENTS:
-            if (base / part).is_dir():
-                shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
-        return replace(given, shapes=shapes)
-    checkpoint = Checkpoint.open(base)
-    for name, shape in _modules(checkpoint).items():
-        head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
-        shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
-    return replace(given, shapes=shapes, config=checkpoint.config())
-
-
 def _check(request: Request) -> None:
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
@@ -208,14 +182,6 @@ def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[st
         write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_any(folder, base=str(base), dtype="float32")
     return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
-
-
-def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {
-        re.sub(r"\.weight$", "", name): slot.shape
-        for name, slot in checkpoint.slots.items()
-        if name.endswith(".weight") and len(slot.shape) > 1
-    }
 
 
 def _table(done: Conversion) -> Group:
