@@ -62,6 +62,10 @@ class Format:
     write: Callable[[DoraConfig, AdapterState, Given], Content] | None
     tensors_file: str = "adapter_model.safetensors"
     settings_file: str | None = None
+    keeps: tuple[str, ...] = ()
+    """What its files say besides the layers: settings of training by our names, and base_model."""
+    dropout_mode: str = "adapter"
+    """What dropout means to the tool."""
 
 
 def refuse(what: str, problems: list[str]) -> None:

@@ -93,7 +93,8 @@ def one_part(found: Found, component: str | None = None) -> Found:
     layers = {within(name, part): layer for name, layer in found.state.layers.items() if component_of(name) == part}
     left = len(found.state.layers) - len(layers)
     notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
-    config = config_for(layers, dropout_mode=found.config.dropout_mode)
+    kept = ("lora_dropout", "dropout_mode", "detach_norm")
+    config = config_for(layers, **{name: getattr(found.config, name) for name in kept})
     return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
 
 
