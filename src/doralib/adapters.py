@@ -37,14 +37,18 @@ def read_adapter(path: Path, given: Given, source: str | None = None) -> tuple[s
 def knowing(given: Given, base: Path | Checkpoint) -> Given:
     """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
 
-    Only headers are read.
+    Only headers are read. With a folder that is one part of a pipeline, that part is the component.
 
     Raises:
         UsageError: if there are no weights.
         DoraError: if they are damaged.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    if isinstance(base, Path) and (base / "model_index.json").is_file():
+    folder = base if isinstance(base, Path) else base.folder
+    if folder.name in COMPONENTS and _is_pipeline(folder.parent):
+        # other parts' layers are told from unknown ones by the whole pipeline's names
+        return knowing(replace(given, component=given.component or folder.name), folder.parent)
+    if isinstance(base, Path) and _is_pipeline(base):
         for part in COMPONENTS:
             if (base / part).is_dir():
                 shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
@@ -56,9 +60,19 @@ def knowing(given: Given, base: Path | Checkpoint) -> Given:
     return replace(given, shapes=shapes, config=checkpoint.config())
 
 
-def another_base(found: Found, base: str | Path) -> tuple[str, ...]:
+def whole_pipeline(base: str | Path) -> None:
+    """Nothing, unless the folder is a diffusion pipeline, which is several models.
+
+    Raises:
+        UsageError: naming its parts.
+    """
+    if _is_pipeline(Path(base)):
+        parts = " or ".join(str(Path(base) / part) for part in COMPONENTS if (Path(base) / part).is_dir())
+        raise UsageError(f"{base} is a pipeline of several models; give one of them: --base {parts}")
+
+
+def another_base(named: str | None, base: str | Path) -> tuple[str, ...]:
     """A line where an adapter names another model than the one it is put on, by name as far as names can tell."""
-    named = found.state.base_model
     if not named or _short(named) == _short(base):
         return ()
     return (
@@ -75,6 +89,10 @@ def _short(model: str | Path) -> str:
     if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return path.parents[1].name.rpartition("--")[2].lower()
     return path.name.removesuffix(".gguf").lower()
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -112,7 +112,9 @@ def generate(
 
 @app.command()
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="Runs, adapter folders or files, of any format.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Runs, adapter folders or files, of any format.")
+    ],
     base: Annotated[str | None, typer.Option(help="Checkpoint folder, .gguf or hub name; else what it names.")] = None,
     out: Annotated[Path, typer.Option(help="The merged checkpoint's folder.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as the base.")] = None,

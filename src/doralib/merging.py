@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from .adapters import another_base, knowing, read_adapter
+from .adapters import another_base, knowing, read_adapter, whole_pipeline
 from .checkpoints import CODES, DTYPES, Checkpoint, Shard, Slot, copy_bytes, laid_out, read_rows, write_at
 from .errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from .files import human, names_in, read_json, replacing, write_json
-from .fitting import fit
+from .fitting import Fit, fit
 from .folding import Change, changed
-from .formats import Given
+from .formats import Found, Given
 from .formats.storage import adapter_file
 from .functional import row_blocks
 from .state import LayerAdapter
@@ -212,6 +212,7 @@ def opened(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
         with collecting(problems):
             adapter_file(each.path)
     with collecting(problems):
+        whole_pipeline(base)
         checkpoint = Checkpoint.open(base)
     raise_all(problems)
     return checkpoint
@@ -229,15 +230,25 @@ def _changes(
     for each in ingredients:
         with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
             form, found = read_adapter(each.path, knowing(each.given, checkpoint))
-            fitted = fit(found.state, checkpoint.slots, config)
+            other = another_base(found.state.base_model, checkpoint.folder)
+            fitted = _fitted(found, checkpoint, config, other)
             for name, adapter in fitted.layers.items():
                 changes[name].append(Change(each.weight, adapter, name in fitted.transposed))
             for name, value in fitted.values.items():
                 changes[name].append(Change(each.weight, value))
             folded.append(Folded(str(each.path), form, each.weight, len(fitted.layers), len(fitted.values)))
-            notes += [f"{each.path}: {note}" for note in (*found.notes, *another_base(found, checkpoint.folder))]
+            notes += [f"{each.path}: {note}" for note in (*found.notes, *other)]
     raise_all(problems)
     return folded, changes, notes
+
+
+def _fitted(found: Found, checkpoint: Checkpoint, config: Mapping[str, Any], other: Sequence[str]) -> Fit:
+    try:
+        return fit(found.state, checkpoint.slots, config)
+    except DoraError as error:
+        if not other:
+            raise
+        raise DoraError(f"{error}\n  it was trained on another model, {found.state.base_model}") from None
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from .adapters import another_base
 from .config import ModelSettings
 from .errors import DoraError, UsageError
 from .formats import Given
@@ -53,6 +55,8 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
         named = base or base_named_by(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+        for note in another_base(base_named_by(folder), named):
+            warnings.warn(f"{path} {note}", stacklevel=2)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype))
         return load_adapter(model, folder, given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():

@@ -55,8 +55,8 @@ class LayerAdapter:
 
     @property
     def magnitude_alone(self) -> bool:
-        """Whether only lengths are trained, which in files is A and B of rank 1 and zeros."""
-        return self.m_O is not None and self.rank == 1 and not (self.a_RI.any() or self.b_OR.any())
+        """Whether only lengths are trained, which in files is A and B of zeros."""
+        return self.m_O is not None and not (self.a_RI.any() or self.b_OR.any())
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,7 @@ class BankAdapter(LayerAdapter):
 
     kind = "linear"
     scale = 1.0
+    magnitude_alone = False
 
     def __init__(self, bank: tuple[Tensor, Tensor], d_R: Tensor, b_O: Tensor, m_O: Tensor | None, num_in: int) -> None:
         values = {"bank": bank, "d_R": d_R, "b_O": b_O, "m_O": m_O, "num_in": num_in}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .. import functional as F
-from ..adapters import another_base, knowing, read_adapter
+from ..adapters import another_base, knowing, read_adapter, whole_pipeline
 from ..checkpoints import Checkpoint
 from ..config import ModelSettings
 from ..formats import Found, Given
@@ -50,15 +50,19 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Given | None 
         checkpoint = None
         if base:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"
-            checkpoint = Checkpoint.open(stack.enter_context(local_base(base, scratch)))
+            folder = stack.enter_context(local_base(base, scratch))
+            whole_pipeline(folder)
+            checkpoint = Checkpoint.open(folder)
             given = knowing(given, checkpoint)
         form, found = read_adapter(adapter, given)
         moved = movements(found.state, checkpoint) if checkpoint else {}
-    notes = (*found.notes, *(another_base(found, base) if base else ()))
+    notes = (*found.notes, *(another_base(found.state.base_model, base) if base else ()))
     state = found.state
-    table = Table("layer", "(out, in)", "r", "scale", "|s B A|", "m min .. max")
-    for heading in ("length moved", "direction moved") if moved else ():
-        table.add_column(heading, justify="right")
+    table = Table(Column("layer", overflow="fold", ratio=1), expand=False)
+    for heading in ("(out, in)", "r", "scale", "|s B A|", "m min .. max"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("length\nmoved", "direction\nmoved") if moved else ():
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, layer in state.layers.items():
         rank = "m alone" if layer.magnitude_alone else str(layer.rank)
         row = (name, _shape(layer), rank, f"{layer.scale:g}", *_sizes(layer), *_moved(moved.get(name)))
