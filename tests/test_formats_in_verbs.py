@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import warnings
 
@@ -13,7 +14,7 @@ import doralib
 from doralib import DoraConfig, inject
 from doralib.checkpoints import Checkpoint
 from doralib.config import DoraConfig as Config
-from doralib.errors import DoraError, UsageError
+from doralib.errors import DoraError, Note, UsageError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.formats import FORMATS, Given
 from doralib.formats.storage import read_any, write_content
@@ -304,8 +305,17 @@ def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
     out = " ".join(out.split())
     assert f"was trained on {tiny_llama_folder}" in out.replace("\n", "")
     assert "is put on" in out
-    with pytest.warns(UserWarning, match="was trained on"):
+    with pytest.warns(Note, match="was trained on"):
         load_any(str(tmp_path / "adapter"), base=str(tmp_path / "other-model"))
+    arguments = ("--base", tmp_path / "other-model", "--prompt", "a", "--max-new-tokens", 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "doralib.cli", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"note: {tmp_path / 'adapter'} was trained on" in done.stderr
+    assert "UserWarning" not in done.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_any(str(tmp_path / "adapter"), base=str(tiny_llama_folder))

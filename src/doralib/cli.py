@@ -1,13 +1,14 @@
 """The `doralib` command: one typed function a verb. A verb's code is imported when it runs, so help needs no torch."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .console import console
-from .errors import DoraError, UsageError
+from .errors import DoraError, Note, UsageError
 
 app = typer.Typer(
     name="doralib",
@@ -216,8 +217,18 @@ def demo(
     run_demo(method=method, out=out, cache=cache)
 
 
+_python_format = warnings.formatwarning
+
+
+def _formatted(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+    if issubclass(category, Note):
+        return f"note: {message}\n"
+    return _python_format(message, category, *where, **more)
+
+
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
+    warnings.formatwarning = _formatted
     try:
         app(standalone_mode=True)
     except DoraError as error:

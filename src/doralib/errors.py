@@ -23,6 +23,10 @@ class UsageError(DoraError):
     exit_status = 2
 
 
+class Note(UserWarning):
+    """What had to be assumed, and no error; the command line prints it as a note."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known words most like a misspelt one, best first."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)

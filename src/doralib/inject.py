@@ -15,7 +15,7 @@ from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
 from .embeddings import DoraEmbedding
-from .errors import DoraError, UsageError
+from .errors import DoraError, Note, UsageError
 from .formats import FORMATS, Given
 from .formats.storage import one_part, read_any, write_content
 from .layers import DoraLinear, TrainedCopy
@@ -183,7 +183,7 @@ def read_adapter(
     _, found = read_any(path, given if model is None else _knowing(given, model))
     found = one_part(found, given.component)
     for note in found.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=3)
+        warnings.warn(f"{path}: {note}", Note, stacklevel=3)
     return found.config, found.state
 
 

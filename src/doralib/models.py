@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .adapters import another_base
 from .config import ModelSettings
-from .errors import DoraError, UsageError
+from .errors import DoraError, Note, UsageError
 from .formats import Given
 from .formats.storage import base_named_by, holds_adapter
 from .inject import load_adapter
@@ -56,7 +56,7 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         for note in another_base(base_named_by(folder), named):
-            warnings.warn(f"{path} {note}", stacklevel=2)
+            warnings.warn(f"{path} {note}", Note, stacklevel=2)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype))
         return load_adapter(model, folder, given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():

@@ -1,6 +1,7 @@
 """Whether a merged model answers as the base with its adapter does, by the logits of real text."""
 
 import gc
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpoints import DTYPES, Checkpoint
+from .errors import Note
 from .inject import load_adapter, merge
 from .merging import Ingredient
 from .models import load_any
@@ -79,7 +81,7 @@ def verify_merge(
     ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
     plain = _logits(model, ids)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
-        load_adapter(model, ingredients[0].path, ingredients[0].given).eval()
+        _quietly_loaded(model, ingredients[0]).eval()
     else:
         _add(model, ingredients)
     want = _logits(model, ids)
@@ -103,13 +105,20 @@ def _add(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
     plain = {name: p.detach().clone() for name, p in model.named_parameters()}
     changes: dict[str, Tensor] = {}
     for each in ingredients:
-        merge(load_adapter(model, each.path, each.given))
+        merge(_quietly_loaded(model, each))
         for name, p in model.named_parameters():
             if not torch.equal(p, plain[name]):
                 changes[name] = changes.get(name, torch.zeros_like(p)) + each.weight * (p - plain[name])
                 p.copy_(plain[name])
     for name, change in changes.items():
         model.get_parameter(name).add_(change)
+
+
+def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedModel:
+    """With the adapter on; what had to be assumed of it the merge has said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        return load_adapter(model, ingredient.path, ingredient.given)
 
 
 @torch.inference_mode()
