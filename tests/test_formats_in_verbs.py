@@ -360,6 +360,13 @@ def test_bad_input_at_the_terminal(run, tmp_path, tiny_llama_folder):
         got, _, err = run(*arguments)
         assert (got, message in err) == (status, True), (arguments, err)
         assert not (tmp_path / "out").exists()
+    # settings that lie beside a file are those of the file with their own name
+    shutil.copy(kohya, tmp_path / "one" / "kohya.safetensors")
+    model = adapted()
+    model.name_or_path = "x/one"
+    doralib.save_adapter(model, tmp_path / "one")
+    status, _, err = run("merge", tmp_path / "one" / "kohya.safetensors", *out)
+    assert (status, "does not say which model" in err) == (2, True)
     for name, base in (("a", "x/one"), ("b", "x/two")):
         model = adapted()
         model.name_or_path = base

@@ -69,8 +69,9 @@ def base_named_by(path: Path) -> str | None:
     Raises:
         UsageError: if there is no adapter.
     """
-    beside = adapter_file(path).parent / _SETTINGS
-    settings = files.read_json(beside) if beside.is_file() else {}
+    file = adapter_file(path)
+    # beside a file of another name they may be another adapter's
+    settings = _beside(file, _SETTINGS) if file.name in _NAMES else {}
     named = settings.get("base_model_name_or_path") or settings.get("model")  # the latter is MLX's
     return str(named) if named else None
 
