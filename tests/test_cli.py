@@ -70,7 +70,7 @@ def test_the_whole_path(run, recipe, tmp_path, tiny_llama_folder):
     status, out, _ = run("inspect", done, "--base", tiny_llama_folder)
     assert status == 0
     assert "q_proj" in out
-    assert "direction" in out
+    assert "direction moved" in out
     status, out, _ = run("targets", tiny_llama_folder)
     assert status == 0
     assert "gate_proj" in out

@@ -58,11 +58,12 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Given | None 
         moved = movements(found.state, checkpoint) if checkpoint else {}
     notes = (*found.notes, *(another_base(found.state.base_model, base) if base else ()))
     state = found.state
-    table = Table(Column("layer", overflow="fold", ratio=1), expand=False)
+    # in a narrow terminal names and numbers go on in a second line; none is cut
+    table = Table(Column("layer", overflow="fold", min_width=8), pad_edge=False)
     for heading in ("(out, in)", "r", "scale", "|s B A|", "m min .. max"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("length\nmoved", "direction\nmoved") if moved else ():
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, overflow="fold")
+    for heading in ("length moved", "direction moved") if moved else ():
+        table.add_column(heading, justify="right", overflow="fold")
     for name, layer in state.layers.items():
         rank = "m alone" if layer.magnitude_alone else str(layer.rank)
         row = (name, _shape(layer), rank, f"{layer.scale:g}", *_sizes(layer), *_moved(moved.get(name)))
