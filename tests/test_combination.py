@@ -47,7 +47,7 @@ def test_the_formula(O, I, ranks, lora, seed):
         gain = None if m is None else F.gain(m, (W + s * b @ a).norm(dim=1))
         parts.append(F.Part(w, a, b, gain, s))
         want += w * (dense(W, a, b, m, s) - W)
-    a, b, G = F.combined(parts)
+    a, b, G = F.combined_factors(parts)
     assert a.shape == (sum(ranks), I)
     V = G[:, None] * (W + b @ a)
     torch.testing.assert_close(V, want, rtol=1e-9, atol=1e-9)

@@ -189,10 +189,10 @@ def test_remove_and_merge(several, alone):
 
 @pytest.mark.parametrize("name", ["kohya", "mlx", "ai-toolkit", "torchtune", "fsdp-qlora"])
 def test_files_of_any_format(several, name, tmp_path):
-    from doralib.formats import FORMATS
+    from doralib.formats import FORMATS, Given
     from doralib.formats.storage import write_content
 
-    given, config = inject._known(several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
+    given, config = inject._knowing(Given(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
     state = inject.state_of(move(doralib.adapt(make_llama(), config), 9))
     write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits

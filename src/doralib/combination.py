@@ -23,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_name: str) -> Model:
     """Put an adapter beside the others that changes every weight by the weighted sum of what they change it.
 
-    V = W + Σ w_i (V_i - W), which one DoRA adapter says exactly (`functional.combined`); its rank is the sum of theirs.
-    LoRA alone stays LoRA. What was trained whole (modules_to_save, biases) is combined in the same way, T + Σ w_i
-    (T_i - T). The new adapter is like any other: `set_adapter`, `save_adapter`.
+    V = W + Σ w_i (V_i - W), which one DoRA adapter says exactly (`functional.combined_factors`); its rank is the sum
+    of theirs. LoRA alone stays LoRA. What was trained whole (modules_to_save, biases) is combined in the same way,
+    T + Σ w_i (T_i - T). The new adapter is like any other: `set_adapter`, `save_adapter`.
 
     Raises:
         UsageError: for an unknown name, a weight that is no number, or a name that is taken.
@@ -77,7 +77,7 @@ def _combined_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> 
         (a_RI, b_OR), s = layer.state().factors, layer.scale
         keep = slice(None) if b_OR.any() and a_RI.any() else slice(0, 0)
         parts.append(F.Part(weight, a_RI[keep], b_OR[:, keep], layer.gain(), s))
-    a_RI, b_OR, G_O = F.combined(parts)
+    a_RI, b_OR, G_O = F.combined_factors(parts)
     if not len(a_RI):
         a_RI, b_OR = a_RI.new_zeros(1, base.shape[1]), b_OR.new_zeros(base.shape[0], 1)
     dtype, (O, *row) = F.sum_dtype(base.dtype), base.row_shape

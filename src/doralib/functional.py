@@ -7,7 +7,7 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -232,7 +232,7 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def combined(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
+def combined_factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
     """The one adapter that changes W by what several change it, weighted and summed: A', B' and G, in float64.
 
     ``W + Σ w_i (V_i - W) = G ∘ (W + B' A')`` row by row, with G = 1 + Σ w_i (g_i - 1), A' the A_i one under the other
@@ -255,6 +255,30 @@ def combined(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
     left[nothing] = (turn_OR[nothing] @ a_RI).any(1)
     b_OR = torch.where(nothing[:, None], 0, turn_OR / torch.where(nothing, 1, G_O)[:, None])
     return a_RI, b_OR, torch.where(left, float("nan"), torch.where(nothing, 0, G_O))
+
+
+@torch.no_grad()
+def merged_change(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s: float) -> Tensor:
+    """``g ∘ (W + s B A) - W``, (O, I) in `sum_dtype`, as ``(g - 1) ∘ W + g ∘ (s B A)``: nothing cancels near g = 1."""
+    dtype = sum_dtype(W_OI.dtype)
+    W, a, b = W_OI.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+    if m_O is None:
+        return b @ a * s
+    g_O1 = gain(m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]
+    return torch.addmm((g_O1 - 1) * W, g_O1 * b, a, alpha=s)
+
+
+@torch.no_grad()
+def combined(W_OI: Tensor, changes: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """``W + Σ w (V - W)`` from each adapter's weight w and own merged change V - W, in `sum_dtype`.
+
+    The one sum of DoRA adapters that means something: m, A and B of two adapters cannot be added, for each was
+    trained with its own norm.
+    """
+    V_OI = W_OI.to(sum_dtype(W_OI.dtype), copy=True)
+    for weight, change_OI in changes:
+        V_OI.add_(change_OI, alpha=weight)
+    return V_OI
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import files
 from .bank import other_banks
 from .config import DoraConfig
-from .errors import DoraError, UsageError
-from .formats import Given, to_peft
-from .formats.storage import one_part, read_any
+from .errors import DoraError, Note, UsageError
+from .formats import FORMATS, Given
+from .formats.storage import one_part, read_any, write_content
 from .layers import DoraLinear, original
 from .live import (
     DEFAULT,
@@ -46,7 +45,6 @@ from .targets import adaptable, choose, matching
 from .wrapping import chosen_by_config, chosen_by_state, wrappers_for
 
 Model = TypeVar("Model", bound=nn.Module)
-_OWN_SETTINGS = "doralib_config.json"
 
 
 def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Model:
@@ -198,40 +196,42 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
     config, folder = config_of(model, adapter_name).in_files(), Path(path)
     if config.method == "full":
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
-    tensors, settings = to_peft(config, state_of(model, adapter_name))
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    files.write_json(folder / "adapter_config.json", settings)
-    files.write_json(folder / _OWN_SETTINGS, config.model_dump(mode="json"))
+    peft = FORMATS["peft"]
+    assert peft.write is not None
+    write_content(peft.write(config, state_of(model, adapter_name), Given()), peft, folder, overwrite=True)
 
 
-def read_adapter(path: str | Path, model: nn.Module | None = None) -> tuple[DoraConfig, AdapterState]:
+def read_adapter(
+    path: str | Path, model: nn.Module | None = None, given: Given | None = None
+) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
     Args:
         model: The base model, for formats that need its names or its heads.
+        given: What else a file may not say: alpha, the part of a pipeline.
 
     Raises:
         UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    found = one_part(read_any(path, Given() if model is None else _known(model))[1])
+    given = given or Given()
+    _, found = read_any(path, given if model is None else _knowing(given, model))
+    found = one_part(found, given.component)
     for note in found.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=3)
-    own = Path(path) / _OWN_SETTINGS
-    return DoraConfig(**files.read_json(own)) if own.exists() else found.config, found.state
+        warnings.warn(f"{path}: {note}", Note, stacklevel=3)
+    return found.config, found.state
 
 
-def _known(model: nn.Module) -> Given:
+def _knowing(given: Given, model: nn.Module) -> Given:
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
-    settings = to_dict()
-    return Given(shapes={name: tuple(shape) for name, shape in adaptable(model).items()}, config=settings)
+    shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
+    return replace(given, shapes=shapes, config=to_dict())
 
 
-def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None) -> Model:
+def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Given | None = None) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
-    The file may be of any format that ``doralib convert`` reads.
+    The file may be of any format that ``doralib convert`` reads; ``given`` is what it may not say.
 
     Args:
         adapter_name: A new name puts the adapter beside those that the model has; a known one, or None for the active
@@ -240,7 +240,7 @@ def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None
     Raises:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
-    config, state = read_adapter(path, model)
+    config, state = read_adapter(path, model, given)
     shapes = adaptable(model)
     narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
     state = replace(state, layers=narrowed)

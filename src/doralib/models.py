@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from .adapters import another_base
 from .config import ModelSettings
-from .errors import DoraError, UsageError
-from .files import read_json
+from .errors import DoraError, Note, UsageError
+from .formats import Given
+from .formats.storage import base_named_by, holds_adapter
 from .inject import load_adapter
 from .several import set_adapter
 
@@ -42,15 +45,22 @@ def load_model(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
-def load_any(path: str, *, base: str | None = None, dtype: str = "auto") -> Loaded:
-    """A model for use: a run, an adapter (on the base it names, or on `base`), or whatever `load_model` takes."""
+def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+    """A model for use: a run, an adapter of any format, or whatever `load_model` takes.
+
+    Args:
+        base: the model that an adapter goes on, where it is not the one that it names.
+        given: what an adapter's file may not say.
+    """
     folder = Path(path)
-    if (folder / "adapter_config.json").exists():
-        named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if holds_adapter(folder):
+        named = base or base_named_by(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+        for note in another_base(base_named_by(folder), named):
+            warnings.warn(f"{path} {note}", Note, stacklevel=2)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype))
-        return load_adapter(model, folder).eval(), tokenizer
+        return load_adapter(model, folder, given=given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
