@@ -14,6 +14,9 @@ from ..functional import effective_weight
 from .eager import rest_and_shift, scale_product, scaled, weight_is_cheaper
 from .norm import same
 
+# a half-precision product of so few rows takes a CPU ten times as long as one in float32
+_FEW_ROWS = 8
+
 
 class _Ready(NamedTuple):
     """Factors in the dtype of the products, and what they were made from."""
@@ -28,6 +31,8 @@ class _Ready(NamedTuple):
     """g - 1."""
     shift_O: Tensor | None
     """(g - 1) ∘ bias."""
+    small: tuple[Tensor, Tensor] | None
+    """A and ``s g ∘ B`` in float32, for half-precision inputs of a few rows on a CPU."""
 
 
 class Inference:
@@ -59,6 +64,9 @@ class Inference:
         y = nnf.linear(x, W_OI, bias)
         if ready.gain_O is not None:
             scale_product(y, ready.gain_O, ready.rest_O, ready.shift_O)
+        if ready.small is not None and len(x_NI) <= _FEW_ROWS:
+            a_RI, gsb_OR = ready.small
+            return y.add_(nnf.linear(nnf.linear(x.float(), a_RI), gsb_OR))
         y.view(-1, W_OI.shape[0]).addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
         return y
 
@@ -87,7 +95,9 @@ def _make(
     a, b, *m = (p.detach() for p in factors)
     gain_O = None if n_O is None else m[0] / n_O
     rest_O, shift_O = (None, None) if gain_O is None else rest_and_shift(gain_O, bias_O, dtype)
-    copies = tuple(p.clone() for p in (a, b, *m))
-    bias_copy = None if bias_O is None else bias_O.detach().clone()
-    made_from = (*copies, n_O, bias_copy)
-    return _Ready(made_from, s, dtype, copies[0].to(dtype), scaled(b, gain_O, s).to(dtype), gain_O, rest_O, shift_O)
+    # a norm that is still the same says that A and B are, so no copies of them are needed
+    seen = (a.clone(), b.clone()) if n_O is None else (None, None, m[0].clone())
+    made_from = (*seen, n_O, None if bias_O is None else bias_O.detach().clone())
+    gsb_OR = scaled(b, gain_O, s)
+    small = (a, gsb_OR) if b.is_cpu and dtype.itemsize < 4 and b.dtype == torch.float32 else None
+    return _Ready(made_from, s, dtype, a.to(dtype), gsb_OR.to(dtype), gain_O, rest_O, shift_O, small)
