@@ -297,6 +297,14 @@ def test_sums_over_rows(num_rows, dtype):
     assert ((out.double() - want).abs() <= 4 * torch.finfo(dtype).eps * size).all()
 
 
+def test_sums_of_no_columns():
+    nothing = torch.ones(3, 0)
+    out = torch.ones(3, 5)
+    assert column_dots(nothing, nothing).shape == (0,)
+    assert scaled_product_and_dots(out, nothing, nothing, torch.ones(0), torch.ones(0, 5)).shape == (0,)
+    assert torch.equal(out, torch.ones(3, 5))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.999, 1e-9])
 def test_a_draw_of_dropout(p):
     x = torch.ones(401, 503)

@@ -64,8 +64,9 @@ def coarse_times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
     """
     high_RI = a_RI.to(W_OI.dtype)
     low_RI = (a_RI - high_RI).to(W_OI.dtype)
-    U_OR = (W_OI @ torch.cat([high_RI, low_RI]).T).float()
-    return U_OR[:, : len(a_RI)] + U_OR[:, len(a_RI) :]
+    # its transpose in one piece: half the time at 576 x 576
+    U_O2R = W_OI @ torch.cat([high_RI, low_RI]).T.contiguous()
+    return U_O2R.view(-1, 2, len(a_RI)).sum(1, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -121,9 +122,9 @@ def _untrusted(
     b_OR, U_OR, gram_RR = parts
     if coarse:
         # 2^-9 of these terms is at most 2^-12 of n²
-        return ((b_OR * U_OR).abs_().sum(1) * (16 * s) > n_sq_O).nonzero().flatten()
+        return (torch.linalg.vector_norm(b_OR * U_OR, 1, dim=1) * (16 * s) > n_sq_O).nonzero().flatten()
     # |s b A| <= |w| + n: where n is not much below |w| nothing can have cancelled, and the rest need not be computed
-    if not (n_sq_O < SHRUNK * W_sq_O).any():
+    if torch.sub(n_sq_O, W_sq_O, alpha=SHRUNK).amin().item() >= 0:
         return W_sq_O.new_empty(0, dtype=torch.long)
     gram_O = s * s * ((b_OR @ gram_RR) * b_OR).sum(1)
     return (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()

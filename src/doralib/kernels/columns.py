@@ -46,9 +46,11 @@ def _total(parts: list[Tensor], dy_NO: Tensor) -> Tensor:
 
 def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of the tensors' rows; a GPU takes all at once, where a block would be a launch."""
-    N = tensors[0].shape[0]
-    # no sweep over no rows: torch's kernel reads past them
-    if N and (tensors[0].device.type != "cpu" or N <= _SWEEP_ROWS):
+    N, O = tensors[0].shape
+    # torch's kernel divides by the sizes
+    if N * O == 0:
+        return
+    if tensors[0].device.type != "cpu" or N <= _SWEEP_ROWS:
         yield tensors
         return
     for rows in row_blocks(N, 1, _SWEEP_ROWS):

@@ -4,6 +4,7 @@ A step keeps its input x, the product with A (N, R) and, for the gain, the layer
 keeps anyway; under dropout also one byte an input element. Nothing else of size (N, I) or (N, O).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -177,10 +178,16 @@ class Watch:
     def __init__(self, y: Tensor) -> None:
         self._alias = y.detach()  # shares y's version counter
         self._version = y._version
-        self._alias.data = y.new_empty(0)  # keeps the counter, lets the memory go
+        self._alias.data = _nothing(y.dtype, y.device)  # keeps the counter, lets the memory go
 
     def changed(self) -> bool:
         return self._alias._version != self._version
+
+
+@functools.lru_cache(maxsize=64)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 def _keep(ctx, y_NO, factors, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O):
@@ -215,10 +222,9 @@ def _gain_gradient(watch, dots_O, dy_NO, gain_O, product):
     """``Σ_N dy ∘ z``, (O,), with z read back from the kept output as (y - bias) / g; tiny gains computed again."""
     if watch.changed():
         return column_dots(dy_NO, product.columns(slice(None)))
-    size_O = gain_O.abs()
-    if size_O.numel() and size_O.amin() >= _TINY_GAIN:
+    if gain_O.numel() and gain_O.amin().item() >= _TINY_GAIN:
         return dots_O.div_(gain_O)
-    tiny = size_O < _TINY_GAIN
+    tiny = gain_O.abs() < _TINY_GAIN
     index = tiny.nonzero().flatten()
     dgain_O = dots_O / torch.where(tiny, 1, gain_O)
     dgain_O[index] = column_dots(dy_NO[:, index].contiguous(), product.columns(index))

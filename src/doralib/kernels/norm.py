@@ -74,10 +74,9 @@ class FreshNorm:
 
         A row of length zero is given as infinity: m / n is then 0, and nothing is NaN in either pass.
         """
-        if detach:
-            a_RI, b_OR = a_RI.detach(), b_OR.detach()
         if torch.compiler.is_compiling():
-            return _row_norm_op(a_RI, b_OR, s, self._handle)
+            factors = (a_RI.detach(), b_OR.detach()) if detach else (a_RI, b_OR)
+            return _row_norm_op(*factors, s, self._handle)
         if detach:
             return self.constant(a_RI, b_OR, s)
         return _FullGradient.apply(a_RI, b_OR, self, s)
