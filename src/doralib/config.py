@@ -5,7 +5,8 @@ PEFT's field names wherever PEFT has the field, so nobody learns a second vocabu
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +14,7 @@ from .errors import UsageError, did_you_mean
 
 Patterns = dict[str, Annotated[float, Field(gt=0)]]
 Names = str | tuple[str, ...]
+Value = TypeVar("Value")
 
 
 if TYPE_CHECKING:
@@ -41,6 +43,33 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class FusedParts(Checked):
+    """How the rows of a fused projection are made up of parts, and which of them are adapted."""
+
+    parts: dict[str, Annotated[int, Field(ge=1)]] | tuple[str, ...]
+    """Names of the parts in the order of their rows: equal ones, or each with its share (rows, heads, ...)."""
+    adapt: tuple[str, ...] = Field(min_length=1)
+    """The parts that get an adapter each; the rows of the others stay as they are."""
+    repeats: int = Field(default=1, ge=1)
+    """The parts come one after another this often: the number of heads, where each head has its own q, k, v."""
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """The share of every part, by name, in the order of their rows."""
+        return dict(self.parts) if isinstance(self.parts, dict) else dict.fromkeys(self.parts, 1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = [f"adapt: there is no part {name!r}" for name in self.adapt if name not in self.shares]
+        problems += ["adapt names a part twice"] * (len(set(self.adapt)) < len(self.adapt))
+        problems += ["parts has a name twice"] * (len(self.shares) < len(self.parts))
+        if len(self.shares) < 2:
+            problems.append("parts: a fused projection has two parts at least")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
 class DoraConfig(Checked):
     """What to adapt, by which method, and how strongly."""
 
@@ -59,6 +88,9 @@ class DoraConfig(Checked):
     """Taken out of target_modules; read in the same way."""
     magnitude_modules: Names = ()
     """Layers of which only the magnitude is trained, beside the target_modules; named in the same way."""
+    fused_modules: dict[str, FusedParts] = {}
+    """Target layers that hold several projections (c_attn, qkv_proj), by name ending or regular expression: each part
+    that is adapted has A, B and lengths of its own."""
     d_initial: float = 0.1
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
@@ -94,7 +126,7 @@ class DoraConfig(Checked):
             for field in ("target_modules",)
             if getattr(self, field) in ("", ())
         ]
-        for field in ("rank_pattern", "alpha_pattern"):
+        for field in ("rank_pattern", "alpha_pattern", "fused_modules"):
             problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
         for field in ("target_modules", "exclude_modules", "magnitude_modules"):
             names = getattr(self, field)
@@ -113,6 +145,8 @@ class DoraConfig(Checked):
             problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
         if self.magnitude_modules and self.method != "dora":
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
+        if self.fused_modules and self.method not in ("dora", "lora"):
+            problems.append(f"fused_modules go with methods dora and lora, not with {self.method!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -148,13 +182,17 @@ class DoraConfig(Checked):
 
     def rank_of(self, layer: str) -> int:
         """r of the layer of this name."""
-        return int(_by_pattern(self.rank_pattern, layer, self.r))
+        return _by_pattern(self.rank_pattern, layer, self.r)
+
+    def fused_parts(self, layer: str) -> FusedParts | None:
+        """The parts of the layer of this name, where it is a fused projection."""
+        return _by_pattern(self.fused_modules, layer, None)
 
     def scale_of(self, layer: str) -> float:
         """The factor s of ``s B A`` in the layer of this name."""
         if self.has_bank:
             return 1.0
-        r, alpha = self.rank_of(layer), float(_by_pattern(self.alpha_pattern, layer, self.lora_alpha))
+        r, alpha = self.rank_of(layer), _by_pattern(self.alpha_pattern, layer, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
@@ -229,11 +267,11 @@ class Recipe(Checked):
 _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
-def _by_pattern(patterns: dict[str, Any], layer: str, otherwise: float) -> float:
+def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
     """The value of the first key that the layer's name ends with or matches, as PEFT reads them."""
     for key, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({key})", layer):
-            return float(value)
+            return value
     return otherwise
 
 

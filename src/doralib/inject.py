@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .bank import Bank, DoraBank, bank_for, other_banks
+from .bank import other_banks
 from .bases import open_base
 from .config import DoraConfig
-from .convolutions import DoraConv
-from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
 from .formats import Given, to_peft
 from .formats.storage import one_part, read_any
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, LayerAdapter, MovedAdapter
-from .targets import adaptable, choose, magnitudes, matching, refuse
+from .targets import adaptable, choose, matching, refuse
+from .wrapping import bias_names, refuse_whole, wrappers_for
 
 Model = TypeVar("Model", bound=nn.Module)
 _OWN_SETTINGS = "doralib_config.json"
@@ -133,7 +132,7 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
             f"this model's adapter began as a part of the weights (init_lora_weights: {start.init_lora_weights!r}); "
             "a file holds the change of the weights alone, of rank 2r: load it into a plain model"
         )
-    into = state_of(model)
+    into, state = state_of(model), _as_own(model, state)
     pairs = {**_tensors(into)}
     given = _tensors(state)
     problems = [f"{name}: the adapter has no such tensor" for name in pairs.keys() - given.keys()]
@@ -158,6 +157,15 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, DoraLinear)
         layer.scale = adapter.scale
+
+
+def _as_own(model: nn.Module, state: AdapterState) -> AdapterState:
+    modules = dict(model.named_modules())
+    layers = {
+        name: layer.as_own(adapter) if isinstance(layer := modules.get(name), DoraLinear) else adapter
+        for name, adapter in state.layers.items()
+    }
+    return replace(state, layers=layers)
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -225,12 +233,12 @@ def load_adapter(model: Model, path: str | Path) -> Model:
 
 def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str]) -> Model:
     """Every wrapper is made before the first is put in, so that a refusal changes nothing."""
-    _refuse_whole(model, chosen, whole)
-    biases = _bias_names(model, config, chosen)
+    refuse_whole(model, chosen, whole)
+    biases = bias_names(model, config, chosen)
     adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
     model.requires_grad_(False)
     try:
-        wrappers = _wrappers(model, config, chosen, whole)
+        wrappers = wrappers_for(model, config, chosen, whole)
     except DoraError:
         for name, p in model.named_parameters():
             p.requires_grad_(adapted.frozen[name])
@@ -244,34 +252,6 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
     return model
 
 
-def _wrappers(
-    model: nn.Module, config: DoraConfig, chosen: list[str], whole: list[str]
-) -> dict[str, DoraLinear | TrainedCopy]:
-    alone = set(magnitudes(model, config))
-    bank = bank_for([model.get_submodule(name) for name in chosen], config)
-    wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
-    }
-    return wrappers | {name: TrainedCopy(model.get_submodule(name)) for name in whole}
-
-
-_LAYERS: dict[str, type[DoraLinear]] = {
-    "convolution": DoraConv,
-    "transposed_convolution": DoraConv,
-    "embedding": DoraEmbedding,
-}
-
-
-def _adapted_layer(module: nn.Module, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLinear:
-    if alone:
-        return DoraMagnitude(module, 1, 1.0, config)
-    if bank is not None:
-        return DoraBank(module, bank, config)
-    base = open_base(module)
-    layer = DoraLinear if base is None else _LAYERS.get(base.kind, DoraLinear)
-    return layer(module, config.rank_of(name), config.scale_of(name), config)
-
-
 def _train_in_full(model: Model, config: DoraConfig) -> Model:
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     wanted = config.target_modules
@@ -282,35 +262,6 @@ def _train_in_full(model: Model, config: DoraConfig) -> Model:
         model.get_submodule(name).requires_grad_(True)
     model._doralib = _Adapted(config, frozen)  # type: ignore[assignment]
     return model
-
-
-def _refuse_whole(model: nn.Module, chosen: list[str], whole: list[str]) -> None:
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), set()).add(name)
-    problems = [f"{name} is in target_modules too" for name in whole if name in chosen]
-    for name in whole:
-        inside = {name, *(f"{name}.{n}" for n, _ in model.get_submodule(name).named_modules())}
-        for p in model.get_submodule(name).parameters():
-            if others := owners[id(p)] - inside:
-                problems.append(f"{name} is tied to {', '.join(sorted(others))}; a copy of it would break the tie")
-    if problems:
-        raise UsageError("modules_to_save: " + "; ".join(dict.fromkeys(problems)))
-
-
-def _bias_names(model: nn.Module, config: DoraConfig, chosen: list[str]) -> list[str]:
-    """The biases to train, by their name in the adapted model."""
-    if config.bias == "none":
-        return []
-    owned = {f"{name}.bias": f"{name}.base_layer.bias" for name in chosen}
-    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias") and (config.bias == "all" or n in owned)}
-    if small := [name for name, p in biases.items() if p.dtype.itemsize < 4]:
-        raise UsageError(
-            f"bias: {config.bias!r} trains {small[0]} in {biases[small[0]].dtype}, where small steps are lost; "
-            "load the model in float32"
-        )
-    return [owned.get(name, name) for name in biases]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -66,7 +66,7 @@ class DoraLinear(nn.Module):
             nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
             nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
         )
-        m_O = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if config.has_magnitude else None
+        m_O = nn.Parameter(torch.empty(self.num_lengths, dtype=dtype, device=device)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
 
@@ -88,6 +88,11 @@ class DoraLinear(nn.Module):
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
+
+    @property
+    def num_lengths(self) -> int:
+        """How many lengths m holds: one for each output row."""
+        return self.out_features
 
     @property
     def a_RI(self) -> Tensor:
@@ -138,6 +143,14 @@ class DoraLinear(nn.Module):
         if self.start_A is not None and self.start_B is not None:
             return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
         return LayerAdapter(*values, self.scale, self.base.kind)
+
+    def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
+        """Values from a file in the form that `state` gives them, so that each can be copied in its place.
+
+        Raises:
+            DoraError: if this layer has no place for some of them.
+        """
+        return adapter
 
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""

@@ -1,8 +1,9 @@
 """An adapter as named tensors and a few numbers: the currency of files, merging and models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .errors import DoraError
@@ -162,6 +163,64 @@ class BankAdapter(LayerAdapter):
             return self
         num_in = shape[1] if shape[0] == O else shape[0]
         return BankAdapter(self.bank, self.d_R, self.b_O, self.m_O, num_in) if num_in <= self.bank[0].shape[1] else self
+
+
+class FusedAdapter(LayerAdapter):
+    """Some parts of a fused projection, each with A, B and m of its own.
+
+    As a change of the whole weight it is one layer of rank R times the number of parts: A stacked, B with a block for
+    each part and zeros elsewhere, and the base's own lengths m = |w| of the rows that are left alone.
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self, rows: tuple[Tensor, ...], a_PRI: Tensor, b_OR: Tensor, m_O: Tensor | None, scale: float, w_O: Tensor
+    ) -> None:
+        values = {"rows": rows, "stacked_A": a_PRI, "stacked_B": b_OR, "stacked_m": m_O, "scale": scale, "w_O": w_O}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    rows: tuple[Tensor, ...]
+    """The row numbers of each part."""
+    stacked_A: Tensor
+    """(P R, I)."""
+    stacked_B: Tensor
+    """(rows of all parts, R)."""
+    stacked_m: Tensor | None
+    w_O: Tensor
+    """Lengths of the frozen rows, (O,)."""
+
+    @property
+    def a_RI(self) -> Tensor:
+        """A of all parts, (P R, I)."""
+        return self.stacked_A
+
+    @property
+    def b_OR(self) -> Tensor:
+        """B with a block for each part, (O, P R), made anew."""
+        return blocks(self.stacked_B, self.rows, len(self.w_O))
+
+    @property
+    def m_O(self) -> Tensor | None:
+        """Lengths of all rows, made anew."""
+        if self.stacked_m is None:
+            return None
+        return self.w_O.to(self.stacked_m).index_copy(0, torch.cat(self.rows), self.stacked_m)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.w_O), self.stacked_A.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"A": self.stacked_A, "B": self.stacked_B, "m": self.stacked_m}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def blocks(b_OR: Tensor, rows: Sequence[Tensor], num_rows: int) -> Tensor:
+    """B of the parts at their rows, (O, P R): part p's in the columns of A's rows p R to (p + 1) R, zeros elsewhere."""
+    diagonal = torch.block_diag(*b_OR.split([len(index) for index in rows]))
+    return diagonal.new_zeros(num_rows, diagonal.shape[1]).index_copy(0, torch.cat(tuple(rows)), diagonal)
 
 
 @dataclass(frozen=True)

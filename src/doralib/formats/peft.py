@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import AdapterState, LayerAdapter
+from ..state import AdapterState, FusedAdapter, LayerAdapter
+from .parts import rounded
 from .vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
@@ -113,9 +114,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         inner = ".base_layer" if module in state.layers else ""
         tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
     settings = {field: getattr(config, field) for field in _SHARED}
-    # layers with a magnitude alone have rank 1 in files, whatever the settings say
-    ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
-    settings["rank_pattern"] = {**ranks, **config.rank_pattern}
+    settings |= _patterns(config, state)
     settings |= {
         "peft_type": "LORA",
         "use_dora": config.method == "dora",
@@ -131,6 +130,20 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
     return tensors, settings
+
+
+def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, float]]:
+    """rank_pattern and alpha_pattern for files, whatever the settings say: magnitudes alone have rank 1, fused
+    projections the ranks of all their parts together, at the scale of each. The first that fits a layer is taken."""
+    ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
+    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
+    power = 0.5 if config.use_rslora else 1.0
+    alphas = {name: rounded(layer.scale * layer.rank**power) for name, layer in fused.items() if name in ranks}
+    kept = {name: r for name, r in config.rank_pattern.items() if name not in ranks}
+    return {
+        "rank_pattern": {**ranks, **kept},
+        "alpha_pattern": {**alphas, **{name: a for name, a in config.alpha_pattern.items() if name not in alphas}},
+    }
 
 
 def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
