@@ -1,5 +1,6 @@
 """Adapted fused projections: one frozen layer that holds several (q, k, v; gate, up), some of which are adapted."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +98,9 @@ class DoraFused(DoraLinear):
                 "load it into a model without fused_modules"
             )
         own_m = None if m is None else m[torch.cat(rows)]
-        return FusedAdapter(tuple(rows), adapter.a_RI, stacked, own_m, adapter.scale, w_O.to(b.device))
+        # a file says the scale by the alpha of all the ranks together, and sqrt(r) leaves a rounding
+        scale = self.scale if math.isclose(adapter.scale, self.scale, rel_tol=1e-9) else adapter.scale
+        return FusedAdapter(tuple(rows), adapter.a_RI, stacked, own_m, scale, w_O.to(b.device))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

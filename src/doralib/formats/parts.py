@@ -74,11 +74,7 @@ def number(tensor: Tensor) -> float:
 
 def alpha_of(adapter: LayerAdapter) -> float:
     """lora_alpha of a layer's own scale, whatever rule made it: alpha / r is the scale."""
-    return rounded(adapter.scale * adapter.rank)
-
-
-def rounded(alpha: float) -> float:
-    """Without what was left of a division that is now multiplied back."""
+    alpha = adapter.scale * adapter.rank
     nearest = round(alpha, 6)
     return nearest if abs(alpha - nearest) <= 1e-6 * abs(alpha) else alpha
 

@@ -1,5 +1,6 @@
 """PEFT: adapter_model.safetensors and adapter_config.json."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, FusedAdapter, LayerAdapter
-from .parts import rounded
+from .parts import alpha_of
 from .vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
@@ -137,8 +138,10 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
     projections the ranks of all their parts together, at the scale of each. The first that fits a layer is taken."""
     ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
     fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
-    power = 0.5 if config.use_rslora else 1.0
-    alphas = {name: rounded(layer.scale * layer.rank**power) for name, layer in fused.items() if name in ranks}
+    alphas = {
+        name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else alpha_of(layer)
+        for name, layer in fused.items()
+    }
     kept = {name: r for name, r in config.rank_pattern.items() if name not in ranks}
     return {
         "rank_pattern": {**ranks, **kept},
