@@ -84,6 +84,9 @@ class DoraConfig(Checked):
     """Chance that an input of the adapter is zeroed during training."""
     target_modules: Names | None = None
     """Name endings, one regular expression for whole names, or "all-linear"; null: all-linear (full: everything)."""
+    target_parameters: tuple[str, ...] = ()
+    """Stacks of weights that a module holds as parameters (experts.gate_up_proj), by name ending; each expert has A, B
+    and lengths of its own."""
     exclude_modules: Names | None = None
     """Taken out of target_modules; read in the same way."""
     magnitude_modules: Names = ()
@@ -124,7 +127,7 @@ class DoraConfig(Checked):
         problems = [
             f"{field} is empty: nothing would be adapted"
             for field in ("target_modules",)
-            if getattr(self, field) in ("", ())
+            if getattr(self, field) == "" or (getattr(self, field) == () and not self.target_parameters)
         ]
         for field in ("rank_pattern", "alpha_pattern", "fused_modules"):
             problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
@@ -145,6 +148,10 @@ class DoraConfig(Checked):
             problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
         if self.magnitude_modules and self.method != "dora":
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
+        if self.target_parameters and self.method not in ("dora", "lora"):
+            problems.append(f"target_parameters go with methods dora and lora, not with {self.method!r}")
+        if self.target_parameters and self.lora_dropout:
+            problems.append("lora_dropout: target_parameters have none, as no input is seen where a weight is adapted")
         if self.fused_modules and self.method not in ("dora", "lora"):
             problems.append(f"fused_modules go with methods dora and lora, not with {self.method!r}")
         if problems:

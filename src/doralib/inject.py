@@ -15,13 +15,14 @@ from .bank import other_banks
 from .bases import open_base
 from .config import DoraConfig
 from .errors import DoraError, UsageError
+from .experts import DoraExperts, choose_parameters, expert_weights
 from .formats import Given, to_peft
 from .formats.storage import one_part, read_any
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, LayerAdapter, MovedAdapter
 from .targets import adaptable, choose, matching, refuse
-from .wrapping import bias_names, refuse_whole, wrappers_for
+from .wrapping import Wrapper, bias_names, refuse_whole, wrappers_for
 
 Model = TypeVar("Model", bound=nn.Module)
 _OWN_SETTINGS = "doralib_config.json"
@@ -51,7 +52,7 @@ def adapt(model: Model, config: DoraConfig) -> Model:
         raise UsageError("this model is adapted already; doralib.remove(model) takes the adapter off")
     if config.method == "full":
         return _train_in_full(model, config)
-    chosen = choose(model, config)
+    chosen = [*choose(model, config), *choose_parameters(model, config.target_parameters)]
     whole = matching(model, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
     return _wrap(model, config, chosen, whole)
 
@@ -110,7 +111,7 @@ def state_of(model: nn.Module) -> AdapterState:
     layers: dict[str, LayerAdapter] = {}
     extra: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, DoraLinear):
+        if isinstance(module, DoraLinear | DoraExperts):
             layers[name] = module.state()
         elif isinstance(module, TrainedCopy):
             extra |= {f"{name}.{key}": p.detach() for key, p in module.trained.named_parameters()}
@@ -155,7 +156,7 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
         tensor.copy_(given[name])
     for name, adapter in state.layers.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, DoraLinear)
+        assert isinstance(layer, DoraLinear | DoraExperts)
         layer.scale = adapter.scale
 
 
@@ -220,13 +221,14 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
     state = replace(state, layers=narrowed)
     if not hasattr(model, "_doralib"):
-        linear = {name: m for name, m in model.named_modules() if name in state.layers}
-        absent = sorted(state.layers.keys() - linear.keys())
+        experts = [name for name, layer in state.layers.items() if layer.kind == "experts"]
+        linear = [name for name, _ in model.named_modules() if name in state.layers and name not in experts]
+        absent = sorted(state.layers.keys() - {*linear, *expert_weights(model)})
         if absent:
             raise DoraError(_listed(f"{path} is an adapter of another model; this one has no", absent))
-        refuse(model, list(linear), _shapes_that_fit(path, state, model))
+        refuse(model, linear, _shapes_that_fit(path, state, model))
         whole = matching(model, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
-        _wrap(model, config, list(linear), whole)
+        _wrap(model, config, [*linear, *choose_parameters(model, tuple(experts))], whole)
     load_into(model, state)
     return model
 
@@ -269,11 +271,11 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _wrapped(model: nn.Module) -> list[tuple[str, DoraLinear | TrainedCopy]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear | TrainedCopy)]
+def _wrapped(model: nn.Module) -> list[tuple[str, Wrapper]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Wrapper)]
 
 
-def _unwrap(model: nn.Module, plain: Callable[[DoraLinear | TrainedCopy], nn.Module]) -> None:
+def _unwrap(model: nn.Module, plain: Callable[[Wrapper], nn.Module]) -> None:
     """Every plain layer is made before the first is put back."""
     replaced = [(name, plain(wrapper).train(wrapper.training)) for name, wrapper in _wrapped(model)]
     for name, module in replaced:
@@ -319,13 +321,14 @@ def _tensors(state: AdapterState) -> dict[str, Tensor]:
 def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The layers of a model that can be adapted, once every adapted shape is right."""
     linear = adaptable(model)
+    known = linear | {name: weight.shape for name, weight in expert_weights(model).items()}
     wrong = [
-        f"{name}: {adapter.shape} in the adapter, {linear[name]} in the model"
+        f"{name}: {adapter.shape} in the adapter, {known[name]} in the model"
         for name, adapter in state.layers.items()
-        if name in linear and linear[name] != adapter.shape
+        if name in known and known[name] != adapter.shape
     ]
-    for name, adapter in state.layers.items():
-        base = open_base(model.get_submodule(name))
+    for name in state.layers.keys() & linear.keys():
+        adapter, base = state.layers[name], open_base(model.get_submodule(name))
         if base is not None and base.kind != adapter.kind:
             wrong.append(f"{name}: {_words(adapter.kind)} in the adapter, {_words(base.kind)} in the model")
     if wrong:

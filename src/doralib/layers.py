@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,20 @@ from .starts import DRAWN, decomposed, decomposes
 from .state import LayerAdapter, MovedAdapter
 
 
-class DoraLinear(nn.Module):
+class Masters(nn.Module):
+    """Parameters that stay float32 whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay float32 masters when it is cast to a smaller dtype."""
+        masters = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < 4:
+                p.data = masters[name].to(p.device)
+        return self
+
+
+class DoraLinear(Masters):
     """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
@@ -207,15 +220,6 @@ class DoraLinear(nn.Module):
             product = product if self.bias is None else product - self.bias.to(product.dtype)
             return F.compose_exact(base, product, lora, gain_O)
         return F.compose(base, lora, gain_O, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLinear":
-        """Move with the model, but stay float32 masters when it is cast to a smaller dtype."""
-        masters = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters(recurse=False):
-            if p.dtype.itemsize < 4:
-                p.data = masters[name].to(p.device)
-        return self
 
 
 class ReadsThrough(nn.Module):

@@ -16,6 +16,7 @@ from .state import AdapterState, LayerAdapter
 _WHOLE = 1024
 # more columns than are wanted, and rounds of the power iteration: together the error is within a percent of the least
 _SPARE, _ROUNDS = 16, 8
+_NO_SUCH_FORM = ("transposed_convolution", "experts")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
-        raise DoraError(f"a transposed convolution has no such form: {', '.join(turned[:5])}; merge the adapter")
+    if turned := [f"{n} ({each.kind})" for n, each in state.layers.items() if each.kind in _NO_SUCH_FORM]:
+        raise DoraError(f"these layers have no such form: {', '.join(turned[:5])}; merge the adapter")
     fitted = fit(state, checkpoint.slots, checkpoint.config())
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, (slot, layer) in zip(state.layers, fitted.layers.items(), strict=True):

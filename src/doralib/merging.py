@@ -235,7 +235,8 @@ def _jobs(pieces: Sequence[_Piece]) -> Iterator[Callable[[], int]]:
                 yield partial(_copy, first, offset, min(_COPY_BYTES, count - offset))
             continue
         for piece in run:
-            blocks = [slice(None)] if piece.transposed else row_blocks(*piece.slot.matrix)
+            whole = piece.transposed and not (piece.adapter and piece.adapter.kind == "experts")
+            blocks = [slice(None)] if whole else row_blocks(*piece.slot.matrix)
             yield from (partial(_write, piece, rows) for rows in blocks)
 
 
@@ -268,6 +269,11 @@ def _new_rows(piece: _Piece, rows: slice) -> Tensor:
         by_channel = swapped_channels(block.view(piece.slot.shape), groups)
         merged = merge_weight(by_channel.flatten(1), a_RI, b_OR, m_O, s)
         return swapped_channels(merged.view(by_channel.shape), groups).flatten(1)
+    if piece.adapter.kind == "experts":  # a row of the block is an expert
+        stack = block.view(-1, *piece.slot.shape[1:])
+        values = a_RI[rows], b_OR[rows], None if m_O is None else m_O[rows]
+        merged = merge_weight(stack.mT if piece.transposed else stack, *values, s)
+        return (merged.mT if piece.transposed else merged).flatten(1)
     if piece.transposed:
         return merge_weight(block.T, a_RI, b_OR, m_O, s).T
     return merge_weight(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], s)

@@ -29,7 +29,8 @@ class LayerAdapter:
     scale: float
     """s of ``s B A``: lora_alpha / r, or / sqrt(r) with rsLoRA."""
     kind: str = ""
-    """linear, convolution, transposed_convolution or embedding; "": linear or convolution, as A's shape says."""
+    """linear, convolution, transposed_convolution, embedding or experts; "": linear or convolution, as A's shape
+    says."""
 
     def __post_init__(self) -> None:
         a, b, m = self.a_RI, self.b_OR, self.m_O
@@ -163,6 +164,34 @@ class BankAdapter(LayerAdapter):
             return self
         num_in = shape[1] if shape[0] == O else shape[0]
         return BankAdapter(self.bank, self.d_R, self.b_O, self.m_O, num_in) if num_in <= self.bank[0].shape[1] else self
+
+
+class ExpertsAdapter(LayerAdapter):
+    """A stack of weights, (E, O, I), of which each is a layer: A (E, R, I), B (E, O, R) and m (E, O)."""
+
+    def __post_init__(self) -> None:
+        a, b, m = self.a_RI, self.b_OR, self.m_O
+        fits = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+        if not fits or (m is not None and m.shape != b.shape[:2]):
+            found = f"A {tuple(a.shape)}, B {tuple(b.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
+            raise DoraError(f"experts need A (e, r, in), B (e, out, r) and m (e, out), found {found}")
+        object.__setattr__(self, "kind", "experts")
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.b_OR.shape[:2], self.a_RI.shape[2]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a_RI, self.b_OR
 
 
 class FusedAdapter(LayerAdapter):

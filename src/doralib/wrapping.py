@@ -8,27 +8,34 @@ from .config import DoraConfig
 from .convolutions import DoraConv
 from .embeddings import DoraEmbedding
 from .errors import UsageError
+from .experts import AdaptedExperts, expert_weights
 from .fused_layers import DoraFused, refuse_misfits
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
 from .targets import magnitudes
 
+Wrapper = DoraLinear | TrainedCopy | AdaptedExperts
 
-def wrappers_for(
-    model: nn.Module, config: DoraConfig, chosen: list[str], whole: list[str]
-) -> dict[str, DoraLinear | TrainedCopy]:
-    """An adapted layer for each chosen one and a trained copy for each module that is trained whole, by name.
+
+def wrappers_for(model: nn.Module, config: DoraConfig, chosen: list[str], whole: list[str]) -> dict[str, Wrapper]:
+    """What takes the place of a module, by its name: for each chosen layer, for the holders of chosen parameters, and
+    for each module that is trained whole.
 
     Raises:
         UsageError: if a fused projection is not of the parts that the settings say.
         DoraError: if a layer is of a kind that cannot be adapted.
     """
+    weights = expert_weights(model)
+    parameters, chosen = [n for n in chosen if n in weights], [n for n in chosen if n not in weights]
     refuse_misfits(model, config, chosen)
     alone = set(magnitudes(model, config))
     bank = bank_for([model.get_submodule(name) for name in chosen], config)
-    wrappers: dict[str, DoraLinear | TrainedCopy] = {
+    wrappers: dict[str, Wrapper] = {
         name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
     }
+    for holder in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
+        inside = [name for name in parameters if name.rpartition(".")[0] == holder]
+        wrappers[holder] = AdaptedExperts(model.get_submodule(holder), inside, config)
     return wrappers | {name: TrainedCopy(model.get_submodule(name)) for name in whole}
 
 
@@ -61,7 +68,12 @@ def refuse_whole(model: nn.Module, chosen: list[str], whole: list[str]) -> None:
     for name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), set()).add(name)
-    problems = [f"{name} is in target_modules too" for name in whole if name in chosen]
+    problems = [
+        f"{name} is in target_modules too" if each == name else f"{name} is trained whole, and {each} in it is adapted"
+        for name in whole
+        for each in chosen
+        if each == name or each.startswith(f"{name}.")
+    ]
     for name in whole:
         inside = {name, *(f"{name}.{n}" for n, _ in model.get_submodule(name).named_modules())}
         for p in model.get_submodule(name).parameters():

@@ -70,6 +70,42 @@ def peft():
     _finish(folder, "peft", base, {name: plain.get_submodule(name).weight for name in base})
 
 
+class Experts(torch.nn.Module):
+    """Two stacks of three weights as transformers' mixtures hold them, no two sizes equal."""
+
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shapes = {"gate_up_proj": (3, 8, 5), "down_proj": (3, 5, 4)}
+        for name, (count, num_out, num_in) in shapes.items():
+            shape = (count, num_in, num_out) if is_transposed else (count, num_out, num_in)
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x):
+        return x
+
+
+def peft_experts():
+    from peft import LoraConfig, get_peft_model
+
+    for name, is_transposed in {"peft_experts": False, "peft_experts_transposed": True}.items():
+        torch.manual_seed(0)
+        layers = [{"experts": Experts(is_transposed), "q_proj": torch.nn.Linear(6, 8)} for _ in range(2)]
+        net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(map(torch.nn.ModuleDict, layers))})
+        base = {n: p.clone() for n, p in net.named_parameters() if "experts" in n}
+        config = LoraConfig(
+            r=2, lora_alpha=6, target_modules=["q_proj"], rank_pattern={"0.experts.down_proj": 3},
+            alpha_pattern={"0.experts.gate_up_proj": 5}, target_parameters=["experts.gate_up_proj", "down_proj"],
+        )  # fmt: skip
+        model = get_peft_model(net, config)
+        _disturb((n, p) for n, p in model.named_parameters() if "lora_" in n)
+        folder = _folder(name)
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        plain = model.merge_and_unload()
+        _finish(folder, "peft", base, {name: plain.get_parameter(name) for name in base})
+
+
 def lycoris():
     import lycoris
 

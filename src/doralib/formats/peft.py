@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import AdapterState, FusedAdapter, LayerAdapter
+from ..state import AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
+from . import experts
 from .parts import alpha_of
 from .vera import TYPES, from_vera, to_vera
 
@@ -39,12 +40,12 @@ _SHARED = (
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "target_parameters",
     "bias",
 )
 # what PEFT can write and a linear DoRA adapter here cannot mean
 _REFUSED = (
     "lora_bias",
-    "target_parameters",
     "layer_replication",
     "use_qalora",
     "use_bdlora",
@@ -85,10 +86,13 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
             continue  # PEFT adds the untouched weight of an adapted embedding or head
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
-    layers = {}
-    for layer, found in parts.items():
+    stacks, unnamed = experts.names_of(parts, config)
+    problems += unnamed
+    layers: dict[str, LayerAdapter] = {}
+    for key, found in parts.items():
+        layer, kind = stacks.get(key, key), "experts" if key in stacks else "".join(sorted(kinds[key]))
         try:
-            layers[layer] = _peft_layer(layer, found, "".join(sorted(kinds[layer])), config)
+            layers[layer] = _peft_layer(layer, found, kind, config)
         except DoraError as error:
             problems.append(f"{layer}: {error}")
     if not layers and not extra and not problems:
@@ -102,8 +106,11 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     """Our adapter as PEFT's tensors and settings."""
     if config.has_bank:
         return to_vera(config, state, _target_names(config, state))
-    tensors = {}
+    stacks = {name: adapter for name, adapter in state.layers.items() if isinstance(adapter, ExpertsAdapter)}
+    tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
+        if layer in stacks:
+            continue
         for field, key in _FACTORS_OF.get(adapter.kind, _FACTORS).items():
             tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = getattr(adapter, field)
         if adapter.m_O is not None:
@@ -125,6 +132,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "init_lora_weights": True,
         "target_modules": _target_names(config, state),
         "modules_to_save": list(config.modules_to_save) or None,
+        "target_parameters": list(config.target_parameters) or None,
         "exclude_modules": None,
         "task_type": None,
     }
@@ -160,25 +168,20 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
             "model; save it in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values.get(field), list | set):
             values[field] = tuple(sorted(values[field]))
-    if not values.get("target_modules"):
+    if not values.get("target_modules") and not values.get("target_parameters"):
         values.pop("target_modules", None)
     method = "dora" if settings.get("use_dora") else "lora"
     return DoraConfig(method=method, dropout_mode="exact", **values)
 
 
 def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
+    if kind == "experts":
+        return experts.read(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
-    missing = [key for field, key in keys.items() if field not in found]
-    if config.method == "lora":
-        if "m_O" in found:
-            raise DoraError("has a lora_magnitude_vector, but use_dora is false in the settings")
-    elif "m_O" not in found:
-        missing.append(_MAGNITUDE)
-    if missing:
-        raise DoraError(f"lacks {', '.join(missing)}")
+    experts.refuse_missing(found, keys, config)
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")
@@ -216,7 +219,7 @@ def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
     alone = [name for name, layer in state.layers.items() if layer.rank != config.rank_of(name)]
     if isinstance(config.target_modules, tuple):
         return sorted({*config.target_modules, *alone})
-    ends = Counter(layer.rpartition(".")[2] for layer in state.layers)
+    ends = Counter(name.rpartition(".")[2] for name, layer in state.layers.items() if layer.kind != "experts")
     if config.target_modules in (None, "all-linear"):
         return sorted(ends)
     return "|".join([f"(?:{config.target_modules})", *map(re.escape, alone)]) if alone else str(config.target_modules)
