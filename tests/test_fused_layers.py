@@ -336,3 +336,30 @@ def test_fused_modules_are_checked():
         doralib.adapt(model := build("gpt2"), config("gpt2", fused_modules=odd | typo))
     assert problem.value.args[0].count("96 rows") == 2
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_tied_projections_are_refused():
+    model = build("gpt2")
+    model.transformer.h[1].attn.c_attn.weight = model.transformer.h[0].attn.c_attn.weight
+    with pytest.raises(UsageError, match=r"h\.0\.attn\.c_attn is tied to transformer\.h\.1\.attn\.c_attn"):
+        doralib.adapt(model, config("gpt2"))
+
+
+def test_convert_takes_them_as_one_layer(tmp_path):
+    from doralib.formats import Given
+    from doralib.formats.storage import read_any
+    from doralib.recipes.convert import Request, convert_adapter
+
+    model = move(doralib.adapt(build("phi3"), config("phi3", target_modules=("qkv_proj",), fused_modules=QKV)), 0.1)
+    doralib.save_adapter(model, tmp_path / "adapter")
+    convert_adapter(Request(adapter=tmp_path / "adapter", to="mlx", out=tmp_path / "mlx"))
+    got = read_any(tmp_path / "mlx", Given())[1].state.layers
+    for name, layer in inject.state_of(model).layers.items():
+        assert got[name].rank == 6
+        torch.testing.assert_close(
+            got[name].scale * got[name].b_OR @ got[name].a_RI, layer.scale * layer.b_OR @ layer.a_RI
+        )
+        torch.testing.assert_close(got[name].m_O, layer.m_O)
+
+
+QKV = {"qkv_proj": MODELS["phi3"][2]["qkv_proj"]}

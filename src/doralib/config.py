@@ -91,6 +91,8 @@ class DoraConfig(Checked):
     """Taken out of target_modules; read in the same way."""
     magnitude_modules: Names = ()
     """Layers of which only the magnitude is trained, beside the target_modules; named in the same way."""
+    embedding_axis: Literal["dimension", "token"] = "dimension"
+    """What has a length in an embedding: a dimension over the whole vocabulary (PEFT), or a token (MLX)."""
     fused_modules: dict[str, FusedParts] = {}
     """Target layers that hold several projections (c_attn, qkv_proj), by name ending or regular expression: each part
     that is adapted has A, B and lengths of its own."""

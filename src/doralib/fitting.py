@@ -75,7 +75,9 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
     problems += _missing_lines(missing, stored, config)
     problems += _misfits(layers, values, stored)
     problems += _not_finite(layers, values)
-    problems += _untying([*values, *(name for name in layers if layers[name].kind == "embedding")], stored, config)
+    problems += _untying(
+        [*values, *(name for name in layers if layers[name].kind.endswith("embedding"))], stored, config
+    )
     transposed, undecided = _transposed(layers, stored, config)
     problems += undecided
     if problems:
@@ -203,6 +205,8 @@ def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
         E, O, I = adapter.shape
         return shape in ((E, O, I), (E, I, O))
     O, I, *taps = adapter.shape
+    if adapter.kind == "token_embedding":
+        return shape == (O, I)
     if adapter.kind == "linear":
         return shape in ((O, I), (I, O))
     if adapter.kind == "embedding":

@@ -220,8 +220,18 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     if m_O is None:
         return V_OI
     gain_O = gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=-1))
-    kept_O = ((gain_O - 1).abs() <= 8 * torch.finfo(dtype).eps) & (b_OR == 0).all(-1)
-    return V_OI.mul_(gain_O.masked_fill_(kept_O, 1)[..., None])
+    return V_OI.mul_(kept(gain_O[..., None], b_OR))
+
+
+def kept(gain_O1: Tensor, b_OR: Tensor) -> Tensor:
+    """The gain of rows, exactly 1 where B = 0 and it differs from 1 by what two ways of summing a length may.
+
+    The gradient is the gain's.
+    """
+    rest = 1 - gain_O1.detach()
+    same = (rest.abs() <= 8 * torch.finfo(rest.dtype).eps) & (b_OR == 0).all(-1, keepdim=True)
+    # exact: the two are within a factor 2
+    return torch.where(same, gain_O1 + rest, gain_O1)
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:

@@ -149,6 +149,11 @@ def load_into(model: nn.Module, state: AdapterState) -> None:
         for name, adapter in state.layers.items()
         if isinstance(modules.get(name), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
     ]
+    problems += [
+        f"{name}: {_words(adapter.kind)} in the adapter, {_words(into.layers[name].kind)} in the model"
+        for name, adapter in state.layers.items()
+        if name in into.layers and adapter.kind != into.layers[name].kind
+    ]
     problems += other_banks(into, state)
     if problems:
         raise DoraError(_listed("the adapter does not fit this model", sorted(problems)))
@@ -322,6 +327,9 @@ def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) ->
     """The layers of a model that can be adapted, once every adapted shape is right."""
     linear = adaptable(model)
     known = linear | {name: weight.shape for name, weight in expert_weights(model).items()}
+    for name in state.layers.keys() & linear.keys():
+        if state.layers[name].kind == "token_embedding":
+            known[name] = known[name][::-1]
     wrong = [
         f"{name}: {adapter.shape} in the adapter, {known[name]} in the model"
         for name, adapter in state.layers.items()
@@ -329,7 +337,7 @@ def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) ->
     ]
     for name in state.layers.keys() & linear.keys():
         adapter, base = state.layers[name], open_base(model.get_submodule(name))
-        if base is not None and base.kind != adapter.kind:
+        if base is not None and base.kind != adapter.kind.removeprefix("token_"):
             wrong.append(f"{name}: {_words(adapter.kind)} in the adapter, {_words(base.kind)} in the model")
     if wrong:
         raise DoraError(_listed(f"{path} is an adapter of another model; these shapes differ", wrong))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
-from .bases import Opaque, open_base
+from .bases import Dense, Opaque, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
@@ -58,7 +58,7 @@ class DoraLinear(Masters):
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
-        base = open_base(base_layer)
+        base = self.opened(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
         self.base_layer = base_layer.requires_grad_(False)
@@ -82,6 +82,11 @@ class DoraLinear(Masters):
         m_O = nn.Parameter(torch.empty(self.num_lengths, dtype=dtype, device=device)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
+
+    @staticmethod
+    def opened(base_layer: nn.Module) -> Dense | None:
+        """The frozen layer as rows."""
+        return open_base(base_layer)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

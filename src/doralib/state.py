@@ -29,8 +29,8 @@ class LayerAdapter:
     scale: float
     """s of ``s B A``: lora_alpha / r, or / sqrt(r) with rsLoRA."""
     kind: str = ""
-    """linear, convolution, transposed_convolution, embedding or experts; "": linear or convolution, as A's shape
-    says."""
+    """linear, convolution, transposed_convolution, embedding, token_embedding (rows are tokens) or experts; "":
+    linear or convolution, as A's shape says."""
 
     def __post_init__(self) -> None:
         a, b, m = self.a_RI, self.b_OR, self.m_O

@@ -6,7 +6,7 @@ from .bank import Bank, DoraBank, bank_for
 from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
-from .embeddings import DoraEmbedding
+from .embeddings import DoraEmbedding, DoraTokenEmbedding
 from .errors import UsageError
 from .experts import AdaptedExperts, expert_weights
 from .fused_layers import DoraFused, refuse_misfits
@@ -47,13 +47,20 @@ _LAYERS: dict[str, type[DoraLinear]] = {
 
 
 def _adapted_layer(module: nn.Module, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLinear:
+    base, parts = open_base(module), config.fused_parts(name)
+    by_token = (
+        base is not None and base.kind == "embedding" and config.has_magnitude and config.embedding_axis == "token"
+    )
+    if alone and by_token:
+        raise UsageError(f"{name}: magnitude_modules have no lengths of tokens; leave embedding_axis as dimension")
     if alone:
         return DoraMagnitude(module, 1, 1.0, config)
     if bank is not None:
         return DoraBank(module, bank, config)
-    base, parts = open_base(module), config.fused_parts(name)
     if parts is not None:
         return DoraFused(module, parts, config.rank_of(name), config.scale_of(name), config)
+    if by_token:
+        return DoraTokenEmbedding(module, config.rank_of(name), config.scale_of(name), config)
     layer = DoraLinear if base is None else _LAYERS.get(base.kind, DoraLinear)
     return layer(module, config.rank_of(name), config.scale_of(name), config)
 

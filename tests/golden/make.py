@@ -218,6 +218,49 @@ def mlx():
     )
 
 
+def mlx_embedding():
+    """A DoRA embedding beside a linear layer; rows of the weights are tokens."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    def torched(array):
+        return torch.from_numpy(np.array(array))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(6, 8)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens, self.layers = nn.Embedding(9, 6), [Block()]
+
+    mx.random.seed(0)
+    model = Model()
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": ["q_proj", "embed_tokens"]}
+    linear_to_lora_layers(model, -1, parameters, use_dora=True)
+    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
+    moved = {name: torched(value).clone() for name, value in trained.items()}
+    _disturb(moved.items())
+    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
+    folder = _folder("mlx_embedding")
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {n: mx.array(v.numpy()) for n, v in moved.items()})
+    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    tokens = torch.tensor([[0, 3, 8], [3, 1, 0]])
+    looked_up = torched(model.embed_tokens(mx.array(tokens.numpy())))
+    _finish(
+        folder,
+        "mlx-lm",
+        {"embed_tokens": torched(model.embed_tokens.embedding.weight), "tokens": tokens},
+        {"embed_tokens": torched(model.embed_tokens.fuse().weight), "tokens": looked_up},
+    )
+
+
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "model_type": "llama"}
 
 

@@ -86,19 +86,13 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
             continue  # PEFT adds the untouched weight of an adapted embedding or head
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
-    stacks, unnamed = experts.names_of(parts, config)
-    problems += unnamed
-    layers: dict[str, LayerAdapter] = {}
-    for key, found in parts.items():
-        layer, kind = stacks.get(key, key), "experts" if key in stacks else "".join(sorted(kinds[key]))
-        try:
-            layers[layer] = _peft_layer(layer, found, kind, config)
-        except DoraError as error:
-            problems.append(f"{layer}: {error}")
+    layers = _peft_layers(parts, kinds, config, problems)
     if not layers and not extra and not problems:
         problems.append("the file holds no tensor at all")
     if problems:
         raise DoraError(f"adapter: {len(problems)} problems\n  " + "\n  ".join(problems[:20]))
+    if any(layer.kind == "token_embedding" for layer in layers.values()):
+        config = config.model_copy(update={"embedding_axis": "token"})
     return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
 
 
@@ -111,11 +105,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     for layer, adapter in state.layers.items():
         if layer in stacks:
             continue
-        for field, key in _FACTORS_OF.get(adapter.kind, _FACTORS).items():
-            tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = getattr(adapter, field)
-        if adapter.m_O is not None:
-            shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
-            tensors[f"{_PEFT_PREFIX}{layer}.{_MAGNITUDE}"] = adapter.m_O.reshape(shape)
+        tensors |= {f"{_PEFT_PREFIX}{layer}.{key}": tensor for key, tensor in _layer_tensors(adapter).items()}
     for name, tensor in state.extra.items():
         module, _, field = name.rpartition(".")
         # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
@@ -139,6 +129,18 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
     return tensors, settings
+
+
+def _layer_tensors(adapter: LayerAdapter) -> dict[str, Tensor]:
+    keys, m = _FACTORS_OF.get(adapter.kind, _FACTORS), adapter.m_O
+    tensors = {key: getattr(adapter, field) for field, key in keys.items()}
+    if adapter.kind == "token_embedding":
+        tensors = dict(zip(_FACTORS_OF["embedding"].values(), (adapter.b_OR.T, adapter.a_RI.T), strict=True))
+        return tensors | ({} if m is None else {_MAGNITUDE: m[:, None]})
+    if m is not None:
+        shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
+        tensors[_MAGNITUDE] = m.reshape(shape)
+    return tensors
 
 
 def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, float]]:
@@ -177,6 +179,24 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
     return DoraConfig(method=method, dropout_mode="exact", **values)
 
 
+def _peft_layers(
+    parts: Mapping[str, dict[str, Tensor]], kinds: Mapping[str, set[str]], config: DoraConfig, problems: list[str]
+) -> dict[str, LayerAdapter]:
+    """Every layer that can be made; a line in ``problems`` for each that cannot."""
+    stacks, unnamed = experts.names_of(parts, config)
+    problems += unnamed
+    layers: dict[str, LayerAdapter] = {}
+    for key, found in parts.items():
+        layer, kind = stacks.get(key, key), "experts" if key in stacks else "".join(sorted(kinds[key]))
+        try:
+            layers[layer] = _peft_layer(layer, found, kind, config)
+        except DoraError as error:
+            problems.append(f"{layer}: {error}")
+    if len({layer.kind for layer in layers.values() if layer.kind.endswith("embedding")}) > 1:
+        problems.append("some embeddings have a length for each token and others for each dimension")
+    return layers
+
+
 def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
     if kind == "experts":
         return experts.read(found, config, layer)
@@ -185,6 +205,9 @@ def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")
+    if kind == "embedding" and m is not None and m.dim() == 2:
+        # (V, 1): what PEFT has no word for, and refuses by its shape
+        return LayerAdapter(b.T, a.T, m.flatten(), config.scale_of(layer), "token_embedding")
     if a.dim() > 2:
         _refuse_groups(a, b)
         m = m.flatten() if m is not None and m.numel() == b.shape[0] else m

@@ -73,7 +73,7 @@ def _weights(
     if stack is None:
         frozen = open_base(model.get_submodule(name))
         assert frozen is not None
-        yield frozen.W_OI, (*layer.factors, layer.m_O)
+        yield frozen.W_OI.T if layer.kind == "token_embedding" else frozen.W_OI, (*layer.factors, layer.m_O)
     else:
         for e, W_OI in enumerate(stack.W_EOI):
             yield W_OI, (layer.a_RI[e], layer.b_OR[e], None if layer.m_O is None else layer.m_O[e])
