@@ -136,6 +136,20 @@ def test_merged_equals_adapted(is_transposed, method, dtype):
     assert all(p.requires_grad for p in net.parameters())
 
 
+def test_autocast_makes_the_same_weights():
+    holder = make(False, torch.float32)["experts"]
+    leaves = [p for p in holder.parameters() if p.requires_grad]
+    want = torch.autograd.grad(holder._weights()["up_proj"].square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = holder._weights()["up_proj"]
+        assert holder(torch.randn(4, I)).dtype == torch.float32  # a bfloat16 product and a float32 bias
+        assert torch.equal(weights, holder._weights()["up_proj"].float())
+    assert torch.equal(weights, holder._weights()["up_proj"])
+    got = torch.autograd.grad(weights.square().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_nothing_of_the_stack_s_size_is_kept_or_made_but_the_result():
     W = torch.randn(4, 32, 24)
     A, B = torch.randn(4, R, 24, requires_grad=True), torch.randn(4, 32, R, requires_grad=True)

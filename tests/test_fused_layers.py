@@ -135,10 +135,11 @@ def test_it_equals_separate_layers_in_output_and_every_gradient(layout, method, 
 @pytest.mark.parametrize("r", [R, 30])
 def test_a_fresh_adapter_changes_nothing_bit_for_bit(layout, method, dtype, r):
     layer = make(layout, dtype, moved=False, method=method, r=r)
-    x = torch.randn(4, I).to(dtype)
-    assert torch.equal(layer(x), layer.base_layer(x))
-    with torch.no_grad():
+    for num_rows in (4, 3000):  # many rows are multiplied with a weight that is formed
+        x = torch.randn(num_rows, I).to(dtype)
         assert torch.equal(layer(x), layer.base_layer(x))
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer.base_layer(x))
 
 
 @methods
@@ -148,8 +149,9 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(layout, method, dtype, r):
 def test_rows_of_the_other_parts_keep_the_base_numbers(layout, method, dtype, mode):
     layer = make(layout, dtype, method=method, lora_dropout=0.3, dropout_mode=mode)
     others = [row for row in range(layer.out_features) if row not in layer.rows]
-    x = torch.randn(4, I).to(dtype)
-    for _ in range(2):
+    for num_rows in (4, 3000):
+        x = torch.randn(num_rows, I).to(dtype)
+        layer.train()
         assert torch.equal(layer(x)[:, others], layer.base_layer(x)[:, others])
         layer.eval()
         with torch.no_grad():

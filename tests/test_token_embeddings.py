@@ -130,6 +130,16 @@ def test_a_forward_pass_computes_only_the_rows_that_are_looked_up():
     assert seen.elements == num_tokens * R
 
 
+def test_autocast_changes_nothing():
+    layer = make("plain", torch.float32)
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+    want = torch.autograd.grad(layer(tokens()).square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(tokens())
+    assert torch.equal(y, layer(tokens()))
+    assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), leaves), want))
+
+
 def test_a_padding_row_of_zeros_stays_zero():
     layer = make("padding", torch.float32, moved=False)
     optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)

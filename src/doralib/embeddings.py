@@ -99,8 +99,11 @@ class DoraTokenEmbedding(DoraEmbedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
-        if not self.enabled:
-            return y
+        # autocast would take the lengths in half precision
+        with torch.autocast(y.device.type, enabled=False):
+            return self._turned(y, tokens) if self.enabled else y
+
+    def _turned(self, y: Tensor, tokens: Tensor) -> Tensor:
         look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
         assert self.lora_magnitude_vector is not None
         a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)

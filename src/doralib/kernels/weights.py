@@ -22,7 +22,9 @@ def adapted_weights(
         m_EO: None for LoRA: ``W + s B A``.
         detach_norm: Whether the norm is a constant of the backward pass.
     """
-    weights: Tensor = _AdaptedWeights.apply(W_EOI, a_ERI, b_EOR, m_EO, s, detach_norm)
+    # autocast would run the products of float32 sums in half precision
+    with torch.autocast(W_EOI.device.type, enabled=False):
+        weights: Tensor = _AdaptedWeights.apply(W_EOI, a_ERI, b_EOR, m_EO, s, detach_norm)
     return weights
 
 
