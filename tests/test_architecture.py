@@ -15,7 +15,8 @@ ROWS = [
     {"errors", "console"},
     {"config", "functional", "metrics", "markup", "templates"},
     {"kernels", "files", "state", "encoding", "charts"},
-    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts", "scoring", "generation"} | {"stored_experts"},
+    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts", "scoring", "generation"}
+    | {"stored_experts"},
     {"fitting"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"experts"},

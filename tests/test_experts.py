@@ -394,6 +394,7 @@ def test_settings_are_checked():
     for changes, message in (
         ({"method": "vera"}, "not with 'vera'"),
         ({"lora_dropout": 0.1}, "target_parameters have none"),
+        ({"init_lora_weights": "pissa"}, "does not go with fused_modules or target_parameters"),
     ):
         with pytest.raises(UsageError, match=message):
             config(**changes)

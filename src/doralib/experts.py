@@ -13,7 +13,8 @@ from . import functional as F
 from .config import DoraConfig
 from .errors import UsageError, nearest
 from .kernels.weights import adapted_weights
-from .layers import STARTS, Masters, ReadsThrough
+from .layers import Masters, ReadsThrough
+from .starts import DRAWN
 from .state import ExpertsAdapter
 
 _HELP = "list every stack that can be adapted with: doralib targets MODEL"
@@ -69,7 +70,7 @@ class DoraExperts(Masters):
     def reset_parameters(self, W_EOI: Tensor) -> None:
         """Back to the start: every A as the paper draws it, B = 0, m = |W|."""
         for a_RI in self.lora_A:
-            STARTS[self.start](a_RI)
+            DRAWN[self.start](a_RI)
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
             for m_O, W_OI in zip(self.lora_magnitude_vector, W_EOI, strict=True):

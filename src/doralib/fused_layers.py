@@ -11,7 +11,8 @@ from .bases import Dense, Opaque, open_base
 from .config import DoraConfig, FusedParts
 from .errors import DoraError, UsageError
 from .kernels.norm import FreshNorm
-from .layers import STARTS, DoraLinear
+from .layers import DoraLinear
+from .starts import DRAWN
 from .state import FusedAdapter, LayerAdapter, blocks
 
 # of a length that a file keeps for a row that is left alone: the base may have been quantised when it was written
@@ -126,7 +127,7 @@ class DoraFused(DoraLinear):
 
     def _start_factors(self) -> None:
         for a, _ in self.factors_by_part:
-            STARTS[self.start](a)
+            DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
     def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
