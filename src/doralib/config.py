@@ -152,10 +152,24 @@ class DoraConfig(Checked):
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
         if self.target_parameters and self.method not in ("dora", "lora"):
             problems.append(f"target_parameters go with methods dora and lora, not with {self.method!r}")
-        problems += _layer_problems(self)
+        problems += self._layer_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _layer_problems(self) -> list[str]:
+        """What does not go with parts of layers and stacks of weights."""
+        problems = []
+        if self.moves_start and (self.fused_modules or self.target_parameters):
+            problems.append(
+                f"init_lora_weights: {self.init_lora_weights!r} takes whole layers apart, so it does not go with "
+                "fused_modules or target_parameters"
+            )
+        if self.target_parameters and self.lora_dropout:
+            problems.append("lora_dropout: target_parameters have none, as no input is seen where a weight is adapted")
+        if self.fused_modules and self.method not in ("dora", "lora"):
+            problems.append(f"fused_modules go with methods dora and lora, not with {self.method!r}")
+        return problems
 
     @property
     def has_magnitude(self) -> bool:
@@ -271,21 +285,6 @@ class Recipe(Checked):
 
 
 _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
-
-
-def _layer_problems(config: DoraConfig) -> list[str]:
-    """What does not go with parts of layers and stacks of weights."""
-    problems = []
-    if config.moves_start and (config.fused_modules or config.target_parameters):
-        problems.append(
-            f"init_lora_weights: {config.init_lora_weights!r} takes whole layers apart, so it does not go with "
-            "fused_modules or target_parameters"
-        )
-    if config.target_parameters and config.lora_dropout:
-        problems.append("lora_dropout: target_parameters have none, as no input is seen where a weight is adapted")
-    if config.fused_modules and config.method not in ("dora", "lora"):
-        problems.append(f"fused_modules go with methods dora and lora, not with {config.method!r}")
-    return problems
 
 
 def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
