@@ -15,14 +15,17 @@ ROWS = [
     {"errors", "console"},
     {"config", "functional", "metrics", "markup", "templates"},
     {"kernels", "files", "state", "encoding", "charts"},
-    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts", "scoring", "generation"}
-    | {"stored_experts"},
-    {"fitting"},
+    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts"} | {"folding", "stored_experts"},
+    {"fitting", "scoring", "generation"},
+    {"adapters"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"experts"},
+    {"switched"},
     {"convolutions", "embeddings", "fused_layers", "magnitudes", "bank", "targets", "task_files", "report"},
+    {"live"},
     {"wrapping"},
     {"inject", "evaluation"},
+    {"several", "combination", "hotswap", "unmerge"},
     {"models", "groups"},
     {"verify"},
     {"recipes", "bench"},
@@ -113,7 +116,7 @@ def test_help_needs_no_torch():
 
 def test_the_core_needs_no_transformers():
     """The layers, the files and merging: torch, safetensors and pydantic alone."""
-    modules = "inject, merging, formats, layers, functional"
+    modules = "inject, several, combination, hotswap, unmerge, merging, formats, layers, functional"
     heavy = "{'transformers', 'datasets'} & set(sys.modules)"
     code = f"import sys\nfrom doralib import {modules}\nsys.exit(', '.join({heavy}) or 0)"
     assert run(code).returncode == 0

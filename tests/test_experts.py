@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GptOssConfig,
@@ -28,8 +28,7 @@ from doralib.experts import AdaptedExperts, DoraExperts, Stack, expert_weights
 from doralib.functional import merge_weight
 from doralib.kernels.weights import adapted_weights
 from doralib.layers import DoraLinear
-from doralib.merging import merge_checkpoint
-from doralib.merging import read_adapter as read_for_merging
+from doralib.merging import Ingredient, merge_checkpoint
 from doralib.stored_experts import transposed_experts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -280,15 +279,44 @@ def test_save_load_merge(name, method, tmp_path):
     assert torch.equal(logits(model), want)
 
 
+def save_base(plain, folder, *, apart):
+    """As transformers does, which splits stacks; or a file of the model's own names."""
+    if apart:
+        plain.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        save_file({n: p.contiguous() for n, p in plain.state_dict().items()}, folder / "model.safetensors")
+        plain.config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_several_adapters_merge_into_experts(name, apart, tmp_path):
+    """W + Σ w (V - W), in float64, of two adapters of other ranks and methods; one of them changes some stacks only."""
+    plain = build(name)
+    save_base(plain, tmp_path / "base", apart=apart)
+    given = {"one": (0.7, config(r=2)), "two": (-0.4, config(method="lora", target_parameters=("experts.down_proj",)))}
+    want = {n: p.double() for n, p in plain.state_dict().items()}
+    ingredients = []
+    for each, (weight, settings) in given.items():
+        model = move(doralib.adapt(copy.deepcopy(plain), settings))
+        doralib.save_adapter(model, tmp_path / each)
+        ingredients.append(Ingredient(tmp_path / each, weight))
+        for n, p in doralib.merge(model.double()).state_dict().items():
+            want[n] = want[n] + weight * (p - plain.state_dict()[n].double())
+    merge_checkpoint(ingredients, tmp_path / "base", tmp_path / "out")
+    merged = type(plain).from_pretrained(tmp_path / "out") if apart else None
+    merged = merged.state_dict() if merged else load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == want.keys()
+    for n, p in want.items():
+        torch.testing.assert_close(merged[n].double(), p, atol=1e-5, rtol=1e-5)
+
+
 @methods
 def test_merging_into_stacks_stored_as_stacks(method, tmp_path):
     """A file of the model's own names, without transformers' splitting of them."""
-    from safetensors.torch import save_file
-
     plain = build("olmoe")
-    (tmp_path / "base").mkdir()
-    save_file({n: p.contiguous() for n, p in plain.state_dict().items()}, tmp_path / "base" / "model.safetensors")
-    plain.config.save_pretrained(tmp_path / "base")
+    save_base(plain, tmp_path / "base", apart=False)
     model = move(doralib.adapt(copy.deepcopy(plain), config(method=method)))
     doralib.save_adapter(model, tmp_path / "adapter")
     merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
@@ -314,7 +342,7 @@ def test_the_axis_of_square_stacks():
 
 @pytest.mark.parametrize("name", ["peft_experts", "peft_experts_transposed"])
 def test_pefts_files_give_pefts_weights(name):
-    state, expected = read_for_merging(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
+    (_, state), expected = inject.read_adapter(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
     stacks = {n: layer for n, layer in state.layers.items() if layer.kind == "experts"}
     assert set(stacks) == {n.removeprefix("base.") for n in expected if n.startswith("base.")}
     assert {layer.rank for layer in stacks.values()} == {2, 3}
@@ -386,8 +414,44 @@ def test_other_formats_refuse_experts(tmp_path):
     build("olmoe").save_pretrained(tmp_path / "base")
     with pytest.raises(DoraError, match="no such form"):
         convert_adapter(
-            Request(adapter=tmp_path / "adapter", to="lora", rank=2, out=tmp_path / "l", base=str(tmp_path / "base"))
+            Request(adapter=tmp_path / "adapter", to="tensorrt", out=tmp_path / "l", base=str(tmp_path / "base"))
         )
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_nearest_lora_of_every_expert(apart, tmp_path):
+    """At full rank the LoRA is the change itself, whether the checkpoint keeps the experts together or apart."""
+    from doralib.recipes.convert import Request, convert_adapter
+
+    plain = build("olmoe")
+    save_base(plain, tmp_path / "base", apart=apart)
+    model = move(doralib.adapt(copy.deepcopy(plain), config()))
+    doralib.save_adapter(model, tmp_path / "adapter")
+    request = Request(adapter=tmp_path / "adapter", to="lora", rank=64, out=tmp_path / "l", base=str(tmp_path / "base"))
+    assert all(each.relative < 1e-5 for each in convert_adapter(request).errors)
+    lora = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "l")
+    assert inject.config_of(lora).method == "lora"
+    assert {n for n, layer in inject.state_of(lora).layers.items() if layer.kind == "experts"}
+    ours, theirs = (dict(doralib.merge(each).named_parameters()) for each in (model, lora))
+    for name, p in ours.items():
+        torch.testing.assert_close(theirs[name], p, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_inspect_says_how_far_the_experts_moved(apart, tmp_path):
+    from doralib.checkpoints import Checkpoint
+    from doralib.recipes.inspection import movements
+
+    plain = build("olmoe")
+    save_base(plain, tmp_path / "base", apart=apart)
+    model = move(doralib.adapt(copy.deepcopy(plain), config()))
+    moved = movements(inject.state_of(model), Checkpoint.open(tmp_path / "base"))
+    after, before = dict(doralib.merge(model).named_parameters()), dict(plain.named_parameters())
+    for name in (n for n in moved if n.endswith("_proj") and "experts" in n):
+        w, v = before[name].double().flatten(0, 1), after[name].double().flatten(0, 1)
+        length = ((v.norm(dim=1) - w.norm(dim=1)).abs() / w.norm(dim=1)).mean().item()
+        direction = (1 - torch.cosine_similarity(w, v)).mean().item()
+        assert moved[name] == pytest.approx((length, direction), rel=1e-3)
 
 
 def test_settings_are_checked():

@@ -144,8 +144,10 @@ class DoraBank(DoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
         y = self.base_layer(x)
-        if not self.enabled:
-            return y
+        return self.around(y, x) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)

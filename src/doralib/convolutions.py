@@ -22,10 +22,13 @@ class DoraConv(ReadsThrough, DoraLinear):
 
     def forward(self, x: Tensor, *output_size: Any) -> Tensor:
         """What the base layer takes, and what it would return."""
-        if not self.enabled:
-            return self.base_layer(x, *output_size)
-        x = autocast(x)
+        x = autocast(x) if self.enabled else x
         y = self.base_layer(x, *output_size)
+        return self.around(y, x, *output_size) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor, *output_size: Any) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)
         gain_O = self.gain()

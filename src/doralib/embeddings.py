@@ -54,8 +54,10 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
-        if not self.enabled:
-            return y
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
         gain_O = self.gain()
         sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:
@@ -99,9 +101,13 @@ class DoraTokenEmbedding(DoraEmbedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
         # autocast would take the lengths in half precision
         with torch.autocast(y.device.type, enabled=False):
-            return self._turned(y, tokens) if self.enabled else y
+            return self._turned(y, tokens)
 
     def _turned(self, y: Tensor, tokens: Tensor) -> Tensor:
         look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)

@@ -111,6 +111,11 @@ class AdaptedExperts(ReadsThrough):
             adapter = DoraExperts(self._stack(field), config.rank_of(name), config.scale_of(name), config)
             setattr(self, field, adapter)  # add_module finds the parameter of that name through the base
 
+    @property
+    def stacks(self) -> dict[str, DoraExperts]:
+        """The adapter of each stack, by the parameter's name in the module."""
+        return {field: self._modules[field] for field in self.fields}  # type: ignore[misc]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer takes, and what it would return."""
         if not self.enabled:
@@ -129,9 +134,7 @@ class AdaptedExperts(ReadsThrough):
         """By name, stored as the module stores them."""
         out = {}
         for field in self.fields:
-            adapter, stack = self.get_submodule(field), self._stack(field)
-            assert isinstance(adapter, DoraExperts)
-            weights = adapter.weights(stack.W_EOI)
+            weights = self.stacks[field].weights(self._stack(field).W_EOI)
             out[field] = weights.mT if self.base_layer.is_transposed else weights
         return out
 

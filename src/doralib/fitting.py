@@ -51,6 +51,8 @@ class Fit:
     """Those of ``layers`` whose rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions."""
     values: Mapping[str, Tensor]
     """Tensors that take the place of the checkpoint's."""
+    sources: Mapping[str, str]
+    """Which of the adapter's layers each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
 
 
 def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> Fit:
@@ -68,9 +70,10 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
     names, missing, problems = _matched([*wanted, *values], stored)
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
-        for key, adapter in wanted.items()
+        for key, (_, adapter) in wanted.items()
         if key in names
     }
+    sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
     values = {names[name]: value for name, value in values.items() if name in names}
     problems += _missing_lines(missing, stored, config)
     problems += _misfits(layers, values, stored)
@@ -84,7 +87,7 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return Fit(layers, transposed, values)
+    return Fit(layers, transposed, values, sources)
 
 
 def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:

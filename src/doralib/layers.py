@@ -154,6 +154,14 @@ class DoraLinear(Masters):
             return self._inferred(x, W_OI)
         return dora_linear(x, W_OI, *self.factors, self.gain(), self.scale, self.bias, dropout)
 
+    def around(self, base: Tensor, x: Tensor) -> Tensor:
+        """The output for x from the base's own output for it, which rows of other adapters may share.
+
+        A class with a forward of its own has one of these too, or is called apart for its rows (`Switched`).
+        """
+        x = autocast(x)
+        return self._around(base, x, self._draw_dropout(x))
+
     def state(self) -> LayerAdapter:
         """The trained values; views, not copies."""
         m_O = self.lora_magnitude_vector
@@ -213,7 +221,9 @@ class DoraLinear(Masters):
 
     def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """The plain formula around the layer's own call: unknown storages, and what a compiler can see through."""
-        base = self.base_layer(x)
+        return self._around(self.base_layer(x), x, dropout)
+
+    def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
         x_a = dropped(x, dropout)
         A, B = self.factors
         lora = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
@@ -234,7 +244,7 @@ class ReadsThrough(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+            return getattr(original(self), name)
 
 
 class TrainedCopy(nn.Module):
@@ -256,16 +266,26 @@ class TrainedCopy(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The original with the trained values, cast once to its dtypes."""
-        for name, p in self.base_layer.named_parameters():
+        """A copy of the original with the trained values, cast once to its dtypes."""
+        merged = copy.deepcopy(self.base_layer)
+        for name, p in merged.named_parameters():
             p.copy_(self.trained.get_parameter(name))
-        return self.base_layer
+        return merged
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("trained" if self.enabled else "base_layer"), name)
+            return getattr(super().__getattr__("trained") if self.enabled else original(self), name)
+
+
+def original(wrapper: nn.Module) -> nn.Module:
+    """The frozen module of a wrapper, which is a child of it or, under `Switched`, of the place that it shares."""
+    own = wrapper.__dict__
+    held: nn.Module | None = own.get("base_layer", own.get("_modules", {}).get("base_layer"))
+    if held is None:
+        raise AttributeError(f"{type(wrapper).__name__} has no base_layer")
+    return held
 
 
 def _master_copy(original: nn.Module) -> nn.Module:

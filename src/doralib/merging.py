@@ -1,35 +1,71 @@
-"""Fold an adapter into a checkpoint on disk: a stream of row blocks in, a stream out.
+"""Fold adapters into a checkpoint on disk: a stream of row blocks in, a stream out.
 
 The output has the base's files, order of tensors, dtypes and metadata. No model is built, and what the adapter does not
 touch is copied as bytes.
 """
 
 import itertools
+import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .adapters import another_base, knowing, read_adapter, whole_pipeline
 from .checkpoints import CODES, DTYPES, Checkpoint, Shard, Slot, copy_bytes, laid_out, read_rows, write_at
-from .errors import DoraError, UsageError, did_you_mean
-from .files import human, names_in, read_json, read_tensors, replacing, write_json
+from .errors import DoraError, UsageError, collecting, did_you_mean, raise_all
+from .files import human, names_in, read_json, replacing, write_json
 from .fitting import Fit, fit
-from .formats import from_peft
-from .functional import merge_weight, row_blocks, swapped_channels
-from .state import AdapterState, LayerAdapter
+from .folding import Change, changed
+from .formats import Found, Given
+from .formats.storage import adapter_file
+from .functional import row_blocks
+from .state import LayerAdapter
 
 Progress = Callable[[int, int], None]
+Changes = Mapping[str, Sequence[Change]]
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD = "doralib_merge.json"
 _COPY_BYTES = 32 << 20  # copied at once, between two reports of progress
 _MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One adapter of a merge."""
+
+    path: Path
+    """A file or folder of any format."""
+    weight: float = 1.0
+    """Its change of the base is multiplied by this."""
+    given: Given = field(default_factory=Given)
+    """alpha and component, for files that do not say them; the base's names are added."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One adapter as it was merged."""
+
+    path: str
+    format: str
+    weight: float
+    layers: int
+    whole: int
+    """Tensors trained whole: modules_to_save, biases."""
+
+    def text(self) -> str:
+        """For a person."""
+        whole = f" and {self.whole} whole tensors" if self.whole else ""
+        return f"{self.path} ({self.format}): {self.layers} layers{whole}, weight {self.weight:g}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +73,7 @@ class MergeSummary:
     """What a merge did."""
 
     out: Path
+    adapters: tuple[Folded, ...]
     layers: int
     """Weights that an adapter was folded into."""
     replaced: int
@@ -50,6 +87,8 @@ class MergeSummary:
     """Most memory this process has held so far."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken along: weights in other formats."""
+    notes: tuple[str, ...] = ()
+    """What had to be assumed of the adapters, and what looks wrong."""
 
     def text(self) -> str:
         """For a person."""
@@ -57,8 +96,11 @@ class MergeSummary:
             f"{self.out}: {self.layers} layers folded in, {self.replaced} tensors replaced, of {self.tensors}; "
             f"{human(self.bytes)} in {self.seconds:.1f} s, at most {human(self.peak_bytes)} of memory"
         ]
+        if len(self.adapters) > 1:
+            lines += [adapter.text() for adapter in self.adapters]
         if self.left_out:
             lines.append(f"not taken along: {', '.join(self.left_out)}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
 
 
@@ -68,13 +110,17 @@ class _Piece:
 
     slot: Slot
     out: Slot
-    adapter: LayerAdapter | None = None
-    transposed: bool = False
-    value: Tensor | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def untouched(self) -> bool:
-        return self.adapter is None and self.value is None and self.slot.code == self.out.code
+        return not self.changes and self.slot.code == self.out.code
+
+    @property
+    def blocks(self) -> Iterable[slice]:
+        """Rows that are read, computed and written together."""
+        whole = any(change.needs_all for change in self.changes)
+        return [slice(None)] if whole else row_blocks(*self.slot.matrix)
 
 
 @dataclass(frozen=True)
@@ -95,7 +141,7 @@ def _silent(done: int, total: int) -> None:
 
 
 def merge_checkpoint(
-    adapter: Path,
+    adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
     out: Path,
     *,
@@ -103,13 +149,14 @@ def merge_checkpoint(
     overwrite: bool = False,
     progress: Progress = _silent,
 ) -> MergeSummary:
-    """Write the base with the adapter folded in, as a folder that plain transformers loads.
+    """Write the base with adapters folded in, as a folder that plain transformers loads.
 
-    Holds the adapter and one row block a thread (a whole tensor of HF Conv1D, embeddings and transposed convolutions,
-    whose rows are not stored as rows).
+    Holds the adapters and one row block a thread (a whole tensor of HF Conv1D, embeddings and transposed convolutions,
+    whose rows are not stored as rows). Several are summed as `functional.combined` says: each brings its own change of
+    the base, whatever its rank, method, layers and file.
 
     Args:
-        adapter: folder of adapter_config.json and adapter_model.safetensors, e.g. a run.
+        adapters: a file or folder of any format that ``doralib convert`` reads, e.g. a run; or several, with weights.
         base: folder of model.safetensors or shards with an index, or one .safetensors file. For a hub name or a .gguf
             file see `gguf.local_base`.
         out: made whole or not at all; an existing model there is refused unless ``overwrite``.
@@ -118,50 +165,101 @@ def merge_checkpoint(
 
     Raises:
         UsageError: if a folder is missing, or ``out`` is in the way.
-        DoraError: if the adapter does not fit the base (everything that is wrong, at once), or a file is damaged;
-            nothing has been written then.
+        DoraError: if an adapter does not fit the base (everything that is wrong with every one of them, at once), or a
+            file is damaged; nothing has been written then.
     """
     started = time.perf_counter()
+    ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else list(adapters)
     code = _code_of(dtype)
-    checkpoint = Checkpoint.open(base)
-    _check_out(out, checkpoint.folder, Path(adapter), overwrite)
-    state = read_adapter(adapter)
-    config = checkpoint.config()
-    fitted = fit(state, checkpoint.slots, config)
-    if code and "quantization_config" in config:
+    checkpoint = opened(base, ingredients)
+    _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
+    if code and "quantization_config" in checkpoint.config():
         raise DoraError(f"{base} is quantised: its dtype cannot be changed to {dtype}; leave dtype out")
-    need = sum(_file(shard, fitted, code, Path(out)).nbytes for shard in checkpoint.shards)
+    folded, changes, notes = _changes(ingredients, checkpoint)
+    need = sum(_file(shard, changes, code, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
-        _write_weights([_file(shard, fitted, code, part) for shard in checkpoint.shards], progress)
+        _write_weights([_file(shard, changes, code, part) for shard in checkpoint.shards], progress)
         left_out = _write_companions(part, checkpoint, dtype, need)
+        write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in folded]})
+    adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
         out=Path(out),
-        layers=len(fitted.layers),
-        replaced=len(fitted.values),
+        adapters=tuple(folded),
+        layers=len(adapted),
+        replaced=len(changes.keys() - adapted),
         tensors=len(checkpoint.slots),
         bytes=need,
         seconds=time.perf_counter() - started,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         left_out=left_out,
+        notes=tuple(notes),
     )
 
 
-def read_adapter(folder: str | Path) -> AdapterState:
-    """The adapter in a folder of adapter_config.json and adapter_model.safetensors.
+def opened(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
+    """The base's headers; if they cannot be read, or an adapter is not there, all of that at once.
 
     Raises:
-        UsageError: if there is none.
-        DoraError: if a file is damaged, or the two do not fit each other.
+        DoraError: as `raise_all` does.
     """
-    folder = Path(folder)
-    if (folder / "model" / "config.json").is_file() and not (folder / "adapter_config.json").exists():
-        raise UsageError(f"{folder} is a full fine-tune, which has no adapter; its whole model is {folder / 'model'}")
-    settings = read_json(folder / "adapter_config.json")
-    _, state = from_peft(read_tensors(folder / "adapter_model.safetensors"), settings)
-    if not state.layers and not state.extra:
-        raise UsageError(f"the adapter in {folder} is empty: there is nothing to merge")
-    return state
+    problems: list[DoraError] = []
+    if not ingredients:
+        raise UsageError("no adapter is given to merge")
+    for each in ingredients:
+        if not math.isfinite(each.weight):
+            problems.append(UsageError(f"{each.path}: {each.weight} is no weight"))
+        with collecting(problems):
+            adapter_file(each.path)
+    with collecting(problems):
+        whole_pipeline(base)
+        checkpoint = Checkpoint.open(base)
+    raise_all(problems)
+    return checkpoint
+
+
+def _changes(
+    ingredients: Sequence[Ingredient], checkpoint: Checkpoint
+) -> tuple[list[Folded], dict[str, list[Change]], list[str]]:
+    """What was read of each adapter, every change by the tensor's name, and what there is to note."""
+    changes: dict[str, list[Change]] = defaultdict(list)
+    folded: list[Folded] = []
+    notes: list[str] = []
+    problems: list[DoraError] = []
+    config = checkpoint.config()
+    for each in ingredients:
+        with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
+            form, found = read_adapter(each.path, knowing(each.given, checkpoint))
+            other = another_base(found.state.base_model, checkpoint.folder)
+            fitted = _fitted(found, checkpoint, config, other)
+            for name, adapter in fitted.layers.items():
+                changes[name].append(Change(each.weight, adapter, name in fitted.transposed))
+            for name, value in fitted.values.items():
+                changes[name].append(Change(each.weight, value))
+            folded.append(Folded(str(each.path), form, each.weight, len(fitted.layers), len(fitted.values)))
+            notes += [f"{each.path}: {note}" for note in (*found.notes, *other)]
+    raise_all(problems)
+    return folded, changes, notes
+
+
+def _fitted(found: Found, checkpoint: Checkpoint, config: Mapping[str, Any], other: Sequence[str]) -> Fit:
+    try:
+        return fit(found.state, checkpoint.slots, config)
+    except DoraError as error:
+        if not other:
+            raise
+        raise DoraError(f"{error}\n  it was trained on another model, {found.state.base_model}") from None
+
+
+@contextmanager
+def _named(path: Path, *, alone: bool) -> Iterator[None]:
+    """Of several adapters, say which one a problem is with."""
+    try:
+        yield
+    except DoraError as problem:
+        if alone:
+            raise
+        raise type(problem)(f"{path}: {problem}") from None
 
 
 def _code_of(dtype: str | None) -> str | None:
@@ -173,14 +271,14 @@ def _code_of(dtype: str | None) -> str | None:
     return CODES[DTYPE_NAMES[dtype]]
 
 
-def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
+def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) -> None:
     """Refuse every place where writing would take something away that is not a model to be overwritten."""
-    final, sources = Path(out).resolve(), {"base": base.resolve(), "adapter": adapter.resolve()}
-    for what, source in sources.items():
+    final, base = Path(out).resolve(), base.resolve()
+    for what, source in [("base", base), *(("adapter", adapter.resolve()) for adapter in adapters)]:
         if final == source or final in source.parents:
             raise UsageError(f"--out {out} would overwrite the {what} in {source}; choose another folder")
-    if sources["base"] in final.parents:
-        raise UsageError(f"--out {out} is inside the base {sources['base']}; choose a folder of its own")
+    if base in final.parents:
+        raise UsageError(f"--out {out} is inside the base {base}; choose a folder of its own")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
@@ -190,17 +288,14 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} is not a model folder and is not overwritten (it {found}); remove it yourself")
 
 
-def _file(shard: Shard, fitted: Fit, code: str | None, folder: Path) -> _File:
+def _file(shard: Shard, changes: Changes, code: str | None, folder: Path) -> _File:
     """What becomes of one file of the base."""
     path = folder / shard.path.name
     wanted = [slot.cast(code) if code and slot.plain else slot for slot in shard.slots]
     header, outs = laid_out(wanted, path, shard.metadata)
     if wanted == list(shard.slots):  # the same sizes at the same places: the very same header
         header, outs = shard.header(), [replace(slot, file=path) for slot in wanted]
-    pieces = [
-        _Piece(slot, out, fitted.layers.get(slot.name), slot.name in fitted.transposed, fitted.values.get(slot.name))
-        for slot, out in zip(shard.slots, outs, strict=True)
-    ]
+    pieces = [_Piece(slot, out, tuple(changes.get(slot.name, ()))) for slot, out in zip(shard.slots, outs, strict=True)]
     return _File(path, header, pieces)
 
 
@@ -235,9 +330,7 @@ def _jobs(pieces: Sequence[_Piece]) -> Iterator[Callable[[], int]]:
                 yield partial(_copy, first, offset, min(_COPY_BYTES, count - offset))
             continue
         for piece in run:
-            whole = piece.transposed and not (piece.adapter and piece.adapter.kind == "experts")
-            blocks = [slice(None)] if whole else row_blocks(*piece.slot.matrix)
-            yield from (partial(_write, piece, rows) for rows in blocks)
+            yield from (partial(_write, piece, rows) for rows in piece.blocks)
 
 
 def _copy(piece: _Piece, offset: int, count: int) -> int:
@@ -246,7 +339,7 @@ def _copy(piece: _Piece, offset: int, count: int) -> int:
 
 
 def _write(piece: _Piece, rows: slice) -> int:
-    block = _new_rows(piece, rows)
+    block = changed(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
     cast = block.to(DTYPES[piece.out.code]).contiguous()
     if piece.out.code == "F16" and bool((cast.isinf() & block.isfinite()).any()):
         largest = block.abs().max().item()
@@ -254,29 +347,6 @@ def _write(piece: _Piece, rows: slice) -> int:
     first, _, _ = rows.indices(piece.slot.matrix[0])
     write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
-
-
-def _new_rows(piece: _Piece, rows: slice) -> Tensor:
-    """The rows of the output as computed, before the cast."""
-    if piece.value is not None:
-        return piece.value.view(piece.slot.matrix)[rows]
-    block = read_rows(piece.slot, rows)
-    if piece.adapter is None:
-        return block
-    (a_RI, b_OR), m_O, s = piece.adapter.factors, piece.adapter.m_O, piece.adapter.scale
-    if piece.adapter.kind == "transposed_convolution":
-        groups = piece.slot.shape[0] // piece.adapter.shape[1]
-        by_channel = swapped_channels(block.view(piece.slot.shape), groups)
-        merged = merge_weight(by_channel.flatten(1), a_RI, b_OR, m_O, s)
-        return swapped_channels(merged.view(by_channel.shape), groups).flatten(1)
-    if piece.adapter.kind == "experts":  # a row of the block is an expert
-        stack = block.view(-1, *piece.slot.shape[1:])
-        values = a_RI[rows], b_OR[rows], None if m_O is None else m_O[rows]
-        merged = merge_weight(stack.mT if piece.transposed else stack, *values, s)
-        return (merged.mT if piece.transposed else merged).flatten(1)
-    if piece.transposed:
-        return merge_weight(block.T, a_RI, b_OR, m_O, s).T
-    return merge_weight(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], s)
 
 
 def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str | None, total: int) -> tuple[str, ...]:

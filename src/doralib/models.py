@@ -3,16 +3,21 @@
 import json
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from .adapters import another_base
 from .config import ModelSettings
-from .errors import DoraError, UsageError
-from .files import read_json
+from .errors import DoraError, Note, UsageError
+from .formats import Given
+from .formats.storage import base_named_by, holds_adapter
 from .inject import load_adapter
+from .several import set_adapter
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -40,19 +45,42 @@ def load_model(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
-def load_any(path: str, *, base: str | None = None, dtype: str = "auto") -> Loaded:
-    """A model for use: a run, an adapter (on the base it names, or on `base`), or whatever `load_model` takes."""
+def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+    """A model for use: a run, an adapter of any format, or whatever `load_model` takes.
+
+    Args:
+        base: the model that an adapter goes on, where it is not the one that it names.
+        given: what an adapter's file may not say.
+    """
     folder = Path(path)
-    if (folder / "adapter_config.json").exists():
-        named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if holds_adapter(folder):
+        named = base or base_named_by(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+        for note in another_base(base_named_by(folder), named):
+            warnings.warn(f"{path} {note}", Note, stacklevel=2)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype))
-        return load_adapter(model, folder).eval(), tokenizer
+        return load_adapter(model, folder, given=given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
     return model.eval(), tokenizer
+
+
+def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+    """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
+
+    Raises:
+        UsageError: if one is not given so.
+    """
+    pairs = [each.partition("=") for each in named]
+    if bad := [each for each, (name, _, path) in zip(named, pairs, strict=True) if not (name and path)]:
+        raise UsageError(f"--adapter {bad[0]}: give a name and a path, NAME=PATH")
+    for name, _, path in pairs:
+        load_adapter(model, path, name)
+    if pairs:
+        set_adapter(model, pairs[0][0])
+    return [name for name, _, _ in pairs]
 
 
 def _located(path: str) -> tuple[str, dict[str, str]]:

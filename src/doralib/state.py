@@ -57,6 +57,11 @@ class LayerAdapter:
         return self.b_OR.shape[0], *self.a_RI.shape[1:]
 
     @property
+    def magnitude_alone(self) -> bool:
+        """Whether only lengths are trained, which in files is A and B of zeros."""
+        return self.m_O is not None and not (self.a_RI.any() or self.b_OR.any())
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
         return self.a_RI.flatten(1), self.b_OR.flatten(1)
@@ -114,6 +119,7 @@ class BankAdapter(LayerAdapter):
 
     kind = "linear"
     scale = 1.0
+    magnitude_alone = False
 
     def __init__(self, bank: tuple[Tensor, Tensor], d_R: Tensor, b_O: Tensor, m_O: Tensor | None, num_in: int) -> None:
         values = {"bank": bank, "d_R": d_R, "b_O": b_O, "m_O": m_O, "num_in": num_in}

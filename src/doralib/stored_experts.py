@@ -15,18 +15,18 @@ _PLACES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe
 _TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 
 
-def weights_of(layers: Mapping[str, LayerAdapter], stored: Collection[str]) -> dict[str, LayerAdapter]:
-    """Adapters by the names of the tensors they change.
+def weights_of(layers: Mapping[str, LayerAdapter], stored: Collection[str]) -> dict[str, tuple[str, LayerAdapter]]:
+    """The adapted layer, and the adapter of this weight, by the names of the tensors that are changed.
 
     A stack of experts goes by its own name, or by the name of every expert's weight, with that expert's share, where
     the checkpoint keeps them apart: rows do not depend on each other, so each is merged alone.
     """
-    weights: dict[str, LayerAdapter] = {}
+    weights: dict[str, tuple[str, LayerAdapter]] = {}
     for name, adapter in layers.items():
+        found = {f"{name}.weight": adapter}
         if adapter.kind == "experts":
-            weights |= _apart(name, adapter, stored) or {name: adapter}
-        else:
-            weights[f"{name}.weight"] = adapter
+            found = _apart(name, adapter, stored) or {name: adapter}
+        weights |= {weight: (name, each) for weight, each in found.items()}
     return weights
 
 

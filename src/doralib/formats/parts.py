@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
-from ..state import LayerAdapter
+from ..errors import DoraError, UsageError
+from ..state import AdapterState, LayerAdapter
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -61,6 +62,25 @@ def layers_of(
     return layers
 
 
+def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapter]]:
+    """The rank of all layers, and the layers; those of magnitude alone, which have none, get zeros of that rank.
+
+    Raises:
+        UsageError: if there are several ranks.
+    """
+    ranks = sorted({layer.rank for layer in state.layers.values() if not layer.magnitude_alone} or {1})
+    if len(ranks) > 1:
+        raise UsageError(f"{title} has one rank for all layers, this adapter has {', '.join(map(str, ranks))}")
+
+    def of_that_rank(layer: LayerAdapter) -> LayerAdapter:
+        if not layer.magnitude_alone:
+            return layer
+        (O, I), R = layer.shape, ranks[0]
+        return replace(layer, a_RI=layer.a_RI.new_zeros(R, I), b_OR=layer.b_OR.new_zeros(O, R))
+
+    return ranks[0], {name: of_that_rank(layer) for name, layer in state.layers.items()}
+
+
 def number(tensor: Tensor) -> float:
     """The value of a tensor that holds one, e.g. alpha.
 
@@ -84,13 +104,15 @@ def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfi
     ranks = {name: adapter.rank for name, adapter in layers.items()}
     alphas = {name: alpha_of(adapter) for name, adapter in layers.items()}
     r, alpha = commonest(ranks), commonest(alphas)
+    stacks = tuple(sorted(name for name, adapter in layers.items() if adapter.kind == "experts"))
     return DoraConfig(
         method="dora" if any(adapter.m_O is not None for adapter in layers.values()) else "lora",
         r=r,
         lora_alpha=alpha,
         rank_pattern={name: value for name, value in ranks.items() if value != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-        target_modules=tuple(sorted(layers)),
+        target_modules=tuple(sorted(layers.keys() - set(stacks))),
+        target_parameters=stacks,
         **settings,
     )
 
