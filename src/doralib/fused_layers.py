@@ -84,9 +84,10 @@ class DoraFused(DoraLinear):
         Raises:
             DoraError: if it changes rows of which no part is adapted here, or mixes the parts.
         """
-        if isinstance(adapter, FusedAdapter) or adapter.shape != self.base.row_shape or adapter.rank != self.r:
+        rank, rest = divmod(adapter.rank, len(self._sizes))
+        if isinstance(adapter, FusedAdapter) or adapter.shape != self.base.row_shape or rest:
             return adapter
-        b, rank = adapter.b_OR, self.lora_fused_B.shape[1]
+        b = adapter.b_OR
         rows = [index.to(b.device) for index in self.rows_by_part]
         parts = [b[index, i * rank : (i + 1) * rank] for i, index in enumerate(rows)]
         stacked = torch.cat(parts)
