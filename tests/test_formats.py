@@ -323,11 +323,11 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
 # MLX-LM
 
 
-def test_mlx_embeddings_are_refused():
+def test_mlx_embeddings_are_told_by_their_shapes():
     embedding = {"emb.lora_a": torch.randn(50, 2), "emb.lora_b": torch.randn(2, 6), "emb.m": torch.rand(50)}
     settings = {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 5.0, "dropout": 0.0}}
-    with pytest.raises(DoraError, match="one per input: an embedding"):
-        FORMATS["mlx"].read(Content(embedding, settings), Given())
+    found = FORMATS["mlx"].read(Content(embedding, settings), Given())
+    assert (found.state.layers["emb"].kind, found.config.embedding_axis) == ("token_embedding", "token")
     square = {"emb.lora_a": torch.randn(6, 2), "emb.lora_b": torch.randn(2, 6), "emb.m": torch.rand(6)}
     with pytest.raises(DoraError, match="ambiguous"):
         FORMATS["mlx"].read(Content(square, settings), Given())

@@ -149,6 +149,28 @@ class Embedding(Transposed):
         return F.times_transposed(self._weight.detach(), c_OR.detach().T).T
 
 
+class TokenEmbedding(Embedding):
+    """`nn.Embedding` with tokens as rows, as MLX has it: the weight as it is stored, (V, dimensions)."""
+
+    kind = "token_embedding"
+
+    @property
+    def W_OI(self) -> Tensor:
+        return self._weight
+
+    def row_norm_sq(self) -> Tensor:
+        return F.row_norm_sq(self.W_OI)
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return F.times_transposed(self.W_OI, a_RI)
+
+    def transposed_times(self, c_OR: Tensor) -> Tensor:
+        return F.transposed_times(self.W_OI, c_OR)
+
+    def _stored(self, W_OI: Tensor) -> Tensor:
+        return W_OI
+
+
 class Opaque(Dense):
     """Any storage with `in_features` and `out_features`, by its own module call alone."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .config import DoraConfig
 from .errors import UsageError
+from .experts import AdaptedExperts
 from .formats.parts import config_for
 from .inject import add_state
 from .layers import DoraLinear, TrainedCopy
@@ -36,12 +37,15 @@ def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_na
     for name in adapters:
         adapter_of(model, name)
     _refuse_mixed(model, adapters)
+    _refuse_kinds(model, adapters)
     layers = _combined_layers(model, adapters)
     configs = [config_of(model, name) for name in adapters]
     biases = [config.bias for config in configs]
     whole = {place for name in adapters for place, m in layers_of(model, name).items() if isinstance(m, TrainedCopy)}
+    by_token = any(layer.kind == "token_embedding" for layer in layers.values())
     config = config_for(
         layers,
+        embedding_axis="token" if by_token else "dimension",
         modules_to_save=tuple(sorted(whole)),
         bias=next((each for each in ("all", "lora_only") if each in biases), "none"),
         dropout_mode=configs[0].dropout_mode,
@@ -114,3 +118,19 @@ def _refuse_mixed(model: nn.Module, adapters: Mapping[str, float]) -> None:
             (whole if isinstance(layer, TrainedCopy) else turned).add(place)
     if both := sorted(whole & turned):
         raise listed("one adapter trains these whole and another adapts them; they cannot be combined", both)
+
+
+def _refuse_kinds(model: nn.Module, adapters: Mapping[str, float]) -> None:
+    """Stacks of experts, and embeddings of which one adapter has lengths of tokens and another of dimensions."""
+    problems: list[str] = []
+    axes: set[str] = set()
+    for name in adapters:
+        for place, layer in layers_of(model, name).items():
+            if isinstance(layer, AdaptedExperts):
+                problems.append(f"{place}: a stack of experts; merge the adapters into a checkpoint (doralib merge)")
+            elif isinstance(layer, DoraLinear) and layer.base.kind.endswith("embedding"):
+                axes.add(layer.base.kind)
+    if len(axes) > 1:
+        problems.append("some embeddings have a length for each token and others for each dimension")
+    if problems:
+        raise listed("these adapters cannot be combined", list(dict.fromkeys(problems)))

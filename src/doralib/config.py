@@ -5,7 +5,8 @@ PEFT's field names wherever PEFT has the field, so nobody learns a second vocabu
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +14,7 @@ from .errors import UsageError, did_you_mean
 
 Patterns = dict[str, Annotated[float, Field(gt=0)]]
 Names = str | tuple[str, ...]
+Value = TypeVar("Value")
 
 
 if TYPE_CHECKING:
@@ -41,6 +43,33 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class FusedParts(Checked):
+    """How the rows of a fused projection are made up of parts, and which of them are adapted."""
+
+    parts: dict[str, Annotated[int, Field(ge=1)]] | tuple[str, ...]
+    """Names of the parts in the order of their rows: equal ones, or each with its share (rows, heads, ...)."""
+    adapt: tuple[str, ...] = Field(min_length=1)
+    """The parts that get an adapter each; the rows of the others stay as they are."""
+    repeats: int = Field(default=1, ge=1)
+    """The parts come one after another this often: the number of heads, where each head has its own q, k, v."""
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """The share of every part, by name, in the order of their rows."""
+        return dict(self.parts) if isinstance(self.parts, dict) else dict.fromkeys(self.parts, 1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = [f"adapt: there is no part {name!r}" for name in self.adapt if name not in self.shares]
+        problems += ["adapt names a part twice"] * (len(set(self.adapt)) < len(self.adapt))
+        problems += ["parts has a name twice"] * (len(self.shares) < len(self.parts))
+        if len(self.shares) < 2:
+            problems.append("parts: a fused projection has two parts at least")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
 class DoraConfig(Checked):
     """What to adapt, by which method, and how strongly."""
 
@@ -55,10 +84,18 @@ class DoraConfig(Checked):
     """Chance that an input of the adapter is zeroed during training."""
     target_modules: Names | None = None
     """Name endings, one regular expression for whole names, or "all-linear"; null: all-linear (full: everything)."""
+    target_parameters: tuple[str, ...] = ()
+    """Stacks of weights that a module holds as parameters (experts.gate_up_proj), by name ending; each expert has A, B
+    and lengths of its own."""
     exclude_modules: Names | None = None
     """Taken out of target_modules; read in the same way."""
     magnitude_modules: Names = ()
     """Layers of which only the magnitude is trained, beside the target_modules; named in the same way."""
+    embedding_axis: Literal["dimension", "token"] = "dimension"
+    """What has a length in an embedding: a dimension over the whole vocabulary (PEFT), or a token (MLX)."""
+    fused_modules: dict[str, FusedParts] = {}
+    """Target layers that hold several projections (c_attn, qkv_proj), by name ending or regular expression: each part
+    that is adapted has A, B and lengths of its own."""
     d_initial: float = 0.1
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
@@ -92,9 +129,9 @@ class DoraConfig(Checked):
         problems = [
             f"{field} is empty: nothing would be adapted"
             for field in ("target_modules",)
-            if getattr(self, field) in ("", ())
+            if getattr(self, field) == "" or (getattr(self, field) == () and not self.target_parameters)
         ]
-        for field in ("rank_pattern", "alpha_pattern"):
+        for field in ("rank_pattern", "alpha_pattern", "fused_modules"):
             problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
         for field in ("target_modules", "exclude_modules", "magnitude_modules"):
             names = getattr(self, field)
@@ -113,9 +150,26 @@ class DoraConfig(Checked):
             problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
         if self.magnitude_modules and self.method != "dora":
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
+        if self.target_parameters and self.method not in ("dora", "lora"):
+            problems.append(f"target_parameters go with methods dora and lora, not with {self.method!r}")
+        problems += self._layer_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _layer_problems(self) -> list[str]:
+        """What does not go with parts of layers and stacks of weights."""
+        problems = []
+        if self.moves_start and (self.fused_modules or self.target_parameters):
+            problems.append(
+                f"init_lora_weights: {self.init_lora_weights!r} takes whole layers apart, so it does not go with "
+                "fused_modules or target_parameters"
+            )
+        if self.target_parameters and self.lora_dropout:
+            problems.append("lora_dropout: target_parameters have none, as no input is seen where a weight is adapted")
+        if self.fused_modules and self.method not in ("dora", "lora"):
+            problems.append(f"fused_modules go with methods dora and lora, not with {self.method!r}")
+        return problems
 
     @property
     def has_magnitude(self) -> bool:
@@ -148,13 +202,17 @@ class DoraConfig(Checked):
 
     def rank_of(self, layer: str) -> int:
         """r of the layer of this name."""
-        return int(_by_pattern(self.rank_pattern, layer, self.r))
+        return _by_pattern(self.rank_pattern, layer, self.r)
+
+    def fused_parts(self, layer: str) -> FusedParts | None:
+        """The parts of the layer of this name, where it is a fused projection."""
+        return _by_pattern(self.fused_modules, layer, None)
 
     def scale_of(self, layer: str) -> float:
         """The factor s of ``s B A`` in the layer of this name."""
         if self.has_bank:
             return 1.0
-        r, alpha = self.rank_of(layer), float(_by_pattern(self.alpha_pattern, layer, self.lora_alpha))
+        r, alpha = self.rank_of(layer), _by_pattern(self.alpha_pattern, layer, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
@@ -229,11 +287,11 @@ class Recipe(Checked):
 _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
-def _by_pattern(patterns: dict[str, Any], layer: str, otherwise: float) -> float:
+def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
     """The value of the first key that the layer's name ends with or matches, as PEFT reads them."""
     for key, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({key})", layer):
-            return float(value)
+            return value
     return otherwise
 
 

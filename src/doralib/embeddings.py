@@ -1,9 +1,13 @@
-"""Adapted embeddings: a row is one dimension over the whole vocabulary, and has one length, as in PEFT."""
+"""Adapted embeddings: a length for each dimension over the whole vocabulary, as in PEFT, or each token, as in MLX."""
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .bases import Embedding
+from . import functional as F
+from .bases import Dense, Embedding, TokenEmbedding, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .layers import DoraLinear, ReadsThrough
@@ -69,3 +73,57 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def _start_factors(self) -> None:
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
+
+
+class DoraTokenEmbedding(DoraEmbedding):
+    """A frozen embedding whose tokens learn a length (m) and a low-rank turn of direction.
+
+    ``y = f g ∘ (W[i] + s (B A[:, i])ᵀ)`` for token i with ``g = m[i] / |W[i] + s (B A[:, i])ᵀ|``, W (vocabulary, dim).
+    Only the rows that are looked up are computed, and their lengths anew each time. The parameters are those of
+    `DoraEmbedding`, with m (vocabulary,); as rows, A is what `lora_embedding_B` holds, and B `lora_embedding_A`.
+    """
+
+    @staticmethod
+    def opened(base_layer: nn.Module) -> Dense | None:
+        base = open_base(base_layer)
+        return TokenEmbedding(base_layer) if isinstance(base, Embedding) else base
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """A as rows, (R, dim), a view."""
+        return self.lora_embedding_B.T
+
+    @property
+    def lora_B(self) -> Tensor:  # type: ignore[override]
+        """B as rows, (vocabulary, R), a view."""
+        return self.lora_embedding_A.T
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) to (..., dim), in the dtype that the base layer would return."""
+        y = self.base_layer(tokens)
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        # autocast would take the lengths in half precision
+        with torch.autocast(y.device.type, enabled=False):
+            return self._turned(y, tokens)
+
+    def _turned(self, y: Tensor, tokens: Tensor) -> Tensor:
+        look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
+        assert self.lora_magnitude_vector is not None
+        a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)
+        m = look_up(self.lora_magnitude_vector[:, None], scale_grad_by_freq=self.scale_grad_by_freq)
+        change = a @ (self.lora_A * self.scale)
+        n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
+        g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
+        turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
+        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
+        return y + ((g - 1).to(y.dtype) * y + turned.to(y.dtype))
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))
+
+    def _start_factors(self) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import DoraError, nearest
 from .state import AdapterState, LayerAdapter
+from .stored_experts import transposed_experts, weights_of
 
 # transformers' models with Conv1D layers, whose weights are stored (in, out), and those layers' names
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
@@ -50,6 +51,8 @@ class Fit:
     """Those of ``layers`` whose rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions."""
     values: Mapping[str, Tensor]
     """Tensors that take the place of the checkpoint's."""
+    sources: Mapping[str, str]
+    """Which of the adapter's layers each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
 
 
 def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> Fit:
@@ -63,24 +66,28 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
         DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
     """
     values = _without_tied_copies(state.extra, stored, config)
-    names, missing, problems = _matched([*(f"{layer}.weight" for layer in state.layers), *values], stored)
+    wanted = weights_of(state.layers, stored)
+    names, missing, problems = _matched([*wanted, *values], stored)
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
-        for name, adapter in state.layers.items()
-        if (key := f"{name}.weight") in names
+        for key, (_, adapter) in wanted.items()
+        if key in names
     }
+    sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
     values = {names[name]: value for name, value in values.items() if name in names}
     problems += _missing_lines(missing, stored, config)
     problems += _misfits(layers, values, stored)
     problems += _not_finite(layers, values)
-    problems += _untying([*values, *(name for name in layers if layers[name].kind == "embedding")], stored, config)
+    problems += _untying(
+        [*values, *(name for name in layers if layers[name].kind.endswith("embedding"))], stored, config
+    )
     transposed, undecided = _transposed(layers, stored, config)
     problems += undecided
     if problems:
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return Fit(layers, transposed, values)
+    return Fit(layers, transposed, values, sources)
 
 
 def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
@@ -197,7 +204,12 @@ def _misfits(
 
 
 def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
+    if adapter.kind == "experts":
+        E, O, I = adapter.shape
+        return shape in ((E, O, I), (E, I, O))
     O, I, *taps = adapter.shape
+    if adapter.kind == "token_embedding":
+        return shape == (O, I)
     if adapter.kind == "linear":
         return shape in ((O, I), (I, O))
     if adapter.kind == "embedding":
@@ -232,9 +244,11 @@ def _transposed(
     name of one, and is not where the type is another and no unequal weight contradicts.
     """
     others = {name for name, a in layers.items() if a.kind in ("embedding", "transposed_convolution")}
-    layers = {name: a for name, a in layers.items() if a.kind == "linear"}
-    found, undecided = _transposed_linear(layers, stored, config)
-    return frozenset(found | others), undecided
+    linear = {name: a for name, a in layers.items() if a.kind == "linear"}
+    found, undecided = _transposed_linear(linear, stored, config)
+    stacks = {name: (tuple(stored[name].shape), a.shape) for name, a in layers.items() if a.kind == "experts"}
+    experts, unknown = transposed_experts(stacks, _model_types(config))
+    return frozenset(found | others | experts), undecided + unknown
 
 
 def _transposed_linear(

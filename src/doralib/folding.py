@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .functional import combined, merge_weight, merged_change, sum_dtype, swapped_channels
@@ -18,14 +19,20 @@ class Change:
     what: LayerAdapter | Tensor
     """An adapter of its rows, or the tensor as it was trained whole."""
     transposed: bool = False
-    """Whether its rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions."""
+    """Whether its rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions, some experts."""
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether it takes the tensor at once: blocks of experts have all their rows, blocks of others do not."""
+        return self.transposed and not (isinstance(self.what, LayerAdapter) and self.what.kind == "experts")
 
 
 def changed(block: Tensor, changes: Sequence[Change], rows: slice, shape: tuple[int, ...]) -> Tensor:
     """The block with every change, before the cast: ``W + Σ w (V - W)``; with one change of weight 1, V itself.
 
     Args:
-        block: (rows, everything else) of the tensor as stored; all of it where a change is transposed.
+        block: (rows, everything else) of the tensor as stored; all of it where a change needs all. Of a stack of
+            experts each is one row.
         rows: which rows of the tensor these are.
         shape: the whole tensor's.
     """
@@ -40,7 +47,12 @@ def changed(block: Tensor, changes: Sequence[Change], rows: slice, shape: tuple[
 
 
 def as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
-    """A whole stored weight as the matrix (O, I) of the rows that the adapter changes; a view where it can be."""
+    """A whole stored weight as the matrix (O, I) of the rows that the adapter changes; a view where it can be.
+
+    Of experts the stack, (E, O, I).
+    """
+    if adapter.kind == "experts":
+        return stored.mT if transposed else stored
     if adapter.kind == "transposed_convolution":
         return swapped_channels(stored, stored.shape[0] // adapter.shape[1]).flatten(1)
     return stored.flatten(1).T if transposed else stored.flatten(1)
@@ -65,6 +77,13 @@ def _on_rows(
     adapter = change.what
     assert isinstance(adapter, LayerAdapter)
     (a_RI, b_OR), m_O = adapter.factors, adapter.m_O
+    if adapter.kind == "experts":
+        stored = block.view(-1, *shape[1:])
+        W_EOI = as_rows(stored, adapter, transposed=change.transposed)
+        lengths = [None] * len(W_EOI) if m_O is None else m_O[rows]
+        weights = zip(W_EOI, a_RI[rows], b_OR[rows], lengths, strict=True)
+        new_EOI = torch.stack([formula(*each, adapter.scale) for each in weights])
+        return as_rows(new_EOI, adapter, transposed=change.transposed).flatten(1)
     if not change.transposed:
         return formula(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], adapter.scale)
     stored = block.view(shape)

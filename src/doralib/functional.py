@@ -205,7 +205,9 @@ def effective_weight(W_OI: Tensor, a_RI: Tensor, gsb_OR: Tensor, gain_O: Tensor 
 def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s: float) -> Tensor:
     """``g ∘ (W + s B A)``, the (O, I) weight that makes a plain layer equal to the adapted one.
 
-    Takes a whole weight or a block of its rows with the same rows of B and m.
+    Takes a whole weight or a block of its rows with the same rows of B and m, or a stack of weights (E, O, I) with
+    stacks of A (E, R, I), B (E, O, R) and m (E, O). A row with B = 0 and m = |w| up to the
+    rounding of a sum is the base's own, bit for bit.
 
     Args:
         m_O: None for LoRA: ``W + s B A``.
@@ -214,10 +216,24 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
         In `sum_dtype`; the caller casts it, once.
     """
     dtype = sum_dtype(W_OI.dtype)
-    V_OI = W_OI.to(dtype, copy=True).addmm_(b_OR.to(dtype), a_RI.to(dtype), alpha=s)
+    V_OI = W_OI.to(dtype, copy=True)
+    add = V_OI.addmm_ if V_OI.dim() == 2 else V_OI.baddbmm_
+    add(b_OR.to(dtype), a_RI.to(dtype), alpha=s)
     if m_O is None:
         return V_OI
-    return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
+    gain_O = gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=-1))
+    return V_OI.mul_(kept(gain_O[..., None], b_OR))
+
+
+def kept(gain_O1: Tensor, b_OR: Tensor) -> Tensor:
+    """The gain of rows, exactly 1 where B = 0 and it differs from 1 by what two ways of summing a length may.
+
+    The gradient is the gain's.
+    """
+    rest = 1 - gain_O1.detach()
+    same = (rest.abs() <= 8 * torch.finfo(rest.dtype).eps) & (b_OR == 0).all(-1, keepdim=True)
+    # exact: the two are within a factor 2
+    return torch.where(same, gain_O1 + rest, gain_O1)
 
 
 class Part(NamedTuple):

@@ -34,7 +34,7 @@ def learning_rates(model: nn.Module, config: DoraConfig, learning_rate: float) -
 def _rate(name: str, config: DoraConfig, learning_rate: float) -> float:
     if name == MAGNITUDE:
         return learning_rate * config.magnitude_lr_ratio
-    if name == "lora_B":
+    if name in ("lora_B", "lora_fused_B"):
         return learning_rate * config.loraplus_lr_ratio
     if name.startswith("lora_embedding_") and config.loraplus_lr_embedding is not None:
         return config.loraplus_lr_embedding

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bank import DoraBank, other_banks
+from .experts import AdaptedExperts, DoraExperts, Stack
+from .functional import dense_row_norm
+from .fused_layers import DoraFused
 from .inject import read_adapter
 from .layers import DoraLinear
-from .live import adapter_of, bias_of, layers_of, listed, record_of, state_of
+from .live import adapter_of, as_own, bias_of, layers_of, listed, parts_of, record_of, state_of
 from .magnitudes import DoraMagnitude
-from .state import AdapterState, LayerAdapter
+from .state import AdapterState, FusedAdapter, LayerAdapter
 from .targets import adaptable
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,7 +39,8 @@ def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = N
     _, state = read_adapter(path, model)
     shapes = adaptable(model)
     state = replace(state, layers={k: layer.narrowed(shapes.get(k, ())) for k, layer in state.layers.items()})
-    layers, into = layers_of(model, name), state_of(model, name)
+    layers, into = parts_of(model, name), state_of(model, name)
+    state = as_own(layers, state)
     problems = [f"{key}: {name} has no such layer" for key in state.layers.keys() - into.layers.keys()]
     problems += [f"{key}: {name} has no such tensor" for key in state.extra.keys() - into.extra.keys()]
     problems += [
@@ -59,6 +63,9 @@ def _misfits(layer: nn.Module, into: LayerAdapter, given: LayerAdapter) -> list[
         return [f"{given.kind} {given.shape} in the adapter, {into.kind} {into.shape} in the model"]
     turned = all(factor.any() for factor in given.factors)
     checks = {
+        "is not of the parts of a fused projection that are adapted in the model": (
+            isinstance(layer, DoraFused) and not isinstance(given, FusedAdapter)
+        ),
         f"rank {given.rank} is larger than the loaded {into.rank}; load the adapter of the larger rank first": (
             turned and given.rank > into.rank
         ),
@@ -81,6 +88,10 @@ def _copy(model: nn.Module, name: str, state: AdapterState) -> None:
         if isinstance(layer, DoraLinear):
             _fill(layer, state.layers.get(place))
             continue
+        if isinstance(layer, AdaptedExperts):
+            for field, stack in layer.stacks.items():
+                _fill_stack(stack, Stack(layer.base_layer, field).W_EOI, state.layers.get(f"{place}.{field}"))
+            continue
         originals = dict(layer.base_layer.named_parameters())
         for key, p in layer.trained.named_parameters():
             p.copy_(state.extra.get(f"{place}.{key}", originals[key]))
@@ -101,14 +112,44 @@ def _fill(layer: DoraLinear, given: LayerAdapter | None) -> None:
             _fill_factors(layer, given)
         n_O = layer.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True)
     if layer.lora_magnitude_vector is not None:
-        m_O = None if given is None else given.m_O
+        m_O = None if given is None else given.tensors().get("m")
+        n_O = n_O[layer.rows] if isinstance(layer, DoraFused) else n_O
         # a row of length zero has an infinite norm there
         layer.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0) if m_O is None else m_O)
 
 
 def _fill_factors(layer: DoraLinear, given: LayerAdapter | None) -> None:
+    if isinstance(layer, DoraFused):
+        _fill_parts(layer, given)
+        return
     layer.lora_B.zero_()
     if given is not None and given.rank <= layer.r:
         layer.lora_A[given.rank :] = 0
         layer.lora_A[: given.rank] = given.a_RI.to(layer.lora_A)
         layer.lora_B[:, : given.rank] = given.b_OR.to(layer.lora_B) * (given.scale / layer.scale)
+
+
+def _fill_parts(layer: DoraFused, given: LayerAdapter | None) -> None:
+    layer.lora_fused_B.zero_()
+    if not isinstance(given, FusedAdapter):
+        return
+    R = given.stacked_B.shape[1]
+    theirs = zip(given.stacked_A.split(R), given.stacked_B.split([len(rows) for rows in given.rows]), strict=True)
+    for (a, b), (new_a, new_b) in zip(layer.factors_by_part, theirs, strict=True):
+        a[R:] = 0
+        a[:R] = new_a.to(a)
+        b[:, :R] = new_b.to(b) * (given.scale / layer.scale)
+
+
+def _fill_stack(stack: DoraExperts, W_EOI: Tensor, given: LayerAdapter | None) -> None:
+    A, B, m = stack.lora_A, stack.lora_B, stack.lora_magnitude_vector
+    B.zero_()
+    if given is not None:
+        A[:, given.rank :] = 0
+        A[:, : given.rank] = given.a_RI.to(A)
+        B[:, :, : given.rank] = given.b_OR.to(B) * (given.scale / stack.scale)
+    if m is not None and given is not None and given.m_O is not None:
+        m.copy_(given.m_O)
+    elif m is not None:
+        weights = zip(W_EOI, A, B, strict=True)
+        m.copy_(torch.stack([dense_row_norm(W_OI, a, b, stack.scale) for W_OI, a, b in weights]))

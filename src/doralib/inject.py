@@ -15,16 +15,18 @@ from .config import DoraConfig
 from .errors import DoraError, Note, UsageError
 from .formats import FORMATS, Given
 from .formats.storage import one_part, read_any, write_content
-from .layers import DoraLinear, original
+from .layers import original
 from .live import (
     DEFAULT,
     Adapter,
     Record,
     adapter_of,
+    as_own,
     bias_of,
     free_record_of,
     listed,
     make_switched,
+    parts_of,
     plain,
     put,
     record_of,
@@ -42,7 +44,7 @@ from .magnitudes import DoraMagnitude
 from .state import AdapterState, MovedAdapter
 from .switched import Switched, Wrapper
 from .targets import adaptable, choose, matching
-from .wrapping import chosen_by_config, chosen_by_state, wrappers_for
+from .wrapping import chosen_by_config, chosen_by_state, in_words, wrappers_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -164,13 +166,18 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
             f"this model's adapter began as a part of the weights (init_lora_weights: {start.init_lora_weights!r}); "
             "a file holds the change of the weights alone, of rank 2r: load it into a plain model"
         )
-    into = state_of(model, name)
+    into, layers = state_of(model, name), parts_of(model, name)
+    state = as_own(layers, state)
     problems = same_tensors(into, state)
-    layers = layers_of(model, name)
     problems += [
         f"{place}: turns its rows, but only their lengths are adapted in the model"
         for place, adapter in state.layers.items()
         if isinstance(layers.get(place), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
+    ]
+    problems += [
+        f"{place}: {in_words(adapter.kind)} in the adapter, {in_words(into.layers[place].kind)} in the model"
+        for place, adapter in state.layers.items()
+        if place in into.layers and adapter.kind != into.layers[place].kind
     ]
     problems += other_banks(into, state)
     if problems:
@@ -179,9 +186,7 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
     for key, tensor in tensors_of(into).items():
         tensor.copy_(given[key])
     for place, adapter in state.layers.items():
-        layer = layers[place]
-        assert isinstance(layer, DoraLinear)
-        layer.scale = adapter.scale
+        layers[place].scale = adapter.scale
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:

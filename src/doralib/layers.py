@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
-from .bases import Opaque, open_base
+from .bases import Dense, Opaque, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
@@ -20,7 +20,20 @@ from .starts import DRAWN, decomposed, decomposes
 from .state import LayerAdapter, MovedAdapter
 
 
-class DoraLinear(nn.Module):
+class Masters(nn.Module):
+    """Parameters that stay float32 whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay float32 masters when it is cast to a smaller dtype."""
+        masters = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < 4:
+                p.data = masters[name].to(p.device)
+        return self
+
+
+class DoraLinear(Masters):
     """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
@@ -45,7 +58,7 @@ class DoraLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
-        base = open_base(base_layer)
+        base = self.opened(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
         self.base_layer = base_layer.requires_grad_(False)
@@ -66,9 +79,14 @@ class DoraLinear(nn.Module):
             nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
             nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
         )
-        m_O = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if config.has_magnitude else None
+        m_O = nn.Parameter(torch.empty(self.num_lengths, dtype=dtype, device=device)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
+
+    @staticmethod
+    def opened(base_layer: nn.Module) -> Dense | None:
+        """The frozen layer as rows."""
+        return open_base(base_layer)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,6 +106,11 @@ class DoraLinear(nn.Module):
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
+
+    @property
+    def num_lengths(self) -> int:
+        """How many lengths m holds: one for each output row."""
+        return self.out_features
 
     @property
     def a_RI(self) -> Tensor:
@@ -147,6 +170,14 @@ class DoraLinear(nn.Module):
             return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
         return LayerAdapter(*values, self.scale, self.base.kind)
 
+    def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
+        """Values from a file in the form that `state` gives them, so that each can be copied in its place.
+
+        Raises:
+            DoraError: if this layer has no place for some of them.
+        """
+        return adapter
+
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
         m_O = self.lora_magnitude_vector
@@ -204,15 +235,6 @@ class DoraLinear(nn.Module):
             product = product if self.bias is None else product - self.bias.to(product.dtype)
             return F.compose_exact(base, product, lora, gain_O)
         return F.compose(base, lora, gain_O, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLinear":
-        """Move with the model, but stay float32 masters when it is cast to a smaller dtype."""
-        masters = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters(recurse=False):
-            if p.dtype.itemsize < 4:
-                p.data = masters[name].to(p.device)
-        return self
 
 
 class ReadsThrough(nn.Module):

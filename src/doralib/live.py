@@ -1,14 +1,15 @@
 """What is known of the adapters on a model: which there are, where their layers sit, what each has trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .config import DoraConfig
 from .errors import DoraError, UsageError, did_you_mean
+from .experts import AdaptedExperts, DoraExperts
 from .layers import DoraLinear, TrainedCopy, original
 from .state import AdapterState, LayerAdapter
 from .switched import Rows, Switched, Wrapper, switched
@@ -100,7 +101,7 @@ def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str,
     if id(module) in seen:
         return
     seen.add(id(module))
-    if isinstance(module, DoraLinear | TrainedCopy | Switched):
+    if isinstance(module, Wrapper | Switched):
         yield name, module
         return
     for child, inner in module._modules.items():
@@ -117,6 +118,31 @@ def layers_of(model: nn.Module, name: str) -> dict[str, Wrapper]:
         elif name in module.adapters:
             found[place] = module.adapters[name]  # type: ignore[assignment]
     return found
+
+
+def parts_of(model: nn.Module, name: str) -> dict[str, DoraLinear | DoraExperts]:
+    """What holds the values of one adapter, by the names in its state: a layer by its place, a stack of experts by the
+    parameter's name."""
+    parts: dict[str, DoraLinear | DoraExperts] = {}
+    for place, layer in layers_of(model, name).items():
+        if isinstance(layer, AdaptedExperts):
+            parts |= {f"{place}.{field}": stack for field, stack in layer.stacks.items()}
+        elif isinstance(layer, DoraLinear):
+            parts[place] = layer
+    return parts
+
+
+def as_own(parts: Mapping[str, DoraLinear | DoraExperts], state: AdapterState) -> AdapterState:
+    """An adapter with its layers in the form that these give theirs in.
+
+    Raises:
+        DoraError: if a layer has no place for some of the values.
+    """
+    layers = {
+        name: layer.as_own(adapter) if isinstance(layer := parts.get(name), DoraLinear) else adapter
+        for name, adapter in state.layers.items()
+    }
+    return replace(state, layers=layers)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -161,7 +187,7 @@ def bias_of(model: nn.Module, name: str) -> nn.Parameter:
     """A bias by its name in the base model."""
     owner, _, child = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, DoraLinear | TrainedCopy | Switched):
+    if isinstance(module, Wrapper | Switched):
         module = original(module)
     return getattr(module, child)
 
@@ -201,12 +227,10 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     """An adapter of a model, None: the active one; views of its parameters, not copies."""
     name, adapter = adapter_of(model, name)
     record = record_of(model)
-    layers: dict[str, LayerAdapter] = {}
     extra: dict[str, Tensor] = {}
+    layers: dict[str, LayerAdapter] = {key: layer.state() for key, layer in parts_of(model, name).items()}
     for place, layer in layers_of(model, name).items():
-        if isinstance(layer, DoraLinear):
-            layers[place] = layer.state()
-        else:
+        if isinstance(layer, TrainedCopy):
             extra |= {f"{place}.{key}": p.detach() for key, p in layer.trained.named_parameters()}
     for bias, value in adapter.biases.items():
         extra[bias] = bias_of(model, bias).detach() if record.shown == name else value

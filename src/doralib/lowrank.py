@@ -1,5 +1,7 @@
 """The best LoRA of a given rank in place of DoRA, for servers that run LoRA alone; a layer at a time."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ from .errors import DoraError
 from .fitting import fit
 from .folding import as_rows
 from .functional import dense_row_norm, merged_change
-from .state import AdapterState, LayerAdapter
+from .state import AdapterState, ExpertsAdapter, LayerAdapter
 
 # above this many rows and columns the whole decomposition takes minutes a layer
 _WHOLE = 1024
@@ -41,11 +43,7 @@ def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[Ad
         raise DoraError(f"a transposed convolution has no LoRA in PEFT: {', '.join(turned[:5])}; merge the adapter")
     layers, errors = {}, []
     for name, layer, W_OI in base_weights(state, checkpoint):
-        change_OI = change_of(W_OI, layer)
-        lora, error = nearest_lora(change_OI, rank)
-        b = lora.b_OR.reshape(lora.b_OR.shape + (1,) * len(layer.kernel))
-        layers[name] = LayerAdapter(lora.a_RI.reshape(-1, *layer.shape[1:]), b, None, 1.0, layer.kind)
-        size = change_OI.norm().item()
+        layers[name], error, size = _in_place_of(layer, W_OI, rank)
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
     return AdapterState(layers, state.extra, state.base_model), errors
@@ -57,22 +55,46 @@ def adapted_lengths(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Te
     Raises:
         DoraError: if the adapter does not fit the checkpoint.
     """
+    if stacks := [name for name, layer in state.layers.items() if layer.kind == "experts"]:
+        raise DoraError(f"stacks of experts have no such form: {', '.join(stacks[:5])}; merge the adapter")
     return {
         name: dense_row_norm(W_OI, *layer.factors, layer.scale) for name, layer, W_OI in base_weights(state, checkpoint)
     }
 
 
 def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
-    """Each layer with the rows of its base weight, (O, I), one at a time.
+    """Each layer with the rows of its base weight, (O, I), one at a time; of experts the stack, (E, O, I).
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
     fitted = fit(state, checkpoint.slots, checkpoint.config())
     # in the same order, by the checkpoint's names, and as wide as its weights
-    for name, (slot, layer) in zip(state.layers, fitted.layers.items(), strict=True):
-        stored = read_whole(checkpoint.slots[slot])
-        yield name, layer, as_rows(stored, layer, transposed=slot in fitted.transposed)
+    for name, slots in itertools.groupby(fitted.layers.items(), key=lambda item: fitted.sources[item[0]]):
+        rows, layer = [], state.layers[name]
+        for slot, part in slots:
+            rows.append(as_rows(read_whole(checkpoint.slots[slot]), part, transposed=slot in fitted.transposed))
+            layer = part if layer.kind != "experts" else layer
+        # experts that are kept apart come one after the other
+        yield name, layer, rows[0] if len(rows) == 1 else torch.cat(rows).view(layer.shape)
+
+
+def _in_place_of(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAdapter, float, float]:
+    """The nearest LoRA in the form of the layer, and the Frobenius norms of what it misses and of the change."""
+    if layer.kind == "experts":
+        m = [None] * len(W_OI) if layer.m_O is None else layer.m_O
+        experts = zip(W_OI, layer.a_RI, layer.b_OR, m, strict=True)
+        found = [_in_place_of(LayerAdapter(a, b, m_O, layer.scale), W, rank) for W, a, b, m_O in experts]
+        loras, errors, sizes = zip(*found, strict=True)
+        stacked = (torch.stack([lora.a_RI for lora in loras]), torch.stack([lora.b_OR for lora in loras]))
+        return ExpertsAdapter(*stacked, None, 1.0), math.hypot(*errors), math.hypot(*sizes)
+    change_OI = change_of(W_OI, layer)
+    lora, error = nearest_lora(change_OI, rank)
+    a, b, kind = lora.a_RI.reshape(-1, *layer.shape[1:]), lora.b_OR, layer.kind
+    if kind == "token_embedding":  # without lengths there is one form of embeddings
+        a, b, kind = lora.b_OR.T.contiguous(), lora.a_RI.T.contiguous(), "embedding"
+    b = b.reshape(b.shape + (1,) * len(layer.kernel))
+    return LayerAdapter(a, b, None, 1.0, kind), error, change_OI.norm().item()
 
 
 def change_of(W_OI: Tensor, layer: LayerAdapter) -> Tensor:

@@ -119,7 +119,7 @@ class _Piece:
     @property
     def blocks(self) -> Iterable[slice]:
         """Rows that are read, computed and written together."""
-        whole = any(change.transposed for change in self.changes)
+        whole = any(change.needs_all for change in self.changes)
         return [slice(None)] if whole else row_blocks(*self.slot.matrix)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .experts import AdaptedExperts
 from .inject import remove
 from .live import adapter_of, bias_of, free_record_of, make_switched, put, record_of, show_the_right_biases, wrapped
 from .switched import Rows, Switched
@@ -135,11 +136,16 @@ def _refuse_rows(model: nn.Module, rows: Rows) -> None:
         if adapter.biases:
             problems.append(f"{name} trains biases, which a batch shares")
     # a router hands an expert tokens of any row
-    experts = [name for name, _ in wrapped(model) if "experts" in name.split(".")]
+    experts = [name for name, place in wrapped(model) if "experts" in name.split(".") or _holds_stacks(place)]
     if experts:
         problems.append(f"{experts[0]} sees tokens, not rows: adapters of experts cannot go by rows")
     if problems:
         raise UsageError("\n  ".join(["adapters by row:", *problems]))
+
+
+def _holds_stacks(place: nn.Module) -> bool:
+    layers = place.adapters.values() if isinstance(place, Switched) else [place]
+    return any(isinstance(layer, AdaptedExperts) for layer in layers)
 
 
 def _refuse_batch(rows: Rows, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """An adapter as named tensors and a few numbers: the currency of files, merging and models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .errors import DoraError
@@ -28,7 +29,8 @@ class LayerAdapter:
     scale: float
     """s of ``s B A``: lora_alpha / r, or / sqrt(r) with rsLoRA."""
     kind: str = ""
-    """linear, convolution, transposed_convolution or embedding; "": linear or convolution, as A's shape says."""
+    """linear, convolution, transposed_convolution, embedding, token_embedding (rows are tokens) or experts; "":
+    linear or convolution, as A's shape says."""
 
     def __post_init__(self) -> None:
         a, b, m = self.a_RI, self.b_OR, self.m_O
@@ -168,6 +170,92 @@ class BankAdapter(LayerAdapter):
             return self
         num_in = shape[1] if shape[0] == O else shape[0]
         return BankAdapter(self.bank, self.d_R, self.b_O, self.m_O, num_in) if num_in <= self.bank[0].shape[1] else self
+
+
+class ExpertsAdapter(LayerAdapter):
+    """A stack of weights, (E, O, I), of which each is a layer: A (E, R, I), B (E, O, R) and m (E, O)."""
+
+    def __post_init__(self) -> None:
+        a, b, m = self.a_RI, self.b_OR, self.m_O
+        fits = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+        if not fits or (m is not None and m.shape != b.shape[:2]):
+            found = f"A {tuple(a.shape)}, B {tuple(b.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
+            raise DoraError(f"experts need A (e, r, in), B (e, out, r) and m (e, out), found {found}")
+        object.__setattr__(self, "kind", "experts")
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.b_OR.shape[:2], self.a_RI.shape[2]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a_RI, self.b_OR
+
+
+class FusedAdapter(LayerAdapter):
+    """Some parts of a fused projection, each with A, B and m of its own.
+
+    As a change of the whole weight it is one layer of rank R times the number of parts: A stacked, B with a block for
+    each part and zeros elsewhere, and the base's own lengths m = |w| of the rows that are left alone.
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self, rows: tuple[Tensor, ...], a_PRI: Tensor, b_OR: Tensor, m_O: Tensor | None, scale: float, w_O: Tensor
+    ) -> None:
+        values = {"rows": rows, "stacked_A": a_PRI, "stacked_B": b_OR, "stacked_m": m_O, "scale": scale, "w_O": w_O}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    rows: tuple[Tensor, ...]
+    """The row numbers of each part."""
+    stacked_A: Tensor
+    """(P R, I)."""
+    stacked_B: Tensor
+    """(rows of all parts, R)."""
+    stacked_m: Tensor | None
+    w_O: Tensor
+    """Lengths of the frozen rows, (O,)."""
+
+    @property
+    def a_RI(self) -> Tensor:
+        """A of all parts, (P R, I)."""
+        return self.stacked_A
+
+    @property
+    def b_OR(self) -> Tensor:
+        """B with a block for each part, (O, P R), made anew."""
+        return blocks(self.stacked_B, self.rows, len(self.w_O))
+
+    @property
+    def m_O(self) -> Tensor | None:
+        """Lengths of all rows, made anew."""
+        if self.stacked_m is None:
+            return None
+        return self.w_O.to(self.stacked_m).index_copy(0, torch.cat(self.rows), self.stacked_m)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.w_O), self.stacked_A.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"A": self.stacked_A, "B": self.stacked_B, "m": self.stacked_m}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def blocks(b_OR: Tensor, rows: Sequence[Tensor], num_rows: int) -> Tensor:
+    """B of the parts at their rows, (O, P R): part p's in the columns of A's rows p R to (p + 1) R, zeros elsewhere."""
+    diagonal = torch.block_diag(*b_OR.split([len(index) for index in rows]))
+    return diagonal.new_zeros(num_rows, diagonal.shape[1]).index_copy(0, torch.cat(tuple(rows)), diagonal)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .experts import AdaptedExperts
 from .layers import DoraLinear, TrainedCopy, original
 
-Wrapper = DoraLinear | TrainedCopy
+Wrapper = DoraLinear | TrainedCopy | AdaptedExperts
 
 
 class Rows:
@@ -67,7 +68,7 @@ class Switched(nn.Module):
     def merged(self) -> nn.Module:
         """A plain module with the active adapter folded in; the original where it has no layer here."""
         layer = dict(self.adapters.items()).get(self.active or "")
-        return layer.merged() if isinstance(layer, DoraLinear | TrainedCopy) else self.base_layer
+        return layer.merged() if isinstance(layer, Wrapper) else self.base_layer
 
     def extra_repr(self) -> str:
         return f"active={self.active}, enabled={self.enabled}"
@@ -108,9 +109,9 @@ class Switched(nn.Module):
         kind, batched = "", 1
         if bases:
             kind = bases[0].kind
-            batched = {"linear": 2, "embedding": 1}.get(kind, len(bases[0].row_shape))
+            batched = {"linear": 2, "embedding": 1, "token_embedding": 1}.get(kind, len(bases[0].row_shape))
         # positions are often given once for all rows
-        if kind == "embedding" and x.dim() > 1 and len(x) == 1:
+        if kind.endswith("embedding") and x.dim() > 1 and len(x) == 1:
             return x.expand(len(plan.names), *x.shape[1:])
         if x.dim() < batched or len(x) != len(plan.names):
             raise UsageError(

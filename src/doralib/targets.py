@@ -35,7 +35,7 @@ def choose(model: nn.Module, config: DoraConfig) -> list[str]:
             adapted or bypassed by its parent; all of them at once.
     """
     linear = adaptable(model)
-    wanted = config.target_modules or ALL_LINEAR
+    wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
     if wanted == ALL_LINEAR:
         chosen = [name for name in linear if _kind(model, name) == "linear" and name not in _heads(model)]
     else:
@@ -49,7 +49,7 @@ def choose(model: nn.Module, config: DoraConfig) -> list[str]:
     if both := [name for name in alone if name in chosen]:
         raise UsageError(f"{', '.join(both)}: in magnitude_modules and in target_modules, which train it whole anyway")
     chosen += alone
-    if not chosen:
+    if not chosen and not config.target_parameters:
         raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
     refuse(model, chosen, linear)
     return chosen

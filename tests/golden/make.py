@@ -70,6 +70,42 @@ def peft():
     _finish(folder, "peft", base, {name: plain.get_submodule(name).weight for name in base})
 
 
+class Experts(torch.nn.Module):
+    """Two stacks of three weights as transformers' mixtures hold them, no two sizes equal."""
+
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shapes = {"gate_up_proj": (3, 8, 5), "down_proj": (3, 5, 4)}
+        for name, (count, num_out, num_in) in shapes.items():
+            shape = (count, num_in, num_out) if is_transposed else (count, num_out, num_in)
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x):
+        return x
+
+
+def peft_experts():
+    from peft import LoraConfig, get_peft_model
+
+    for name, is_transposed in {"peft_experts": False, "peft_experts_transposed": True}.items():
+        torch.manual_seed(0)
+        layers = [{"experts": Experts(is_transposed), "q_proj": torch.nn.Linear(6, 8)} for _ in range(2)]
+        net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(map(torch.nn.ModuleDict, layers))})
+        base = {n: p.clone() for n, p in net.named_parameters() if "experts" in n}
+        config = LoraConfig(
+            r=2, lora_alpha=6, target_modules=["q_proj"], rank_pattern={"0.experts.down_proj": 3},
+            alpha_pattern={"0.experts.gate_up_proj": 5}, target_parameters=["experts.gate_up_proj", "down_proj"],
+        )  # fmt: skip
+        model = get_peft_model(net, config)
+        _disturb((n, p) for n, p in model.named_parameters() if "lora_" in n)
+        folder = _folder(name)
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        plain = model.merge_and_unload()
+        _finish(folder, "peft", base, {name: plain.get_parameter(name) for name in base})
+
+
 def lycoris():
     import lycoris
 
@@ -179,6 +215,49 @@ def mlx():
         "mlx-lm",
         {name: torched(layer.linear.weight) for name, layer in layers.items()},
         {name: torched(layer.fuse().weight) for name, layer in layers.items()},
+    )
+
+
+def mlx_embedding():
+    """A DoRA embedding beside a linear layer; rows of the weights are tokens."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    def torched(array):
+        return torch.from_numpy(np.array(array))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(6, 8)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens, self.layers = nn.Embedding(9, 6), [Block()]
+
+    mx.random.seed(0)
+    model = Model()
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": ["q_proj", "embed_tokens"]}
+    linear_to_lora_layers(model, -1, parameters, use_dora=True)
+    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
+    moved = {name: torched(value).clone() for name, value in trained.items()}
+    _disturb(moved.items())
+    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
+    folder = _folder("mlx_embedding")
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {n: mx.array(v.numpy()) for n, v in moved.items()})
+    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    tokens = torch.tensor([[0, 3, 8], [3, 1, 0]])
+    looked_up = torched(model.embed_tokens(mx.array(tokens.numpy())))
+    _finish(
+        folder,
+        "mlx-lm",
+        {"embed_tokens": torched(model.embed_tokens.embedding.weight), "tokens": tokens},
+        {"embed_tokens": torched(model.embed_tokens.fuse().weight), "tokens": looked_up},
     )
 
 

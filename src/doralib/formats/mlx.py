@@ -23,7 +23,7 @@ def read(content: Content, given: Given) -> Found:
     """MLX-LM's adapter; alpha is its scale times the rank.
 
     Raises:
-        DoraError: listing everything that does not belong, embeddings among it: MLX keeps a length per token there.
+        DoraError: listing everything that does not belong.
     """
     kind = content.settings.get("fine_tune_type", "lora")
     parameters = content.settings.get("lora_parameters") or {}
@@ -35,14 +35,16 @@ def read(content: Content, given: Given) -> Found:
     problems += unknown + _not_as_said(kind, parts)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        _refuse_embedding(name, part)
-        a_RI, b_OR = part["a"].T.contiguous(), part["b"].T.contiguous()
-        s = scale if given.alpha is None else given.alpha / a_RI.shape[0]
-        return LayerAdapter(a_RI, b_OR, part.get("m"), float(s or 0))
+        s = scale if given.alpha is None else given.alpha / part["b"].shape[0]
+        if _is_embedding(name, part):  # MLX's rows are tokens there, and so are ours
+            return LayerAdapter(part["b"], part["a"], part["m"], float(s or 0), "token_embedding")
+        return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s or 0))
 
     layers = layers_of(parts, layer, _KEYS, problems)
     refuse("the MLX adapter", problems)
-    config = config_for(layers, lora_dropout=float(parameters.get("dropout", 0.0)), dropout_mode="adapter")
+    axis = "token" if any(layer.kind == "token_embedding" for layer in layers.values()) else "dimension"
+    dropout = float(parameters.get("dropout", 0.0))
+    config = config_for(layers, lora_dropout=dropout, dropout_mode="adapter", embedding_axis=axis)
     return Found(config, AdapterState(layers, base_model=content.settings.get("model")))
 
 
@@ -52,13 +54,17 @@ def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
     Raises:
         UsageError: if the ranks differ, or whole tensors were trained.
     """
-    only_layers(state, "MLX")
+    only_layers(state, "MLX", ("linear", "token_embedding"))
     rank, layers = one_rank(state, "MLX")
     scale = next(iter(layers.values())).scale
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        b_RO = layer.b_OR.T if layer.scale == scale else layer.b_OR.T * (layer.scale / scale)
-        tensors |= {f"{name}.lora_a": layer.a_RI.T.contiguous(), f"{name}.lora_b": b_RO.contiguous()}
+        a_IR, b_RO = layer.a_RI.T, layer.b_OR.T
+        if layer.kind == "token_embedding":
+            a_IR, b_RO = layer.b_OR, layer.a_RI
+        if layer.scale != scale:
+            b_RO = b_RO * (layer.scale / scale)
+        tensors |= {f"{name}.lora_a": a_IR.contiguous(), f"{name}.lora_b": b_RO.contiguous()}
         if layer.m_O is not None:
             tensors[f"{name}.m"] = layer.m_O.float()
     settings: dict[str, Any] = {
@@ -84,18 +90,15 @@ def _not_as_said(kind: str, parts: dict[str, dict[str, Tensor]]) -> list[str]:
     return []
 
 
-def _refuse_embedding(name: str, part: dict[str, Tensor]) -> None:
+def _is_embedding(name: str, part: dict[str, Tensor]) -> bool:
+    """Whether the magnitudes are those of tokens."""
     a_IR, b_RO, m = part["a"], part["b"], part.get("m")
     if a_IR.dim() != 2 or b_RO.dim() != 2 or m is None or m.dim() != 1:
-        return
+        return False
     per_input, per_output = m.shape[0] == a_IR.shape[0], m.shape[0] == b_RO.shape[1]
-    if per_input and not per_output:
-        raise DoraError(
-            f"has {m.shape[0]} magnitudes, one per input: an embedding of MLX, which no other format has; "
-            "fuse it with mlx_lm.fuse"
-        )
     if per_input and per_output and "emb" in name.rpartition(".")[2]:
         raise DoraError("is square and named like an embedding: its magnitudes' axis is ambiguous")
+    return per_input and not per_output
 
 
 def _within_block(name: str) -> str:

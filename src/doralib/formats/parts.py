@@ -104,13 +104,15 @@ def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfi
     ranks = {name: adapter.rank for name, adapter in layers.items()}
     alphas = {name: alpha_of(adapter) for name, adapter in layers.items()}
     r, alpha = commonest(ranks), commonest(alphas)
+    stacks = tuple(sorted(name for name, adapter in layers.items() if adapter.kind == "experts"))
     return DoraConfig(
         method="dora" if any(adapter.m_O is not None for adapter in layers.values()) else "lora",
         r=r,
         lora_alpha=alpha,
         rank_pattern={name: value for name, value in ranks.items() if value != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-        target_modules=tuple(sorted(layers)),
+        target_modules=tuple(sorted(layers.keys() - set(stacks))),
+        target_parameters=stacks,
         **settings,
     )
 

@@ -1,5 +1,6 @@
 """PEFT: adapter_model.safetensors and adapter_config.json."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import AdapterState, LayerAdapter
+from ..state import AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
+from . import experts
+from .parts import alpha_of
 from .vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
@@ -37,12 +40,12 @@ _SHARED = (
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "target_parameters",
     "bias",
 )
 # what PEFT can write and a linear DoRA adapter here cannot mean
 _REFUSED = (
     "lora_bias",
-    "target_parameters",
     "layer_replication",
     "use_qalora",
     "use_bdlora",
@@ -83,16 +86,13 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
             continue  # PEFT adds the untouched weight of an adapted embedding or head
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
-    layers = {}
-    for layer, found in parts.items():
-        try:
-            layers[layer] = _peft_layer(layer, found, "".join(sorted(kinds[layer])), config)
-        except DoraError as error:
-            problems.append(f"{layer}: {error}")
+    layers = _peft_layers(parts, kinds, config, problems)
     if not layers and not extra and not problems:
         problems.append("the file holds no tensor at all")
     if problems:
         raise DoraError(f"adapter: {len(problems)} problems\n  " + "\n  ".join(problems[:20]))
+    if any(layer.kind == "token_embedding" for layer in layers.values()):
+        config = config.model_copy(update={"embedding_axis": "token"})
     return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
 
 
@@ -100,22 +100,19 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     """Our adapter as PEFT's tensors and settings."""
     if config.has_bank:
         return to_vera(config, state, _target_names(config, state))
-    tensors = {}
+    stacks = {name: adapter for name, adapter in state.layers.items() if isinstance(adapter, ExpertsAdapter)}
+    tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
-        for field, key in _FACTORS_OF.get(adapter.kind, _FACTORS).items():
-            tensors[f"{_PEFT_PREFIX}{layer}.{key}"] = getattr(adapter, field)
-        if adapter.m_O is not None:
-            shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
-            tensors[f"{_PEFT_PREFIX}{layer}.{_MAGNITUDE}"] = adapter.m_O.reshape(shape)
+        if layer in stacks:
+            continue
+        tensors |= {f"{_PEFT_PREFIX}{layer}.{key}": tensor for key, tensor in _layer_tensors(adapter).items()}
     for name, tensor in state.extra.items():
         module, _, field = name.rpartition(".")
         # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
         inner = ".base_layer" if module in state.layers else ""
         tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
     settings = {field: getattr(config, field) for field in _SHARED}
-    # layers with a magnitude alone have rank 1 in files, whatever the settings say
-    ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
-    settings["rank_pattern"] = {**ranks, **config.rank_pattern}
+    settings |= _patterns(config, state)
     settings |= {
         "peft_type": "LORA",
         "use_dora": config.method == "dora",
@@ -125,12 +122,41 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "init_lora_weights": True,
         "target_modules": _target_names(config, state),
         "modules_to_save": list(config.modules_to_save) or None,
+        "target_parameters": list(config.target_parameters) or None,
         "exclude_modules": None,
         "task_type": None,
     }
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
     return tensors, settings
+
+
+def _layer_tensors(adapter: LayerAdapter) -> dict[str, Tensor]:
+    keys, m = _FACTORS_OF.get(adapter.kind, _FACTORS), adapter.m_O
+    tensors = {key: getattr(adapter, field) for field, key in keys.items()}
+    if adapter.kind == "token_embedding":
+        tensors = dict(zip(_FACTORS_OF["embedding"].values(), (adapter.b_OR.T, adapter.a_RI.T), strict=True))
+        return tensors | ({} if m is None else {_MAGNITUDE: m[:, None]})
+    if m is not None:
+        shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
+        tensors[_MAGNITUDE] = m.reshape(shape)
+    return tensors
+
+
+def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, float]]:
+    """rank_pattern and alpha_pattern for files, whatever the settings say: magnitudes alone have rank 1, fused
+    projections the ranks of all their parts together, at the scale of each. The first that fits a layer is taken."""
+    ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
+    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
+    alphas = {
+        name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else alpha_of(layer)
+        for name, layer in fused.items()
+    }
+    kept = {name: r for name, r in config.rank_pattern.items() if name not in ranks}
+    return {
+        "rank_pattern": {**ranks, **kept},
+        "alpha_pattern": {**alphas, **{name: a for name, a in config.alpha_pattern.items() if name not in alphas}},
+    }
 
 
 def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
@@ -144,28 +170,44 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
             "model; save it in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values.get(field), list | set):
             values[field] = tuple(sorted(values[field]))
-    if not values.get("target_modules"):
+    if not values.get("target_modules") and not values.get("target_parameters"):
         values.pop("target_modules", None)
     method = "dora" if settings.get("use_dora") else "lora"
     return DoraConfig(method=method, dropout_mode="exact", **values)
 
 
+def _peft_layers(
+    parts: Mapping[str, dict[str, Tensor]], kinds: Mapping[str, set[str]], config: DoraConfig, problems: list[str]
+) -> dict[str, LayerAdapter]:
+    """Every layer that can be made; a line in ``problems`` for each that cannot."""
+    stacks, unnamed = experts.names_of(parts, config)
+    problems += unnamed
+    layers: dict[str, LayerAdapter] = {}
+    for key, found in parts.items():
+        layer, kind = stacks.get(key, key), "experts" if key in stacks else "".join(sorted(kinds[key]))
+        try:
+            layers[layer] = _peft_layer(layer, found, kind, config)
+        except DoraError as error:
+            problems.append(f"{layer}: {error}")
+    if len({layer.kind for layer in layers.values() if layer.kind.endswith("embedding")}) > 1:
+        problems.append("some embeddings have a length for each token and others for each dimension")
+    return layers
+
+
 def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
+    if kind == "experts":
+        return experts.read(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
-    missing = [key for field, key in keys.items() if field not in found]
-    if config.method == "lora":
-        if "m_O" in found:
-            raise DoraError("has a lora_magnitude_vector, but use_dora is false in the settings")
-    elif "m_O" not in found:
-        missing.append(_MAGNITUDE)
-    if missing:
-        raise DoraError(f"lacks {', '.join(missing)}")
+    experts.refuse_missing(found, keys, config)
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")
+    if kind == "embedding" and m is not None and m.dim() == 2:
+        # (V, 1): what PEFT has no word for, and refuses by its shape
+        return LayerAdapter(b.T, a.T, m.flatten(), config.scale_of(layer), "token_embedding")
     if a.dim() > 2:
         _refuse_groups(a, b)
         m = m.flatten() if m is not None and m.numel() == b.shape[0] else m
@@ -200,7 +242,7 @@ def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
     alone = [name for name, layer in state.layers.items() if layer.rank != config.rank_of(name)]
     if isinstance(config.target_modules, tuple):
         return sorted({*config.target_modules, *alone})
-    ends = Counter(layer.rpartition(".")[2] for layer in state.layers)
+    ends = Counter(name.rpartition(".")[2] for name, layer in state.layers.items() if layer.kind != "experts")
     if config.target_modules in (None, "all-linear"):
         return sorted(ends)
     return "|".join([f"(?:{config.target_modules})", *map(re.escape, alone)]) if alone else str(config.target_modules)

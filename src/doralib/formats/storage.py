@@ -177,10 +177,18 @@ def _with_own(found: Found, own: Mapping[str, Any], folder: Path) -> Found:
     except UsageError as error:
         raise DoraError(f"{folder / _OWN_SETTINGS}: {error}") from None
     said_twice = _SAID_TWICE[: 2 if ours.has_bank else None]
-    if other := [field for field in said_twice if getattr(ours, field) != getattr(found.config, field)]:
+    if other := [field for field in said_twice if _said(ours, field, ours) != _said(found.config, field, ours)]:
         note = f"{_OWN_SETTINGS} is of another adapter (it differs in {', '.join(other)}) and is left aside"
         return replace(found, notes=(*found.notes, note))
     return replace(found, config=ours.model_copy(update={"lora_dropout": found.config.lora_dropout}))
+
+
+def _said(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
+    """A setting; of fused projections PEFT's file has an alpha of all ranks together, which ours does not say."""
+    value = getattr(config, field)
+    if field != "alpha_pattern":
+        return value
+    return {name: alpha for name, alpha in value.items() if ours.fused_parts(name) is None}
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

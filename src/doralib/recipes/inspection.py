@@ -16,6 +16,7 @@ from .. import functional as F
 from ..adapters import another_base, knowing, read_adapter, whole_pipeline
 from ..checkpoints import Checkpoint
 from ..config import ModelSettings
+from ..experts import expert_weights
 from ..formats import Found, Given
 from ..formats.storage import adapter_file
 from ..gguf import local_base
@@ -79,7 +80,9 @@ def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement
     """
     out = {}
     for name, layer, W_OI in base_weights(state, checkpoint):
-        V_OI = F.merge_weight(W_OI, *layer.factors, layer.m_O, layer.scale)
+        # rows of all experts, where it is a stack
+        V_OI = F.merge_weight(W_OI, *layer.factors, layer.m_O, layer.scale).flatten(0, -2)
+        W_OI = W_OI.flatten(0, -2)
         length_O, direction_O = F.moved(W_OI, V_OI)
         relative = length_O / F.row_norm_sq(W_OI).sqrt().clamp_min(1e-30)
         out[name] = Movement(relative.mean().item(), direction_O.mean().item())
@@ -97,6 +100,12 @@ def list_targets(model: str, *, every: bool = False) -> Table:
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
         table.add_row(kind, str(len(names)), str(shape), f"{cost:,}", names[0])
+    stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name, stack in expert_weights(loaded).items():
+        stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
+    for (kind, (E, O, I)), names in stacks.items():
+        cost = len(names) * E * (16 * (O + I) + O)
+        table.add_row(kind, str(len(names)), f"{E} x ({O}, {I})", f"{cost:,}", f"target_parameters: {names[0]}")
     return table
 
 
@@ -131,9 +140,9 @@ def _shape(layer: LayerAdapter) -> str:
 
 
 def _sizes(layer: LayerAdapter) -> tuple[str, str]:
-    # |B A|² = tr((BᵀB)(A Aᵀ)): no (O, I) product
+    # |B A|² = tr((BᵀB)(A Aᵀ)): no (O, I) product; of experts the sum
     a, b = (factor.float() for factor in layer.factors)
-    size = layer.scale * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+    size = layer.scale * ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt().item()
     span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
     return f"{size:.4g}", span
 
