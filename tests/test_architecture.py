@@ -14,10 +14,10 @@ SOURCE = Path(doralib.__file__).parent
 ROWS = [
     {"errors", "console"},
     {"config", "functional", "state", "metrics", "markup", "templates"},
-    {"kernels", "files", "encoding", "charts"},
+    {"kernels", "files", "encoding", "charts", "quantised", "requantised"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
-    {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
+    {"convolutions", "dequantised", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},
     {"models"},
     {"verify"},

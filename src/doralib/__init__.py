@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import DoraConfig as DoraConfig
+    from .dequantised import merge_report as merge_report
     from .errors import DoraError as DoraError
     from .errors import UsageError as UsageError
     from .inject import adapt as adapt
@@ -31,6 +32,7 @@ _HOMES = {
     "enable": "inject",
     "load_adapter": "inject",
     "merge": "inject",
+    "merge_report": "dequantised",
     "remove": "inject",
     "save_adapter": "inject",
 }

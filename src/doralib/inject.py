@@ -15,12 +15,14 @@ from .bank import Bank, DoraBank, bank_for, other_banks
 from .bases import open_base
 from .config import DoraConfig
 from .convolutions import DoraConv
+from .dequantised import Merging
 from .embeddings import DoraEmbedding
 from .errors import DoraError, UsageError
 from .formats import Given, to_peft
 from .formats.storage import one_part, read_any
 from .layers import DoraLinear, TrainedCopy
 from .magnitudes import DoraMagnitude
+from .quantised import keep_readable
 from .state import AdapterState, LayerAdapter
 from .targets import adaptable, choose, magnitudes, matching, refuse
 
@@ -62,15 +64,20 @@ def remove(model: Model) -> Model:
     adapted = _adapted(model)
     for name, value in adapted.biases.items():
         model.get_parameter(name).data.copy_(value)
-    _unwrap(model, lambda layer: layer.base_layer)
+    _unwrap(model, lambda _, layer: layer.base_layer)
     _restore(model, adapted)
     return model
 
 
-def merge(model: Model) -> Model:
-    """Fold the adapter in, in place: plain layers with ``g ∘ (W + s B A)``, summed in float32 and cast once."""
+def merge(model: Model, *, dequantise: bool = False) -> Model:
+    """Fold the adapter in, in place: plain layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
+
+    Quantised layers are quantised again (`merge_report` says what that costs), or with `dequantise` all made plain.
+    """
     adapted = _adapted(model)
-    _unwrap(model, lambda layer: layer.merged())
+    merging = Merging(model, dequantise)
+    _unwrap(model, merging.merged)
+    merging.finish()
     _restore(model, adapted)
     return model
 
@@ -229,6 +236,7 @@ def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str])
         for name, p in model.named_parameters():
             p.requires_grad_(adapted.frozen[name])
         raise
+    keep_readable(model)
     for name, wrapper in wrappers.items():
         _put(model, name, wrapper.train(model.get_submodule(name).training))
     for name in biases:
@@ -316,9 +324,9 @@ def _wrapped(model: nn.Module) -> list[tuple[str, DoraLinear | TrainedCopy]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear | TrainedCopy)]
 
 
-def _unwrap(model: nn.Module, plain: Callable[[DoraLinear | TrainedCopy], nn.Module]) -> None:
+def _unwrap(model: nn.Module, plain: Callable[[str, DoraLinear | TrainedCopy], nn.Module]) -> None:
     """Every plain layer is made before the first is put back."""
-    replaced = [(name, plain(wrapper).train(wrapper.training)) for name, wrapper in _wrapped(model)]
+    replaced = [(name, plain(name, wrapper).train(wrapper.training)) for name, wrapper in _wrapped(model)]
     for name, module in replaced:
         _put(model, name, module)
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
-from .bases import Opaque, open_base
+from .bases import Opaque, Quantised, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import Dropout, draw, dropped
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
+from .quantised import storage_of
 from .state import LayerAdapter
 
 # A at the start, by `init_lora_weights`, filled in place: kaiming is the paper's, gaussian is PEFT's of that name
@@ -51,6 +52,8 @@ class DoraLinear(nn.Module):
         base = open_base(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
+        if isinstance(base, Quantised):
+            base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
         self.base = base
         self.scale = scale
@@ -164,7 +167,9 @@ class DoraLinear(nn.Module):
         return draw(x, self.dropout, exact=self.exact_dropout)
 
     def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
-        """The plain formula around the layer's own call: unknown storages, and what a compiler can see through."""
+        """The plain formula around the layer's own call: other storages, and what a compiler can see through."""
+        if isinstance(self.base, Quantised) and x.requires_grad and (why := self.base.storage.refuses_backward):
+            raise DoraError(why)
         base = self.base_layer(x)
         x_a = dropped(x, dropout)
         lora = nnf.linear(nnf.linear(x_a, self.lora_A.to(x.dtype)), (self.lora_B * self.scale).to(x.dtype))
@@ -202,6 +207,8 @@ class TrainedCopy(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
+        if names := [type(m).__name__ for m in original.modules() if storage_of(m) is not None]:
+            raise DoraError(f"modules_to_save: a {names[0]} is quantised and cannot be trained whole; adapt it instead")
         self.base_layer = original.requires_grad_(False)
         self.trained = _master_copy(original)
         self.enabled = True
