@@ -295,6 +295,18 @@ def test_a_layer_that_is_not_quantised_yet_says_so():
         make("nf4", base=bnb.nn.Linear4bit(I, O))
 
 
+def test_a_cpu_kernel_that_multiplies_by_another_weight_is_refused():
+    base = bits4(weight(shape=(8, 32)), "nf4", nested=False)
+    right = open_base(base).W_OI
+    if torch.allclose(dense(base), right):
+        pytest.skip("this CPU's kernel is right")
+    with pytest.raises(DoraError, match="another weight than it stores"):
+        make("nf4", base=base)
+    data, state = base.weight.data.flatten(), base.weight.quant_state
+    numbers = state.code[torch.stack([data >> 4, data & 15], 1).flatten().long()]
+    assert torch.equal(right, (numbers.view(-1, 64) * state.absmax[:, None]).view(8, 32)), "read as it is stored"
+
+
 def test_too_large_for_int8():
     layer = make("int8")
     with torch.no_grad():

@@ -70,10 +70,7 @@ def remove(model: Model) -> Model:
 
 
 def merge(model: Model, *, dequantise: bool = False) -> Model:
-    """Fold the adapter in, in place: plain layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
-
-    Quantised layers are quantised again (`merge_report` says what that costs), or with `dequantise` all made plain.
-    """
+    """Fold the adapter in, in place: ``g ∘ (W + s B A)``, summed in float32, cast once; quantised: see `Merging`."""
     adapted = _adapted(model)
     merging = Merging(model, dequantise)
     _unwrap(model, merging.merged)

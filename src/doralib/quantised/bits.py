@@ -105,7 +105,7 @@ class Bits4(Storage):
         return self._state.dtype
 
     def rows(self) -> Rows:
-        self.keep_readable()
+        self._unpack()
         return Rows4bit.of(self.module.weight.data, self._state)
 
     def tensors(self) -> list[Tensor]:
@@ -127,6 +127,24 @@ class Bits4(Storage):
         # on CPUs with bfloat16 units the first evaluation would repack the weight: no gradient passes then, and what
         # is read or saved afterwards is another weight (bitsandbytes 0.50)
         self.module.support_avx512bf16_for_cpu = False
+        self._unpack()
+        state = getattr(self.module.weight, "quant_state", None)
+        if state is not None and self.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            self._check_product(state)
+
+    def _check_product(self, state: Any) -> None:
+        """bitsandbytes' kernel for AVX-512 takes wrong scales for many shapes (0.50.2)."""
+        want = self.rows()[:]
+        used = _bnb().dequantize_4bit(self.module.weight.data, state).float()
+        if not torch.allclose(used, want, rtol=2**-6):
+            O, I = want.shape
+            raise DoraError(
+                f"bitsandbytes multiplies by another weight than it stores for ({O}, {I}) on this CPU: {I} is not a "
+                f"multiple of its block of {state.blocksize}; use a GPU, int8, or leave the layer unquantised "
+                "(llm_int8_skip_modules)"
+            )
+
+    def _unpack(self) -> None:
         state = getattr(self.module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             _unpack(self.module.weight, state)
