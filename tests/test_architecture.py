@@ -16,6 +16,7 @@ ROWS = [
     {"config", "functional", "state", "metrics", "markup", "templates"},
     {"kernels", "files", "encoding", "charts", "quantised", "requantised"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
+    {"packed"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"convolutions", "dequantised", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
     {"inject", "evaluation"},

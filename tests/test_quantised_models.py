@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_llama
 from torch import nn
 
 import doralib
@@ -37,14 +36,6 @@ KINDS = ("nf4", "nf4 double", "fp4", "int8", "torchao int8")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 CONFIG = DoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """bitsandbytes' blocks of 64 divide every row: its CPU kernels are wrong elsewhere."""
-    path = tmp_path_factory.mktemp("quantised") / "model"
-    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
-    return path
 
 
 def load(folder, kind=None):
@@ -80,8 +71,8 @@ def quantised(model):
 
 
 @each_kind
-def test_train_save_load_switch_and_remove(kind, folder, tmp_path):
-    model = load(folder, kind)
+def test_train_save_load_switch_and_remove(kind, even_llama_folder, tmp_path):
+    model = load(even_llama_folder, kind)
     before = logits(model)
     torch.manual_seed(5)
     doralib.adapt(model, CONFIG)
@@ -90,11 +81,11 @@ def test_train_save_load_switch_and_remove(kind, folder, tmp_path):
     losses = train(model)
     assert losses[-1] < losses[0] - 0.03
     torch.manual_seed(5)
-    assert losses == train(doralib.adapt(load(folder, kind), CONFIG))
+    assert losses == train(doralib.adapt(load(even_llama_folder, kind), CONFIG))
     after = logits(model)
     assert (after - before).abs().max() > 0.01
     doralib.save_adapter(model, tmp_path / "adapter")
-    fresh = doralib.load_adapter(load(folder, kind), tmp_path / "adapter")
+    fresh = doralib.load_adapter(load(even_llama_folder, kind), tmp_path / "adapter")
     assert torch.equal(logits(fresh), after)
     with doralib.disabled(model):
         assert torch.equal(logits(model), before)
@@ -102,10 +93,10 @@ def test_train_save_load_switch_and_remove(kind, folder, tmp_path):
 
 
 @each_kind
-def test_the_loss_curve_is_that_of_the_dense_twin(kind, folder):
+def test_the_loss_curve_is_that_of_the_dense_twin(kind, even_llama_folder):
     losses = []
     for dense in (False, True):
-        model = load(folder, kind)
+        model = load(even_llama_folder, kind)
         if dense:
             dequantise(model, torch.float32)
         torch.manual_seed(3)
@@ -114,8 +105,8 @@ def test_the_loss_curve_is_that_of_the_dense_twin(kind, folder):
 
 
 @each_kind
-def test_dequantised_merge_saves_and_loads_as_a_plain_model(kind, folder, tmp_path):
-    model = doralib.adapt(load(folder, kind), CONFIG)
+def test_dequantised_merge_saves_and_loads_as_a_plain_model(kind, even_llama_folder, tmp_path):
+    model = doralib.adapt(load(even_llama_folder, kind), CONFIG)
     train(model)
     want = logits(model)
     doralib.merge(model, dequantise=True)
@@ -133,8 +124,8 @@ def test_dequantised_merge_saves_and_loads_as_a_plain_model(kind, folder, tmp_pa
 
 
 @each_kind
-def test_requantised_merge_saves_and_loads_quantised(kind, folder, tmp_path):
-    model = load(folder, kind)
+def test_requantised_merge_saves_and_loads_quantised(kind, even_llama_folder, tmp_path):
+    model = load(even_llama_folder, kind)
     names = quantised(model)
     assert len(names) == 14
     doralib.adapt(model, CONFIG)
@@ -162,8 +153,8 @@ def test_requantised_merge_saves_and_loads_quantised(kind, folder, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_small_change_is_swallowed_by_four_bits_and_said_so(folder):
-    model = doralib.adapt(load(folder, "nf4"), CONFIG)
+def test_a_small_change_is_swallowed_by_four_bits_and_said_so(even_llama_folder):
+    model = doralib.adapt(load(even_llama_folder, "nf4"), CONFIG)
     train(model, steps=1, rate=1e-4)
     assert swallowed(doralib.merge_report(model))
     with pytest.warns(UserWarning, match=r"lost most of the change; merge with dequantise=True[\s\S]*q_proj.*worst"):
@@ -178,9 +169,9 @@ def test_plain_models_have_nothing_to_report(tiny_llama):
     assert model.config.to_dict() == state
 
 
-def test_an_evaluation_does_not_spoil_layers_without_an_adapter(folder):
+def test_an_evaluation_does_not_spoil_layers_without_an_adapter(even_llama_folder):
     """Gradients pass through them, so that bitsandbytes must not repack them either."""
-    model = doralib.adapt(load(folder, "nf4"), CONFIG)
+    model = doralib.adapt(load(even_llama_folder, "nf4"), CONFIG)
     other = model.model.layers[0].self_attn.o_proj
     W = open_base(other).W_OI
     model.eval()(IDS)
@@ -188,10 +179,10 @@ def test_an_evaluation_does_not_spoil_layers_without_an_adapter(folder):
     assert not getattr(other.weight.quant_state, "packing_format_for_cpu", False)
 
 
-def test_a_quantised_module_cannot_be_trained_whole(folder):
+def test_a_quantised_module_cannot_be_trained_whole(even_llama_folder):
     config = DoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("mlp",))
     with pytest.raises(DoraError, match="quantised and cannot be trained whole"):
-        doralib.adapt(load(folder, "nf4"), config)
+        doralib.adapt(load(even_llama_folder, "nf4"), config)
 
 
 @pytest.mark.parametrize(("shares", "verdict"), [([0.1, 0.2, 0.9], False), ([0.1, 0.7, 0.9], True), ([], False)])

@@ -8,7 +8,7 @@ import itertools
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import CODES, DTYPES, Checkpoint, Shard, Slot, copy_bytes, laid_out, read_rows, write_at
+from .checkpoints import CODES, Checkpoint, Shard, Slot, cast_to, copy_bytes, laid_out, read_rows, write_at
 from .errors import DoraError, UsageError, did_you_mean
 from .files import human, names_in, read_json, read_tensors, replacing, write_json
-from .fitting import Fit, fit
+from .fitting import Fit, fit, stores_transposed
 from .formats import from_peft
 from .functional import merge_weight, row_blocks, swapped_channels
+from .packed import PackedLayer, packed_layers, plain_metadata, write_layer
+from .requantised import Requantised, swallowed, table
 from .state import AdapterState, LayerAdapter
 
 Progress = Callable[[int, int], None]
@@ -50,6 +52,8 @@ class MergeSummary:
     """Most memory this process has held so far."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken along: weights in other formats."""
+    requantised: tuple[Requantised, ...] = ()
+    """What quantising again cost, for each adapted layer of a base that stays quantised."""
 
     def text(self) -> str:
         """For a person."""
@@ -59,6 +63,10 @@ class MergeSummary:
         ]
         if self.left_out:
             lines.append(f"not taken along: {', '.join(self.left_out)}")
+        if self.requantised:
+            lines.append(table(self.requantised).replace("\n", "\n  "))
+        if swallowed(self.requantised):
+            lines.append("quantising again lost most of what the adapter does; merge with --dtype bfloat16")
         return "\n  ".join(lines)
 
 
@@ -83,11 +91,38 @@ class _File:
 
     path: Path
     header: bytes
-    pieces: Sequence[_Piece]
+    pieces: Sequence[_Piece | None]
+    """In the order of the base; None where a part of a quantised layer was."""
+    packed: Mapping[str, Slot]
+    """Parts of quantised layers to be written, by their names in the base."""
+
+    @property
+    def outs(self) -> list[Slot]:
+        return [*(piece.out for piece in self.pieces if piece), *self.packed.values()]
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.out.nbytes for piece in self.pieces)
+        return sum(out.nbytes for out in self.outs)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to become of the base's tensors."""
+
+    fitted: Fit
+    code: str | None
+    packed: Mapping[str, PackedLayer]
+    """Quantised layers to be written anew, by the name of each of their tensors."""
+
+    def wanted(self, slot: Slot) -> Slot | None:
+        """A tensor as it will be; None where it is left out."""
+        layer = self.packed.get(slot.name)
+        if layer is None:
+            return slot.cast(self.code) if self.code and slot.plain else slot
+        if not self.code:
+            return layer.written(slot)
+        first = next(iter(layer.slots))
+        return replace(slot, name=layer.name, shape=layer.shape).cast(self.code) if slot.name == first else None
 
 
 def _silent(done: int, total: int) -> None:
@@ -125,25 +160,23 @@ def merge_checkpoint(
     code = _code_of(dtype)
     checkpoint = Checkpoint.open(base)
     _check_out(out, checkpoint.folder, Path(adapter), overwrite)
-    state = read_adapter(adapter)
-    config = checkpoint.config()
-    fitted = fit(state, checkpoint.slots, config)
-    if code and "quantization_config" in config:
-        raise DoraError(f"{base} is quantised: its dtype cannot be changed to {dtype}; leave dtype out")
-    need = sum(_file(shard, fitted, code, Path(out)).nbytes for shard in checkpoint.shards)
+    plan = _plan(read_adapter(adapter), checkpoint, code)
+    need = sum(_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
-        _write_weights([_file(shard, fitted, code, part) for shard in checkpoint.shards], progress)
-        left_out = _write_companions(part, checkpoint, dtype, need)
+        files = [_file(shard, plan, part) for shard in checkpoint.shards]
+        errors = _write_weights(files, plan, progress)
+        left_out = _write_companions(part, checkpoint, dtype, files)
     return MergeSummary(
         out=Path(out),
-        layers=len(fitted.layers),
-        replaced=len(fitted.values),
+        layers=len(plan.fitted.layers),
+        replaced=len(plan.fitted.values),
         tensors=len(checkpoint.slots),
         bytes=need,
         seconds=time.perf_counter() - started,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         left_out=left_out,
+        requantised=errors,
     )
 
 
@@ -190,21 +223,42 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} is not a model folder and is not overwritten (it {found}); remove it yourself")
 
 
-def _file(shard: Shard, fitted: Fit, code: str | None, folder: Path) -> _File:
+def _plan(state: AdapterState, checkpoint: Checkpoint, code: str | None) -> _Plan:
+    config, packed = checkpoint.config(), packed_layers(checkpoint)
+    fitted = fit(state, {**checkpoint.slots, **packed}, config)
+    if code and "quantization_config" in config and not packed:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise DoraError(
+            f"{checkpoint.folder} is quantised ({method}): its dtype cannot be changed; leave dtype out, or merge into "
+            "the model in full precision"
+        )
+    if packed and stores_transposed(config):
+        raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; merge into the model in full precision")
+    if whole := sorted(fitted.values.keys() & packed.keys()):
+        raise DoraError(f"{', '.join(whole)}: trained whole, but quantised in the base; merge into the plain model")
+    anew = packed.values() if code else [layer for name, layer in packed.items() if name in fitted.layers]
+    return _Plan(fitted, code, {name: layer for layer in anew for name in layer.slots})
+
+
+def _file(shard: Shard, plan: _Plan, folder: Path) -> _File:
     """What becomes of one file of the base."""
-    path = folder / shard.path.name
-    wanted = [slot.cast(code) if code and slot.plain else slot for slot in shard.slots]
-    header, outs = laid_out(wanted, path, shard.metadata)
-    if wanted == list(shard.slots):  # the same sizes at the same places: the very same header
-        header, outs = shard.header(), [replace(slot, file=path) for slot in wanted]
+    path, fitted = folder / shard.path.name, plan.fitted
+    wanted = {slot.name: new for slot in shard.slots if (new := plan.wanted(slot)) is not None}
+    kept = [wanted[slot.name] for slot in shard.slots if slot.name in wanted]
+    header, placed = laid_out(kept, path, plain_metadata(shard.metadata) if plan.code else shard.metadata)
+    if kept == list(shard.slots):  # the same sizes at the same places: the very same header
+        header, placed = shard.header(), [replace(slot, file=path) for slot in kept]
+    outs = dict(zip(wanted, placed, strict=True))
     pieces = [
-        _Piece(slot, out, fitted.layers.get(slot.name), slot.name in fitted.transposed, fitted.values.get(slot.name))
-        for slot, out in zip(shard.slots, outs, strict=True)
+        _Piece(slot, outs[name], fitted.layers.get(name), name in fitted.transposed, fitted.values.get(name))
+        if (name := slot.name) not in plan.packed
+        else None
+        for slot in shard.slots
     ]
-    return _File(path, header, pieces)
+    return _File(path, header, pieces, {name: out for name, out in outs.items() if name in plan.packed})
 
 
-def _write_weights(files: Sequence[_File], progress: Progress) -> None:
+def _write_weights(files: Sequence[_File], plan: _Plan, progress: Progress) -> tuple[Requantised, ...]:
     """Every file's header, then all tensors, in blocks that do not depend on each other."""
     for file in files:
         with file.path.open("wb") as handle:
@@ -223,12 +277,21 @@ def _write_weights(files: Sequence[_File], progress: Progress) -> None:
                 progress(done, total)
     finally:
         torch.set_num_threads(threads)
+    # quantised layers are computed whole: one at a time, on all cores
+    outs = {name: out for file in files for name, out in file.packed.items()}
+    errors = []
+    for layer in {layer.name: layer for layer in plan.packed.values()}.values():
+        error = write_layer(layer, plan.fitted.layers.get(layer.name), outs, plan.code)
+        errors.extend([error] if error else [])
+        done += sum(outs[name].nbytes for name in layer.slots if name in outs)
+        progress(done, total)
+    return tuple(errors)
 
 
-def _jobs(pieces: Sequence[_Piece]) -> Iterator[Callable[[], int]]:
+def _jobs(pieces: Sequence[_Piece | None]) -> Iterator[Callable[[], int]]:
     """Calls that write one block each and return its bytes; neighbours that stay as they are go together."""
-    for untouched, group in itertools.groupby(pieces, key=lambda piece: piece.untouched):
-        run = list(group)
+    for untouched, group in itertools.groupby(pieces, key=lambda piece: piece is not None and piece.untouched):
+        run = [piece for piece in group if piece]
         if untouched:
             first, count = run[0], sum(piece.out.nbytes for piece in run)
             for offset in range(0, count, _COPY_BYTES):
@@ -246,10 +309,7 @@ def _copy(piece: _Piece, offset: int, count: int) -> int:
 
 def _write(piece: _Piece, rows: slice) -> int:
     block = _new_rows(piece, rows)
-    cast = block.to(DTYPES[piece.out.code]).contiguous()
-    if piece.out.code == "F16" and bool((cast.isinf() & block.isfinite()).any()):
-        largest = block.abs().max().item()
-        raise DoraError(f"{piece.slot.name} holds {largest:.3g}, too large for float16; merge with --dtype bfloat16")
+    cast = cast_to(piece.slot.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.slot.matrix[0])
     write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
@@ -273,20 +333,27 @@ def _new_rows(piece: _Piece, rows: slice) -> Tensor:
     return merge_weight(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], s)
 
 
-def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str | None, total: int) -> tuple[str, ...]:
-    """Config, tokenizer and all else that is not weights; dtype and sizes brought up to date where they changed."""
+def _write_companions(
+    folder: Path, checkpoint: Checkpoint, dtype: str | None, files: Sequence[_File]
+) -> tuple[str, ...]:
+    """Config, tokenizer and all else that is not weights; dtype, names and sizes brought up to date."""
     keep, left_out = checkpoint.companions()
     for name in keep:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, folder / name)
     if checkpoint.index:
         shutil.copyfile(checkpoint.index, folder / checkpoint.index.name)
-    if dtype and checkpoint.index:
+    total = sum(file.nbytes for file in files)
+    names = {out.name: file.path.name for file in files for out in file.outs}
+    if checkpoint.index and (dtype or total != sum(slot.nbytes for slot in checkpoint.slots.values())):
         content = read_json(checkpoint.index)
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
+        if names.keys() != content["weight_map"].keys():
+            content["weight_map"] = dict(sorted(names.items()))
         write_json(folder / checkpoint.index.name, content)
     if dtype and (folder / "config.json").is_file():
-        write_json(folder / "config.json", _with_dtype({"torch_dtype": dtype, **checkpoint.config()}, dtype))
+        config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
+        write_json(folder / "config.json", _with_dtype({"torch_dtype": dtype, **config}, dtype))
     return tuple(map(str, left_out))
 
 

@@ -1,6 +1,7 @@
 """Whether a merged model answers as the base with its adapter does, by the logits of real text."""
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpoints import DTYPES, Checkpoint
-from .inject import disabled
-from .models import load_any
+from .config import ModelSettings
+from .dequantised import dequantise
+from .inject import disabled, load_adapter
+from .models import load_any, load_model
+from .requantised import Requantised
 
 TEXTS = (
     "The film opens on a quiet street in winter, and for twenty minutes almost nothing happens; then the door opens.",
@@ -64,14 +68,25 @@ class Verification:
         return "\n  ".join(lines)
 
 
-def verify_merge(merged: Path, adapter: Path, base: str | Path, texts: Sequence[str] = TEXTS) -> Verification:
+def verify_merge(
+    merged: Path,
+    adapter: Path,
+    base: str | Path,
+    texts: Sequence[str] = TEXTS,
+    requantised: Sequence[Requantised] = (),
+) -> Verification:
     """Compare the merged folder with base and adapter on some text.
 
     Both compute in float32, one after the other, so that only the rounding of the stored weights sets them apart:
     independent errors of at most eps / 2 in each weight, which add up as the root of the number of matrices that
-    the signal passes.
+    the signal passes. Quantised models compute on their dense weights.
+
+    Args:
+        requantised: What quantising again cost, where the merged model is quantised.
     """
-    model, tokenizer = load_any(str(adapter), base=str(base), dtype="float32")
+    model, tokenizer = load_model(ModelSettings(path=str(base), dtype="float32"))
+    dequantise(model, torch.float32)
+    load_adapter(model, adapter).eval()
     ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
     want = _logits(model, ids)
     with disabled(model):
@@ -79,6 +94,7 @@ def verify_merge(merged: Path, adapter: Path, base: str | Path, texts: Sequence[
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_any(str(merged), dtype="float32")
+    dequantise(model, torch.float32)
     got = _logits(model, ids)
     return Verification(
         tokens=len(want),
@@ -86,7 +102,7 @@ def verify_merge(merged: Path, adapter: Path, base: str | Path, texts: Sequence[
         relative=_relative(got, want),
         effect=_relative(plain, want),
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
-        rounding=_rounding(merged),
+        rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
     )
 
 

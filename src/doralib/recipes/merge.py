@@ -36,7 +36,7 @@ def merge_command(
             )
         console.print(summary.text())
         if verify:
-            check = verify_merge(out, adapter, folder)
+            check = verify_merge(out, adapter, folder, requantised=summary.requantised)
             console.print(check.text())
             if not check.passed:
                 raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
