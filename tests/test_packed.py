@@ -83,9 +83,10 @@ def formula(base_folder, adapter):
     return want
 
 
-@each_layout
 @each_kind
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shard_size", "dtype"), [("10GB", "float32"), ("60KB", "bfloat16")], ids=["single", "sharded"]
+)
 def test_dense(kind, shard_size, dtype, bases, adapter, tmp_path):
     base, out = bases(kind, shard_size), tmp_path / "out"
     seen = []
@@ -155,7 +156,7 @@ def merged_live(model):
         return doralib.merge(model)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
 def test_verify(kind, bases, adapter, tmp_path):
     base = bases(kind)
     merge_checkpoint(adapter, base, tmp_path / "dense", dtype="float32")

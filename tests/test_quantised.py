@@ -152,7 +152,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(storage, mode, method):
 
 @storages
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_outputs_and_gradients_are_the_formula_on_the_dense_weight(storage, detach, seed):
     torch.manual_seed(seed)
     layer = make(storage, detach_norm=detach)

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def settings_of(kind):
     if kind.startswith("torchao"):
         q = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        return transformers.TorchAoConfig(q.Int8WeightOnlyConfig())
+        made = {
+            "int8": q.Int8WeightOnlyConfig,
+            "int4": lambda: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32)),
+            "float8": q.Float8WeightOnlyConfig,
+        }
+        return transformers.TorchAoConfig(made[kind.split()[1]]())
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -32,7 +37,7 @@ def settings_of(kind):
     )
 
 
-KINDS = ("nf4", "nf4 double", "fp4", "int8", "torchao int8")
+KINDS = ("nf4", "nf4 double", "int8", "torchao int8", "torchao int4", "torchao float8")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 CONFIG = DoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
