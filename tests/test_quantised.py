@@ -215,6 +215,12 @@ def test_merging_quantises_the_dense_merged_weight_as_the_package_would(storage)
         assert merged.state_dict().keys() == layer.base_layer.state_dict().keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_four_bits_remember_what_they_were_made_from(dtype):
+    merged = make("nf4", base=bits4(weight(dtype), "nf4", nested=True)).merged()
+    assert merged.weight.quant_state.dtype == open_base(merged).storage.plain_dtype == dtype
+
+
 @pytest.mark.parametrize("storage", ["torchao float8"])
 def test_a_row_of_zeros_can_be_merged_into_float8(storage):
     layer = make(storage)
