@@ -1,6 +1,7 @@
 """What tests share: a tiny real model with a real tokenizer, and settings that make runs repeatable."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,3 +86,22 @@ def even_llama_folder(tmp_path_factory):
     make_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `doralib ARGUMENTS`; its exit status and what it printed."""
+    from doralib import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["doralib", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    return call

@@ -13,14 +13,20 @@ SOURCE = Path(doralib.__file__).parent
 # a module imports only from rows above its own; a folder is one row, inside which files may import each other
 ROWS = [
     {"errors", "console"},
-    {"config", "functional", "state", "metrics", "markup", "templates"},
-    {"kernels", "files", "encoding", "charts", "quantised", "requantised"},
-    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "fitting", "scoring", "generation"},
+    {"config", "functional", "metrics", "markup", "templates"},
+    {"kernels", "files", "state", "encoding", "charts", "quantised", "requantised"},
+    {"dense"},
+    {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts"} | {"fitting", "folding"},
     {"packed"},
+    {"adapters", "streaming", "scoring", "generation"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
-    {"convolutions", "dequantised", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
+    {"switched"},
+    {"convolutions", "embeddings", "magnitudes", "bank", "targets", "task_files", "report"},
+    {"live"},
+    {"wrapping", "dequantised"},
     {"inject", "evaluation"},
-    {"models"},
+    {"several", "combination", "hotswap", "unmerge"},
+    {"models", "groups"},
     {"verify"},
     {"recipes", "bench"},
     {"cli"},
@@ -110,7 +116,7 @@ def test_help_needs_no_torch():
 
 def test_the_core_needs_no_transformers():
     """The layers, the files and merging: torch, safetensors and pydantic alone."""
-    modules = "inject, merging, formats, layers, functional"
+    modules = "inject, several, combination, hotswap, unmerge, merging, formats, layers, functional"
     heavy = "{'transformers', 'datasets'} & set(sys.modules)"
     code = f"import sys\nfrom doralib import {modules}\nsys.exit(', '.join({heavy}) or 0)"
     assert run(code).returncode == 0

@@ -171,7 +171,9 @@ def test_products_of_a_layer(name, dropout, fresh, again):
     base_flops, factor_flops = 2 * N * O * I, 2 * N * R * (I + O)
     bases = 4 if dropout and name != "ours-dora-adapter" else 2
     flops = bases * base_flops
-    if name != "frozen":
+    if name.startswith("ours") and not dropout:
+        flops += 2 * factor_flops + 2 * (2 * O * I * R)  # N > I: the effective weight, made in each pass
+    elif name != "frozen":
         flops += 3 * factor_flops
     if name == "ours-dora-exact":
         flops += 2 * N * O * R
@@ -187,8 +189,8 @@ def test_products_of_a_layer(name, dropout, fresh, again):
     [
         ("frozen", 0, 0),
         ("peft-lora", 0, N * R),
-        ("ours-lora", 0, N * R),
-        ("ours-dora", N * O, N * R + 2 * O),  # x Aᵀ; the gain and the norm it is divided by
+        ("ours-lora", 0, N * R + O * R),  # x Aᵀ, s g B
+        ("ours-dora", N * O, N * R + O * R + 2 * O),  # and the gain and the norm it is divided by
     ],
 )
 def test_saved_bytes_of_a_layer(name, output, rest):
@@ -353,6 +355,25 @@ def test_rank(tmp_path):
         "ours-dora r4 / peft-lora r2",
     }
     assert len(value["goals"]) == 2
+
+
+def test_accelerate(tmp_path):
+    run_bench("accelerate", tmp_path, **STEP | {"dtype": "float32,bfloat16", "dropout": "0,0.05", "rounds": 2})
+    value = written(tmp_path, "accelerate")
+    assert len(value["cases"]) == 4
+    for case in value["cases"]:
+        assert list(case["seconds"]) == ["peft-lora", "peft-dora", "peft-dora-accelerated"]
+        assert case["ratios"].keys() == {
+            "peft-dora / peft-lora",
+            "peft-dora-accelerated / peft-lora",
+            "peft-dora-accelerated / peft-dora",
+        }
+        small = 1e-5 if case["settings"]["dtype"] == "float32" else 0.05
+        assert 0 < case["agreement"]["logits"] < small
+        assert 0 < case["agreement"]["gradient"] < small
+        losses = case["first_losses"].values()
+        assert max(losses) - min(losses) < (0.05 if small > 1e-5 else 1e-5)
+    assert [goal["goal"] for goal in value["goals"]] == [1.0] * 4
 
 
 def test_generate(tmp_path):

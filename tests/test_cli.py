@@ -1,7 +1,6 @@
 """The command line as its user meets it: what each verb prints, and what bad input gets: one message, 2 or 1."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,28 +8,9 @@ import yaml
 from conftest import make_llama, make_tokenizer
 
 import doralib
-from doralib import cli
 from doralib.config import DoraConfig
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `doralib ARGUMENTS`; its exit status and what it printed."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["doralib", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as nnf
 from transformers import Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
+import doralib
 from doralib.config import DataSettings, DoraConfig, Recipe
 from doralib.data import Collator, tokenise
 from doralib.errors import DoraError, UsageError
@@ -359,7 +360,7 @@ def make_trainer(recipe, tmp_path, **settings):
     adapt(model, chosen.adapter)
     made = tokenise(_dataset(24), range(1, 25), chosen.data, tokenizer)
     args = training_keys.arguments(chosen, tmp_path / "ck")
-    return AdapterTrainer(model, args, tokenizer, made, made, chosen.adapter.magnitude_lr_ratio)
+    return AdapterTrainer(model, args, tokenizer, made, made, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])
@@ -372,6 +373,92 @@ def test_magnitudes_never_decay_and_learn_at_their_own_rate(recipe, tmp_path, ra
     for name, (decay, rate) in seen.items():
         magnitude = name.endswith("lora_magnitude_vector")
         assert (decay, rate) == ((0.0, pytest.approx(ratio * 1e-2)) if magnitude else (0.1, 1e-2)), name
+
+
+def all_kinds(recipe, tmp_path, **adapter):
+    """A trainer of linear layers, an embedding and a module saved whole, with their biases none."""
+    targets = {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "modules_to_save": ["lm_head"],
+        "magnitude_modules": ["o_proj"],
+    }
+    return make_trainer(
+        recipe,
+        tmp_path,
+        training={"weight_decay": 0.1, "warmup_steps": 4, "max_steps": 12, "lr_scheduler_type": "linear"},
+        adapter=targets | adapter,
+    )
+
+
+def kind_of(name):
+    endings = {"lora_magnitude_vector": "m", "lora_B": "B", "lora_embedding_A": "E", "lora_embedding_B": "E"}
+    return endings.get(name.rpartition(".")[2], "rest")
+
+
+@pytest.mark.parametrize("embedding", [None, 1e-6])
+@pytest.mark.parametrize(("magnitude", "plus"), [(1, 1), (3, 1), (1, 16), (3, 16), (16, 16)])
+def test_learning_rates_by_kind_through_the_schedule(recipe, tmp_path, magnitude, plus, embedding):
+    trainer = all_kinds(
+        recipe,
+        tmp_path,
+        magnitude_lr_ratio=magnitude,
+        loraplus_lr_ratio=plus,
+        loraplus_lr_embedding=embedding,
+    )
+    trainer.create_optimizer_and_scheduler(12)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    grouped = [names[id(p)] for g in trainer.optimizer.param_groups for p in g["params"]]
+    # every trained parameter in one group, and in no other
+    assert sorted(grouped) == sorted(name for name, _ in trainable(trainer.model))
+    assert {kind_of(name) for name in grouped} == {"m", "B", "E", "rest"}
+    full = {"m": 1e-2 * magnitude, "B": 1e-2 * plus, "E": embedding or 1e-2, "rest": 1e-2}
+    for step, share in enumerate([0, 0.25, 0.5, 0.75, 1, 7 / 8, 6 / 8]):
+        for group in trainer.optimizer.param_groups:
+            for name in (names[id(p)] for p in group["params"]):
+                assert group["lr"] == pytest.approx(share * full[kind_of(name)]), (step, name)
+                assert group["weight_decay"] == (0.0 if kind_of(name) == "m" else 0.1), name
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+def test_parameter_groups_are_the_trainers(recipe, tmp_path):
+    trainer = all_kinds(recipe, tmp_path, magnitude_lr_ratio=3, loraplus_lr_ratio=16, loraplus_lr_embedding=1e-6)
+    options = lambda groups: {p: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    ours = doralib.parameter_groups(trainer.model, 1e-2, weight_decay=0.1)
+    assert options(ours) == options(trainer.create_optimizer().param_groups)
+    assert sum(len(group["params"]) for group in ours) == len(trainable(trainer.model))
+    torch.optim.AdamW(ours)
+
+
+def test_rates_move_b_as_peft_moves_it(recipe, tmp_path):
+    """One step of plain gradient descent: every parameter goes as far as its rate says, B as far as in PEFT's LoRA+."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    trainer = all_kinds(recipe, tmp_path, loraplus_lr_ratio=16, magnitude_lr_ratio=2)
+    groups = doralib.parameter_groups(trainer.model, 1e-2)
+    theirs = create_loraplus_optimizer(trainer.model, torch.optim.SGD, lr=1e-2, loraplus_lr_ratio=16)
+    rate = lambda groups: {p: g["lr"] for g in groups for p in g["params"]}
+    ours, theirs = rate(groups), rate(theirs.param_groups)
+    for name, p in trainable(trainer.model):
+        if kind_of(name) in ("B", "rest"):
+            assert ours[p] == theirs[p], name
+
+
+def test_a_checkpoint_knows_where_a_random_start_began(recipe, tmp_path):
+    settings = {"adapter": {"init_lora_weights": "pissa_niter_1", "r": 4}}
+    trainer = make_trainer(recipe, tmp_path, **settings)
+    with torch.no_grad():
+        for _, p in trainable(trainer.model):
+            p.add_(0.1 * torch.randn_like(p))
+    trainer._save(str(tmp_path))
+    other = make_trainer(recipe, tmp_path, **settings)
+    layer, its = (t.model.model.layers[0].self_attn.q_proj for t in (trainer, other))
+    with torch.no_grad():
+        its.start_A.add_(1)
+    other._load_from_checkpoint(str(tmp_path))
+    assert torch.equal(its.start_A, layer.start_A)
+    ids = torch.randint(3, 400, (2, 9))
+    assert torch.equal(other.model.eval()(ids).logits, trainer.model.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])

@@ -4,11 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .combination import add_weighted_adapter as add_weighted_adapter
     from .config import DoraConfig as DoraConfig
     from .dequantised import merge_report as merge_report
     from .errors import DoraError as DoraError
     from .errors import UsageError as UsageError
+    from .groups import parameter_groups as parameter_groups
+    from .hotswap import hotswap_adapter as hotswap_adapter
     from .inject import adapt as adapt
+    from .inject import add_adapter as add_adapter
     from .inject import disable as disable
     from .inject import disabled as disabled
     from .inject import enable as enable
@@ -16,8 +20,15 @@ if TYPE_CHECKING:
     from .inject import merge as merge
     from .inject import remove as remove
     from .inject import save_adapter as save_adapter
+    from .several import active_adapter as active_adapter
+    from .several import adapter_names as adapter_names
+    from .several import adapter_rows as adapter_rows
+    from .several import delete_adapter as delete_adapter
+    from .several import set_adapter as set_adapter
     from .state import AdapterState as AdapterState
     from .state import LayerAdapter as LayerAdapter
+    from .unmerge import merge_adapter as merge_adapter
+    from .unmerge import unmerge_adapter as unmerge_adapter
 
 # where each public name lives: found when it is first used, so that `doralib --help` does not import torch
 _HOMES = {
@@ -26,15 +37,26 @@ _HOMES = {
     "DoraError": "errors",
     "LayerAdapter": "state",
     "UsageError": "errors",
+    "active_adapter": "several",
     "adapt": "inject",
+    "adapter_names": "several",
+    "adapter_rows": "several",
+    "add_adapter": "inject",
+    "add_weighted_adapter": "combination",
+    "delete_adapter": "several",
     "disable": "inject",
     "disabled": "inject",
     "enable": "inject",
+    "hotswap_adapter": "hotswap",
     "load_adapter": "inject",
     "merge": "inject",
+    "merge_adapter": "unmerge",
     "merge_report": "dequantised",
+    "parameter_groups": "groups",
     "remove": "inject",
     "save_adapter": "inject",
+    "set_adapter": "several",
+    "unmerge_adapter": "unmerge",
 }
 __all__ = [*_HOMES]
 __version__ = "0.1.0"

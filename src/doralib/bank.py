@@ -115,12 +115,17 @@ class DoraBank(DoraLinear):
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
         """``diag(d) A``, (R, I), made anew."""
-        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)[0]
+        return self.factors[0]
 
     @property
     def lora_B(self) -> Tensor:  # type: ignore[override]
         """``diag(b) B``, (O, R), made anew."""
-        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)[1]
+        return self.factors[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Both, made anew."""
+        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)
 
     @property
     def r(self) -> int:
@@ -134,13 +139,16 @@ class DoraBank(DoraLinear):
         if self.detach_norm:
             return self.lora_magnitude_vector / self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
         # not remembered: that would take both factors' memory for each layer
-        return self.lora_magnitude_vector / FreshNorm(self.base)(self.lora_A, self.lora_B, 1.0, detach=False)
+        return self.lora_magnitude_vector / FreshNorm(self.base)(*self.factors, 1.0, detach=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
         y = self.base_layer(x)
-        if not self.enabled:
-            return y
+        return self.around(y, x) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        self.base.refuse_backward(x)
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)

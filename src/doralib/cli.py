@@ -1,13 +1,14 @@
 """The `doralib` command: one typed function a verb. A verb's code is imported when it runs, so help needs no torch."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .console import console
-from .errors import DoraError, UsageError
+from .errors import DoraError, Note, UsageError
 
 app = typer.Typer(
     name="doralib",
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 
 Base = Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")]
+Alpha = Annotated[float | None, typer.Option(min=0, help="lora_alpha, for files that forget it.")]
+Component = Annotated[str | None, typer.Option(help="The part of a pipeline, e.g. unet.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
@@ -47,6 +50,7 @@ def evaluate_command(
     tasks: Annotated[str, typer.Option(help="Names or YAML files, separated by commas.")],
     out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
     base: Base = None,
+    alpha: Alpha = None,
     dtype: Dtype = "auto",
     batch_size: Batch = 16,
     limit: Limit = None,
@@ -55,10 +59,11 @@ def evaluate_command(
     """Score a base, adapted or merged model on tasks."""
     from .evaluation import evaluate, load_tasks, results_table, wrong_answers
     from .files import write_json
+    from .formats import Given
     from .models import load_any
 
     chosen = load_tasks(tasks.split(","))
-    loaded, tokenizer = load_any(model, base=base, dtype=dtype)
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype, given=Given(alpha=alpha))
     results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
     console.print(results_table(results, title=model))
     for name, result in results.items():
@@ -76,18 +81,27 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the tokenizer's chat template.")] = False,
     base: Base = None,
+    alpha: Alpha = None,
     dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     batch_size: Batch = 8,
     seed: int = 0,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
+    ] = None,
 ) -> None:
     """Answer one prompt, a file of prompts, or chat in the terminal (neither given)."""
     from . import generation
-    from .models import load_any
+    from .formats import Given
+    from .models import load_any, load_named
+    from .several import set_adapter
 
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
-    loaded, tokenizer = load_any(model, base=base, dtype=dtype)
+    if len(adapter or []) > 1 and (prompts is None or out is not None):
+        raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype, given=Given(alpha=alpha))
+    names = load_named(loaded, adapter or [])
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
@@ -95,28 +109,43 @@ def generate(
             loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
         )
         return
-    answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
-    if out is not None:
-        generation.write_answers(out, prompts, answers)
-        console.print(f"{len(answers)} answers written: {out}")
-        return
-    for answer in answers:
-        print(answer)
+    for name in names or [""]:
+        if name:
+            set_adapter(loaded, name)
+        answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+        if out is not None:
+            generation.write_answers(out, prompts, answers)
+            console.print(f"{len(answers)} answers written: {out}")
+            return
+        for answer in answers:
+            print(f"{name}: {answer}" if len(names) > 1 else answer)
 
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder or a run.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Runs, adapter folders or files, of any format.")
+    ],
     base: Annotated[str | None, typer.Option(help="Checkpoint folder, .gguf or hub name; else what it names.")] = None,
     out: Annotated[Path, typer.Option(help="The merged checkpoint's folder.")] = ...,  # type: ignore[assignment]
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as the base.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Once for each adapter, in their order: its share; else 1.")
+    ] = None,
+    alpha: Alpha = None,
+    component: Component = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold an adapter into a checkpoint, tensor by tensor."""
-    from .recipes.merge import merge_command
+    """Fold one adapter or several into a checkpoint, tensor by tensor."""
+    from .formats import Given
+    from .merging import Ingredient
+    from .recipes.merge import merge_command, with_weights
 
-    merge_command(adapter, base, out, dtype=dtype, verify=verify, overwrite=overwrite)
+    each = Ingredient(Path(), given=Given(alpha=alpha, component=component))
+    merge_command(
+        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
+    )
 
 
 @app.command()
@@ -128,8 +157,8 @@ def convert(
         str | None, typer.Option("--from", help="Its format, where the file could be of several.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
-    alpha: Annotated[float | None, typer.Option(min=0, help="lora_alpha, for files that forget it.")] = None,
-    component: Annotated[str | None, typer.Option(help="The part of a pipeline, e.g. unet.")] = None,
+    alpha: Alpha = None,
+    component: Component = None,
     rank: Annotated[int | None, typer.Option(min=1, help="With --to lora: its rank.")] = None,
     texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
     overwrite: Overwrite = False,
@@ -146,15 +175,18 @@ def convert(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder or a run.")],
+    adapter: Annotated[Path, typer.Argument(help="A run, an adapter folder or a file of any format.")],
     base: Annotated[
         str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
     ] = None,
+    alpha: Alpha = None,
+    component: Component = None,
 ) -> None:
-    """Say what is in an adapter: layers, ranks, scales, how far it moved."""
+    """Say what is in an adapter of any format: layers, ranks, scales, what had to be assumed, how far it moved."""
+    from .formats import Given
     from .recipes.inspection import inspect_adapter
 
-    console.print(inspect_adapter(adapter, base))
+    console.print(inspect_adapter(adapter, base, Given(alpha=alpha, component=component)))
 
 
 @app.command()
@@ -195,8 +227,18 @@ def demo(
     run_demo(method=method, out=out, cache=cache)
 
 
+_python_format = warnings.formatwarning
+
+
+def _formatted(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+    if issubclass(category, Note):
+        return f"note: {message}\n"
+    return _python_format(message, category, *where, **more)
+
+
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
+    warnings.formatwarning = _formatted
     try:
         app(standalone_mode=True)
     except DoraError as error:

@@ -63,8 +63,9 @@ class DoraConfig(Checked):
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
     """vera, dvora: the seed of A and B."""
-    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A of linear layers and convolutions is drawn; B starts as zeros, so that nothing changes."""
+    init_lora_weights: Annotated[str, Field(pattern=r"^(kaiming|gaussian|olora|pissa(_niter_\d+)?)$")] = "kaiming"
+    """Where A and B of linear layers and convolutions start; nothing changes by it. kaiming, gaussian: A drawn, B zero.
+    pissa: the weight's principal directions, pissa_niter_N: found by N rounds of power iteration; olora: by Q R."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
@@ -80,7 +81,11 @@ class DoraConfig(Checked):
     detach_norm: bool = True
     """The norm is a constant of the backward pass (paper, section 4.3); false: the full gradient."""
     magnitude_lr_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of the magnitudes over that of A and B."""
+    """Learning rate of the magnitudes over that of A, whatever B's is."""
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of B over that of A in linear layers and convolutions (LoRA+, arXiv 2402.12354)."""
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of an embedding's A and B; null: as A's of the other layers."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -96,12 +101,16 @@ class DoraConfig(Checked):
             if isinstance(names, str) and _bad_regex(names):
                 problems.append(f"{field}: {_bad_regex(names)}")
         if self.has_bank:
+            start = [self.init_lora_weights] * self.moves_start
+            problems += [f"init_lora_weights: method {self.method!r} has no place for {name!r}" for name in start]
             problems += [
                 f"{field}: method {self.method!r} has no place for it"
                 for field in _NOT_WITH_A_BANK
                 if getattr(self, field)
             ]
             problems += [f"bias: method {self.method!r} trains none"] * (self.bias != "none")
+        if self.loraplus_lr_ratio != 1 and self.method not in ("dora", "lora"):
+            problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
         if self.magnitude_modules and self.method != "dora":
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
         if problems:
@@ -112,6 +121,25 @@ class DoraConfig(Checked):
     def has_magnitude(self) -> bool:
         """Whether the method trains lengths."""
         return self.method in ("dora", "dvora")
+
+    @property
+    def moves_start(self) -> bool:
+        """Whether A and B start as a part of the weight."""
+        return self.init_lora_weights not in ("kaiming", "gaussian")
+
+    def in_files(self) -> Self:
+        """The settings that a file's tensors agree with: there a moved start is a part of the adapter, of rank 2r."""
+        if not self.moves_start:
+            return self
+        more = math.sqrt(2) if self.use_rslora else 2
+        doubled: dict[str, Any] = {
+            "r": 2 * self.r,
+            "lora_alpha": more * self.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in self.rank_pattern.items()},
+            "alpha_pattern": {key: more * alpha for key, alpha in self.alpha_pattern.items()},
+            "init_lora_weights": "kaiming",
+        }
+        return self.model_copy(update=doubled)
 
     @property
     def has_bank(self) -> bool:

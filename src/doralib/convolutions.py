@@ -22,10 +22,13 @@ class DoraConv(ReadsThrough, DoraLinear):
 
     def forward(self, x: Tensor, *output_size: Any) -> Tensor:
         """What the base layer takes, and what it would return."""
-        if not self.enabled:
-            return self.base_layer(x, *output_size)
-        x = autocast(x)
+        x = autocast(x) if self.enabled else x
         y = self.base_layer(x, *output_size)
+        return self.around(y, x, *output_size) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor, *output_size: Any) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)
         gain_O = self.gain()
@@ -45,9 +48,10 @@ class DoraConv(ReadsThrough, DoraLinear):
         if self.groups > 1:
             change_OI = sb_OR @ self.a_RI
             return self.base.product(x, change_OI.to(x.dtype).unflatten(1, self._row), *output_size)
-        xa = self.base.product(x, self.lora_A.to(x.dtype), *output_size)
-        pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[self.lora_A.dim() - 3]
-        return pointwise(xa, sb_OR.to(x.dtype).view_as(self.lora_B))
+        A, B = self.factors
+        xa = self.base.product(x, A.to(x.dtype), *output_size)
+        pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[A.dim() - 3]
+        return pointwise(xa, sb_OR.to(x.dtype).view_as(B))
 
     @property
     def _row(self) -> tuple[int, ...]:

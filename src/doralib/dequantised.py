@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Dense, Quantised, open_base
-from .layers import DoraLinear, TrainedCopy
+from .layers import DoraLinear
+from .live import put, wrapped
 from .requantised import Requantised, swallowed, table
+from .switched import Switched, Wrapper
 
 # what transformers leaves on a model that it loaded quantised
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -24,15 +26,17 @@ class Merging:
             in their own settings, with a warning where that loses most of the change.
     """
 
-    def __init__(self, model: nn.Module, dequantise: bool) -> None:
+    def __init__(self, model: nn.Module, *, dequantise: bool) -> None:
         self.model = model
         self.dtype = plain_dtype(model) if dequantise else None
         self.errors: list[Requantised] = []
 
-    def merged(self, name: str, layer: DoraLinear | TrainedCopy) -> nn.Module:
-        """The layer without its adapter."""
-        if not (isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised)):
-            return layer.merged()
+    def merged(self, name: str, wrapper: Wrapper | Switched) -> nn.Module:
+        """The layer with its adapter, or the active one of several, folded in."""
+        layer = _quantised_layer(wrapper)
+        if layer is None:
+            return wrapper.merged()
+        assert isinstance(layer.base, Quantised)
         V_OI = layer.merged_weight()
         if self.dtype is not None:
             return plain_layer(layer.base, V_OI, self.dtype)
@@ -44,21 +48,27 @@ class Merging:
         return module
 
     def finish(self) -> None:
-        """Make the rest plain where that is wanted; else say what was lost."""
+        """Make the layers without an adapter plain too, where that is wanted."""
         if self.dtype is not None:
             dequantise(self.model, self.dtype)
-        elif swallowed(self.errors):
-            remedy = "merge with dequantise=True, or merge the saved adapter into the unquantised model"
+
+    def warn(self) -> None:
+        """Say so where most of the change was lost."""
+        if swallowed(self.errors):
+            remedy = "doralib.merge(model, dequantise=True), or merge the saved adapter into the unquantised model"
             lost = f"quantising the merged weights again lost most of the change; {remedy}"
             warnings.warn(f"{lost}\n{table(self.errors)}", stacklevel=3)
 
 
 def merge_report(model: nn.Module) -> list[Requantised]:
-    """What `merge` would do to each adapted layer that is quantised, in model order; the model is not changed."""
+    """What `merge` or `merge_adapter` would do to each quantised layer, in model order; the model is not changed.
+
+    Of several adapters the active one counts.
+    """
     merging = Merging(model, dequantise=False)
-    for name, layer in model.named_modules():
-        if isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised):
-            merging.merged(name, layer)
+    for name, wrapper in wrapped(model):
+        if _quantised_layer(wrapper) is not None:
+            merging.merged(name, wrapper)
     return merging.errors
 
 
@@ -73,8 +83,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for name, module in list(model.named_modules()):
         base = open_base(module)
         if isinstance(base, Quantised):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain_layer(base, base.W_OI, dtype).train(module.training))
+            put(model, name, plain_layer(base, base.W_OI, dtype).train(module.training))
     if any(isinstance(open_base(module), Quantised) for module in model.modules()):
         return
     _unmark(model)
@@ -105,6 +114,12 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
         else:
             counts.update(p.dtype for p in module.parameters(recurse=False) if p.dtype.is_floating_point)
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _quantised_layer(wrapper: Wrapper | Switched) -> DoraLinear | None:
+    """The layer that a merge folds in here, where its base is quantised."""
+    layer = wrapper.folded if isinstance(wrapper, Switched) else wrapper
+    return layer if isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised) else None
 
 
 def _unmark(model: Any) -> None:

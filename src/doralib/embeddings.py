@@ -7,6 +7,7 @@ from .bases import Embedding
 from .config import DoraConfig
 from .errors import DoraError
 from .layers import DoraLinear, ReadsThrough
+from .starts import decomposes
 
 
 class DoraEmbedding(ReadsThrough, DoraLinear):
@@ -29,6 +30,11 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         if getattr(base_layer, "max_norm", None) is not None:
             raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
+        if decomposes(config.init_lora_weights):
+            raise DoraError(
+                f"an embedding has no start {config.init_lora_weights!r}; leave it out of target_modules, or out with "
+                "exclude_modules"
+            )
         super().__init__(base_layer, r, scale, config)
 
     @property
@@ -44,8 +50,10 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) to (..., dim), in the dtype that the base layer would return."""
         y = self.base_layer(tokens)
-        if not self.enabled:
-            return y
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
         gain_O = self.gain()
         sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:

@@ -7,7 +7,8 @@ A message says what was asked, what was found and what to do, for all problems a
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class DoraError(Exception):
@@ -22,6 +23,10 @@ class UsageError(DoraError):
     exit_status = 2
 
 
+class Note(UserWarning):
+    """What had to be assumed, and no error; the command line prints it as a note."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known words most like a misspelt one, best first."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
@@ -31,3 +36,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'r'?"``, or nothing when no known word is near."""
     near = nearest(word, known, count=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@contextmanager
+def collecting(problems: list[DoraError]) -> Iterator[None]:
+    """Keep what goes wrong inside the block for `raise_all`, and go on after it."""
+    try:
+        yield
+    except DoraError as problem:
+        problems.append(problem)
+
+
+def raise_all(problems: Sequence[DoraError]) -> None:
+    """Nothing, if there are no problems.
+
+    Raises:
+        DoraError: with all of them; a UsageError if one of them is.
+    """
+    if problems:
+        kind = UsageError if any(isinstance(problem, UsageError) for problem in problems) else DoraError
+        raise kind("\n".join(str(problem) for problem in problems))

@@ -7,8 +7,8 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +148,14 @@ def _untrusted(
     return (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
 
 
+def difference(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of ``B A - B0 A0``, of rank 2 R: ``[B - B0, B0] [A; A - A0]``, where nothing cancels while A is near A0.
+
+    At the start both products are zero exactly. For factors of a convolution too.
+    """
+    return torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], 1)
+
+
 def dense_is_cheaper(O: int, I: int, R: int) -> bool:
     """Whether summing W + s B A densely costs less than the expanded square, whose R x R products grow faster."""
     return R * R * (O + I) > SWEEP * O * I
@@ -228,6 +236,68 @@ def merge_weight(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s
     if m_O is None:
         return V_OI
     return V_OI.mul_(gain(m_O.to(dtype), torch.linalg.vector_norm(V_OI, dim=1))[:, None])
+
+
+class Part(NamedTuple):
+    """One adapter's share of a combination: ``w (V - W)`` with ``V = g ∘ (W + s B A)``."""
+
+    weight: float
+    """w."""
+    a_RI: Tensor
+    b_OR: Tensor
+    gain_O: Tensor | None
+    """g; None for LoRA."""
+    s: float
+
+
+@torch.no_grad()
+def combined_factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
+    """The one adapter that changes W by what several change it, weighted and summed: A', B' and G, in float64.
+
+    ``W + Σ w_i (V_i - W) = G ∘ (W + B' A')`` row by row, with G = 1 + Σ w_i (g_i - 1), A' the A_i one under the other
+    and B' the w_i s_i g_i ∘ B_i / G side by side. The magnitude is m' = G |W + B' A'|; LoRA alone has G = 1.
+
+    Returns:
+        A' (R, I), B' (O, R) and G (O,). Where G is 0 the row is 0, which m' = 0 and B' = 0 say; if a change is left
+        there all the same, no adapter can say it, and G is NaN.
+    """
+    gains = [torch.ones(len(p.b_OR)).to(p.b_OR) if p.gain_O is None else p.gain_O for p in parts]
+    moves = torch.stack([p.weight * (g.double() - 1) for p, g in zip(parts, gains, strict=True)])
+    G_O = 1 + moves.sum(0)
+    # what is left of sums like 1 - 0.7 - 0.3
+    nothing = G_O.abs() <= 4 * torch.finfo(torch.float64).eps * (1 + moves.abs().sum(0))
+    a_RI = torch.cat([p.a_RI.double() for p in parts])
+    turn_OR = torch.cat(
+        [p.weight * p.s * g.double()[:, None] * p.b_OR.double() for p, g in zip(parts, gains, strict=True)], 1
+    )
+    left = nothing.clone()
+    left[nothing] = (turn_OR[nothing] @ a_RI).any(1)
+    b_OR = torch.where(nothing[:, None], 0, turn_OR / torch.where(nothing, 1, G_O)[:, None])
+    return a_RI, b_OR, torch.where(left, float("nan"), torch.where(nothing, 0, G_O))
+
+
+@torch.no_grad()
+def merged_change(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, s: float) -> Tensor:
+    """``g ∘ (W + s B A) - W``, (O, I) in `sum_dtype`, as ``(g - 1) ∘ W + g ∘ (s B A)``: nothing cancels near g = 1."""
+    dtype = sum_dtype(W_OI.dtype)
+    W, a, b = W_OI.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+    if m_O is None:
+        return b @ a * s
+    g_O1 = gain(m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]
+    return torch.addmm((g_O1 - 1) * W, g_O1 * b, a, alpha=s)
+
+
+@torch.no_grad()
+def combined(W_OI: Tensor, changes: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """``W + Σ w (V - W)`` from each adapter's weight w and own merged change V - W, in `sum_dtype`.
+
+    The one sum of DoRA adapters that means something: m, A and B of two adapters cannot be added, for each was
+    trained with its own norm.
+    """
+    V_OI = W_OI.to(sum_dtype(W_OI.dtype), copy=True)
+    for weight, change_OI in changes:
+        V_OI.add_(change_OI, alpha=weight)
+    return V_OI
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:

@@ -99,6 +99,8 @@ def continuations(
         sampling: how tokens are chosen.
         tick: called with the number of prompts done since the last call.
     """
+    if getattr(getattr(model, "_doralib", None), "rows", None) is not None:
+        raise UsageError("prompts are sorted into batches here, so adapter_rows cannot follow; call model.generate")
     # longest first: prompts of like length share a batch, and a batch too large for the memory fails at once
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)

@@ -3,45 +3,52 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import files
-from .bank import Bank, DoraBank, bank_for, other_banks
-from .bases import open_base
+from .bank import other_banks
 from .config import DoraConfig
-from .convolutions import DoraConv
 from .dequantised import Merging
-from .embeddings import DoraEmbedding
-from .errors import DoraError, UsageError
-from .formats import Given, to_peft
-from .formats.storage import one_part, read_any
-from .layers import DoraLinear, TrainedCopy
+from .errors import DoraError, Note, UsageError
+from .formats import FORMATS, Given
+from .formats.storage import one_part, read_any, write_content
+from .layers import DoraLinear, original
+from .live import (
+    DEFAULT,
+    Adapter,
+    Record,
+    adapter_of,
+    bias_of,
+    free_record_of,
+    listed,
+    make_switched,
+    plain,
+    put,
+    record_of,
+    same_tensors,
+    show_biases,
+    show_the_right_biases,
+    tensors_of,
+    wrapped,
+)
+from .live import config_of as config_of
+from .live import layers_of as layers_of
+from .live import state_of as state_of
+from .live import trainable as trainable
 from .magnitudes import DoraMagnitude
-from .quantised import keep_readable
-from .state import AdapterState, LayerAdapter
-from .targets import adaptable, choose, magnitudes, matching, refuse
+from .state import AdapterState, MovedAdapter
+from .switched import Switched, Wrapper
+from .targets import adaptable, choose, matching
+from .wrapping import chosen_by_config, chosen_by_state, wrappers_for
 
 Model = TypeVar("Model", bound=nn.Module)
-_OWN_SETTINGS = "doralib_config.json"
 
 
-@dataclass
-class _Adapted:
-    """What `adapt` did to a model."""
-
-    config: DoraConfig
-    frozen: dict[str, bool]
-    """Whether each parameter was trainable before, by its name then."""
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    """Values of trained biases before training, by their name in the adapted model."""
-
-
-def adapt(model: Model, config: DoraConfig) -> Model:
+def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Model:
     """Wrap the target layers in place and freeze everything else; the model itself is returned.
 
     With method "full" nothing is wrapped: the targets' weights, or all, are set to train.
@@ -51,31 +58,78 @@ def adapt(model: Model, config: DoraConfig) -> Model:
             is left as it was.
     """
     if hasattr(model, "_doralib"):
-        raise UsageError("this model is adapted already; doralib.remove(model) takes the adapter off")
+        raise UsageError(
+            "this model is adapted already; doralib.remove(model) takes the adapter off, and "
+            "doralib.add_adapter(model, name, config) puts another beside it"
+        )
     if config.method == "full":
         return _train_in_full(model, config)
-    chosen = choose(model, config)
-    whole = matching(model, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
-    return _wrap(model, config, chosen, whole)
+    refuse_name(adapter_name)
+    return _wrap(model, config, *chosen_by_config(model, config), adapter_name)
+
+
+def add_adapter(model: Model, adapter_name: str, config: DoraConfig) -> Model:
+    """Put a fresh adapter beside those that the model has; `set_adapter` makes it the active one.
+
+    Raises:
+        UsageError: as `adapt`, and if the name is taken; the model is left as it was.
+    """
+    _refuse_beside(model, adapter_name, config)
+    with plain(model):
+        chosen, whole = chosen_by_config(model, config)
+        wrappers, biases = wrappers_for(model, config, chosen, whole)
+    return _beside(model, adapter_name, config, wrappers, biases)
+
+
+def add_state(model: Model, adapter_name: str, config: DoraConfig, state: AdapterState, source: str) -> Model:
+    """Put an adapter of given values on a plain model, or beside those that a model has.
+
+    Args:
+        source: Where it is from, for messages.
+    """
+    if not hasattr(model, "_doralib"):
+        refuse_name(adapter_name)
+        _wrap(model, config, *chosen_by_state(model, config, state, source), adapter_name)
+    else:
+        _refuse_beside(model, adapter_name, config)
+        with plain(model):
+            chosen, whole = chosen_by_state(model, config, state, source)
+            wrappers, biases = wrappers_for(model, config, chosen, whole)
+        _beside(model, adapter_name, config, wrappers, biases)
+    load_into(model, state, adapter_name)
+    return model
 
 
 def remove(model: Model) -> Model:
-    """Take the adapter off in place: the model as it was before `adapt`."""
-    adapted = _adapted(model)
-    for name, value in adapted.biases.items():
-        model.get_parameter(name).data.copy_(value)
-    _unwrap(model, lambda _, layer: layer.base_layer)
-    _restore(model, adapted)
+    """Take every adapter off in place: the model as it was before `adapt`."""
+    record = free_record_of(model)
+    show_biases(model, None)
+    _unwrap(model, lambda _, wrapper: original(wrapper))
+    _restore(model, record)
     return model
 
 
 def merge(model: Model, *, dequantise: bool = False) -> Model:
-    """Fold the adapter in, in place: ``g ∘ (W + s B A)``, summed in float32, cast once; quantised: see `Merging`."""
-    adapted = _adapted(model)
-    merging = Merging(model, dequantise)
+    """Fold the adapter in, in place: layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
+
+    Args:
+        dequantise: What becomes of quantised layers, see `Merging`.
+
+    Raises:
+        UsageError: if the model has other adapters, which would be lost, or none is active.
+    """
+    record, (name, _) = free_record_of(model), adapter_of(model)
+    if others := [other for other in record.adapters if other != name]:
+        raise UsageError(
+            f"merging {name} would throw {', '.join(others)} away: doralib.delete_adapter(model, name) each, or "
+            "fold it in with doralib.merge_adapter(model), which can be undone"
+        )
+    merging = Merging(model, dequantise=dequantise)
+    show_biases(model, name)
     _unwrap(model, merging.merged)
     merging.finish()
-    _restore(model, adapted)
+    _restore(model, record)
+    merging.warn()
     return model
 
 
@@ -99,176 +153,168 @@ def disabled(model: Model) -> Iterator[Model]:
         enable(model)
 
 
-def config_of(model: nn.Module) -> DoraConfig:
-    """The settings the model was adapted with."""
-    return _adapted(model).config
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What training changes, by name."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def state_of(model: nn.Module) -> AdapterState:
-    """The adapter of a model; views of its parameters, not copies."""
-    config = config_of(model)
-    layers: dict[str, LayerAdapter] = {}
-    extra: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, DoraLinear):
-            layers[name] = module.state()
-        elif isinstance(module, TrainedCopy):
-            extra |= {f"{name}.{key}": p.detach() for key, p in module.trained.named_parameters()}
-    extra |= {_plain(name): model.get_parameter(name).detach() for name in _adapted(model).biases}
-    if config.method == "full":
-        extra = {name: p.detach() for name, p in trainable(model)}
-    return AdapterState(layers, extra, _model_name(model))
-
-
 @torch.no_grad()
-def load_into(model: nn.Module, state: AdapterState) -> None:
+def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = None) -> None:
     """Copy an adapter's values into a model adapted in the same layers.
+
+    Args:
+        adapter_name: Which of the model's adapters takes them; None: the active one.
 
     Raises:
         DoraError: listing every layer that is missing, too many or of another shape; nothing is changed then.
     """
-    into = state_of(model)
-    pairs = {**_tensors(into)}
-    given = _tensors(state)
-    problems = [f"{name}: the adapter has no such tensor" for name in pairs.keys() - given.keys()]
-    problems += [f"{name}: the model has no such tensor" for name in given.keys() - pairs.keys()]
+    name, _ = adapter_of(model, adapter_name)
+    if (start := config_of(model, name)).moves_start and not any(
+        isinstance(a, MovedAdapter) for a in state.layers.values()
+    ):
+        raise DoraError(
+            f"this model's adapter began as a part of the weights (init_lora_weights: {start.init_lora_weights!r}); "
+            "a file holds the change of the weights alone, of rank 2r: load it into a plain model"
+        )
+    into = state_of(model, name)
+    problems = same_tensors(into, state)
+    layers = layers_of(model, name)
     problems += [
-        f"{name}: {tuple(given[name].shape)} in the adapter, {tuple(pairs[name].shape)} in the model"
-        for name in pairs.keys() & given.keys()
-        if given[name].shape != pairs[name].shape
-    ]
-    modules = dict(model.named_modules())
-    problems += [
-        f"{name}: turns its rows, but only their lengths are adapted in the model"
-        for name, adapter in state.layers.items()
-        if isinstance(modules.get(name), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
+        f"{place}: turns its rows, but only their lengths are adapted in the model"
+        for place, adapter in state.layers.items()
+        if isinstance(layers.get(place), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
     ]
     problems += other_banks(into, state)
     if problems:
-        raise DoraError(_listed("the adapter does not fit this model", sorted(problems)))
-    for name, tensor in pairs.items():
-        tensor.copy_(given[name])
-    for name, adapter in state.layers.items():
-        layer = model.get_submodule(name)
+        raise listed("the adapter does not fit this model", sorted(problems))
+    given = tensors_of(state)
+    for key, tensor in tensors_of(into).items():
+        tensor.copy_(given[key])
+    for place, adapter in state.layers.items():
+        layer = layers[place]
         assert isinstance(layer, DoraLinear)
         layer.scale = adapter.scale
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write the adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
+def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:
+    """Write an adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
 
+    An adapter that started as a part of the weight is written as a change of the weight as it is, of rank 2r.
     Besides PEFT's two files, ``doralib_config.json`` keeps what PEFT has no word for (dropout_mode, detach_norm).
+
+    Args:
+        adapter_name: None: the active one.
     """
-    config, folder = config_of(model), Path(path)
+    config, folder = config_of(model, adapter_name).in_files(), Path(path)
     if config.method == "full":
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
-    tensors, settings = to_peft(config, state_of(model))
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    files.write_json(folder / "adapter_config.json", settings)
-    files.write_json(folder / _OWN_SETTINGS, config.model_dump(mode="json"))
+    peft = FORMATS["peft"]
+    assert peft.write is not None
+    write_content(peft.write(config, state_of(model, adapter_name), Given()), peft, folder, overwrite=True)
 
 
-def read_adapter(path: str | Path, model: nn.Module | None = None) -> tuple[DoraConfig, AdapterState]:
+def read_adapter(
+    path: str | Path, model: nn.Module | None = None, given: Given | None = None
+) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
     Args:
         model: The base model, for formats that need its names or its heads.
+        given: What else a file may not say: alpha, the part of a pipeline.
 
     Raises:
         UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    found = one_part(read_any(path, Given() if model is None else _known(model))[1])
+    given = given or Given()
+    _, found = read_any(path, given if model is None else _knowing(given, model))
+    found = one_part(found, given.component)
     for note in found.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=3)
-    own = Path(path) / _OWN_SETTINGS
-    return DoraConfig(**files.read_json(own)) if own.exists() else found.config, found.state
+        warnings.warn(f"{path}: {note}", Note, stacklevel=3)
+    return found.config, found.state
 
 
-def _known(model: nn.Module) -> Given:
+def _knowing(given: Given, model: nn.Module) -> Given:
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
-    settings = to_dict()
-    return Given(shapes={name: tuple(shape) for name, shape in adaptable(model).items()}, config=settings)
+    shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
+    return replace(given, shapes=shapes, config=to_dict())
 
 
-def load_adapter(model: Model, path: str | Path) -> Model:
+def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Given | None = None) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
-    The file may be of any format that ``doralib convert`` reads.
+    The file may be of any format that ``doralib convert`` reads; ``given`` is what it may not say.
+
+    Args:
+        adapter_name: A new name puts the adapter beside those that the model has; a known one, or None for the active
+            adapter, fills it.
 
     Raises:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
-    config, state = read_adapter(path, model)
+    config, state = read_adapter(path, model, given)
     shapes = adaptable(model)
     narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
     state = replace(state, layers=narrowed)
-    if not hasattr(model, "_doralib"):
-        linear = {name: m for name, m in model.named_modules() if name in state.layers}
-        absent = sorted(state.layers.keys() - linear.keys())
-        if absent:
-            raise DoraError(_listed(f"{path} is an adapter of another model; this one has no", absent))
-        refuse(model, list(linear), _shapes_that_fit(path, state, model))
-        whole = matching(model, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
-        _wrap(model, config, list(linear), whole)
-    load_into(model, state)
+    if not hasattr(model, "_doralib") or (adapter_name is not None and adapter_name not in record_of(model).adapters):
+        return add_state(model, adapter_name or DEFAULT, config, state, str(path))
+    load_into(model, state, adapter_name)
     return model
 
 
-def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str]) -> Model:
-    """Every wrapper is made before the first is put in, so that a refusal changes nothing."""
-    _refuse_whole(model, chosen, whole)
-    biases = _bias_names(model, config, chosen)
-    adapted = _Adapted(config, {name: p.requires_grad for name, p in model.named_parameters()})
+def refuse_name(adapter_name: str) -> None:
+    """Nothing, where parameters can bear the name.
+
+    Raises:
+        UsageError: if they cannot.
+    """
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise UsageError(f"{adapter_name!r} cannot be an adapter's name: no dots, and no word that torch uses itself")
+
+
+def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
+    record = free_record_of(model)
+    refuse_name(adapter_name)
+    if adapter_name in record.adapters:
+        raise UsageError(
+            f"there is an adapter {adapter_name!r} already; doralib.delete_adapter(model, {adapter_name!r}) takes it "
+            "off, and doralib.hotswap_adapter puts another file's values into it"
+        )
+    if "full" in (config.method, *(adapter.config.method for adapter in record.adapters.values())):
+        raise UsageError("full fine-tuning changes the weights themselves; there can be no adapter beside it")
+
+
+def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str], adapter_name: str) -> Model:
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    wrappers, biases = wrappers_for(model, config, chosen, whole)
     model.requires_grad_(False)
-    try:
-        wrappers = _wrappers(model, config, chosen, whole)
-    except DoraError:
-        for name, p in model.named_parameters():
-            p.requires_grad_(adapted.frozen[name])
-        raise
-    keep_readable(model)
     for name, wrapper in wrappers.items():
-        _put(model, name, wrapper.train(model.get_submodule(name).training))
+        put(model, name, wrapper.train(model.get_submodule(name).training))
+    model._doralib = Record(frozen, {adapter_name: Adapter(config)}, adapter_name, {}, adapter_name)  # type: ignore[assignment]
     for name in biases:
-        bias = model.get_parameter(name).requires_grad_(True)
-        adapted.biases[name] = bias.detach().clone()
-    model._doralib = adapted  # type: ignore[assignment]
+        bias = bias_of(model, name).requires_grad_(True)
+        record_of(model).biases[name] = bias.detach().clone()
+        record_of(model).adapters[adapter_name].biases[name] = bias.data
     return model
 
 
-def _wrappers(
-    model: nn.Module, config: DoraConfig, chosen: list[str], whole: list[str]
-) -> dict[str, DoraLinear | TrainedCopy]:
-    alone = set(magnitudes(model, config))
-    bank = bank_for([model.get_submodule(name) for name in chosen], config)
-    wrappers: dict[str, DoraLinear | TrainedCopy] = {
-        name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
-    }
-    return wrappers | {name: TrainedCopy(model.get_submodule(name)) for name in whole}
-
-
-_LAYERS: dict[str, type[DoraLinear]] = {
-    "convolution": DoraConv,
-    "transposed_convolution": DoraConv,
-    "embedding": DoraEmbedding,
-}
-
-
-def _adapted_layer(module: nn.Module, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLinear:
-    if alone:
-        return DoraMagnitude(module, 1, 1.0, config)
-    if bank is not None:
-        return DoraBank(module, bank, config)
-    base = open_base(module)
-    layer = DoraLinear if base is None else _LAYERS.get(base.kind, DoraLinear)
-    return layer(module, config.rank_of(name), config.scale_of(name), config)
+def _beside(
+    model: Model, adapter_name: str, config: DoraConfig, wrappers: dict[str, Wrapper], biases: list[str]
+) -> Model:
+    record, places = record_of(model), [name for name, _ in wrapped(model)]
+    if nested := [
+        f"{ours} and {theirs}"
+        for ours in wrappers
+        for theirs in places
+        if ours.startswith(theirs + ".") or theirs.startswith(ours + ".")
+    ]:
+        raise listed("adapters cannot change a module and a part of it side by side", nested)
+    make_switched(model)
+    for name, wrapper in wrappers.items():
+        place = model.get_submodule(name)
+        if not isinstance(place, Switched):
+            place = Switched(place, name).train(place.training)
+            place.active, place.enabled = record.active, record.enabled
+            put(model, name, place)
+        place.hold(adapter_name, wrapper.train(place.training))
+    values = {name: record.biases.setdefault(name, bias_of(model, name).detach().clone()).clone() for name in biases}
+    record.adapters[adapter_name] = Adapter(config, values)
+    return model
 
 
 def _train_in_full(model: Model, config: DoraConfig) -> Model:
@@ -279,120 +325,28 @@ def _train_in_full(model: Model, config: DoraConfig) -> Model:
     model.requires_grad_(False)
     for name in chosen:
         model.get_submodule(name).requires_grad_(True)
-    model._doralib = _Adapted(config, frozen)  # type: ignore[assignment]
+    model._doralib = Record(frozen, {DEFAULT: Adapter(config)}, DEFAULT)  # type: ignore[assignment]
     return model
 
 
-def _refuse_whole(model: nn.Module, chosen: list[str], whole: list[str]) -> None:
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), set()).add(name)
-    problems = [f"{name} is in target_modules too" for name in whole if name in chosen]
-    for name in whole:
-        inside = {name, *(f"{name}.{n}" for n, _ in model.get_submodule(name).named_modules())}
-        for p in model.get_submodule(name).parameters():
-            if others := owners[id(p)] - inside:
-                problems.append(f"{name} is tied to {', '.join(sorted(others))}; a copy of it would break the tie")
-    if problems:
-        raise UsageError("modules_to_save: " + "; ".join(dict.fromkeys(problems)))
-
-
-def _bias_names(model: nn.Module, config: DoraConfig, chosen: list[str]) -> list[str]:
-    """The biases to train, by their name in the adapted model."""
-    if config.bias == "none":
-        return []
-    owned = {f"{name}.bias": f"{name}.base_layer.bias" for name in chosen}
-    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias") and (config.bias == "all" or n in owned)}
-    if small := [name for name, p in biases.items() if p.dtype.itemsize < 4]:
-        raise UsageError(
-            f"bias: {config.bias!r} trains {small[0]} in {biases[small[0]].dtype}, where small steps are lost; "
-            "load the model in float32"
-        )
-    return [owned.get(name, name) for name in biases]
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _wrapped(model: nn.Module) -> list[tuple[str, DoraLinear | TrainedCopy]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear | TrainedCopy)]
-
-
-def _unwrap(model: nn.Module, plain: Callable[[str, DoraLinear | TrainedCopy], nn.Module]) -> None:
+def _unwrap(model: nn.Module, plain: Callable[[str, Wrapper | Switched], nn.Module]) -> None:
     """Every plain layer is made before the first is put back."""
-    replaced = [(name, plain(name, wrapper).train(wrapper.training)) for name, wrapper in _wrapped(model)]
+    replaced = [(name, plain(name, wrapper).train(wrapper.training)) for name, wrapper in wrapped(model)]
     for name, module in replaced:
-        _put(model, name, module)
+        put(model, name, module)
 
 
-def _restore(model: nn.Module, adapted: _Adapted) -> None:
+def _restore(model: nn.Module, record: Record) -> None:
     for name, p in model.named_parameters():
-        p.requires_grad_(adapted.frozen[name])
+        p.requires_grad_(record.frozen[name])
     del model._doralib
 
 
 def _switch(model: nn.Module, *, enabled: bool) -> None:
-    adapted = _adapted(model)
-    if adapted.config.method == "full":
+    record = record_of(model)
+    if any(adapter.config.method == "full" for adapter in record.adapters.values()):
         raise UsageError("full fine-tuning changes the weights themselves; there is no adapter to switch")
-    wrapped = _wrapped(model)
-    if all(wrapper.enabled == enabled for _, wrapper in wrapped):
-        return
-    for _, wrapper in wrapped:
+    for _, wrapper in wrapped(model):
         wrapper.enabled = enabled
-    for name, other in adapted.biases.items():
-        bias = model.get_parameter(name)
-        adapted.biases[name], bias.data = bias.data, other
-
-
-def _adapted(model: nn.Module) -> _Adapted:
-    adapted = getattr(model, "_doralib", None)
-    if not isinstance(adapted, _Adapted):
-        raise UsageError("this model has no adapter; put one on with doralib.adapt or doralib.load_adapter")
-    return adapted
-
-
-def _tensors(state: AdapterState) -> dict[str, Tensor]:
-    parts = {
-        f"{layer}.{field}": tensor
-        for layer, adapter in state.layers.items()
-        for field, tensor in adapter.tensors().items()
-    }
-    return {**parts, **state.extra}
-
-
-def _shapes_that_fit(path: str | Path, state: AdapterState, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The layers of a model that can be adapted, once every adapted shape is right."""
-    linear = adaptable(model)
-    wrong = [
-        f"{name}: {adapter.shape} in the adapter, {linear[name]} in the model"
-        for name, adapter in state.layers.items()
-        if name in linear and linear[name] != adapter.shape
-    ]
-    for name, adapter in state.layers.items():
-        base = open_base(model.get_submodule(name))
-        if base is not None and base.kind != adapter.kind:
-            wrong.append(f"{name}: {_words(adapter.kind)} in the adapter, {_words(base.kind)} in the model")
-    if wrong:
-        raise DoraError(_listed(f"{path} is an adapter of another model; these shapes differ", wrong))
-    return linear
-
-
-def _words(kind: str) -> str:
-    return kind.replace("_", " ")
-
-
-def _plain(name: str) -> str:
-    return name.replace(".base_layer.", ".")
-
-
-def _model_name(model: nn.Module) -> str | None:
-    return getattr(model, "name_or_path", None) or None
-
-
-def _listed(what: str, lines: list[str]) -> str:
-    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n  ".join([f"{what}:", *lines[:20], *more])
+    record.enabled = enabled
+    show_the_right_biases(model)

@@ -1,7 +1,6 @@
 """Adapted layers: the parameters, and which formula they go through."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +17,8 @@ from .kernels.dropout import Dropout, draw, dropped
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
 from .quantised import storage_of
-from .state import LayerAdapter
-
-# A at the start, by `init_lora_weights`, filled in place: kaiming is the paper's, gaussian is PEFT's of that name
-STARTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "kaiming": lambda a_RI: nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5)),
-    "gaussian": lambda a_RI: nn.init.normal_(a_RI, std=1 / len(a_RI)),
-}
+from .starts import DRAWN, decomposed, decomposes
+from .state import LayerAdapter, MovedAdapter
 
 
 class DoraLinear(nn.Module):
@@ -46,6 +40,9 @@ class DoraLinear(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter | None
+    start_A: nn.Parameter | None
+    """A and B as they began, frozen, where they began as a part of the weight: the change is ``B A - B0 A0``."""
+    start_B: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
@@ -64,6 +61,8 @@ class DoraLinear(nn.Module):
         self.norm = FreshNorm(base)
         self.inference = Inference()
         self.out_features, self.in_features = base.shape
+        self.register_parameter("start_A", None)
+        self.register_parameter("start_B", None)
         dtype, device = F.sum_dtype(base.dtype), base.device
         _, *row = base.row_shape
         self._register_factors(
@@ -76,7 +75,7 @@ class DoraLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Back to the start: A as the paper draws it, B = 0, m = |W|."""
+        """Back to the start: A and B as `init_lora_weights` says, with no change of the weight, and m = |W|."""
         self._start_factors()
         if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
@@ -87,14 +86,21 @@ class DoraLinear(nn.Module):
         return self.lora_A.shape[0]
 
     @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B whose product is the change of the weight; made anew, of rank 2r, where a start is taken off."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
+
+    @property
     def a_RI(self) -> Tensor:
-        """A as rows, a view."""
-        return self.lora_A.flatten(1)
+        """The first of the factors, as rows."""
+        return self.factors[0].flatten(1)
 
     @property
     def b_OR(self) -> Tensor:
-        """B as rows, a view."""
-        return self.lora_B.flatten(1)
+        """The second of the factors, as rows."""
+        return self.factors[1].flatten(1)
 
     @property
     def weight(self) -> Tensor:
@@ -126,12 +132,22 @@ class DoraLinear(nn.Module):
             W_OI = W_OI.to(x.dtype)
         if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
             return self._inferred(x, W_OI)
-        return dora_linear(x, W_OI, self.lora_A, self.lora_B, self.gain(), self.scale, self.bias, dropout)
+        return dora_linear(x, W_OI, *self.factors, self.gain(), self.scale, self.bias, dropout)
+
+    def around(self, base: Tensor, x: Tensor) -> Tensor:
+        """The output for x from the base's own output for it, which rows of other adapters may share.
+
+        A class with a forward of its own has one of these too, or is called apart for its rows (`Switched`).
+        """
+        x = autocast(x)
+        return self._around(base, x, self._draw_dropout(x))
 
     def state(self) -> LayerAdapter:
         """The trained values; views, not copies."""
         m_O = self.lora_magnitude_vector
         values = self.lora_A.detach(), self.lora_B.detach(), None if m_O is None else m_O.detach()
+        if self.start_A is not None and self.start_B is not None:
+            return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
         return LayerAdapter(*values, self.scale, self.base.kind)
 
     def merged_weight(self) -> Tensor:
@@ -149,13 +165,22 @@ class DoraLinear(nn.Module):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_A, self.lora_B = a, b
+        if decomposes(self.start):
+            self.start_A, self.start_B = (nn.Parameter(torch.empty_like(p), requires_grad=False) for p in (a, b))
 
     def _start_factors(self) -> None:
-        STARTS[self.start](self.lora_A)
-        nn.init.zeros_(self.lora_B)
+        if self.start_A is None or self.start_B is None:
+            DRAWN[self.start](self.lora_A)
+            nn.init.zeros_(self.lora_B)
+        elif not self.lora_A.is_meta:
+            rows = torch.arange(self.out_features, device=self.base.device)
+            found = decomposed(self.start, self.base.dense_rows(rows), self.r, self.scale)
+            for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
+                p.copy_(value.view_as(p))
+                start.copy_(p)
 
     def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
-        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        (A, B), m = self.factors, self.lora_magnitude_vector
         if m is None:
             return self.inference(x, W_OI, (A, B), None, self.scale, self.bias)
         n_O = self.norm(A, B, self.scale, detach=True)
@@ -168,11 +193,13 @@ class DoraLinear(nn.Module):
 
     def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """The plain formula around the layer's own call: other storages, and what a compiler can see through."""
-        if isinstance(self.base, Quantised) and x.requires_grad and (why := self.base.storage.refuses_backward):
-            raise DoraError(why)
-        base = self.base_layer(x)
+        return self._around(self.base_layer(x), x, dropout)
+
+    def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
+        self.base.refuse_backward(x)
         x_a = dropped(x, dropout)
-        lora = nnf.linear(nnf.linear(x_a, self.lora_A.to(x.dtype)), (self.lora_B * self.scale).to(x.dtype))
+        A, B = self.factors
+        lora = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
         gain_O = self.gain()
         if gain_O is None:
             return base + lora
@@ -199,7 +226,7 @@ class ReadsThrough(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+            return getattr(original(self), name)
 
 
 class TrainedCopy(nn.Module):
@@ -223,16 +250,26 @@ class TrainedCopy(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The original with the trained values, cast once to its dtypes."""
-        for name, p in self.base_layer.named_parameters():
+        """A copy of the original with the trained values, cast once to its dtypes."""
+        merged = copy.deepcopy(self.base_layer)
+        for name, p in merged.named_parameters():
             p.copy_(self.trained.get_parameter(name))
-        return self.base_layer
+        return merged
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("trained" if self.enabled else "base_layer"), name)
+            return getattr(super().__getattr__("trained") if self.enabled else original(self), name)
+
+
+def original(wrapper: nn.Module) -> nn.Module:
+    """The frozen module of a wrapper, which is a child of it or, under `Switched`, of the place that it shares."""
+    own = wrapper.__dict__
+    held: nn.Module | None = own.get("base_layer", own.get("_modules", {}).get("base_layer"))
+    if held is None:
+        raise AttributeError(f"{type(wrapper).__name__} has no base_layer")
+    return held
 
 
 def _master_copy(original: nn.Module) -> nn.Module:

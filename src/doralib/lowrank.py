@@ -9,7 +9,8 @@ from torch import Tensor
 from .checkpoints import Checkpoint, read_whole
 from .errors import DoraError
 from .fitting import fit
-from .functional import dense_row_norm, gain, sum_dtype
+from .folding import as_rows
+from .functional import dense_row_norm, merged_change
 from .state import AdapterState, LayerAdapter
 
 # above this many rows and columns the whole decomposition takes minutes a layer
@@ -36,6 +37,8 @@ def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[Ad
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once.
     """
+    if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
+        raise DoraError(f"a transposed convolution has no LoRA in PEFT: {', '.join(turned[:5])}; merge the adapter")
     layers, errors = {}, []
     for name, layer, W_OI in base_weights(state, checkpoint):
         change_OI = change_of(W_OI, layer)
@@ -65,24 +68,16 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
-        raise DoraError(f"a transposed convolution has no such form: {', '.join(turned[:5])}; merge the adapter")
     fitted = fit(state, checkpoint.slots, checkpoint.config())
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, (slot, layer) in zip(state.layers, fitted.layers.items(), strict=True):
-        weight = read_whole(checkpoint.slots[slot]).flatten(1)
-        yield name, layer, weight.T if slot in fitted.transposed else weight
+        stored = read_whole(checkpoint.slots[slot])
+        yield name, layer, as_rows(stored, layer, transposed=slot in fitted.transposed)
 
 
-@torch.no_grad()
 def change_of(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
-    """``g ∘ (W + s B A) - W`` in `sum_dtype`, as (g - 1) ∘ W + g ∘ (s B A): nothing cancels where g is near 1."""
-    dtype = sum_dtype(W_OI.dtype)
-    W, (a, b), s = W_OI.to(dtype), (each.to(dtype) for each in layer.factors), layer.scale
-    if layer.m_O is None:
-        return b @ a * s
-    g_O = gain(layer.m_O.to(dtype), dense_row_norm(W, a, b, s))[:, None]
-    return torch.addmm((g_O - 1) * W, g_O * b, a, alpha=s)
+    """What the adapter adds to the weight, (O, I): `merged_change`."""
+    return merged_change(W_OI, *layer.factors, layer.m_O, layer.scale)
 
 
 @torch.no_grad()

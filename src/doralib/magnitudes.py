@@ -19,8 +19,11 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """What the base layer takes, and what it would return."""
         y = self.base_layer(x, *args)
-        if not self.enabled:
-            return y
+        return self.around(y, x, *args) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor, *args: Any) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        self.base.refuse_backward(x)
         changed = y
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):
             changed = self.base_layer(dropped(autocast(x), dropout), *args)

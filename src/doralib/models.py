@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .adapters import another_base
 from .config import ModelSettings
-from .errors import DoraError, UsageError
-from .files import read_json
+from .errors import DoraError, Note, UsageError
+from .formats import Given
+from .formats.storage import base_named_by, holds_adapter
 from .inject import load_adapter
+from .several import set_adapter
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -50,19 +55,24 @@ def load_model(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
-def load_any(path: str, *, base: str | None = None, dtype: str = "auto") -> Loaded:
-    """A model for use: a run, an adapter (on the base it names, or on `base`), or whatever `load_model` takes.
+def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+    """A model for use: a run, an adapter of any format, or whatever `load_model` takes.
 
-    A run's base is quantised as it was in training, another `base` is taken as it is.
+    Args:
+        base: the model that an adapter goes on, as it is stored, where it is not the one that it names; that of a run
+            is quantised as it was in training.
+        given: what an adapter's file may not say.
     """
     folder = Path(path)
-    if (folder / "adapter_config.json").exists():
-        named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if holds_adapter(folder):
+        named = base or base_named_by(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        settings = ModelSettings(path=named, dtype=dtype, quantization=None if base else _quantization_of(folder))
-        model, tokenizer = load_model(settings)
-        return load_adapter(model, folder).eval(), tokenizer
+        for note in another_base(base_named_by(folder), named):
+            warnings.warn(f"{path} {note}", Note, stacklevel=2)
+        quantization = None if base else _quantization_of(folder)
+        model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype, quantization=quantization))
+        return load_adapter(model, folder, given=given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
@@ -86,6 +96,22 @@ def _quantization_of(run: Path) -> Any:
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     model = recipe.get("model") if isinstance(recipe, dict) else None
     return model.get("quantization") if isinstance(model, dict) else None
+
+
+def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+    """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
+
+    Raises:
+        UsageError: if one is not given so.
+    """
+    pairs = [each.partition("=") for each in named]
+    if bad := [each for each, (name, _, path) in zip(named, pairs, strict=True) if not (name and path)]:
+        raise UsageError(f"--adapter {bad[0]}: give a name and a path, NAME=PATH")
+    for name, _, path in pairs:
+        load_adapter(model, path, name)
+    if pairs:
+        set_adapter(model, pairs[0][0])
+    return [name for name, _, _ in pairs]
 
 
 def _located(path: str) -> tuple[str, dict[str, str]]:

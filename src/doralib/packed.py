@@ -7,7 +7,7 @@ _weight_scale and so on, and what they mean in the file's metadata.
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, Slot, cast_to, read_whole, write_at
 from .errors import DoraError
-from .functional import Rows, merge_weight
+from .folding import Change, changed
+from .functional import Rows, row_blocks, sum_dtype
 from .quantised.bits import Rows4bit, Rows8bit, quantised_4bit, quantised_8bit
 from .quantised.torchao import dense_torchao, requantised_torchao
 from .requantised import Requantised
-from .state import LayerAdapter
 
 Parts = Mapping[str, Tensor]
 _STATE = ".quant_state.bitsandbytes__"
@@ -164,9 +164,9 @@ def plain_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str] | No
 
 
 def write_layer(
-    layer: PackedLayer, adapter: LayerAdapter | None, outs: Mapping[str, Slot], code: str | None
+    layer: PackedLayer, changes: Sequence[Change], outs: Mapping[str, Slot], code: str | None
 ) -> Requantised | None:
-    """Write one layer with its adapter folded in, and say what quantising it again cost.
+    """Write one layer with every change, and say what quantising it again cost.
 
     Args:
         outs: The places of its tensors in the output, by their names in the base.
@@ -174,13 +174,15 @@ def write_layer(
     """
     parts = layer.read()
     W = layer.rows(parts)
-    V_OI = W[:]
-    if adapter is not None:
-        V_OI = merge_weight(V_OI, *adapter.factors, adapter.m_O, adapter.scale)
+    merged = ((rows, changed(W[rows], changes, rows, layer.shape)) for rows in row_blocks(*layer.shape))
     if code:
         out = outs[next(iter(layer.slots))]
-        write_at(out.file, out.start, cast_to(layer.name, V_OI, code))
+        for rows, block in merged:
+            write_at(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
+    V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
+    for rows, block in merged:
+        V_OI[rows] = block
     made = layer.requantised(parts, V_OI)
     for name in layer.slots:
         if made[name].nbytes != outs[name].nbytes:

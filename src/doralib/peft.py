@@ -20,13 +20,14 @@ from .kernels.norm import FreshNorm
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."
 _TAKEN = "doralib_fast"
+_DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 def accelerate(peft_model: Model) -> Model:
     """Let the DoRA layers of a `PeftModel` compute with doralib's kernels, in place; the model itself is returned.
 
-    Where a call needs what PEFT alone can do (merged or disabled adapters, several at once, adapters by row) the
-    layer's own forward is used.
+    Where a call needs what PEFT alone can do (merged or disabled adapters, several at once, adapters without DoRA, a
+    base weight that is trained or has hooks, a compiler on a CPU) the layer's own forward is used.
 
     Raises:
         UsageError: if there is no DoRA layer, or some cannot be taken: all of them with the reason; nothing is changed.
@@ -68,12 +69,24 @@ class _Fast:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
-        name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-        plain = args or any(value is not None for value in kwargs.values())
-        if name is None or plain or layer.disable_adapters or layer.merged or not layer.use_dora.get(name, False):
-            own: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-            return own
-        return self._dora(x, name)
+        plain = not args and all(value is None for value in kwargs.values())
+        if plain and not (layer.disable_adapters or layer.merged or self._has_more(x)) and self._is_ours():
+            return self._dora(x, layer.active_adapters[0])
+        own: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return own
+
+    def _is_ours(self) -> bool:
+        """Whether one adapter is active, and it is DoRA with a dropout that we know; adapters come and go."""
+        layer = self.layer
+        name, *more = layer.active_adapters or [""]
+        return not more and layer.use_dora.get(name, False) and type(layer.lora_dropout[name]) in _DROPOUTS
+
+    def _has_more(self, x: Tensor) -> bool:
+        """Whether the base layer does, or gets, what our kernels leave out."""
+        module, weight = self.base.module, self.base.module.weight
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        compiled = torch.compiler.is_compiling() and on_gpu(x) is None
+        return bool(hooked) or compiled or bool(weight.requires_grad)
 
     def _dora(self, x: Tensor, name: str) -> Tensor:
         layer, W_OI = self.layer, self.base.W_OI
@@ -106,5 +119,5 @@ def _refusal(layer: nn.Module) -> str:
     if base is None or isinstance(base, Opaque):
         return f"its base, {type(layer.base_layer).__qualname__}, is a storage whose weight cannot be read"
     dropouts: Any = layer.lora_dropout
-    odd = [type(d).__name__ for d in dropouts.values() if type(d) not in (nn.Dropout, nn.Identity)]
+    odd = [type(d).__name__ for d in dropouts.values() if type(d) not in _DROPOUTS]
     return f"its dropout is {odd[0]}" if odd else ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .errors import DoraError
+from .functional import difference
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class LayerAdapter:
         return self.b_OR.shape[0], *self.a_RI.shape[1:]
 
     @property
+    def magnitude_alone(self) -> bool:
+        """Whether only lengths are trained, which in files is A and B of zeros."""
+        return self.m_O is not None and not (self.a_RI.any() or self.b_OR.any())
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
         return self.a_RI.flatten(1), self.b_OR.flatten(1)
@@ -68,6 +74,40 @@ class LayerAdapter:
         return self
 
 
+class MovedAdapter(LayerAdapter):
+    """A layer of which A and B started as a part of the weight: the change ``s (B A - B0 A0)``, of rank 2 r.
+
+    ``a_RI`` and ``b_OR`` are the factors of that, made when they are asked for; what is trained is A, B and m.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self, A: Tensor, B: Tensor, m_O: Tensor | None, scale: float, kind: str, start: tuple[Tensor, Tensor]
+    ) -> None:
+        for name, value in {"trained": (A, B), "start": start, "m_O": m_O, "scale": scale, "kind": kind}.items():
+            object.__setattr__(self, name, value)
+
+    trained: tuple[Tensor, Tensor]
+    start: tuple[Tensor, Tensor]
+
+    @property
+    def a_RI(self) -> Tensor:
+        """``[A; A - A0]``, made anew."""
+        return difference(*self.trained, *self.start)[0]
+
+    @property
+    def b_OR(self) -> Tensor:
+        """``[B - B0, B0]``, made anew."""
+        return difference(*self.trained, *self.start)[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, and where it started."""
+        names = ("A", "B", "start A", "start B")
+        named: dict[str, Tensor | None] = dict(zip(names, (*self.trained, *self.start), strict=True))
+        return {name: tensor for name, tensor in {**named, "m": self.m_O}.items() if tensor is not None}
+
+
 class BankAdapter(LayerAdapter):
     """A layer of VeRA or DVoRA: ``diag(b) B diag(d) A`` with A and B random and shared by all layers.
 
@@ -77,6 +117,7 @@ class BankAdapter(LayerAdapter):
 
     kind = "linear"
     scale = 1.0
+    magnitude_alone = False
 
     def __init__(self, bank: tuple[Tensor, Tensor], d_R: Tensor, b_O: Tensor, m_O: Tensor | None, num_in: int) -> None:
         values = {"bank": bank, "d_R": d_R, "b_O": b_O, "m_O": m_O, "num_in": num_in}

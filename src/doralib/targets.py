@@ -10,17 +10,19 @@ from .bases import open_base
 from .config import DoraConfig, Names
 from .errors import UsageError, nearest
 from .layers import DoraLinear
+from .switched import Switched, shared
 
 ALL_LINEAR = "all-linear"
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """(O, I), or (O, I / groups, taps...), of every layer that can be adapted, by name; adapted ones included."""
-    found = {}
+    found, inside = {}, shared(model)
     for name, module in model.named_modules():
-        if isinstance(module, DoraLinear):
-            found[name] = module.base.row_shape
-        elif not name.endswith(".base_layer") and (base := open_base(module)) is not None:
+        if name.endswith(".base_layer") or id(module) in inside:
+            continue
+        base = module.base if isinstance(module, DoraLinear) else open_base(_original(module))
+        if base is not None:
             found[name] = base.row_shape
     return found
 
@@ -115,6 +117,10 @@ def _kind(model: nn.Module, name: str) -> str:
     module = model.get_submodule(name)
     base = module.base if isinstance(module, DoraLinear) else open_base(module)
     return "" if base is None else base.kind
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, Switched) else module
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

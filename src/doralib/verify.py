@@ -2,6 +2,7 @@
 
 import gc
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpoints import DTYPES, Checkpoint
-from .config import ModelSettings
 from .dequantised import dequantise
-from .inject import disabled, load_adapter
-from .models import load_any, load_model
+from .errors import Note
+from .inject import load_adapter, merge
+from .merging import Ingredient
+from .models import load_any
 from .requantised import Requantised
 
 TEXTS = (
@@ -70,12 +72,12 @@ class Verification:
 
 def verify_merge(
     merged: Path,
-    adapter: Path,
+    adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
     texts: Sequence[str] = TEXTS,
     requantised: Sequence[Requantised] = (),
 ) -> Verification:
-    """Compare the merged folder with base and adapter on some text.
+    """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
 
     Both compute in float32, one after the other, so that only the rounding of the stored weights sets them apart:
     independent errors of at most eps / 2 in each weight, which add up as the root of the number of matrices that
@@ -84,13 +86,16 @@ def verify_merge(
     Args:
         requantised: What quantising again cost, where the merged model is quantised.
     """
-    model, tokenizer = load_model(ModelSettings(path=str(base), dtype="float32"))
+    ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
+    model, tokenizer = load_any(str(base), dtype="float32")
     dequantise(model, torch.float32)
-    load_adapter(model, adapter).eval()
     ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
+    plain = _logits(model, ids)
+    if len(ingredients) == 1 and ingredients[0].weight == 1:
+        _quietly_loaded(model, ingredients[0]).eval()
+    else:
+        _add(model, ingredients)
     want = _logits(model, ids)
-    with disabled(model):
-        plain = _logits(model, ids)
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_any(str(merged), dtype="float32")
@@ -104,6 +109,28 @@ def verify_merge(
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
         rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
     )
+
+
+@torch.no_grad()
+def _add(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
+    """Put ``W + Σ w (V - W)`` into a model, each V as the adapter's own layers make it."""
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    changes: dict[str, Tensor] = {}
+    for each in ingredients:
+        merge(_quietly_loaded(model, each))
+        for name, p in model.named_parameters():
+            if not torch.equal(p, plain[name]):
+                changes[name] = changes.get(name, torch.zeros_like(p)) + each.weight * (p - plain[name])
+                p.copy_(plain[name])
+    for name, change in changes.items():
+        model.get_parameter(name).add_(change)
+
+
+def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedModel:
+    """With the adapter on; what had to be assumed of it the merge has said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        return load_adapter(model, ingredient.path, given=ingredient.given)
 
 
 @torch.inference_mode()

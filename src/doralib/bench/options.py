@@ -62,6 +62,12 @@ class StepOptions(ModelOptions):
     checkpointing: Switch = "off"
 
 
+class AccelerateOptions(StepOptions):
+    """`bench accelerate`."""
+
+    tokens: Batches = ("4x256",)
+
+
 class MemoryOptions(ModelOptions):
     """`bench memory`; a round is a fresh process for each subject."""
 

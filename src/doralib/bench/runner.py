@@ -9,6 +9,7 @@ from ..errors import UsageError, did_you_mean
 from ..files import replacing, write_json
 from ..plots import new_figure
 from . import options as settings
+from .accelerate import bench_accelerate
 from .adapt import bench_adapt
 from .figures import write_bars
 from .generate import bench_generate
@@ -37,6 +38,7 @@ BENCHES = {
     "rank": Bench(settings.RankOptions, bench_rank),
     "generate": Bench(settings.GenerateOptions, bench_generate),
     "adapt": Bench(settings.AdaptOptions, bench_adapt),
+    "accelerate": Bench(settings.AccelerateOptions, bench_accelerate),
     "merge": Bench(settings.MergeOptions, report_merge),
 }
 

@@ -1,5 +1,6 @@
 """A whole training step of a language model, by every method in turn."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -22,10 +23,11 @@ def bench_step(options: StepOptions) -> Report:
         base, described = base_model(options.model, options.layers, dtype)
         for tokens, dropout, checkpointing in product(options.tokens, options.dropout, switched(options.checkpointing)):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-            console.print(f"step: {_name(settings)}")
-            summary = _case(base, settings, options)
-            cases.append({"name": _name(settings), "settings": {**settings, **described}, **summary})
-            bars.groups[_name(settings)] = ratio_bars(summary)
+            console.print(f"step: {case_name(settings)}")
+            names = list(options.subjects or usual(dtype, dropout))
+            summary = time_steps(base, settings, options, names)
+            cases.append({"name": case_name(settings), "settings": {**settings, **described}, **summary})
+            bars.groups[case_name(settings)] = ratio_bars(summary)
     return Report(
         "step",
         "A training step",
@@ -43,10 +45,10 @@ def bench_step(options: StepOptions) -> Report:
     )
 
 
-def _case(base: nn.Module, settings: dict[str, Any], options: StepOptions) -> dict[str, Any]:
+def time_steps(base: nn.Module, settings: dict[str, Any], options: StepOptions, names: Sequence[str]) -> dict[str, Any]:
+    """One case: the subjects' steps in turn, and the loss before the first."""
     adapter = Adapter(options.r, settings["dropout"])
     batch = token_batch(base.config.vocab_size, *batch_of(settings["tokens"]))  # type: ignore[union-attr, arg-type]
-    names = list(options.subjects or usual(settings["dtype"], settings["dropout"]))
     steps = {
         name: TrainingStep(build(name, base, adapter), batch, checkpointing=settings["checkpointing"]) for name in names
     }
@@ -68,6 +70,7 @@ def _goals(case: dict[str, Any]) -> list[Goal]:
     return [goal for pair, limit in wanted for goal in ratio_goal(name, case, pair, limit)]
 
 
-def _name(settings: dict[str, Any]) -> str:
+def case_name(settings: dict[str, Any]) -> str:
+    """A case in words."""
     dropout = f", dropout {settings['dropout']:g}" if settings["dropout"] else ""
     return f"{settings['dtype']}, {settings['tokens']} tokens{dropout}" + ", checkpointing" * settings["checkpointing"]

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import DoraConfig
 from ..errors import UsageError, did_you_mean
 from ..inject import adapt
+from ..peft import accelerate
 
 try:
     import peft
@@ -20,6 +21,7 @@ except ImportError:
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 REFERENCE = "peft-lora"
+ACCELERATED = "peft-dora-accelerated"
 PeftNormCache = DoraCaching
 FLOOR = "frozen"
 
@@ -70,7 +72,7 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """Which ratios are reported: each to the reference, and ours to the same method of PEFT."""
     names = list(names)
     found = [(name, REFERENCE) for name in names if name != REFERENCE]
-    found += [(name, "peft-dora") for name in names if name.startswith("ours-dora")]
+    found += [(name, "peft-dora") for name in names if name.startswith("ours-dora") or name == ACCELERATED]
     return [(over, under) for over, under in found if under in names]
 
 
@@ -139,6 +141,7 @@ SUBJECTS: dict[str, Callable[[nn.Module, Adapter], nn.Module]] = {
     "peft-lora": partial(_peft, use_dora=False),
     "peft-lora-bf16": partial(_peft, use_dora=False, float32_masters=False),  # adapters in the model's own dtype
     "peft-dora": partial(_peft, use_dora=True),
+    ACCELERATED: lambda model, adapter: accelerate(_peft(model, adapter, use_dora=True)),
     "ours-lora": partial(_ours, method="lora"),
     "ours-dora": partial(_ours, method="dora"),
     "ours-dora-adapter": partial(_ours, method="dora", dropout_mode="adapter"),

@@ -24,14 +24,23 @@ def _read_peft(content: Content, _given: Given) -> Found:
 
 
 def _write_peft(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
-    return Content(*to_peft(config, state))
+    return Content(*to_peft(config, state), own=config.model_dump(mode="json"))
 
 
 _CONFIG = "adapter_config.json"
 FORMATS = {
     each.name: each
     for each in (
-        Format("peft", "PEFT", _is_peft, _read_peft, _write_peft, settings_file=_CONFIG),
+        Format(
+            "peft",
+            "PEFT",
+            _is_peft,
+            _read_peft,
+            _write_peft,
+            settings_file=_CONFIG,
+            keeps=("lora_dropout", "base_model"),
+            dropout_mode="exact",
+        ),
         Format("nvlabs", "NVlabs/DoRA", nvlabs.detect, nvlabs.read, None, "adapter_model.bin", _CONFIG),
         Format("kohya", "kohya / LyCORIS", kohya.detect, kohya.read, kohya.write, "lora.safetensors"),
         Format("ai-toolkit", "ai-toolkit", aitoolkit.detect, aitoolkit.read, aitoolkit.write, "lora.safetensors"),
@@ -42,8 +51,19 @@ FORMATS = {
             diffusers.read,
             diffusers.write,
             "pytorch_lora_weights.safetensors",
+            keeps=("lora_dropout",),
+            dropout_mode="exact",
         ),
-        Format("mlx", "MLX-LM", mlx.detect, mlx.read, mlx.write, "adapters.safetensors", _CONFIG),
+        Format(
+            "mlx",
+            "MLX-LM",
+            mlx.detect,
+            mlx.read,
+            mlx.write,
+            "adapters.safetensors",
+            _CONFIG,
+            keeps=("lora_dropout", "base_model"),
+        ),
         Format(
             "torchtune",
             "torchtune",

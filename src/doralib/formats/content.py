@@ -22,6 +22,8 @@ class Content:
     """The JSON beside it, if there is one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Words inside a safetensors file."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """doralib_config.json beside it: what PEFT's files have no word for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Format:
     write: Callable[[DoraConfig, AdapterState, Given], Content] | None
     tensors_file: str = "adapter_model.safetensors"
     settings_file: str | None = None
+    keeps: tuple[str, ...] = ()
+    """What its files say besides the layers: settings of training by our names, and base_model."""
+    dropout_mode: str = "adapter"
+    """What dropout means to the tool."""
 
 
 def refuse(what: str, problems: list[str]) -> None:

@@ -70,7 +70,8 @@ def read(content: Content, given: Given) -> Found:
 
     layers = layers_of(parts, layer, _KEYS, problems)
     refuse("the diffusers adapter", problems)
-    return Found(config_for(layers, dropout_mode="exact"), AdapterState(layers), notes)
+    dropout = max((own.lora_dropout for own in settings.values()), default=0.0)
+    return Found(config_for(layers, lora_dropout=dropout, dropout_mode="exact"), AdapterState(layers), notes)
 
 
 def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
@@ -134,7 +135,7 @@ def _settings(
     for part in COMPONENTS:
         own = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
         if own:
-            fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
             method = "dora" if own.get("use_dora") else "lora"
             configs[part] = DoraConfig(method=method, **{f: own[f] for f in fields if own.get(f) is not None})
     return configs, ()

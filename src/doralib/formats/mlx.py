@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError
 from ..state import AdapterState, LayerAdapter
 from .content import Content, Found, Given, only_layers, refuse
-from .parts import config_for, gathered, layers_of
+from .parts import config_for, gathered, layers_of, one_rank
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
 _FIELDS = {key: field for field, key in _KEYS.items()}
@@ -53,12 +53,10 @@ def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
         UsageError: if the ranks differ, or whole tensors were trained.
     """
     only_layers(state, "MLX")
-    ranks = sorted({layer.rank for layer in state.layers.values()})
-    if len(ranks) > 1:
-        raise UsageError(f"MLX has one rank for all layers, this adapter has {', '.join(map(str, ranks))}")
-    scale = next(iter(state.layers.values())).scale
+    rank, layers = one_rank(state, "MLX")
+    scale = next(iter(layers.values())).scale
     tensors: dict[str, Tensor] = {}
-    for name, layer in state.layers.items():
+    for name, layer in layers.items():
         b_RO = layer.b_OR.T if layer.scale == scale else layer.b_OR.T * (layer.scale / scale)
         tensors |= {f"{name}.lora_a": layer.a_RI.T.contiguous(), f"{name}.lora_b": b_RO.contiguous()}
         if layer.m_O is not None:
@@ -68,7 +66,7 @@ def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
         "model": state.base_model,
         "num_layers": -1,  # all: a layer that the file does not name starts as the base's own
         "lora_parameters": {
-            "rank": ranks[0],
+            "rank": rank,
             "scale": scale,
             "dropout": config.lora_dropout,
             "keys": sorted({_within_block(name) for name in state.layers}),

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DoraError
+from ..errors import DoraError, nearest
 from .content import Content, Found, Given, refuse
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 # the LLaVA fork leaves the adapter's name in the keys
 _NAMED = re.compile(r"(.+\.(?:lora_A|lora_B|weight_m_wdecomp))\.([A-Za-z_]\w*)\.weight")
 _MAGNITUDE_ONLY = ("Wdecompose_target_modules", "wdecompose_target_modules")
@@ -24,20 +25,18 @@ def detect(content: Content) -> bool:
 
 
 def read(content: Content, given: Given) -> Found:
-    """The official code's adapter.
+    """The official code's adapter; modules of magnitude alone get A and B of rank 1 and zeros.
 
     Raises:
-        DoraError: listing magnitude-only modules, missing magnitudes (one of the forks' savers drops them) and all
-            else that does not belong.
+        DoraError: listing missing magnitudes (one of the forks' savers drops them), magnitude-only modules whose inputs
+            no base model tells, and all else that does not belong.
     """
     tensors = _plain_names(content.tensors)
-    layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    layers = {key.removesuffix(_A) for key in tensors if key.endswith(_A)}
     magnitudes = {key.removesuffix(_MAGNITUDE) for key in tensors if key.endswith(_MAGNITUDE)}
+    alone = sorted(magnitudes - layers)
     problems = [f"{name}: lacks weight_m_wdecomp.weight; it cannot be guessed" for name in sorted(layers - magnitudes)]
-    problems += [
-        f"{name}: is magnitude-only ({' / '.join(_MAGNITUDE_ONLY)}), which has no A and B"
-        for name in sorted(magnitudes - layers)
-    ]
+    problems += _dropped(content.settings, alone)
     problems += [
         f"{name}: its magnitude is {tuple(shape)}, not (out, 1)"
         for name in sorted(magnitudes)
@@ -45,13 +44,67 @@ def read(content: Content, given: Given) -> Found:
     ]
     if content.settings.get("enable_lora"):
         problems.append("enable_lora: adapts slices of fused projections, which is not read")
+    for name in alone:
+        m_O1 = tensors[name + _MAGNITUDE]
+        try:
+            num_in = _num_in(_inside(name), len(m_O1), given)
+        except DoraError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        tensors |= {name + _A: m_O1.new_zeros(1, num_in), name + _B: m_O1.new_zeros(len(m_O1), 1)}
     refuse("the NVlabs adapter", problems)
+    settings = _peft_settings(content.settings, given, tensors)
+    short, whole = ([_inside(name) for name in names] for names in (alone, layers))
     config, state = from_peft(
         {_peft_key(key): tensor.flatten() if key.endswith(_MAGNITUDE) else tensor for key, tensor in tensors.items()},
-        _peft_settings(content.settings, given, tensors),
+        {**settings, "rank_pattern": dict.fromkeys(short, 1)},
     )
-    simple = bool(content.settings.get("dora_simple", True))
-    return Found(config.model_copy(update={"detach_norm": simple}), state)
+    own = {
+        "detach_norm": bool(content.settings.get("dora_simple", True)),
+        "magnitude_modules": _endings(content.settings, short, whole),
+        "rank_pattern": {},
+    }
+    return Found(config.model_copy(update=own), state)
+
+
+def _dropped(settings: Mapping[str, Any], alone: list[str]) -> list[str]:
+    """Modules that the settings call magnitude-only, of which the file has no magnitude."""
+    return [
+        f"{ending}: is magnitude-only in the settings, and the file has no weight_m_wdecomp.weight of such a module"
+        for ending in _said(settings)
+        if not any(name == ending or name.endswith("." + ending) for name in alone)
+    ]
+
+
+def _said(settings: Mapping[str, Any]) -> list[str]:
+    return [ending for field in _MAGNITUDE_ONLY for ending in settings.get(field) or []]
+
+
+def _endings(settings: Mapping[str, Any], alone: list[str], layers: list[str]) -> tuple[str, ...]:
+    """The settings' own words for the modules of magnitude alone, where they name just these; else whole names."""
+    said = tuple(f".{ending}" for ending in _said(settings))
+    just = all(f".{name}".endswith(said) for name in alone) and not any(f".{name}".endswith(said) for name in layers)
+    return tuple(_said(settings)) if said and just else tuple(alone)
+
+
+def _num_in(name: str, num_out: int, given: Given) -> int:
+    """Inputs of a module of which the file has the magnitude alone."""
+    if not given.shapes:
+        raise DoraError("is magnitude-only; how many inputs it has only the base model says: give --base MODEL")
+    found = [each for each in given.shapes if f".{each}".endswith(f".{name}") or f".{name}".endswith(f".{each}")]
+    if not found:
+        near = nearest(name, given.shapes, count=1)
+        raise DoraError("no module of the base model has this name" + (f" (the nearest is {near[0]})" if near else ""))
+    if len(found) > 1:
+        raise DoraError(f"could be {' or '.join(found)} of the base model")
+    shape = given.shapes[found[0]]
+    if len(shape) != 2 or num_out not in shape:
+        raise DoraError(f"has {num_out} magnitudes, the base model's weight is {tuple(shape)}")
+    return shape[1] if shape[0] == num_out else shape[0]
+
+
+def _inside(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +123,7 @@ def _peft_settings(settings: Mapping[str, Any], given: Given, tensors: Mapping[s
         raise DoraError(
             "the NVlabs adapter has no adapter_config.json beside it, so lora_alpha is unknown; give --alpha"
         )
-    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_A.weight")}
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(_A)}
     taken = {field: settings[field] for field in _TAKEN if settings.get(field) is not None}
     if given.alpha is not None:
         taken["lora_alpha"] = given.alpha

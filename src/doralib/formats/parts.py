@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
-from ..state import LayerAdapter
+from ..errors import DoraError, UsageError
+from ..state import AdapterState, LayerAdapter
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -59,6 +60,25 @@ def layers_of(
     if not parts and not problems:
         problems.append("the file holds no tensor at all")
     return layers
+
+
+def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapter]]:
+    """The rank of all layers, and the layers; those of magnitude alone, which have none, get zeros of that rank.
+
+    Raises:
+        UsageError: if there are several ranks.
+    """
+    ranks = sorted({layer.rank for layer in state.layers.values() if not layer.magnitude_alone} or {1})
+    if len(ranks) > 1:
+        raise UsageError(f"{title} has one rank for all layers, this adapter has {', '.join(map(str, ranks))}")
+
+    def of_that_rank(layer: LayerAdapter) -> LayerAdapter:
+        if not layer.magnitude_alone:
+            return layer
+        (O, I), R = layer.shape, ranks[0]
+        return replace(layer, a_RI=layer.a_RI.new_zeros(R, I), b_OR=layer.b_OR.new_zeros(O, R))
+
+    return ranks[0], {name: of_that_rank(layer) for name, layer in state.layers.items()}
 
 
 def number(tensor: Tensor) -> float:

@@ -51,6 +51,10 @@ _REFUSED = (
 )
 
 
+# starts of PEFT's that change the base weight, so that the tensors mean nothing beside the weight as it was
+_MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga")
+
+
 def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
     """PEFT's ``adapter_model.safetensors`` and ``adapter_config.json`` as ours.
 
@@ -134,6 +138,11 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
     if asked := [field for field in _REFUSED if settings.get(field)]:
         raise DoraError(f"adapter: {', '.join(asked)} is set, which a linear DoRA or LoRA adapter has no place for")
+    if (start := str(settings.get("init_lora_weights"))).lower().startswith(_MOVED_STARTS):
+        raise DoraError(
+            f"adapter: init_lora_weights is {start!r}: its A and B belong to a base that PEFT changed, not to the base "
+            "model; save it in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(field), list | set):

@@ -1,6 +1,8 @@
 """Adapters of any format on disk: which file of a folder, what is in it, and files written whole or not at all."""
 
 import pickle
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState
 from . import detect, format_named
@@ -28,6 +31,9 @@ _NAMES = (
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SETTINGS = "adapter_config.json"
+_OWN_SETTINGS = "doralib_config.json"
+# what PEFT's settings say too: where the two differ, the adapter was written again by another tool
+_SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
 
 
 def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[Format, Found]:
@@ -40,9 +46,34 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
         UsageError: if there is no adapter, or what it leaves open has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
-    content = read_content(adapter_file(Path(path)))
-    found = format_named(named) if named else detect(content)
-    return found, found.read(content, given)
+    file = adapter_file(Path(path))
+    content = read_content(file)
+    form = format_named(named) if named else detect(content)
+    found = form.read(content, given)
+    return form, _with_own(found, content.own, file.parent) if form.name == "peft" and content.own else found
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a path means an adapter and not a model: a file of tensors, or a folder with an adapter's files."""
+    if path.is_file():
+        return path.suffix in (".safetensors", *_PICKLED)
+    if (path / _SETTINGS).is_file():
+        return True
+    whole = (path / "config.json").is_file() or (path / "model_index.json").is_file()
+    return not whole and (any((path / name).is_file() for name in _NAMES) or bool(_lone(path)))
+
+
+def base_named_by(path: Path) -> str | None:
+    """The base model that the settings beside an adapter name, without reading the adapter.
+
+    Raises:
+        UsageError: if there is no adapter.
+    """
+    file = adapter_file(path)
+    # beside a file of another name they may be another adapter's
+    settings = _beside(file, _SETTINGS) if file.name in _NAMES else {}
+    named = settings.get("base_model_name_or_path") or settings.get("model")  # the latter is MLX's
+    return str(named) if named else None
 
 
 def one_part(found: Found, component: str | None = None) -> Found:
@@ -52,7 +83,7 @@ def one_part(found: Found, component: str | None = None) -> Found:
         UsageError: if the adapter is of several parts and none is named, or of others.
     """
     parts = {component_of(name) for name in found.state.layers}
-    if parts == {None}:
+    if parts <= {None}:
         return found
     names = ", ".join(sorted(part for part in parts if part))
     if component is None and len(parts) > 1:
@@ -63,7 +94,8 @@ def one_part(found: Found, component: str | None = None) -> Found:
     layers = {within(name, part): layer for name, layer in found.state.layers.items() if component_of(name) == part}
     left = len(found.state.layers) - len(layers)
     notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
-    config = config_for(layers, dropout_mode=found.config.dropout_mode)
+    kept = ("lora_dropout", "dropout_mode", "detach_norm")
+    config = config_for(layers, **{name: getattr(found.config, name) for name in kept})
     return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
 
 
@@ -78,12 +110,18 @@ def adapter_file(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
-    lone = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("model")]
+    lone = _lone(path)
     if len(lone) == 1:
         return lone[0]
     if lone:
         raise UsageError(f"{path} holds several: {', '.join(file.name for file in lone)}; name one of them")
+    if (path / "model" / "config.json").is_file():
+        raise UsageError(f"{path} is a full fine-tune, which has no adapter; its whole model is {path / 'model'}")
     raise UsageError(f"{path} holds no adapter: {files.names_in(path)}")
+
+
+def _lone(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("model")]
 
 
 def read_content(path: Path) -> Content:
@@ -92,14 +130,13 @@ def read_content(path: Path) -> Content:
     Raises:
         DoraError: if either is damaged.
     """
-    beside = path.parent / _SETTINGS
-    settings: dict[str, Any] = dict(files.read_json(beside)) if beside.is_file() else {}
+    settings, own = (_beside(path, name) for name in (_SETTINGS, _OWN_SETTINGS))
     if path.suffix in _PICKLED:
-        return Content(_unpickled(path), settings)
+        return Content(_unpickled(path), settings, own=own)
     tensors = files.read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return Content(tensors, settings, metadata)
+    return Content(tensors, settings, metadata, own)
 
 
 def write_content(content: Content, into: Format, out: Path, *, overwrite: bool = False) -> Path:
@@ -112,8 +149,10 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
-    written = [path] + ([path.parent / into.settings_file] if into.settings_file else [])
-    there = [str(file) for file in written if file.exists()]
+    beside = {path.parent / into.settings_file: content.settings} if into.settings_file else {}
+    if content.own:
+        beside[path.parent / _OWN_SETTINGS] = content.own
+    there = [str(file) for file in (path, *beside) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
     if path.suffix in _PICKLED:
@@ -121,9 +160,27 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
             torch.save({name: tensor.detach().clone() for name, tensor in content.tensors.items()}, part)
     else:
         files.write_tensors(path, content.tensors, content.metadata)
-    if into.settings_file:
-        files.write_json(path.parent / into.settings_file, dict(content.settings))
+    for file, value in beside.items():
+        files.write_json(file, dict(value))
     return path
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    file = path.parent / name
+    return dict(files.read_json(file)) if file.is_file() else {}
+
+
+def _with_own(found: Found, own: Mapping[str, Any], folder: Path) -> Found:
+    """With the settings that PEFT's file has no word for, if they are this adapter's."""
+    try:
+        ours = DoraConfig(**own)
+    except UsageError as error:
+        raise DoraError(f"{folder / _OWN_SETTINGS}: {error}") from None
+    said_twice = _SAID_TWICE[: 2 if ours.has_bank else None]
+    if other := [field for field in said_twice if getattr(ours, field) != getattr(found.config, field)]:
+        note = f"{_OWN_SETTINGS} is of another adapter (it differs in {', '.join(other)}) and is left aside"
+        return replace(found, notes=(*found.notes, note))
+    return replace(found, config=ours.model_copy(update={"lora_dropout": found.config.lora_dropout}))
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

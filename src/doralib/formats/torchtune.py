@@ -14,7 +14,7 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
 from .content import Content, Found, Given, only_layers, refuse
-from .parts import alpha_of, commonest, config_for, gathered, layers_of
+from .parts import alpha_of, commonest, config_for, gathered, layers_of, one_rank
 from .peft import from_peft
 
 _KEYS = {"a": "lora_a.weight", "b": "lora_b.weight", "m": "magnitude"}
@@ -116,16 +116,11 @@ def write_live(_config: DoraConfig, state: AdapterState, given: Given) -> Conten
     names = {name: _own_name(name) for name in state.layers}
     if unknown := [name for name, own in names.items() if own is None]:
         raise UsageError(f"torchtune's decoders have no layer for {', '.join(unknown[:5])}")
-    ranks = {layer.rank for layer in state.layers.values()}
-    if len(ranks) > 1:
-        raise UsageError(
-            f"torchtune has one rank for all layers, this adapter has {', '.join(map(str, sorted(ranks)))}"
-        )
-    heads = _heads(list(state.layers), given)
-    alpha = commonest({name: alpha_of(layer) for name, layer in state.layers.items()})
-    rank = ranks.pop()
+    rank, layers = one_rank(state, "torchtune")
+    heads = _heads(list(layers), given)
+    alpha = commonest({name: alpha_of(layer) for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
-    for name, layer in state.layers.items():
+    for name, layer in layers.items():
         turn = _turn(name, heads, _from_hf)
         # one alpha for all: a scale of its own goes into B
         b_OR = layer.b_OR if alpha_of(layer) == alpha else layer.b_OR * (alpha_of(layer) / alpha)

@@ -6,6 +6,7 @@ and its weight's ``Σ_N dy ∘ (y - b)``.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _SWEEP_ROWS = 2048
 
 def column_dots(dy_NO: Tensor, y_NO: Tensor, shift_O: Tensor | None = None) -> Tensor:
     """``Σ_N dy ∘ (y - shift)``, (O,), in `sum_dtype`; both tensors contiguous."""
-    return _total([_sweep(dy_NO[rows], y_NO[rows], None, shift_O)[1] for rows in _sweeps(dy_NO)], dy_NO)
+    return _total([_sweep(dy, y, None, shift_O)[1] for dy, y in _sweeps(dy_NO, y_NO)], dy_NO)
 
 
 def scaled_product_and_dots(
@@ -29,10 +30,10 @@ def scaled_product_and_dots(
     if out_NI is None:
         return column_dots(dy_NO, y_NO, shift_O)
     dots = []
-    for rows in _sweeps(dy_NO):
-        dz_NO, dots_O = _sweep(dy_NO[rows], y_NO[rows], gain_O, shift_O)
+    for dy, y, out in _sweeps(dy_NO, y_NO, out_NI):
+        dz, dots_O = _sweep(dy, y, gain_O, shift_O)
         # onto what is there: out of place it would cost a copy
-        out_NI[rows].addmm_(dz_NO, W_OI)
+        out.addmm_(dz, W_OI)
         dots.append(dots_O)
     return _total(dots, dy_NO)
 
@@ -43,10 +44,15 @@ def _total(parts: list[Tensor], dy_NO: Tensor) -> Tensor:
     return sum(parts, dy_NO.new_zeros(dy_NO.shape[1], dtype=sum_dtype(dy_NO.dtype)))
 
 
-def _sweeps(tensor_NO: Tensor) -> list[slice]:
-    """Blocks of rows; a GPU takes all at once, where a block would be a launch."""
-    N = tensor_NO.shape[0]
-    return list(row_blocks(N, 1, _SWEEP_ROWS if tensor_NO.device.type == "cpu" else N))
+def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of the tensors' rows; a GPU takes all at once, where a block would be a launch."""
+    N = tensors[0].shape[0]
+    # no sweep over no rows: torch's kernel reads past them
+    if N and (tensors[0].device.type != "cpu" or N <= _SWEEP_ROWS):
+        yield tensors
+        return
+    for rows in row_blocks(N, 1, _SWEEP_ROWS):
+        yield tuple(t[rows] for t in tensors)
 
 
 def _sweep(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor | None) -> Any:
@@ -60,10 +66,10 @@ def _sweep(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor |
     shift_O = zero_O if shift_O is None else shift_O.to(dtype)
     weight_O = one_O if gain_O is None else gain_O.to(dtype)
     wanted = [gain_O is not None, True, False]
-    dz, dots_O, _ = torch.ops.aten.native_batch_norm_backward(
+    dz_NO, dots_O, _ = torch.ops.aten.native_batch_norm_backward(
         dy_NO, y_NO, weight_O, shift_O, one_O, None, None, False, 0.0, wanted
     )
-    return dz, dots_O
+    return dz_NO, dots_O
 
 
 @functools.lru_cache(maxsize=256)

@@ -215,9 +215,10 @@ def _gain_gradient(watch, dots_O, dy_NO, gain_O, product):
     """``Σ_N dy ∘ z``, (O,), with z read back from the kept output as (y - bias) / g; tiny gains computed again."""
     if watch.changed():
         return column_dots(dy_NO, product.columns(slice(None)))
-    tiny = gain_O.abs() < _TINY_GAIN
-    if not tiny.any():
+    size_O = gain_O.abs()
+    if size_O.numel() and size_O.amin() >= _TINY_GAIN:
         return dots_O.div_(gain_O)
+    tiny = size_O < _TINY_GAIN
     index = tiny.nonzero().flatten()
     dgain_O = dots_O / torch.where(tiny, 1, gain_O)
     dgain_O[index] = column_dots(dy_NO[:, index].contiguous(), product.columns(index))

@@ -1,7 +1,6 @@
 """`doralib convert`: an adapter of any known format as any other, or as the nearest plain LoRA."""
 
 import contextlib
-import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from ..adapters import knowing
 from ..checkpoints import Checkpoint
 from ..config import DoraConfig
 from ..console import console
 from ..errors import UsageError, did_you_mean
-from ..formats import FORMATS, Content, Found, Given, tensorrt, to_peft
+from ..formats import FORMATS, Content, Format, Found, Given, tensorrt, to_peft
 from ..formats.components import COMPONENTS
 from ..formats.parts import config_for
 from ..formats.storage import one_part, read_any, write_content
@@ -26,16 +26,16 @@ from ..state import AdapterState
 
 LORA = "lora"
 TARGETS = (*(name for name, each in FORMATS.items() if each.write), "tensorrt", LORA)
+# what the layers themselves say, or what only a fresh adapter needs
+_IN_THE_LAYERS = (
+    *("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "magnitude_modules", "modules_to_save", "bias"),
+    *("d_initial", "projection_prng_key"),
+)
 _NEED_WEIGHTS = ("tensorrt", LORA)
 _OF_PIPELINES = ("kohya", "ai-toolkit", "diffusers")
 # of a layer's change, in Frobenius norm: above it the LoRA is another adapter
 _BAD = 0.1
-# where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
-_SINGLE_FILE = {
-    "model.diffusion_model.": "unet.",
-    "cond_stage_model.transformer.": "text_encoder.",
-    "conditioner.embedders.0.transformer.": "text_encoder.",
-}
 
 
 @dataclass(frozen=True)
@@ -116,31 +116,12 @@ def convert_adapter(request: Request) -> Conversion:
             written = write_content(
                 writer.write(found.config, found.state, given), writer, request.out, overwrite=request.overwrite
             )
-            return Conversion(written, source.name, len(found.state.layers), found.notes)
+            notes = (*found.notes, *_not_kept(found, writer))
+            return Conversion(written, source.name, len(found.state.layers), notes)
         if base is None:
             base = stack.enter_context(local_base(_base_of(found, request), request.out))
         done = _with_weights(request, found, base)
         return replace(done, source=source.name, notes=(*found.notes, *done.notes))
-
-
-def knowing(given: Given, base: Path) -> Given:
-    """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
-
-    Raises:
-        UsageError: if there are no weights.
-        DoraError: if they are damaged.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    if (base / "model_index.json").is_file():
-        for part in COMPONENTS:
-            if (base / part).is_dir():
-                shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
-        return replace(given, shapes=shapes)
-    checkpoint = Checkpoint.open(base)
-    for name, shape in _modules(checkpoint).items():
-        head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
-        shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
-    return replace(given, shapes=shapes, config=checkpoint.config())
 
 
 def _check(request: Request) -> None:
@@ -166,6 +147,33 @@ def _refuse_shared(config: DoraConfig, to: str) -> None:
         )
 
 
+def _not_kept(found: Found, into: Format) -> list[str]:
+    """What the adapter says and the file it is written to does not, or says elsewhere."""
+    config = found.config
+    lost: list[str] = []
+    values = {name: getattr(config, name) for name in type(config).model_fields if name not in _IN_THE_LAYERS}
+    defaults = DoraConfig()
+    for name, value in values.items():
+        if name != "dropout_mode" and value != getattr(defaults, name) and name not in into.keeps:
+            lost.append(f"{name} {value}")
+    if config.lora_dropout and "lora_dropout" in into.keeps and config.dropout_mode != into.dropout_mode:
+        lost.append(f"dropout_mode {config.dropout_mode}")
+    alone = sum(layer.magnitude_alone for layer in found.state.layers.values())
+    notes = []
+    if lost:
+        where = (
+            "kept in doralib_config.json, which PEFT itself does not read"
+            if into.name == "peft"
+            else f"{into.title} files have no place for it, and training that goes on does without"
+        )
+        notes.append(f"{', '.join(lost)}: {where}")
+    if alone and into.name != "peft":
+        notes.append(f"{alone} layers of magnitude alone are written with A and B of zeros")
+    if found.state.base_model and "base_model" not in into.keeps:
+        notes.append(f"{into.title} files do not say which model they adapt: it is {found.state.base_model}")
+    return notes
+
+
 def _base_of(found: Found, request: Request) -> str:
     if not found.state.base_model:
         raise UsageError(
@@ -184,14 +192,17 @@ def _with_weights(request: Request, found: Found, base: Path) -> Conversion:
     assert request.rank is not None
     state, errors = low_rank(found.state, checkpoint, request.rank)
     config = _lora_config(found.config, state)
-    content = Content(*to_peft(config, replace(state, base_model=request.base or state.base_model)))
+    assert peft.write is not None
+    content = peft.write(config, replace(state, base_model=request.base or state.base_model), request.given)
     written = write_content(content, peft, request.out, overwrite=request.overwrite)
     logits = _logit_error(found, (config, state), base, request.texts) if request.texts else None
-    return Conversion(written, "", count, (), tuple(errors), logits)
+    notes = tuple(_not_kept(replace(found, config=config, state=state), peft))
+    return Conversion(written, "", count, notes, tuple(errors), logits)
 
 
 def _lora_config(config: DoraConfig, state: AdapterState) -> DoraConfig:
-    return config_for(state.layers, bias=config.bias, modules_to_save=config.modules_to_save)
+    kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
+    return config_for(state.layers, **{name: getattr(config, name) for name in kept})
 
 
 def _logit_error(found: Found, other: tuple[DoraConfig, AdapterState], base: Path, texts: tuple[str, ...]) -> float:
@@ -208,14 +219,6 @@ def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[st
         write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_any(folder, base=str(base), dtype="float32")
     return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
-
-
-def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {
-        re.sub(r"\.weight$", "", name): slot.shape
-        for name, slot in checkpoint.slots.items()
-        if name.endswith(".weight") and len(slot.shape) > 1
-    }
 
 
 def _table(done: Conversion) -> Group:

@@ -15,6 +15,7 @@ from ..console import console
 from ..errors import DoraError, UsageError, did_you_mean
 from ..evaluation import evaluate, load_tasks
 from ..files import read_json
+from ..merging import Ingredient
 from ..models import load_any
 from .assets import DEFAULT_CACHE, Assets, are_cached, demo_assets
 from .merge import merge_command
@@ -54,7 +55,7 @@ def run_demo(
     train(recipe)
     merged = run.with_name(f"{run.name}-merged")
     _step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
-    merge_command(run, None, merged, dtype=None, verify=True, overwrite=False)
+    merge_command([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
     seen = str(assets.tasks[_SEEN])
     limit = ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
     _step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])

@@ -1,18 +1,25 @@
 """`doralib inspect` and `doralib targets`: what is in an adapter, and what in a model could take one."""
 
 import math
-from collections import defaultdict
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .. import functional as F
-from ..bases import open_base
-from ..config import DoraConfig, ModelSettings
-from ..inject import read_adapter
+from ..adapters import another_base, knowing, read_adapter, whole_pipeline
+from ..checkpoints import Checkpoint
+from ..config import ModelSettings
+from ..formats import Found, Given
+from ..formats.storage import adapter_file
+from ..gguf import local_base
+from ..lowrank import base_weights
 from ..models import load_model
 from ..state import AdapterState, LayerAdapter
 from ..targets import adaptable
@@ -27,35 +34,54 @@ class Movement(NamedTuple):
     """1 - cos(v, w)."""
 
 
-def inspect_adapter(adapter: Path, base: str | None = None) -> Group:
-    """Settings, then a line a layer: shape, rank, scale, sizes and, against a base, how far it moved.
+def inspect_adapter(adapter: Path, base: str | None = None, given: Given | None = None) -> Group:
+    """Format, settings, what had to be assumed; then a line a layer: shape, rank, scale, sizes.
+
+    Against a base also how far each layer moved, a layer in memory at a time; formats that need a base's names or heads
+    need it too.
 
     Raises:
         UsageError: if there is no adapter or no base of that name.
         DoraError: if a file is damaged or the adapter is not of this base.
     """
-    config, state = read_adapter(adapter)
-    moved = movements(state, base) if base else {}
-    table = Table("layer", "(out, in)", "r", "scale", "|s B A|", "m min .. max")
+    given = given or Given()
+    adapter_file(adapter)
+    with ExitStack() as stack:
+        checkpoint = None
+        if base:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"
+            folder = stack.enter_context(local_base(base, scratch))
+            whole_pipeline(folder)
+            checkpoint = Checkpoint.open(folder)
+            given = knowing(given, checkpoint)
+        form, found = read_adapter(adapter, given)
+        moved = movements(found.state, checkpoint) if checkpoint else {}
+    notes = (*found.notes, *(another_base(found.state.base_model, base) if base else ()))
+    state = found.state
+    # in a narrow terminal names and numbers go on in a second line; none is cut
+    table = Table(Column("layer", overflow="fold", min_width=8), pad_edge=False)
+    for heading in ("(out, in)", "r", "scale", "|s B A|", "m min .. max"):
+        table.add_column(heading, overflow="fold")
     for heading in ("length moved", "direction moved") if moved else ():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, layer in state.layers.items():
-        table.add_row(
-            name, str(layer.shape), str(layer.rank), f"{layer.scale:g}", *_sizes(layer), *_moved(moved.get(name))
-        )
-    return Group(_summary(adapter, config, state), table)
+        rank = "m alone" if layer.magnitude_alone else str(layer.rank)
+        row = (name, _shape(layer), rank, f"{layer.scale:g}", *_sizes(layer), *_moved(moved.get(name)))
+        table.add_row(*map(Text, row))
+    return Group(_summary(adapter, form, found, notes), table)
 
 
-def movements(state: AdapterState, base: str) -> dict[str, Movement]:
-    """How far every layer moved from the base model (a name or path)."""
-    model, _ = load_model(ModelSettings(path=base))
+def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement]:
+    """How far every layer moved from the base model.
+
+    Raises:
+        DoraError: if the adapter is not of this base: everything that does not fit.
+    """
     out = {}
-    for name, layer in state.layers.items():
-        frozen = open_base(model.get_submodule(name))
-        assert frozen is not None
-        V_OI = F.merge_weight(frozen.W_OI, *layer.factors, layer.m_O, layer.scale)
-        length_O, direction_O = F.moved(frozen.W_OI, V_OI)
-        relative = length_O / frozen.row_norm_sq().sqrt().clamp_min(1e-30)
+    for name, layer, W_OI in base_weights(state, checkpoint):
+        V_OI = F.merge_weight(W_OI, *layer.factors, layer.m_O, layer.scale)
+        length_O, direction_O = F.moved(W_OI, V_OI)
+        relative = length_O / F.row_norm_sq(W_OI).sqrt().clamp_min(1e-30)
         out[name] = Movement(relative.mean().item(), direction_O.mean().item())
     return out
 
@@ -74,17 +100,34 @@ def list_targets(model: str, *, every: bool = False) -> Table:
     return table
 
 
-def _summary(adapter: Path, config: DoraConfig, state: AdapterState) -> Text:
+def _summary(adapter: Path, form: str, found: Found, notes: Sequence[str]) -> Text:
+    config, state = found.config, found.state
     tensors = [t for layer in state.layers.values() for t in layer.tensors().values()]
     count = sum(t.numel() for t in [*tensors, *state.extra.values()])
     lines = [
-        f"{adapter}: {config.method}, {len(state.layers)} layers, {count:,} parameters, base {state.base_model}",
-        f"r {config.r}, lora_alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g} ({config.dropout_mode}), "
+        f"{adapter} ({form}): {config.method}, {len(state.layers)} layers, {count:,} parameters, "
+        f"base {state.base_model or 'not named'}",
+        f"{_ranks(state)}, lora_alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g} ({config.dropout_mode}), "
         f"rslora {config.use_rslora}, bias {config.bias}",
     ]
     if state.extra:
         lines.append(f"saved whole: {', '.join(state.extra)}")
+    lines += [f"note: {note}" for note in notes]
     return Text("\n".join(lines))
+
+
+def _ranks(state: AdapterState) -> str:
+    """The ranks there are, the commonest first, and how many layers have only their lengths trained."""
+    alone = [name for name, layer in state.layers.items() if layer.magnitude_alone]
+    counts = Counter(layer.rank for name, layer in state.layers.items() if name not in alone)
+    ranks = ", ".join(str(rank) if len(counts) == 1 else f"{rank} (x{n})" for rank, n in counts.most_common())
+    lengths = f"{len(alone)} layers of magnitude alone" if alone else ""
+    return "; ".join(part for part in (f"r {ranks}" if ranks else "", lengths) if part) or "no layers"
+
+
+def _shape(layer: LayerAdapter) -> str:
+    shown = str(layer.shape)
+    return shown if layer.kind == "linear" else f"{shown} {layer.kind.replace('_', ' ')}"
 
 
 def _sizes(layer: LayerAdapter) -> tuple[str, str]:

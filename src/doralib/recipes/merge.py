@@ -1,51 +1,85 @@
 """`doralib merge`: which files, what was done, and whether the merged model answers as the adapted one."""
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
 
 from ..console import console
-from ..errors import DoraError, UsageError
-from ..files import read_json
+from ..errors import DoraError, UsageError, collecting, raise_all
+from ..formats.storage import adapter_file, base_named_by
 from ..gguf import local_base
-from ..merging import MergeSummary, merge_checkpoint
+from ..merging import Ingredient, MergeSummary, merge_checkpoint
 from ..verify import verify_merge
 
 
 def merge_command(
-    adapter: Path, base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
+    adapters: Sequence[Ingredient], base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
 ) -> MergeSummary:
     """Merge, print the summary, and with `verify` compare logits on real text.
 
     Raises:
-        UsageError: if there is no adapter, or no base is named.
+        UsageError: if an adapter is not there, or no base is named.
         DoraError: if the merged model does not answer as the adapted one does.
     """
-    named = base or base_of(adapter)
-    console.print(f"merging {adapter} into {named}")
-    with local_base(named, out) as folder:
+    with ExitStack() as stack:
+        folder = _base(adapters, base, out, stack)
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
-                adapter,
+                adapters,
                 folder,
                 out,
                 dtype=dtype,
                 overwrite=overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        console.print(summary.text())
+        console.print(summary.text(), markup=False)
         if verify:
-            check = verify_merge(out, adapter, folder, requantised=summary.requantised)
-            console.print(check.text())
+            check = verify_merge(out, adapters, folder, requantised=summary.requantised)
+            console.print(check.text(), markup=False)
             if not check.passed:
                 raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
     return summary
 
 
-def base_of(adapter: Path) -> str:
-    """The model that an adapter names as its own."""
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
-        raise UsageError(f"{adapter} does not say which model it adapts; name it with --base MODEL")
-    return str(named)
+def with_weights(paths: Sequence[Path], weights: Sequence[float], each: Ingredient) -> list[Ingredient]:
+    """The adapters with their weights, 1 where none are given; all else as in ``each``.
+
+    Raises:
+        UsageError: if there are some, but not one for each adapter.
+    """
+    if weights and len(weights) != len(paths):
+        raise UsageError(
+            f"{len(paths)} adapters need {len(paths)} times --weight, in the same order, not {len(weights)}"
+        )
+    return [replace(each, path=path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
+
+
+def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: ExitStack) -> Path:
+    """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
+    problems: list[DoraError] = []
+    folder = Path()
+    for each in adapters:
+        with collecting(problems):
+            adapter_file(each.path)
+    with collecting(problems):
+        named = base or (None if problems else _named(adapters))
+        if named:
+            console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}", markup=False)
+            folder = stack.enter_context(local_base(named, out))
+    raise_all(problems)
+    return folder
+
+
+def _named(adapters: Sequence[Ingredient]) -> str:
+    """The one model that all the adapters name as their own."""
+    names = {str(each.path): base_named_by(each.path) for each in adapters}
+    if silent := [path for path, name in names.items() if not name]:
+        raise UsageError(f"{', '.join(silent)} does not say which model it adapts; name it with --base MODEL")
+    if len(set(names.values())) > 1:
+        lines = "\n".join(f"  {path}: {name}" for path, name in names.items())
+        raise UsageError(f"the adapters name different models; say which one with --base MODEL:\n{lines}")
+    return str(next(iter(names.values())))

@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..console import console
 from ..data import Sample, Tokenised, samples, tokenise
 from ..encoding import encode
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, collecting, raise_all
 from ..evaluation import evaluate, load_tasks
 from ..generation import continuations
 from ..inject import adapt, disabled, load_adapter, save_adapter, trainable
@@ -103,32 +103,22 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     run = RunFolder(Path(recipe.out))
     problems: list[DoraError] = []
-    with _collecting(problems):
+    with collecting(problems):
         run.check(recipe, resume=resume, overwrite=overwrite)
-    with _collecting(problems):
+    with collecting(problems):
         args = training_keys.arguments(recipe, run.checkpoints)
-    with _collecting(problems):
+    with collecting(problems):
         tasks = load_tasks(recipe.eval.tasks)
         for task in tasks:
-            with _collecting(problems):
+            with collecting(problems):
                 read_examples(task, recipe.eval.limit)
-    with _collecting(problems):
+    with collecting(problems):
         rows = read_both(recipe.data, recipe.seed)
         check_columns(recipe.data, rows.train.column_names, recipe.data.train)
         if rows.validation is not None:
             check_columns(recipe.data, rows.validation.column_names, str(recipe.data.validation))
-    if problems:
-        kind = UsageError if any(isinstance(problem, UsageError) for problem in problems) else DoraError
-        raise kind("\n".join(str(problem) for problem in problems))
+    raise_all(problems)
     return _Plan(recipe, run, rows, tasks, args, resume)
-
-
-@contextmanager
-def _collecting(problems: list[DoraError]) -> Iterator[None]:
-    try:
-        yield
-    except DoraError as problem:
-        problems.append(problem)
 
 
 def _load(plan: _Plan) -> _Job:
@@ -263,9 +253,7 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(
-        job.model, plan.args, job.tokenizer, job.train, job.validation, plan.recipe.adapter.magnitude_lr_ratio
-    )
+    trainer = AdapterTrainer(job.model, plan.args, job.tokenizer, job.train, job.validation, plan.recipe.adapter)
     stop, metrics, bar = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter), ProgressBar(trainer.meter)
     # Trainer's own printer and bar would repeat ours
     trainer.callback_handler.callbacks = [

@@ -18,15 +18,16 @@ from transformers import (
 )
 
 from .. import files
+from ..config import DoraConfig
 from ..data import Tokenised, collator
 from ..errors import DoraError
+from ..groups import MAGNITUDE, learning_rates
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
 
 _WEIGHTS = "adapter.safetensors"
 _METER = "meter.json"
-_MAGNITUDE = "lora_magnitude_vector"
 _BATCHES_SORTED_TOGETHER = 50
 
 
@@ -43,7 +44,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         tokenizer: Its padding token fills the batches.
         train: Tokenised rows.
         validation: Likewise, or None.
-        magnitude_lr_ratio: Learning rate of the magnitudes over that of the rest.
+        adapter: Its learning rates by the kind of a parameter; None: one for all.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         tokenizer: PreTrainedTokenizerBase,
         train: Tokenised,
         validation: Tokenised | None,
-        magnitude_lr_ratio: float = 1.0,
+        adapter: DoraConfig | None = None,
     ) -> None:
         self.meter = Meter()
-        self.magnitude_lr_ratio = magnitude_lr_ratio
+        self.adapter = adapter or DoraConfig()
         self.resumed_from: Path | None = None
         self._lengths: list[int] = train.rows["length"][:]
         self._staging: Path | None = None
@@ -168,19 +169,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """What weight decay shrinks: never a magnitude, norm or bias."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(_MAGNITUDE)]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(MAGNITUDE)]
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The stock optimizer, the magnitudes as a group of their own if their learning rate differs."""
+        """The stock optimizer; what has a learning rate of its own is moved into a group of its own."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
-        magnitudes = [p for name, p in self.model.named_parameters() if name.endswith(_MAGNITUDE) and p.requires_grad]
-        if fresh and magnitudes and self.magnitude_lr_ratio != 1:
-            theirs = {id(p) for p in magnitudes}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in theirs]
-            rate = self.args.learning_rate * self.magnitude_lr_ratio
-            optimizer.add_param_group({"params": magnitudes, "lr": rate, "weight_decay": 0.0})
+        if not fresh:
+            return optimizer
+        rates = learning_rates(self.model, self.adapter, self.args.learning_rate)
+        for group in list(optimizer.param_groups):
+            members = group["params"]
+            group["params"] = [p for p in members if rates[p] == self.args.learning_rate]
+            for rate in sorted({rates[p] for p in members} - {self.args.learning_rate}):
+                own = [p for p in members if rates[p] == rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -227,15 +230,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         files.write_json(part / _METER, self.meter.state(float(self._tr_loss), self._globalstep_last_logged))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        names = {name for name, p in self.model.named_parameters() if p.requires_grad}
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict
         files.write_tensors(
-            Path(output_dir or self.args.output_dir) / _WEIGHTS, {name: source[name] for name in sorted(names)}
+            Path(output_dir or self.args.output_dir) / _WEIGHTS,
+            {name: source[name] for name in sorted(_kept(self.model))},
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = files.read_tensors(Path(resume_from_checkpoint) / _WEIGHTS)
-        into = {name: p for name, p in (model or self.model).named_parameters() if p.requires_grad}
+        into = _kept(model or self.model)
         wrong = sorted(
             name
             for name in into.keys() | tensors.keys()
@@ -320,6 +323,11 @@ def _known_as_adapted(model: Any) -> Iterator[None]:
         yield
     finally:
         del model._hf_peft_config_loaded
+
+
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds: all that is trained, and where A and B began, if that was a part of the weight."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith((".start_A", ".start_B"))}
 
 
 class _Bookkeeper(TrainerCallback):  # type: ignore[misc]

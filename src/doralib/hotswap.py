@@ -1,0 +1,114 @@
+"""Another adapter's values in the place of one that is loaded: a compiled model goes on without compiling again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .bank import DoraBank, other_banks
+from .inject import read_adapter
+from .layers import DoraLinear
+from .live import adapter_of, bias_of, layers_of, listed, record_of, state_of
+from .magnitudes import DoraMagnitude
+from .state import AdapterState, LayerAdapter
+from .targets import adaptable
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = None) -> Model:
+    """Put the values of an adapter's file into an adapter that the model has; shapes and scales stay as they are.
+
+    A smaller rank is filled up with zeros, and another scale is multiplied into B; LoRA goes into a DoRA layer with
+    the length that makes its gain 1. Layers and modules that the file does not have become the base model's. Dropout
+    and detach_norm stay the loaded adapter's own.
+
+    Args:
+        adapter_name: None: the active one.
+
+    Raises:
+        DoraError: everything that does not fit: layers that the loaded adapter does not have, a larger rank, magnitudes
+            for LoRA layers. Nothing is changed then.
+    """
+    name, _ = adapter_of(model, adapter_name)
+    _, state = read_adapter(path, model)
+    shapes = adaptable(model)
+    state = replace(state, layers={k: layer.narrowed(shapes.get(k, ())) for k, layer in state.layers.items()})
+    layers, into = layers_of(model, name), state_of(model, name)
+    problems = [f"{key}: {name} has no such layer" for key in state.layers.keys() - into.layers.keys()]
+    problems += [f"{key}: {name} has no such tensor" for key in state.extra.keys() - into.extra.keys()]
+    problems += [
+        f"{key}: {tuple(state.extra[key].shape)} in the adapter, {tuple(into.extra[key].shape)} in the model"
+        for key in state.extra.keys() & into.extra.keys()
+        if state.extra[key].shape != into.extra[key].shape
+    ]
+    for place in into.layers.keys() & state.layers.keys():
+        problems += [f"{place}: {why}" for why in _misfits(layers[place], into.layers[place], state.layers[place])]
+    problems += other_banks(into, state)
+    if problems:
+        raise listed(f"{path} cannot take the place of {name}", sorted(problems))
+    _copy(model, name, state)
+    return model
+
+
+def _misfits(layer: nn.Module, into: LayerAdapter, given: LayerAdapter) -> list[str]:
+    """Why one layer's values cannot go into another's."""
+    if (given.kind, given.shape) != (into.kind, into.shape):
+        return [f"{given.kind} {given.shape} in the adapter, {into.kind} {into.shape} in the model"]
+    turned = all(factor.any() for factor in given.factors)
+    checks = {
+        f"rank {given.rank} is larger than the loaded {into.rank}; load the adapter of the larger rank first": (
+            turned and given.rank > into.rank
+        ),
+        "has a magnitude, and the loaded adapter has none": given.m_O is not None and into.m_O is None,
+        "turns its rows, but only their lengths are adapted in the model": turned and isinstance(layer, DoraMagnitude),
+        "the random matrices of the loaded adapter are not its own": (
+            isinstance(layer, DoraBank) and "d" not in given.tensors()
+        ),
+        "the loaded adapter began as a part of the weight (pissa, olora), and no other fits over that start": (
+            getattr(layer, "start_A", None) is not None
+        ),
+    }
+    return [why for why, wrong in checks.items() if wrong]
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, name: str, state: AdapterState) -> None:
+    record = record_of(model)
+    for place, layer in layers_of(model, name).items():
+        if isinstance(layer, DoraLinear):
+            _fill(layer, state.layers.get(place))
+            continue
+        originals = dict(layer.base_layer.named_parameters())
+        for key, p in layer.trained.named_parameters():
+            p.copy_(state.extra.get(f"{place}.{key}", originals[key]))
+    biases = record.adapters[name].biases
+    for bias in biases:
+        holder = bias_of(model, bias) if record.shown == name else biases[bias]
+        holder.copy_(state.extra.get(bias, record.biases[bias]))
+
+
+def _fill(layer: DoraLinear, given: LayerAdapter | None) -> None:
+    """The values of a layer, or those with which it does nothing."""
+    if isinstance(layer, DoraBank):
+        for key, p in {"d": layer.vera_lambda_d, "b": layer.vera_lambda_b}.items():
+            p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
+        n_O = layer.norm(layer.vera_lambda_d, layer.vera_lambda_b, 1.0, detach=True)
+    else:
+        if not isinstance(layer, DoraMagnitude):
+            _fill_factors(layer, given)
+        n_O = layer.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True)
+    if layer.lora_magnitude_vector is not None:
+        m_O = None if given is None else given.m_O
+        # a row of length zero has an infinite norm there
+        layer.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0) if m_O is None else m_O)
+
+
+def _fill_factors(layer: DoraLinear, given: LayerAdapter | None) -> None:
+    layer.lora_B.zero_()
+    if given is not None and given.rank <= layer.r:
+        layer.lora_A[given.rank :] = 0
+        layer.lora_A[: given.rank] = given.a_RI.to(layer.lora_A)
+        layer.lora_B[:, : given.rank] = given.b_OR.to(layer.lora_B) * (given.scale / layer.scale)
