@@ -163,7 +163,9 @@ def test_a_small_change_is_swallowed_by_four_bits_and_said_so(even_llama_folder)
     model = doralib.adapt(load(even_llama_folder, "nf4"), CONFIG)
     train(model, steps=1, rate=1e-4)
     assert swallowed(doralib.merge_report(model))
-    with pytest.warns(UserWarning, match=r"lost most of the change; merge with dequantise=True[\s\S]*q_proj.*worst"):
+    with pytest.warns(
+        UserWarning, match=r"lost most of the change; doralib.merge.model, dequantise=True[\s\S]*q_proj.*worst"
+    ):
         doralib.merge(model)
 
 

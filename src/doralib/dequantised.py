@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Dense, Quantised, open_base
-from .layers import DoraLinear
+from .layers import DoraLinear, original
 from .live import put, wrapped
 from .requantised import Requantised, swallowed, table
 from .switched import Switched, Wrapper
@@ -106,13 +106,16 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
     if isinstance(named, torch.dtype):
         return named
     counts = Counter[torch.dtype]()
+    frozen = {id(p) for _, wrapper in wrapped(model) for p in original(wrapper).parameters()}
+    masters = {id(p) for _, wrapper in wrapped(model) for p in wrapper.parameters()} - frozen
     for module in model.modules():
         base = open_base(module)
         if isinstance(base, Quantised):
             remembered = base.storage.plain_dtype
             counts.update([remembered] if remembered else [])
         else:
-            counts.update(p.dtype for p in module.parameters(recurse=False) if p.dtype.is_floating_point)
+            own = [p for p in module.parameters(recurse=False) if id(p) not in masters]
+            counts.update(p.dtype for p in own if p.dtype.is_floating_point)
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
 
 

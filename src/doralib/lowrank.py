@@ -11,6 +11,7 @@ from .errors import DoraError
 from .fitting import fit
 from .folding import as_rows
 from .functional import dense_row_norm, merged_change
+from .packed import packed_layers
 from .state import AdapterState, LayerAdapter
 
 # above this many rows and columns the whole decomposition takes minutes a layer
@@ -68,10 +69,11 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    fitted = fit(state, checkpoint.slots, checkpoint.config())
+    packed = packed_layers(checkpoint)
+    fitted = fit(state, {**checkpoint.slots, **packed}, checkpoint.config())
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, (slot, layer) in zip(state.layers, fitted.layers.items(), strict=True):
-        stored = read_whole(checkpoint.slots[slot])
+        stored = packed[slot].dense() if slot in packed else read_whole(checkpoint.slots[slot])
         yield name, layer, as_rows(stored, layer, transposed=slot in fitted.transposed)
 
 

@@ -20,7 +20,7 @@ from .adapters import another_base, knowing, read_adapter, whole_pipeline
 from .checkpoints import CODES, Checkpoint
 from .errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from .files import human, names_in, replacing, write_json
-from .fitting import Fit, fit, stores_transposed
+from .fitting import Fit, fit
 from .folding import Change
 from .formats import Found, Given
 from .formats.storage import adapter_file
@@ -193,8 +193,6 @@ def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, PackedLayer]
             f"{checkpoint.folder} is quantised ({method}): its dtype cannot be changed to {dtype}; leave dtype out, or "
             "merge into the model in full precision"
         )
-    if packed and stores_transposed(config):
-        raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; merge into the model in full precision")
     return packed
 
 

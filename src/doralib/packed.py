@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, Slot, cast_to, read_whole, write_at
 from .errors import DoraError
+from .fitting import stores_transposed
 from .folding import Change, changed
 from .functional import Rows, row_blocks, sum_dtype
 from .quantised.bits import Rows4bit, Rows8bit, quantised_4bit, quantised_8bit
@@ -45,6 +46,10 @@ class PackedLayer:
     def read(self) -> dict[str, Tensor]:
         """Its tensors, whole."""
         return {name: read_whole(slot) for name, slot in self.slots.items()}
+
+    def dense(self) -> Tensor:
+        """The dense weight, whole."""
+        return self.rows(self.read())[:]
 
     def rows(self, parts: Parts) -> Rows:
         """The dense weight."""
@@ -141,7 +146,11 @@ class PackedTorchAO(PackedLayer):
 
 
 def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
-    """Every quantised layer whose tensors are understood, by the name of the weight that it stands for."""
+    """Every quantised layer whose tensors are understood, by the name of the weight that it stands for.
+
+    Raises:
+        DoraError: if the model has HF Conv1D layers, whose quantised weights may be stored either way.
+    """
     found: dict[str, PackedLayer] = {}
     slots = checkpoint.slots
     for name, slot in slots.items():
@@ -155,7 +164,10 @@ def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
         if last == "SCB" and weight in slots and slots[weight].code == "I8":
             parts = {n: slots[n] for n in (weight, name, f"{layer}.weight_format") if n in slots}
             found[weight] = Packed8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
-    return found | _torchao(checkpoint)
+    found |= _torchao(checkpoint)
+    if found and stores_transposed(checkpoint.config()):
+        raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; take the model in full precision")
+    return found
 
 
 def plain_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
