@@ -79,6 +79,15 @@ def tiny_llama_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def even_llama_folder(tmp_path_factory):
+    """The same with sizes that bitsandbytes' blocks of 64 divide: elsewhere its CPU kernels take wrong scales."""
+    folder = tmp_path_factory.mktemp("even_llama") / "model"
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `doralib ARGUMENTS`; its exit status and what it printed."""

@@ -16,9 +16,9 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_python_blocks_run(code, tiny_llama_folder, tmp_path, monkeypatch):
+def test_python_blocks_run(code, even_llama_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(code, {"MODEL": str(tiny_llama_folder), "BATCH": torch.tensor([[5, 6, 7, 8]])})
+    exec(code, {"MODEL": str(even_llama_folder), "BATCH": torch.tensor([[5, 6, 7, 8]])})
 
 
 def test_there_are_blocks():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .combination import add_weighted_adapter as add_weighted_adapter
     from .config import DoraConfig as DoraConfig
+    from .dequantised import merge_report as merge_report
     from .errors import DoraError as DoraError
     from .errors import UsageError as UsageError
     from .groups import parameter_groups as parameter_groups
@@ -50,6 +51,7 @@ _HOMES = {
     "load_adapter": "inject",
     "merge": "inject",
     "merge_adapter": "unmerge",
+    "merge_report": "dequantised",
     "parameter_groups": "groups",
     "remove": "inject",
     "save_adapter": "inject",

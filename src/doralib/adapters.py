@@ -9,6 +9,7 @@ from .errors import UsageError
 from .formats import Found, Given
 from .formats.components import COMPONENTS
 from .formats.storage import one_part, read_any
+from .packed import packed_layers
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
 _SINGLE_FILE = {
@@ -96,8 +97,11 @@ def _is_pipeline(folder: Path) -> bool:
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """A quantised layer has the shape of the weight that it stands for."""
+    stored = {name: slot.shape for name, slot in checkpoint.slots.items()}
+    stored |= {name: layer.shape for name, layer in packed_layers(checkpoint).items()}
     return {
-        re.sub(r"\.weight$", "", name): slot.shape
-        for name, slot in checkpoint.slots.items()
-        if name.endswith(".weight") and len(slot.shape) > 1
+        re.sub(r"\.weight$", "", name): shape
+        for name, shape in stored.items()
+        if name.endswith(".weight") and len(shape) > 1
     }

@@ -148,6 +148,7 @@ class DoraBank(DoraLinear):
 
     def around(self, y: Tensor, x: Tensor) -> Tensor:
         """As `forward`, from the base's own output y."""
+        self.base.refuse_backward(x)
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)

@@ -6,103 +6,18 @@ An adapter needs a base's shape, its product with an input and, for merging, its
 registered still trains, through its own module call (`Opaque`).
 """
 
-import copy
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
+from .dense import Dense as Dense
 from .errors import DoraError
-from .kernels import on_gpu
-
-
-class Dense:
-    """`nn.Linear`: the weight is a plain (O, I) tensor."""
-
-    kind: ClassVar[str] = "linear"
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    @property
-    def W_OI(self) -> Tensor:
-        """The weight itself, rows are output features; a view."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(O,)."""
-        return self.module.bias  # type: ignore[return-value]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        O, I = self.W_OI.shape
-        return O, I
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """(O, I), or (O, I / groups, taps...) of a convolution."""
-        return self.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weight, or of the products of a storage that hides it."""
-        return self._weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self._weight.device
-
-    def key(self) -> tuple[Any, ...]:
-        """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
-        W = self._weight
-        return (W.data_ptr() if not W.is_meta else 0, W._version, W.dtype, W.device)
-
-    def triton_weight(self) -> Tensor | None:
-        """The weight, where Triton's kernels take it."""
-        return self.W_OI if on_gpu(self.W_OI) else None
-
-    def row_norm_sq(self) -> Tensor:
-        return F.row_norm_sq(self.W_OI)
-
-    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
-        # with B A = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
-        if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any() and a_RI.any():
-            return F.dense_row_norm(self.W_OI, a_RI, b_OR, s)
-        coarse = self.dtype == torch.bfloat16
-        U_OR = F.coarse_times_transposed(self.W_OI, a_RI) if coarse else self.times_transposed(a_RI)
-        return F.adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self.dense_rows, coarse=coarse)
-
-    def times_transposed(self, a_RI: Tensor) -> Tensor:
-        return F.times_transposed(self.W_OI, a_RI)
-
-    def transposed_times(self, c_OR: Tensor) -> Tensor:
-        return F.transposed_times(self.W_OI, c_OR)
-
-    def dense_rows(self, index: Tensor) -> Tensor:
-        return self.W_OI.detach()[index]
-
-    def replaced(self, W_OI: Tensor) -> nn.Module:
-        """A plain layer of the same kind with this weight, cast once to the old one's dtype."""
-        module = copy.copy(self.module)
-        module._parameters = dict(self.module._parameters)
-        weight = self._stored(W_OI.to(self.W_OI.dtype)).contiguous()
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        return module
-
-    @property
-    def _weight(self) -> Tensor:
-        """As stored."""
-        return self.module.weight  # type: ignore[return-value]
-
-    def _stored(self, W_OI: Tensor) -> Tensor:
-        return W_OI
+from .quantised import storage_of
+from .quantised.storage import Storage
 
 
 class Transposed(Dense):
@@ -252,6 +167,53 @@ class Opaque(Dense):
         return next((t.device for t in self._tensors()), torch.device("cpu"))
 
 
+class Quantised(Opaque):
+    """A quantised storage that is known: dense by row blocks; the forward pass is the layer's own."""
+
+    row_norm_sq, adapted_row_norm = Dense.row_norm_sq, Dense.adapted_row_norm
+    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times
+
+    def __init__(self, module: nn.Module, storage: Storage) -> None:
+        super().__init__(module)
+        self.storage = storage
+
+    @property
+    def rows(self) -> F.Rows:
+        return self.storage.rows()
+
+    @property
+    def W_OI(self) -> Tensor:
+        """Dequantised anew, whole."""
+        return self.rows[:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    def key(self) -> tuple[Any, ...]:
+        return tuple((t.data_ptr(), t._version, t.device) for t in self.storage.tensors() if not t.is_meta)
+
+    def dense_rows(self, index: Tensor) -> Tensor:
+        W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
+        for rows in F.row_blocks(*self.shape):
+            inside = (index >= rows.start) & (index < rows.stop)
+            if inside.any():
+                out[inside] = W[rows][index[inside] - rows.start]
+        return out
+
+    def refuse_backward(self, x: Tensor) -> None:
+        if x.requires_grad and (why := self.storage.refuses_backward):
+            raise DoraError(why)
+
+    def replaced(self, W_OI: Tensor) -> nn.Module:
+        """A layer of the same kind and settings, quantised anew from this weight."""
+        return self.storage.requantised(W_OI)
+
+
 class Convolution(Dense):
     """`nn.Conv1d`, 2d, 3d: a row is all that makes one output channel, (I / groups · taps,)."""
 
@@ -332,6 +294,9 @@ def open_base(module: nn.Module) -> Dense | None:
     The nearest registered ancestor wins, unless the class below it computes in its own way: then the layer's weight
     need not be what its product says, and it is `Opaque`, or None where the layer is not linear.
     """
+    quantised = storage_of(module)
+    if quantised is not None:
+        return Quantised(module, quantised)
     for cls in type(module).__mro__:
         storage = STORAGES.get(f"{cls.__module__}.{cls.__qualname__}")
         if storage is not None:

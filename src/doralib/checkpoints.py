@@ -199,6 +199,19 @@ def read_whole(slot: Slot) -> Tensor:
     return read_rows(slot, slice(None)).view(slot.shape)
 
 
+def cast_to(name: str, block: Tensor, code: str) -> Tensor:
+    """Numbers in the dtype of a file, to be written.
+
+    Raises:
+        DoraError: if one is too large for float16.
+    """
+    cast = block.to(DTYPES[code]).contiguous()
+    if code == "F16" and bool((cast.isinf() & block.isfinite()).any()):
+        largest = block.abs().max().item()
+        raise DoraError(f"{name} holds {largest:.3g}, too large for float16; merge with --dtype bfloat16")
+    return cast
+
+
 def as_bytes(block: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, for reading and writing files; valid while the tensor lives."""
     # torch's own bridge needs numpy and refuses bfloat16

@@ -223,8 +223,8 @@ class ModelSettings(Checked):
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
-    quantization: None = None
-    """Room for quantised bases; only null is taken so far."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Quantise the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantised too."""
     revision: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -282,6 +282,12 @@ class Recipe(Checked):
     eval: EvalSettings = EvalSettings()
     out: str
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.model.quantization and self.adapter.method == "full":
+            raise ValueError("method full trains the weights themselves, which model.quantization freezes")
+        return self
 
 
 _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")

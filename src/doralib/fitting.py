@@ -90,6 +90,11 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
     return Fit(layers, transposed, values, sources)
 
 
+def stores_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether the model's type is one of those with HF Conv1D layers."""
+    return bool(_model_types(config) & _CONV1D_MODELS)
+
+
 def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
     """Stored name by wanted name; the names that are not there; what cannot be decided.
 
@@ -257,7 +262,7 @@ def _transposed_linear(
     by_shape = {name for name, a in layers.items() if a.shape[0] != a.shape[1] and stored[name].shape == a.shape[::-1]}
     square = [name for name, a in layers.items() if a.shape[0] == a.shape[1]]
     types = _model_types(config)
-    if types & _CONV1D_MODELS:
+    if stores_transposed(config):
         return frozenset(by_shape | {name for name in square if name.split(".")[-2] in _CONV1D_NAMES}), []
     if types and not by_shape:
         return frozenset(), []

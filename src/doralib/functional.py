@@ -8,7 +8,7 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ CANCELLATION = 8.0
 SHRUNK = ((1 + math.sqrt(15)) / 7) ** 2
 # the dense sweep over W costs about as much as this many multiplications an element; measured on 2 Xeon cores
 SWEEP = 16
+
+
+class Rows(Protocol):
+    """A matrix by blocks of its rows: a tensor, or a storage that is made dense one block at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are made."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """These rows, dense."""
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,19 +55,19 @@ def row_blocks(num_rows: int, row_length: int, elements: int | None = None) -> I
 
 
 @torch.no_grad()
-def row_norm_sq(W_OI: Tensor) -> Tensor:
+def row_norm_sq(W_OI: Rows) -> Tensor:
     """Squared length of each output row, (O,), in `sum_dtype`; no float copy of W is made."""
     dtype = sum_dtype(W_OI.dtype)
     sums = [W_OI[rows].to(dtype).square().sum(1) for rows in row_blocks(*W_OI.shape)]
-    return torch.cat(sums) if sums else W_OI.new_zeros(0, dtype=dtype)
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=dtype, device=W_OI.device)
 
 
 @torch.no_grad()
-def times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
+def times_transposed(W_OI: Rows, a_RI: Tensor) -> Tensor:
     """``W Aᵀ``, (O, R), in `sum_dtype`, by row blocks where W is of another dtype."""
     dtype = sum_dtype(W_OI.dtype)
     a_IR = a_RI.to(dtype).T
-    if W_OI.dtype == dtype:
+    if isinstance(W_OI, Tensor) and W_OI.dtype == dtype:
         return W_OI @ a_IR
     U_OR = a_IR.new_empty(W_OI.shape[0], a_RI.shape[0])
     for rows in row_blocks(*W_OI.shape):
@@ -70,7 +89,7 @@ def coarse_times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def transposed_times(W_OI: Tensor, c_OR: Tensor) -> Tensor:
+def transposed_times(W_OI: Rows, c_OR: Tensor) -> Tensor:
     """``Cᵀ W``, (R, I), in `sum_dtype`, by row blocks."""
     dtype = sum_dtype(W_OI.dtype)
     out_RI = c_OR.new_zeros(c_OR.shape[1], W_OI.shape[1], dtype=dtype)
@@ -144,7 +163,7 @@ def dense_is_cheaper(O: int, I: int, R: int) -> bool:
 
 
 @torch.no_grad()
-def dense_row_norm(W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+def dense_row_norm(W_OI: Rows, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
     """`adapted_row_norm` by blocks of the rows themselves: no (O, I) tensor, no cancellation."""
     dtype = sum_dtype(W_OI.dtype)
     a, b = a_RI.to(dtype), b_OR.to(dtype)

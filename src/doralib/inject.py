@@ -12,6 +12,7 @@ from torch import nn
 
 from .bank import other_banks
 from .config import DoraConfig
+from .dequantised import Merging
 from .errors import DoraError, Note, UsageError
 from .formats import FORMATS, Given
 from .formats.storage import one_part, read_any, write_content
@@ -105,13 +106,16 @@ def remove(model: Model) -> Model:
     """Take every adapter off in place: the model as it was before `adapt`."""
     record = free_record_of(model)
     show_biases(model, None)
-    _unwrap(model, original)
+    _unwrap(model, lambda _, wrapper: original(wrapper))
     _restore(model, record)
     return model
 
 
-def merge(model: Model) -> Model:
-    """Fold the adapter in, in place: plain layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
+def merge(model: Model, *, dequantise: bool = False) -> Model:
+    """Fold the adapter in, in place: layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
+
+    Args:
+        dequantise: What becomes of quantised layers, see `Merging`.
 
     Raises:
         UsageError: if the model has other adapters, which would be lost, or none is active.
@@ -122,9 +126,12 @@ def merge(model: Model) -> Model:
             f"merging {name} would throw {', '.join(others)} away: doralib.delete_adapter(model, name) each, or "
             "fold it in with doralib.merge_adapter(model), which can be undone"
         )
+    merging = Merging(model, dequantise=dequantise)
     show_biases(model, name)
-    _unwrap(model, lambda layer: layer.merged())
+    _unwrap(model, merging.merged)
+    merging.finish()
     _restore(model, record)
+    merging.warn()
     return model
 
 
@@ -327,9 +334,9 @@ def _train_in_full(model: Model, config: DoraConfig) -> Model:
     return model
 
 
-def _unwrap(model: nn.Module, plain: Callable[[Wrapper | Switched], nn.Module]) -> None:
+def _unwrap(model: nn.Module, plain: Callable[[str, Wrapper | Switched], nn.Module]) -> None:
     """Every plain layer is made before the first is put back."""
-    replaced = [(name, plain(wrapper).train(wrapper.training)) for name, wrapper in wrapped(model)]
+    replaced = [(name, plain(name, wrapper).train(wrapper.training)) for name, wrapper in wrapped(model)]
     for name, module in replaced:
         put(model, name, module)
 

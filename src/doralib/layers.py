@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import functional as F
-from .bases import Dense, Opaque, open_base
+from .bases import Dense, Opaque, Quantised, open_base
 from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import Dropout, draw, dropped
 from .kernels.inference import Inference
 from .kernels.norm import FreshNorm
+from .quantised import storage_of
 from .starts import DRAWN, decomposed, decomposes
 from .state import LayerAdapter, MovedAdapter
 
@@ -61,6 +62,8 @@ class DoraLinear(Masters):
         base = self.opened(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
+        if isinstance(base, Quantised):
+            base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
         self.base = base
         self.scale = scale
@@ -220,10 +223,11 @@ class DoraLinear(Masters):
         return draw(x, self.dropout, exact=self.exact_dropout)
 
     def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
-        """The plain formula around the layer's own call: unknown storages, and what a compiler can see through."""
+        """The plain formula around the layer's own call: other storages, and what a compiler can see through."""
         return self._around(self.base_layer(x), x, dropout)
 
     def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
+        self.base.refuse_backward(x)
         x_a = dropped(x, dropout)
         A, B = self.factors
         lora = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
@@ -252,6 +256,8 @@ class TrainedCopy(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
+        if names := [type(m).__name__ for m in original.modules() if storage_of(m) is not None]:
+            raise DoraError(f"modules_to_save: a {names[0]} is quantised and cannot be trained whole; adapt it instead")
         self.base_layer = original.requires_grad_(False)
         self.trained = _master_copy(original)
         self.enabled = True

@@ -13,6 +13,7 @@ from .errors import DoraError
 from .fitting import fit
 from .folding import as_rows
 from .functional import dense_row_norm, merged_change
+from .packed import packed_layers
 from .state import AdapterState, ExpertsAdapter, LayerAdapter
 
 # above this many rows and columns the whole decomposition takes minutes a layer
@@ -68,12 +69,14 @@ def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    fitted = fit(state, checkpoint.slots, checkpoint.config())
+    packed = packed_layers(checkpoint)
+    fitted = fit(state, {**checkpoint.slots, **packed}, checkpoint.config())
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, slots in itertools.groupby(fitted.layers.items(), key=lambda item: fitted.sources[item[0]]):
         rows, layer = [], state.layers[name]
         for slot, part in slots:
-            rows.append(as_rows(read_whole(checkpoint.slots[slot]), part, transposed=slot in fitted.transposed))
+            stored = packed[slot].dense() if slot in packed else read_whole(checkpoint.slots[slot])
+            rows.append(as_rows(stored, part, transposed=slot in fitted.transposed))
             layer = part if layer.kind != "experts" else layer
         # experts that are kept apart come one after the other
         yield name, layer, rows[0] if len(rows) == 1 else torch.cat(rows).view(layer.shape)

@@ -23,6 +23,7 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
 
     def around(self, y: Tensor, x: Tensor, *args: Any) -> Tensor:
         """As `forward`, from the base's own output y."""
+        self.base.refuse_backward(x)
         changed = y
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):
             changed = self.base_layer(dropped(autocast(x), dropout), *args)

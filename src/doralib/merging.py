@@ -4,39 +4,33 @@ The output has the base's files, order of tensors, dtypes and metadata. No model
 touch is copied as bytes.
 """
 
-import itertools
 import math
 import resource
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapters import another_base, knowing, read_adapter, whole_pipeline
-from .checkpoints import CODES, DTYPES, Checkpoint, Shard, Slot, copy_bytes, laid_out, read_rows, write_at
+from .checkpoints import CODES, Checkpoint
 from .errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from .files import human, names_in, read_json, replacing, write_json
+from .files import human, names_in, replacing, write_json
 from .fitting import Fit, fit
-from .folding import Change, changed
+from .folding import Change
 from .formats import Found, Given
 from .formats.storage import adapter_file
-from .functional import row_blocks
+from .packed import PackedLayer, packed_layers
+from .requantised import Requantised, swallowed, table
 from .state import LayerAdapter
+from .streaming import Plan, Progress, new_file, silent, write_companions, write_weights
 
-Progress = Callable[[int, int], None]
-Changes = Mapping[str, Sequence[Change]]
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
-_COPY_BYTES = 32 << 20  # copied at once, between two reports of progress
-_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,8 @@ class MergeSummary:
     """Files of the base that were not taken along: weights in other formats."""
     notes: tuple[str, ...] = ()
     """What had to be assumed of the adapters, and what looks wrong."""
+    requantised: tuple[Requantised, ...] = ()
+    """What quantising again cost, for each adapted layer of a base that stays quantised."""
 
     def text(self) -> str:
         """For a person."""
@@ -100,44 +96,12 @@ class MergeSummary:
             lines += [adapter.text() for adapter in self.adapters]
         if self.left_out:
             lines.append(f"not taken along: {', '.join(self.left_out)}")
+        if self.requantised:
+            lines.append(table(self.requantised).replace("\n", "\n  "))
+        if swallowed(self.requantised):
+            lines.append("quantising again lost most of what the adapters do; merge with --dtype bfloat16")
         lines += [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One tensor of the output: where it comes from, where it goes, what is done to it."""
-
-    slot: Slot
-    out: Slot
-    changes: tuple[Change, ...] = ()
-
-    @property
-    def untouched(self) -> bool:
-        return not self.changes and self.slot.code == self.out.code
-
-    @property
-    def blocks(self) -> Iterable[slice]:
-        """Rows that are read, computed and written together."""
-        whole = any(change.needs_all for change in self.changes)
-        return [slice(None)] if whole else row_blocks(*self.slot.matrix)
-
-
-@dataclass(frozen=True)
-class _File:
-    """One file of the output."""
-
-    path: Path
-    header: bytes
-    pieces: Sequence[_Piece]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.out.nbytes for piece in self.pieces)
-
-
-def _silent(done: int, total: int) -> None:
-    """Nobody asked."""
 
 
 def merge_checkpoint(
@@ -147,7 +111,7 @@ def merge_checkpoint(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> MergeSummary:
     """Write the base with adapters folded in, as a folder that plain transformers loads.
 
@@ -173,14 +137,15 @@ def merge_checkpoint(
     code = _code_of(dtype)
     checkpoint = opened(base, ingredients)
     _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
-    if code and "quantization_config" in checkpoint.config():
-        raise DoraError(f"{base} is quantised: its dtype cannot be changed to {dtype}; leave dtype out")
-    folded, changes, notes = _changes(ingredients, checkpoint)
-    need = sum(_file(shard, changes, code, Path(out)).nbytes for shard in checkpoint.shards)
+    packed = _packed(checkpoint, dtype)
+    folded, changes, notes = _changes(ingredients, checkpoint, packed)
+    plan = _plan(changes, packed, code)
+    need = sum(new_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
-        _write_weights([_file(shard, changes, code, part) for shard in checkpoint.shards], progress)
-        left_out = _write_companions(part, checkpoint, dtype, need)
+        files = [new_file(shard, plan, part) for shard in checkpoint.shards]
+        errors = write_weights(files, plan, progress)
+        left_out = write_companions(part, checkpoint, dtype, files)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in folded]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
@@ -194,6 +159,7 @@ def merge_checkpoint(
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         left_out=left_out,
         notes=tuple(notes),
+        requantised=errors,
     )
 
 
@@ -218,20 +184,39 @@ def opened(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
     return checkpoint
 
 
+def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, PackedLayer]:
+    """The base's quantised layers, once it is one that can be merged into."""
+    config, packed = checkpoint.config(), packed_layers(checkpoint)
+    if dtype and "quantization_config" in config and not packed:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise DoraError(
+            f"{checkpoint.folder} is quantised ({method}): its dtype cannot be changed to {dtype}; leave dtype out, or "
+            "merge into the model in full precision"
+        )
+    return packed
+
+
+def _plan(changes: Mapping[str, Sequence[Change]], packed: Mapping[str, PackedLayer], code: str | None) -> Plan:
+    parts = {name: changes[name] for name in changes.keys() & packed.keys()}
+    if whole := sorted(name for name in parts if any(isinstance(part.what, Tensor) for part in parts[name])):
+        raise DoraError(f"{', '.join(whole)}: trained whole, but quantised in the base; merge into the plain model")
+    anew = [layer for name, layer in packed.items() if code or name in parts]
+    return Plan(changes, code, {name: layer for layer in anew for name in layer.slots})
+
+
 def _changes(
-    ingredients: Sequence[Ingredient], checkpoint: Checkpoint
+    ingredients: Sequence[Ingredient], checkpoint: Checkpoint, packed: Mapping[str, PackedLayer]
 ) -> tuple[list[Folded], dict[str, list[Change]], list[str]]:
     """What was read of each adapter, every change by the tensor's name, and what there is to note."""
     changes: dict[str, list[Change]] = defaultdict(list)
     folded: list[Folded] = []
     notes: list[str] = []
     problems: list[DoraError] = []
-    config = checkpoint.config()
     for each in ingredients:
         with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
             form, found = read_adapter(each.path, knowing(each.given, checkpoint))
             other = another_base(found.state.base_model, checkpoint.folder)
-            fitted = _fitted(found, checkpoint, config, other)
+            fitted = _fitted(found, checkpoint, packed, other)
             for name, adapter in fitted.layers.items():
                 changes[name].append(Change(each.weight, adapter, name in fitted.transposed))
             for name, value in fitted.values.items():
@@ -242,9 +227,9 @@ def _changes(
     return folded, changes, notes
 
 
-def _fitted(found: Found, checkpoint: Checkpoint, config: Mapping[str, Any], other: Sequence[str]) -> Fit:
+def _fitted(found: Found, checkpoint: Checkpoint, packed: Mapping[str, PackedLayer], other: Sequence[str]) -> Fit:
     try:
-        return fit(found.state, checkpoint.slots, config)
+        return fit(found.state, {**checkpoint.slots, **packed}, checkpoint.config())
     except DoraError as error:
         if not other:
             raise
@@ -286,93 +271,3 @@ def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool)
     if not final.is_dir() or not ((final / "config.json").is_file() or any(final.glob("*.safetensors"))):
         found = f"holds: {names_in(final)}" if final.is_dir() else "is a file"
         raise UsageError(f"{out} is not a model folder and is not overwritten (it {found}); remove it yourself")
-
-
-def _file(shard: Shard, changes: Changes, code: str | None, folder: Path) -> _File:
-    """What becomes of one file of the base."""
-    path = folder / shard.path.name
-    wanted = [slot.cast(code) if code and slot.plain else slot for slot in shard.slots]
-    header, outs = laid_out(wanted, path, shard.metadata)
-    if wanted == list(shard.slots):  # the same sizes at the same places: the very same header
-        header, outs = shard.header(), [replace(slot, file=path) for slot in wanted]
-    pieces = [_Piece(slot, out, tuple(changes.get(slot.name, ()))) for slot, out in zip(shard.slots, outs, strict=True)]
-    return _File(path, header, pieces)
-
-
-def _write_weights(files: Sequence[_File], progress: Progress) -> None:
-    """Every file's header, then all tensors, in blocks that do not depend on each other."""
-    for file in files:
-        with file.path.open("wb") as handle:
-            handle.write(file.header)
-            handle.truncate(len(file.header) + file.nbytes)
-    total = sum(file.nbytes for file in files)
-    jobs = [job for file in files for job in _jobs(file.pieces)]
-    threads = torch.get_num_threads()
-    workers = min(threads, _MOST_WORKERS)
-    done = 0
-    try:
-        # a thread a core, each with blocks of its own: reading, arithmetic and writing overlap without a queue
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for written in pool.map(lambda job: job(), jobs):
-                done += written
-                progress(done, total)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _jobs(pieces: Sequence[_Piece]) -> Iterator[Callable[[], int]]:
-    """Calls that write one block each and return its bytes; neighbours that stay as they are go together."""
-    for untouched, group in itertools.groupby(pieces, key=lambda piece: piece.untouched):
-        run = list(group)
-        if untouched:
-            first, count = run[0], sum(piece.out.nbytes for piece in run)
-            for offset in range(0, count, _COPY_BYTES):
-                yield partial(_copy, first, offset, min(_COPY_BYTES, count - offset))
-            continue
-        for piece in run:
-            yield from (partial(_write, piece, rows) for rows in piece.blocks)
-
-
-def _copy(piece: _Piece, offset: int, count: int) -> int:
-    copy_bytes(piece.slot.file, piece.slot.start + offset, count, piece.out.file, piece.out.start + offset)
-    return count
-
-
-def _write(piece: _Piece, rows: slice) -> int:
-    block = changed(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
-    cast = block.to(DTYPES[piece.out.code]).contiguous()
-    if piece.out.code == "F16" and bool((cast.isinf() & block.isfinite()).any()):
-        largest = block.abs().max().item()
-        raise DoraError(f"{piece.slot.name} holds {largest:.3g}, too large for float16; merge with --dtype bfloat16")
-    first, _, _ = rows.indices(piece.slot.matrix[0])
-    write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
-    return cast.nbytes
-
-
-def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str | None, total: int) -> tuple[str, ...]:
-    """Config, tokenizer and all else that is not weights; dtype and sizes brought up to date where they changed."""
-    keep, left_out = checkpoint.companions()
-    for name in keep:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, folder / name)
-    if checkpoint.index:
-        shutil.copyfile(checkpoint.index, folder / checkpoint.index.name)
-    if dtype and checkpoint.index:
-        content = read_json(checkpoint.index)
-        content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
-        write_json(folder / checkpoint.index.name, content)
-    if dtype and (folder / "config.json").is_file():
-        write_json(folder / "config.json", _with_dtype({"torch_dtype": dtype, **checkpoint.config()}, dtype))
-    return tuple(map(str, left_out))
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The same settings with every dtype in them changed, those of models inside the model too."""
-    return {
-        key: dtype
-        if key in ("dtype", "torch_dtype") and value
-        else _with_dtype(value, dtype)
-        if isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }

@@ -1,5 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -8,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from .adapters import another_base
@@ -32,11 +41,12 @@ def load_model(settings: ModelSettings) -> Loaded:
     where, extra = _located(settings.path)
     if not sys.stderr.isatty():
         disable_progress_bar()  # bars of transformers are for a terminal
+    quantised = {"quantization_config": _quantised(settings)} if settings.quantization else {}
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=settings.dtype, attn_implementation=settings.attn_implementation, **options
+            where, dtype=settings.dtype, attn_implementation=settings.attn_implementation, **options, **quantised
         )
     except Exception as error:  # safetensors and tokenizers raise bare classes of their own
         raise _explained(settings.path, error) from error
@@ -49,7 +59,8 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
     """A model for use: a run, an adapter of any format, or whatever `load_model` takes.
 
     Args:
-        base: the model that an adapter goes on, where it is not the one that it names.
+        base: the model that an adapter goes on, as it is stored, where it is not the one that it names; that of a run
+            is quantised as it was in training.
         given: what an adapter's file may not say.
     """
     folder = Path(path)
@@ -59,12 +70,32 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         for note in another_base(base_named_by(folder), named):
             warnings.warn(f"{path} {note}", Note, stacklevel=2)
-        model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype))
+        quantization = None if base else _quantization_of(folder)
+        model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype, quantization=quantization))
         return load_adapter(model, folder, given=given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
     return model.eval(), tokenizer
+
+
+def _quantised(settings: ModelSettings) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"model.quantization: {settings.quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    kind = {"bnb_4bit_quant_type": settings.quantization, "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
+
+
+def _quantization_of(run: Path) -> Any:
+    """How the base of a run was quantised, by its recipe."""
+    if not (run / "config.yaml").is_file():
+        return None
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    return model.get("quantization") if isinstance(model, dict) else None
 
 
 def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:

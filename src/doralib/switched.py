@@ -65,10 +65,15 @@ class Switched(nn.Module):
             return self.current()(*args, **kwargs)
         return self._by_rows(self.rows, *args, **kwargs)
 
+    @property
+    def folded(self) -> Wrapper | None:
+        """The active adapter's layer, which a merge folds in; None where it has no layer here."""
+        layer = dict(self.adapters.items()).get(self.active or "")
+        return layer if isinstance(layer, Wrapper) else None
+
     def merged(self) -> nn.Module:
         """A plain module with the active adapter folded in; the original where it has no layer here."""
-        layer = dict(self.adapters.items()).get(self.active or "")
-        return layer.merged() if isinstance(layer, Wrapper) else self.base_layer
+        return self.base_layer if self.folded is None else self.folded.merged()
 
     def extra_repr(self) -> str:
         return f"active={self.active}, enabled={self.enabled}"

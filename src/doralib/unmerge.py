@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import files
+from .bases import Quantised, open_base
+from .dequantised import Merging
 from .errors import DoraError, UsageError
 from .layers import original
 from .live import Record, adapter_of, free_record_of, put, wrapped
@@ -30,15 +32,18 @@ def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
     """Fold the active adapter in, in place, so that `unmerge_adapter` can take it out again.
 
     The layers are plain ones until then, and nothing of the model trains. Other adapters stay with the model.
+    Quantised layers are quantised again in their own settings, with a warning where that loses most of the change
+    (`merge_report`).
 
     Args:
-        keep: "cpu": the frozen weights and the adapters wait in the CPU's memory. Else a file for the frozen weights,
-            which are then in no memory; it must stay where it is.
+        keep: "cpu": the frozen weights and the adapters wait in the CPU's memory, quantised weights where they are.
+            Else a file for the frozen weights, which are then in no memory; it must stay where it is.
 
     Raises:
         UsageError: if no adapter is active or it is folded in already, if the model is inside adapter_rows, or if
             the file exists.
-        DoraError: with a file, if a frozen weight is in a storage that safetensors files cannot hold.
+        DoraError: with a file, if a frozen weight is in a storage that safetensors files cannot hold, quantised ones
+            included.
     """
     record = free_record_of(model)
     adapter_of(model)
@@ -48,10 +53,10 @@ def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     if file is not None:
         files.write_tensors(file, _frozen(places))
-    merged = _Merged({}, flags, file)
+    merged, merging = _Merged({}, flags, file), Merging(model, dequantise=False)
     try:
         for name, wrapper in places.items():
-            plain = wrapper.merged().train(wrapper.training)
+            plain = merging.merged(name, wrapper).train(wrapper.training)
             put(model, name, plain)
             merged.wrappers[name] = wrapper
             _put_aside(wrapper, plain, emptied=file is not None)
@@ -60,6 +65,7 @@ def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
         raise
     model.requires_grad_(False)
     record.merged = merged
+    merging.warn()
     return model
 
 
@@ -114,12 +120,14 @@ def _frozen(places: dict[str, Wrapper | Switched]) -> dict[str, Tensor]:
 
 def _put_aside(wrapper: Wrapper | Switched, plain: nn.Module, *, emptied: bool) -> None:
     """Out of the device's memory, or, with a file, out of all memory; what the plain module shares stays."""
-    shared = {id(p) for p in plain.parameters()}
-    for p in original(wrapper).parameters():
-        if id(p) not in shared:
+    frozen, staying = original(wrapper), {id(p) for p in plain.parameters()}
+    if isinstance(open_base(frozen), Quantised):  # scales are no parameters, and must not be parted from their numbers
+        staying |= {id(p) for p in frozen.parameters()}
+    for p in frozen.parameters():
+        if id(p) not in staying:
             p.data = p.data.new_empty(0) if emptied else p.data.cpu()
     for p in wrapper.parameters():
-        if id(p) not in shared:
+        if id(p) not in staying:
             p.data = p.data.cpu()
 
 

@@ -1,6 +1,7 @@
 """Whether a merged model answers as the base with its adapter does, by the logits of real text."""
 
 import gc
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpoints import DTYPES, Checkpoint
+from .dequantised import dequantise
 from .errors import Note
 from .inject import load_adapter, merge
 from .merging import Ingredient
 from .models import load_any
+from .requantised import Requantised
 
 TEXTS = (
     "The film opens on a quiet street in winter, and for twenty minutes almost nothing happens; then the door opens.",
@@ -68,16 +71,24 @@ class Verification:
 
 
 def verify_merge(
-    merged: Path, adapters: str | Path | Sequence[Ingredient], base: str | Path, texts: Sequence[str] = TEXTS
+    merged: Path,
+    adapters: str | Path | Sequence[Ingredient],
+    base: str | Path,
+    texts: Sequence[str] = TEXTS,
+    requantised: Sequence[Requantised] = (),
 ) -> Verification:
     """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
 
     Both compute in float32, one after the other, so that only the rounding of the stored weights sets them apart:
     independent errors of at most eps / 2 in each weight, which add up as the root of the number of matrices that
-    the signal passes.
+    the signal passes. Quantised models compute on their dense weights.
+
+    Args:
+        requantised: What quantising again cost, where the merged model is quantised.
     """
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     model, tokenizer = load_any(str(base), dtype="float32")
+    dequantise(model, torch.float32)
     ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
     plain = _logits(model, ids)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
@@ -88,6 +99,7 @@ def verify_merge(
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_any(str(merged), dtype="float32")
+    dequantise(model, torch.float32)
     got = _logits(model, ids)
     return Verification(
         tokens=len(want),
@@ -95,7 +107,7 @@ def verify_merge(
         relative=_relative(got, want),
         effect=_relative(plain, want),
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
-        rounding=_rounding(merged),
+        rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
     )
 
 

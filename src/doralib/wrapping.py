@@ -13,6 +13,7 @@ from .fused_layers import DoraFused, refuse_misfits
 from .layers import DoraLinear, TrainedCopy
 from .live import listed
 from .magnitudes import DoraMagnitude
+from .quantised import keep_readable
 from .state import AdapterState
 from .switched import Wrapper
 from .targets import adaptable, choose, magnitudes, matching, refuse
@@ -53,7 +54,9 @@ def wrappers_for(
     biases = bias_names(model, config, chosen, whole)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        return _wrappers(model, config, chosen, whole), biases
+        wrappers = _wrappers(model, config, chosen, whole)
+        keep_readable(model)
+        return wrappers, biases
     except DoraError:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])

@@ -38,7 +38,7 @@ def merge_command(
             )
         console.print(summary.text(), markup=False)
         if verify:
-            check = verify_merge(out, adapters, folder)
+            check = verify_merge(out, adapters, folder, requantised=summary.requantised)
             console.print(check.text(), markup=False)
             if not check.passed:
                 raise DoraError(f"{out}: the merged model does not answer as the adapted one does")

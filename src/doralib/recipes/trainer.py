@@ -1,6 +1,7 @@
 """`transformers.Trainer` for an adapted model: only the adapter is saved, and a resumed run is the same run."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self._lengths: list[int] = train.rows["length"][:]
         self._staging: Path | None = None
         self._eval_totals: Tensor | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            processing_class=tokenizer,
-            data_collator=collator(tokenizer),
-            train_dataset=train.rows,
-            eval_dataset=None if validation is None else validation.rows,
-            callbacks=[_Bookkeeper(self)],
-        )
+        with _known_as_adapted(model):
+            super().__init__(
+                model=model,
+                args=args,
+                processing_class=tokenizer,
+                data_collator=collator(tokenizer),
+                train_dataset=train.rows,
+                eval_dataset=None if validation is None else validation.rows,
+                callbacks=[_Bookkeeper(self)],
+            )
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.possible(model) and not args.torch_compile and args.n_gpu <= 1
         self.label_loss = LabelLoss(model, args.label_smoothing_factor) if possible else None
@@ -311,6 +313,16 @@ class SeededSampler(Sampler[int]):
             shuffled.insert(0, shuffled.pop(longest))
         for rows in shuffled:
             yield from rows
+
+
+@contextmanager
+def _known_as_adapted(model: Any) -> Iterator[None]:
+    """The stock Trainer refuses a quantised model without PEFT's mark; with the mark the model could not be saved."""
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
