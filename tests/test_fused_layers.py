@@ -313,9 +313,6 @@ def test_a_whole_adapter_does_not_load_into_parts():
     model = doralib.adapt(build("gpt2"), config("gpt2", rank_pattern={"c_fc": 6}))
     with pytest.raises(DoraError, match="changes more than the parts q, v"):
         inject.load_into(model, given)
-    other = doralib.adapt(build("gpt2"), config("gpt2", r=2, rank_pattern={"c_fc": 6}))
-    with pytest.raises(DoraError, match=r"c_attn\.A: \(6, 32\) in the adapter, \(4, 32\)"):
-        inject.load_into(other, given)
 
 
 def test_fused_modules_are_checked():
