@@ -19,6 +19,7 @@ ROWS = [
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts"} | {"folding", "stored_experts"},
     {"fitting", "scoring", "generation"},
     {"packed"},
+    {"base_weights"},
     {"adapters", "streaming"},
     {"layers", "merging", "lowrank", "data", "tasks", "plots"} | {"report_results", "report_use", "peft"},
     {"experts"},

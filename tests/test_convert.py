@@ -78,6 +78,26 @@ def test_tensorrt_needs_the_base(trained, tmp_path):
         torch.testing.assert_close(written[f"base_model.model.{name}.lora_magnitude_vector"].double(), want)
 
 
+def test_tensorrt_is_read_with_the_base(trained, tmp_path, tiny_llama_folder):
+    from transformers import AutoModelForCausalLM
+
+    adapter, base = trained
+    convert_adapter(Request(adapter, "tensorrt", tmp_path / "trt", base=base))
+    with pytest.raises(UsageError, match="give --base MODEL"):
+        convert_adapter(Request(tmp_path / "trt", "peft", tmp_path / "back"))
+    done = convert_adapter(Request(tmp_path / "trt", "peft", tmp_path / "back", base=base))
+    assert done.source == "tensorrt"
+    ours, back = (read_adapter(folder)[1].layers for folder in (adapter, tmp_path / "back"))
+    assert ours.keys() == back.keys()
+    for name, layer in ours.items():
+        torch.testing.assert_close(back[name].m_O, layer.m_O)
+    logits = []
+    for folder in (adapter, tmp_path / "trt"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+        logits.append(doralib.load_adapter(model, folder).eval()(torch.arange(6)[None]).logits)
+    torch.testing.assert_close(*logits)
+
+
 def test_requests_that_cannot_be_right(trained, tmp_path):
     adapter, _ = trained
     for request, why in [

@@ -378,8 +378,14 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
         divided = content.tensors[f"base_model.model.{name}.lora_magnitude_vector"]
         V = base[name] + layer.scale * content.tensors[f"base_model.model.{name}.lora_B.weight"] @ layer.a_RI
         torch.testing.assert_close(divided[:, None] * V, merged(layer, base[name]))
-    with pytest.raises(DoraError, match="divided by the rows' lengths"):
+    with pytest.raises(UsageError, match="divided by the rows' lengths"):
         detect(content).read(content, Given())
+    with pytest.raises(DoraError, match=r"(?s)not in the base model.*q_proj"):
+        detect(content).read(content, Given(lengths=lambda state: {}))
+    back = detect(content).read(content, Given(lengths=lambda _: norms)).state
+    for name, layer in state.layers.items():
+        torch.testing.assert_close(back.layers[name].m_O, layer.m_O)
+        assert torch.equal(back.layers[name].a_RI, layer.a_RI)
     with pytest.raises(DoraError, match="magnitudes_divided_by_norm"):
         from_peft(content.tensors, content.settings)
     mixed = adapter(LANGUAGE, ranks=(2, 3))

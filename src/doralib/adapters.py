@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from .base_weights import adapted_lengths
 from .checkpoints import Checkpoint
 from .errors import UsageError
 from .formats import Found, Given
@@ -38,7 +40,8 @@ def read_adapter(path: Path, given: Given, source: str | None = None) -> tuple[s
 def knowing(given: Given, base: Path | Checkpoint) -> Given:
     """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
 
-    Only headers are read. With a folder that is one part of a pipeline, that part is the component.
+    Only headers are read; ``lengths`` reads weights when a format asks. With a folder that is one part of a pipeline,
+    that part is the component.
 
     Raises:
         UsageError: if there are no weights.
@@ -58,7 +61,7 @@ def knowing(given: Given, base: Path | Checkpoint) -> Given:
     for name, shape in _modules(checkpoint).items():
         head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
         shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
-    return replace(given, shapes=shapes, config=checkpoint.config())
+    return replace(given, shapes=shapes, config=checkpoint.config(), lengths=partial(adapted_lengths, checkpoint))
 
 
 def whole_pipeline(base: str | Path) -> None:

@@ -4,13 +4,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bank import other_banks
+from .bases import open_base
 from .config import DoraConfig
 from .dequantised import Merging
 from .errors import DoraError, Note, UsageError
@@ -237,7 +239,18 @@ def read_adapter(
 def _knowing(given: Given, model: nn.Module) -> Given:
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
     shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
-    return replace(given, shapes=shapes, config=to_dict())
+    return replace(given, shapes=shapes, config=to_dict(), lengths=partial(_lengths_in, model))
+
+
+def _lengths_in(model: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """Length of each row of W + s B A by layer, (O,), of the layers that the model has."""
+    modules, lengths = dict(model.named_modules()), {}
+    for name in state.layers.keys() & modules.keys():
+        module, layer = modules[name], state.layers[name]
+        base = open_base(original(module) if isinstance(module, Wrapper | Switched) else module)
+        if base is not None and base.row_shape == layer.shape:
+            lengths[name] = base.adapted_row_norm(base.row_norm_sq(), *layer.factors, layer.scale)
+    return lengths
 
 
 def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Given | None = None) -> Model:

@@ -1,19 +1,15 @@
 """The best LoRA of a given rank in place of DoRA, for servers that run LoRA alone; a layer at a time."""
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, read_whole
+from .base_weights import base_weights
+from .checkpoints import Checkpoint
 from .errors import DoraError
-from .fitting import fit
-from .folding import as_rows
-from .functional import dense_row_norm, merged_change
-from .packed import packed_layers
+from .functional import merged_change
 from .state import AdapterState, ExpertsAdapter, LayerAdapter
 
 # above this many rows and columns the whole decomposition takes minutes a layer
@@ -48,38 +44,6 @@ def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[Ad
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
     return AdapterState(layers, state.extra, state.base_model), errors
-
-
-def adapted_lengths(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Length of each output row of ``W + s B A``, (O,), by layer.
-
-    Raises:
-        DoraError: if the adapter does not fit the checkpoint.
-    """
-    if stacks := [name for name, layer in state.layers.items() if layer.kind == "experts"]:
-        raise DoraError(f"stacks of experts have no such form: {', '.join(stacks[:5])}; merge the adapter")
-    return {
-        name: dense_row_norm(W_OI, *layer.factors, layer.scale) for name, layer, W_OI in base_weights(state, checkpoint)
-    }
-
-
-def base_weights(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
-    """Each layer with the rows of its base weight, (O, I), one at a time; of experts the stack, (E, O, I).
-
-    Raises:
-        DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
-    """
-    packed = packed_layers(checkpoint)
-    fitted = fit(state, {**checkpoint.slots, **packed}, checkpoint.config())
-    # in the same order, by the checkpoint's names, and as wide as its weights
-    for name, slots in itertools.groupby(fitted.layers.items(), key=lambda item: fitted.sources[item[0]]):
-        rows, layer = [], state.layers[name]
-        for slot, part in slots:
-            stored = packed[slot].dense() if slot in packed else read_whole(checkpoint.slots[slot])
-            rows.append(as_rows(stored, part, transposed=slot in fitted.transposed))
-            layer = part if layer.kind != "experts" else layer
-        # experts that are kept apart come one after the other
-        yield name, layer, rows[0] if len(rows) == 1 else torch.cat(rows).view(layer.shape)
 
 
 def _in_place_of(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAdapter, float, float]:

@@ -38,6 +38,8 @@ class Given:
     """lora_alpha, for files that forget it."""
     component: str | None = None
     """The part of a pipeline that the adapter belongs to, e.g. ``unet``."""
+    lengths: Callable[[AdapterState], Mapping[str, Tensor]] | None = None
+    """Length of each row of W + s B A by layer, (O,): reads the base model's weights."""
 
 
 @dataclass(frozen=True)

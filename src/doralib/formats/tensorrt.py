@@ -1,18 +1,19 @@
 """TensorRT-LLM: PEFT's files with each magnitude divided by the length it is for, so that the engine need not know it.
 
-What its own examples/dora/normalize_weights.py makes. Written only: without the base model, m cannot be had back.
+What its own examples/dora/normalize_weights.py makes. The base model's weights give m back.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import UsageError
 from ..functional import gain
 from ..state import AdapterState, LayerAdapter
-from .content import Content, Found, Given, only_layers
-from .peft import to_peft
+from .content import Content, Found, Given, only_layers, refuse
+from .peft import from_peft, to_peft
 
 # nothing else would tell these files from PEFT's, which would then be far off
 MARK = "magnitudes_divided_by_norm"
@@ -23,16 +24,26 @@ def detect(content: Content) -> bool:
     return bool(content.settings.get(MARK))
 
 
-def read(_content: Content, _given: Given) -> Found:
-    """Never: the magnitudes are gone.
+def read(content: Content, given: Given) -> Found:
+    """The adapter, with each magnitude multiplied by the length that it was divided by.
 
     Raises:
-        DoraError: saying what to convert instead.
+        UsageError: without the base model.
+        DoraError: if the base has no such layers.
     """
-    raise DoraError(
-        "this adapter was written for TensorRT-LLM: its magnitudes are divided by the rows' lengths, and only the "
-        "adapter that it was made from can be read"
-    )
+    if given.lengths is None:
+        raise UsageError(
+            "this adapter was written for TensorRT-LLM: its magnitudes are divided by the rows' lengths, which only "
+            "the base model's weights tell; give --base MODEL"
+        )
+    config, state = from_peft(content.tensors, {k: v for k, v in content.settings.items() if k != MARK})
+    lengths = given.lengths(state)
+    refuse("not in the base model", [name for name in state.layers if name not in lengths])
+    layers = {}
+    for name, layer in state.layers.items():
+        assert layer.m_O is not None
+        layers[name] = replace(layer, m_O=layer.m_O * lengths[name].to(layer.m_O))
+    return Found(config, replace(state, layers=layers), ("magnitudes are m / n times the rows' lengths in the base",))
 
 
 def write(config: DoraConfig, state: AdapterState, norms: Mapping[str, Tensor]) -> Content:

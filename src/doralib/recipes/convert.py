@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..adapters import knowing
+from ..base_weights import adapted_lengths
 from ..checkpoints import Checkpoint
 from ..config import DoraConfig
 from ..console import console
@@ -20,7 +21,7 @@ from ..formats.components import COMPONENTS
 from ..formats.parts import config_for
 from ..formats.storage import one_part, read_any, write_content
 from ..gguf import local_base
-from ..lowrank import Approximation, adapted_lengths, low_rank
+from ..lowrank import Approximation, low_rank
 from ..models import load_any
 from ..state import AdapterState
 
@@ -186,7 +187,7 @@ def _with_weights(request: Request, found: Found, base: Path) -> Conversion:
     checkpoint = Checkpoint.open(base)
     peft, count = FORMATS["peft"], len(found.state.layers)
     if request.to == "tensorrt":
-        content = tensorrt.write(found.config, found.state, adapted_lengths(found.state, checkpoint))
+        content = tensorrt.write(found.config, found.state, adapted_lengths(checkpoint, found.state))
         written = write_content(content, FORMATS["tensorrt"], request.out, overwrite=request.overwrite)
         return Conversion(written, "", count, ("TensorRT-LLM ignores magnitudes without --dora_plugin=enable",))
     assert request.rank is not None

@@ -14,13 +14,13 @@ from rich.text import Text
 
 from .. import functional as F
 from ..adapters import another_base, knowing, read_adapter, whole_pipeline
+from ..base_weights import base_weights
 from ..checkpoints import Checkpoint
 from ..config import ModelSettings
 from ..experts import expert_weights
 from ..formats import Found, Given
 from ..formats.storage import adapter_file
 from ..gguf import local_base
-from ..lowrank import base_weights
 from ..models import load_model
 from ..state import AdapterState, LayerAdapter
 from ..targets import adaptable
