@@ -1,5 +1,6 @@
 """The `doralib` command: one typed function a verb. A verb's code is imported when it runs, so help needs no torch."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# transformers imports these where they are installed, and each tells of kernels that it has no GPU for
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 Base = Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")]
 Alpha = Annotated[float | None, typer.Option(min=0, help="lora_alpha, for files that forget it.")]
@@ -239,6 +243,8 @@ def _formatted(message: Any, category: type[Warning], *where: Any, **more: Any) 
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
     warnings.formatwarning = _formatted
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except DoraError as error:
