@@ -160,7 +160,7 @@ def test_products_of_known_calls():
         ("ours-dora", 0.0, 11, 8),  # and W Aᵀ, A Aᵀ, B (A Aᵀ), all small, after an optimiser step only
         ("peft-dora", 0.05, 12, 12),  # the base once more, forward and backward
         ("ours-dora-adapter", 0.05, 11, 8),
-        ("ours-dora-exact", 0.05, 14, 11),  # the base once more, and the low-rank product into each of two outputs
+        ("ours-dora-exact", 0.05, 13, 10),  # the base once more, forward and backward
     ],
 )
 def test_products_of_a_layer(name, dropout, fresh, again):
@@ -175,8 +175,6 @@ def test_products_of_a_layer(name, dropout, fresh, again):
         flops += 2 * factor_flops + 2 * (2 * O * I * R)  # N > I: the effective weight, made in each pass
     elif name != "frozen":
         flops += 3 * factor_flops
-    if name == "ours-dora-exact":
-        flops += 2 * N * O * R
     if not name.startswith("peft-dora"):
         assert found["products, next micro-batch"]["flops"] == flops
     if name in ("ours-dora", "ours-dora-adapter"):
@@ -190,7 +188,7 @@ def test_products_of_a_layer(name, dropout, fresh, again):
         ("frozen", 0, 0),
         ("peft-lora", 0, N * R),
         ("ours-lora", 0, N * R + O * R),  # x Aᵀ, s g B
-        ("ours-dora", N * O, N * R + O * R + 2 * O),  # and the gain and the norm it is divided by
+        ("ours-dora", N * O, N * R + O * R),
     ],
 )
 def test_saved_bytes_of_a_layer(name, output, rest):

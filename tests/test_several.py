@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import doralib
 from doralib import DoraConfig, DoraError, UsageError, inject
 from doralib.bases import Opaque
-from doralib.kernels.norm import FreshNorm
+from doralib.kernels import norm, ready
 from doralib.layers import DoraLinear
 from doralib.switched import Switched
 
@@ -93,7 +93,8 @@ def test_switching_computes_nothing_and_copies_nothing(several, monkeypatch):
     for name in CONFIGS:
         doralib.set_adapter(several, name)(ids())
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in several.named_parameters()}
-    monkeypatch.setattr(FreshNorm, "_computed", lambda *a: pytest.fail("a norm was computed again"))
+    monkeypatch.setattr(norm, "_renew", lambda *a: pytest.fail("a norm was computed again"))
+    monkeypatch.setattr(ready, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
 
     class Nothing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -85,6 +85,9 @@ class _Scaled:
     def row_norm_sq(self) -> Tensor:
         return self.base.row_norm_sq()
 
+    def expands(self, R: int) -> bool:  # noqa: ARG002
+        return False
+
     def adapted_row_norm(self, W_sq_O: Tensor, d_R: Tensor, b_O: Tensor, s: float) -> Tensor:
         a_RI, b_OR = _factors(self.base, self.bank, d_R, b_O)
         return self.base.adapted_row_norm(W_sq_O, a_RI, b_OR, s)

@@ -67,13 +67,14 @@ class Dense:
     def row_norm_sq(self) -> Tensor:
         return F.row_norm_sq(self.rows)
 
+    def expands(self, R: int) -> bool:
+        return not F.dense_is_cheaper(*self.shape, R)
+
     def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
         # with B A = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
-        if F.dense_is_cheaper(*self.shape, a_RI.shape[0]) and b_OR.any() and a_RI.any():
+        if not self.expands(len(a_RI)) and b_OR.any() and a_RI.any():
             return F.dense_row_norm(self.rows, a_RI, b_OR, s)
-        coarse = self.dtype == torch.bfloat16
-        U_OR = F.coarse_times_transposed(self.W_OI, a_RI) if coarse else self.times_transposed(a_RI)
-        return F.adapted_row_norm(W_sq_O, U_OR, a_RI, b_OR, s, self.dense_rows, coarse=coarse)
+        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return F.times_transposed(self.rows, a_RI)

@@ -76,19 +76,6 @@ def times_transposed(W_OI: Rows, a_RI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def coarse_times_transposed(W_OI: Tensor, a_RI: Tensor) -> Tensor:
-    """``W Aᵀ``, (O, R), in float32, of a bfloat16 W that is not cast: each number is right to 2^-9 of itself.
-
-    A goes in as the sum of two bfloat16 numbers, so that only the product's own rounding is left.
-    """
-    high_RI = a_RI.to(W_OI.dtype)
-    low_RI = (a_RI - high_RI).to(W_OI.dtype)
-    # its transpose in one piece: half the time at 576 x 576
-    U_O2R = W_OI @ torch.cat([high_RI, low_RI]).T.contiguous()
-    return U_O2R.view(-1, 2, len(a_RI)).sum(1, dtype=torch.float32)
-
-
-@torch.no_grad()
 def transposed_times(W_OI: Rows, c_OR: Tensor) -> Tensor:
     """``Cᵀ W``, (R, I), in `sum_dtype`, by row blocks."""
     dtype = sum_dtype(W_OI.dtype)
@@ -99,6 +86,28 @@ def transposed_times(W_OI: Rows, c_OR: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def expansion(U_OR: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+    """``2 s W Aᵀ + s² B A Aᵀ``, (O, R): row by row its product with B is ``|w + s b A|² - |w|²``.
+
+    Args:
+        U_OR: ``W Aᵀ``.
+    """
+    return torch.addmm(U_OR, b_OR, a_RI @ a_RI.T, beta=2 * s, alpha=s * s)
+
+
+@torch.no_grad()
+def expanded_square(W_sq_O: Tensor, expansion_OR: Tensor, b_OR: Tensor) -> Tensor:
+    """``|w + s b A|²`` row by row, (O,), from |w|² and `expansion`."""
+    return W_sq_O + (expansion_OR * b_OR).sum(1)
+
+
+def nothing_cancelled(W_sq_O: Tensor, n_sq_O: Tensor) -> bool:
+    """Whether no row is so much shorter that its expanded square can have lost more than rounding."""
+    # |s b A| <= |w| + n: where n is not much below |w| nothing can have cancelled
+    return not n_sq_O.numel() or torch.sub(n_sq_O, W_sq_O, alpha=SHRUNK).amin().item() >= 0
+
+
+@torch.no_grad()
 def adapted_row_norm(
     W_sq_O: Tensor,
     U_OR: Tensor,
@@ -106,8 +115,6 @@ def adapted_row_norm(
     b_OR: Tensor,
     s: float,
     dense_rows: Callable[[Tensor], Tensor] | None = None,
-    *,
-    coarse: bool = False,
 ) -> Tensor:
     """Length of each output row of ``W + s B A``, (O,), without forming the (O, I) sum; outside the graph.
 
@@ -119,34 +126,21 @@ def adapted_row_norm(
         U_OR: ``W Aᵀ``.
         dense_rows: The rows of W with the given numbers, (K, I). Without it the rows that cancel keep an error of
             about eps (|w| + |s b A|)² / |w + s b A|².
-        coarse: U_OR is `coarse_times_transposed`; rows whose length that moves by more than 2^-13 of itself, a 16th of
-            what bfloat16 can tell apart, are summed densely too.
     """
     a, b, U = a_RI.to(W_sq_O.dtype), b_OR.to(W_sq_O.dtype), U_OR.to(W_sq_O.dtype)
-    gram_RR = a @ a.T
-    n_sq_O = W_sq_O + (torch.addmm(U, b, gram_RR, beta=2 * s, alpha=s * s) * b).sum(1)
-    if dense_rows is not None and not n_sq_O.is_meta:
-        cancelled = _untrusted(W_sq_O, n_sq_O, (b, U, gram_RR), s, coarse=coarse)
+    n_sq_O = expanded_square(W_sq_O, expansion(U, a, b, s), b)
+    if dense_rows is not None and not (n_sq_O.is_meta or nothing_cancelled(W_sq_O, n_sq_O)):
+        gram_O = s * s * ((b @ (a @ a.T)) * b).sum(1)
+        cancelled = (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
         for rows in row_blocks(len(cancelled), a.shape[1]):
             index = cancelled[rows]
             n_sq_O[index] = torch.addmm(dense_rows(index).to(b.dtype), b[index], a, alpha=s).square().sum(1)
-    # rounding can leave a tiny negative where W + s B A is almost zero
+    return length(n_sq_O)
+
+
+def length(n_sq_O: Tensor) -> Tensor:
+    """The square root, in place; rounding can leave a tiny negative where W + s B A is almost zero."""
     return n_sq_O.clamp_min_(0).sqrt_()
-
-
-def _untrusted(
-    W_sq_O: Tensor, n_sq_O: Tensor, parts: tuple[Tensor, Tensor, Tensor], s: float, *, coarse: bool
-) -> Tensor:
-    """Numbers of the rows whose expanded square has lost too much."""
-    b_OR, U_OR, gram_RR = parts
-    if coarse:
-        # 2^-9 of these terms is at most 2^-12 of n²
-        return (torch.linalg.vector_norm(b_OR * U_OR, 1, dim=1) * (16 * s) > n_sq_O).nonzero().flatten()
-    # |s b A| <= |w| + n: where n is not much below |w| nothing can have cancelled, and the rest need not be computed
-    if torch.sub(n_sq_O, W_sq_O, alpha=SHRUNK).amin().item() >= 0:
-        return W_sq_O.new_empty(0, dtype=torch.long)
-    gram_O = s * s * ((b_OR @ gram_RR) * b_OR).sum(1)
-    return (n_sq_O * CANCELLATION < W_sq_O + gram_O).nonzero().flatten()
 
 
 def difference(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from .bases import Dense, Opaque, open_base
 from .config import DoraConfig, FusedParts
 from .errors import DoraError, UsageError
 from .kernels.norm import FreshNorm
+from .kernels.ready import Ready
 from .layers import DoraLinear
 from .starts import DRAWN
 from .state import FusedAdapter, LayerAdapter, blocks
@@ -131,16 +132,19 @@ class DoraFused(DoraLinear):
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
-    def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
+    def _ready(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Ready:
         """With B and the norm of all rows kept until the norm of a part changes."""
         m = self.lora_magnitude_vector
         if m is None:
-            return super()._inferred(x, W_OI)
+            return super()._ready(factors, dtype)
         lengths = self._lengths(detach=True)
         if self._whole is None or any(now is not then for now, then in zip(lengths, self._whole[0], strict=True)):
             self._whole = lengths, self.lora_B, self._among_all(torch.cat(lengths))
         _, b_OR, n_O = self._whole
-        return self.inference(x, W_OI, (self.lora_A, b_OR, self._among_all(m)), n_O, self.scale, self.bias)
+        return self.kept((self.lora_A, b_OR, self._among_all(m)), n_O, self.scale, self.bias, dtype)
+
+    def _is_prepared(self, x: Tensor) -> bool:  # noqa: ARG002
+        return False
 
     def _lengths(self, *, detach: bool) -> list[Tensor]:
         return [norm(a, b, self.scale, detach=detach) for norm, (a, b) in self._norms_and_factors()]

@@ -14,8 +14,9 @@ from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import Dropout, draw, dropped
-from .kernels.inference import Inference
+from .kernels.inference import infer
 from .kernels.norm import FreshNorm
+from .kernels.ready import Kept, Ready
 from .quantised import storage_of
 from .starts import DRAWN, decomposed, decomposes
 from .state import LayerAdapter, MovedAdapter
@@ -72,7 +73,7 @@ class DoraLinear(Masters):
         self.detach_norm = config.detach_norm
         self.start = config.init_lora_weights
         self.norm = FreshNorm(base)
-        self.inference = Inference()
+        self.kept = Kept(self.norm)
         self.out_features, self.in_features = base.shape
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
@@ -153,9 +154,13 @@ class DoraLinear(Masters):
         W_OI = self.base.W_OI
         if torch.is_autocast_enabled(x.device.type):
             W_OI = W_OI.to(x.dtype)
+        factors = self.factors
         if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
-            return self._inferred(x, W_OI)
-        return dora_linear(x, W_OI, *self.factors, self.gain(), self.scale, self.bias, dropout)
+            return infer(x, W_OI, self._ready(factors, x.dtype), self.bias)
+        if self.lora_magnitude_vector is None or not self._is_prepared(x):
+            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, self.bias, dropout)
+        operands = W_OI, *factors, self.lora_magnitude_vector, self.scale, self.bias, dropout
+        return dora_linear(x, *operands, self._ready(factors, x.dtype))
 
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.
@@ -210,12 +215,17 @@ class DoraLinear(Masters):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
 
-    def _inferred(self, x: Tensor, W_OI: Tensor) -> Tensor:
-        (A, B), m = self.factors, self.lora_magnitude_vector
+    def _ready(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Ready:
+        """What is kept for these factors and m."""
+        m = self.lora_magnitude_vector
         if m is None:
-            return self.inference(x, W_OI, (A, B), None, self.scale, self.bias)
-        n_O = self.norm(A, B, self.scale, detach=True)
-        return self.inference(x, W_OI, (A, B, m), n_O, self.scale, self.bias)
+            return self.kept(factors, None, self.scale, self.bias, dtype)
+        n_O = self.norm(*factors, self.scale, detach=True)
+        return self.kept((*factors, m), n_O, self.scale, self.bias, dtype)
+
+    def _is_prepared(self, x: Tensor) -> bool:
+        """Whether a training step reads `_ready`, not the gain: on a CPU, with the norm a constant."""
+        return x.is_cpu and self.detach_norm
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
         if not (self.training and self.dropout):

@@ -14,8 +14,10 @@ from .bases import Dense, Opaque, open_base
 from .errors import UsageError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import draw
-from .kernels.inference import Inference
+from .kernels.inference import infer
 from .kernels.norm import FreshNorm
+from .kernels.ready import Kept
+from .kernels.together import meet
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."
@@ -46,6 +48,9 @@ def accelerate(peft_model: Model) -> Model:
             fast = _Fast(layer)
             layer.__dict__[_TAKEN] = fast
             layer.__dict__["forward"] = fast.forward
+    taken = [layer.__dict__[_TAKEN] for layer in layers.values()]
+    meet(fast.norm for fast in taken)
+    meet(fast.kept for fast in taken)
     return peft_model
 
 
@@ -65,7 +70,8 @@ class _Fast:
         base = open_base(layer.base_layer)  # type: ignore[arg-type]
         assert base is not None
         self.base: Dense = base
-        self.norm, self.inference = FreshNorm(base), Inference()
+        self.norm = FreshNorm(base)
+        self.kept = Kept(self.norm)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
@@ -97,10 +103,13 @@ class _Fast:
         n_O = self.norm(A, B, s, detach=True)
         p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
         W_OI = W_OI.to(x.dtype)
-        if not p and not torch.is_grad_enabled() and on_gpu(x) is None:
-            return self.inference(x, W_OI, (A, B, m), n_O, s, self.base.bias)
-        dropout = draw(x, p, exact=True) if p else None
-        return dora_linear(x, W_OI, A, B, m / n_O, s, self.base.bias, dropout)
+        bias_O, dropout = self.base.bias, draw(x, p, exact=True) if p else None
+        if not x.is_cpu:
+            return dora_linear(x, W_OI, A, B, m / n_O, s, bias_O, dropout)
+        ready = self.kept((A, B, m), n_O, s, bias_O, x.dtype)
+        if dropout is None and not torch.is_grad_enabled():
+            return infer(x, W_OI, ready, bias_O)
+        return dora_linear(x, W_OI, A, B, m, s, bias_O, dropout, ready)
 
 
 def _is_dora(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ def draw(x: Tensor, p: float, *, exact: bool) -> Dropout:
     """A fresh mask for x, from torch's generator of its device.
 
     On a CPU each element takes 16 random bits, so that the chance is p rounded to a multiple of 2^-16, and
-    `Dropout.p` says which; torch's own `bernoulli_` takes three times as long there.
+    `Dropout.p` says which; torch's own `bernoulli_` takes far longer there.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return Dropout(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p), p, exact)
@@ -40,9 +40,9 @@ def boost(dropout: Dropout | None) -> float:
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x as the adapter reads it, scaled."""
-    return x if dropout is None else x * mask(dropout, x) * boost(dropout)
+    return x if dropout is None else x * mask(dropout.keep, x) * boost(dropout)
 
 
-def mask(dropout: Dropout, x: Tensor) -> Tensor:
-    """Zeros and ones in x's dtype and shape: a product of two dtypes takes four times as long as this and a product."""
-    return dropout.keep.view_as(x).to(x.dtype)
+def mask(keep: Tensor, x: Tensor) -> Tensor:
+    """Zeros and ones in x's dtype and shape: a product of two dtypes takes longer than this and a product."""
+    return keep.view_as(x).to(x.dtype)

@@ -6,7 +6,7 @@ keeps anyway; under dropout also one byte an input element. Nothing else of size
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from torch.nn import functional as nnf
 from ..functional import effective_weight, sum_dtype
 from .columns import column_dots, scaled_product_and_dots
 from .dropout import Dropout, boost, mask
+from .ready import TINY_GAIN, Ready, ready_from
 
-# below this gain the product is not read back from the output: the output may have underflowed
-_TINY_GAIN = 1e-12
 # from this many input rows for each input feature on, a weight that is made twice costs less than the passes it saves
 _ROWS_PER_FEATURE = 1.25
 
@@ -32,6 +31,7 @@ def dora_linear(
     s: float,
     bias_O: Tensor | None = None,
     dropout: Dropout | None = None,
+    ready: Ready | None = None,
 ) -> Tensor:
     """``g ∘ (x Wᵀ + s x~ Aᵀ Bᵀ) + bias``, (..., O) in x's dtype; with exact dropout `functional.compose_exact`.
 
@@ -39,7 +39,8 @@ def dora_linear(
         x: (..., I), of W's dtype.
         W_OI: Frozen, gets no gradient; a transposed view will do.
         a_RI: Any float dtype; cast to x's dtype for its products, and so is B.
-        gain_O: magnitude / norm; both get their gradients through it. None for LoRA.
+        gain_O: magnitude / norm; both get their gradients through it. None for LoRA. With `ready` the magnitude itself.
+        ready: What is kept of a layer for these factors, this magnitude and x's dtype; the norm is a constant then.
 
     Raises:
         RuntimeError: from torch, on shapes or dtypes that do not fit, and on a second derivative.
@@ -51,7 +52,7 @@ def dora_linear(
         function = _ExactDropout
     elif dropout is None and weight_is_cheaper(x_NI):
         function = _Effective
-    y_NO: Tensor = function.apply(x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout)
+    y_NO: Tensor = function.apply(x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout, ready)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
@@ -65,100 +66,108 @@ class _DoraLinear(torch.autograd.Function):
     """Base product, one pass for the gain, the low-rank product onto it."""
 
     @staticmethod
-    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
-        dtype = x_NI.dtype
-        a, gsb_OR = a_RI.to(dtype), scaled(b_OR, gain_O, s * boost(dropout)).to(dtype)
-        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
-        if gain_O is not None:
-            scale_product(y_NO, gain_O, *rest_and_shift(gain_O, bias_O, dtype))
-        xa_NR = _masked(x_NI, dropout) @ a.T
-        y_NO.addmm_(xa_NR, gsb_OR.T)
-        _keep(ctx, y_NO, (a, gsb_OR), dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s = s
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, s, dropout, ready):
+        ready = ready or ready_from(a_RI, b_OR, length_O, s, bias_O, x_NI.dtype)
+        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x_NI.dtype))
+        scale_product(y_NO, ready)
+        xa_NR = _masked(x_NI, dropout) @ ready.a_RI.T
+        y_NO.addmm_(xa_NR, ready.gsb_OR.T, alpha=boost(dropout))
+        _keep_with_output(ctx, y_NO, ready, s, dropout, (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, length_O))
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, (a, gsb_OR), dropout = _kept(ctx)
-        needs, s, dy_NO = _Needs(*ctx.needs_input_grad), ctx.s * boost(dropout), dy_NO.contiguous()
-        mask_NI = None if dropout is None else mask(dropout, x_NI)
-        dxa_NR = dy_NO @ gsb_OR if needs.x or needs.a else None
-        dx = dxa_NR @ a if needs.x else None
+        kept, ready, needs, dy_NO = (
+            _Kept(*ctx.saved_tensors),
+            ctx.ready,
+            _Needs(*ctx.needs_input_grad),
+            dy_NO.contiguous(),
+        )
+        dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
+        mask_NI = None if kept.keep is None else mask(kept.keep, kept.x_NI)
+        dx = dxa_NR @ kept.a_RI if needs.x else None
         if dx is not None and mask_NI is not None:
             dx.mul_(mask_NI)
-        dgain_O = None
-        if gain_O is not None:
-            dots_O = scaled_product_and_dots(dx, dy_NO, y_NO, gain_O, W_OI, bias_O)
-            if needs.gain:
-                product = _Product(x_NI, xa_NR, W_OI, b_OR, s)
-                dgain_O = _gain_gradient(ctx.watch, dots_O, dy_NO, gain_O, product)
+        dlength_O = None
+        if ready.gain_O is not None:
+            dots_O = scaled_product_and_dots(dx, dy_NO, kept.y_NO, ready.gain_O, kept.W_OI, kept.bias_O)
+            dlength_O = _length_gradient(ctx, kept, dots_O, dy_NO) if needs.length else None
         elif dx is not None:
-            dx.addmm_(dy_NO, W_OI)
-        dropped_NI = x_NI if mask_NI is None else mask_NI.mul_(x_NI)
-        da, db = _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), s)
-        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
+            dx.addmm_(dy_NO, kept.W_OI)
+        da = _a_gradient(kept, dxa_NR, mask_NI) if needs.a else None
+        db = _b_gradient(ctx, kept, kept.xa_NR.T @ dy_NO) if needs.b else None
+        return dx, None, _bias_gradient(needs, dy_NO, kept.bias_O), da, db, dlength_O, None, None, None
 
 
 class _Effective(torch.autograd.Function):
     """One product with ``g ∘ (W + s B A)``, made in each pass and dropped: float32, many rows, no dropout."""
 
     @staticmethod
-    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, _):
-        a, gsb_OR = a_RI.to(x_NI.dtype), scaled(b_OR, gain_O, s).to(x_NI.dtype)
-        y_NO = nnf.linear(x_NI, effective_weight(W_OI, a, gsb_OR, gain_O), _cast(bias_O, x_NI.dtype))
-        xa_NR = x_NI @ a.T
-        _keep(ctx, y_NO, (a, gsb_OR), None, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s = s
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, s, dropout, ready):
+        ready = ready or ready_from(a_RI, b_OR, length_O, s, bias_O, x_NI.dtype)
+        weight_OI = effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O)
+        y_NO = nnf.linear(x_NI, weight_OI, _cast(bias_O, x_NI.dtype))
+        xa_NR = x_NI @ ready.a_RI.T
+        _keep_with_output(ctx, y_NO, ready, s, dropout, (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, length_O))
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O), y_NO, (a, gsb_OR), _ = _kept(ctx)
-        needs, dy_NO = _Needs(*ctx.needs_input_grad), dy_NO.contiguous()
-        dx = dy_NO @ effective_weight(W_OI, a, gsb_OR, gain_O) if needs.x else None
-        dgain_O = None
-        if needs.gain:
-            product = _Product(x_NI, xa_NR, W_OI, b_OR, ctx.s)
-            dgain_O = _gain_gradient(ctx.watch, column_dots(dy_NO, y_NO, bias_O), dy_NO, gain_O, product)
-        dxa_NR = dy_NO @ gsb_OR if needs.a else None
-        da, db = _factor_gradients(needs, dy_NO, x_NI, dxa_NR, xa_NR, (a_RI, b_OR, gain_O), ctx.s)
-        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
+        kept, ready, needs, dy_NO = (
+            _Kept(*ctx.saved_tensors),
+            ctx.ready,
+            _Needs(*ctx.needs_input_grad),
+            dy_NO.contiguous(),
+        )
+        dx = dy_NO @ effective_weight(kept.W_OI, kept.a_RI, kept.gsb_OR, ready.gain_O) if needs.x else None
+        dlength_O = None
+        if needs.length:
+            dlength_O = _length_gradient(ctx, kept, column_dots(dy_NO, kept.y_NO, kept.bias_O), dy_NO)
+        da = _a_gradient(kept, dy_NO @ kept.gsb_OR) if needs.a else None
+        db = _b_gradient(ctx, kept, kept.xa_NR.T @ dy_NO) if needs.b else None
+        return dx, None, _bias_gradient(needs, dy_NO, kept.bias_O), da, db, dlength_O, None, None, None
 
 
 class _ExactDropout(torch.autograd.Function):
-    """The base's product once for x and once for what dropout leaves of it."""
+    """The base's product once for x and once for what dropout leaves of it, x~."""
 
     @staticmethod
-    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout):
-        dtype, up = x_NI.dtype, boost(dropout)
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, s, dropout, ready):
+        ready = ready or ready_from(a_RI, b_OR, length_O, s, bias_O, x_NI.dtype)
         dropped_NI = _masked(x_NI, dropout)
-        a, sb_RO = a_RI.to(dtype), (b_OR * s).to(dtype).T
-        xa_NR = dropped_NI @ a.T
-        z_NO = (dropped_NI @ W_OI.T).addmm_(xa_NR, sb_RO)
-        # (g - 1) z + s x~ Aᵀ Bᵀ, with 1 / (1 - p) in the small factors
-        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, dtype))
-        y_NO.addcmul_(z_NO, ((gain_O - 1) * up).to(dtype)).addmm_(xa_NR, sb_RO, alpha=up)
-        ctx.save_for_backward(x_NI, xa_NR, z_NO, dropout.keep, W_OI, bias_O, a_RI, b_OR, gain_O)
-        ctx.s, ctx.p = s, dropout.p
+        xa_NR, product_NO = dropped_NI @ ready.a_RI.T, dropped_NI @ W_OI.T
+        # (g - 1) ∘ x~ Wᵀ + s g ∘ x~ Aᵀ Bᵀ, with 1 / (1 - p) in the small factors
+        y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x_NI.dtype))
+        y_NO.addcmul_(product_NO, _rest(ready, dropout).to(x_NI.dtype))
+        y_NO.addmm_(xa_NR, ready.gsb_OR.T, alpha=boost(dropout))
+        _keep(ctx, product_NO, ready, s, dropout, (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, length_O))
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        x_NI, xa_NR, z_NO, keep, W_OI, bias_O, a_RI, b_OR, gain_O = ctx.saved_tensors
-        needs, dropout = _Needs(*ctx.needs_input_grad), Dropout(keep, ctx.p, exact=True)
-        up, dy_NO, mask_NI = boost(dropout), dy_NO.contiguous(), mask(dropout, x_NI)
-        dxa_NR = dy_NO @ scaled(b_OR, gain_O, ctx.s * up).to(dy_NO.dtype)
-        dx = dxa_NR @ a_RI.to(dy_NO.dtype) if needs.x else None
-        dots_O = scaled_product_and_dots(dx, dy_NO, z_NO, (gain_O - 1) * up, W_OI)
+        kept, ready, needs, dy_NO = (
+            _Kept(*ctx.saved_tensors),
+            ctx.ready,
+            _Needs(*ctx.needs_input_grad),
+            dy_NO.contiguous(),
+        )
+        dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
+        mask_NI = mask(kept.keep, kept.x_NI)
+        dx = dxa_NR @ kept.a_RI if needs.x else None
+        dots_O = scaled_product_and_dots(dx, dy_NO, kept.y_NO, _rest(ready, ctx.dropout), kept.W_OI)
         if dx is not None:
-            dx.mul_(mask_NI).addmm_(dy_NO, W_OI)
-        factors = a_RI, b_OR, gain_O
-        da, db = _factor_gradients(needs, dy_NO, mask_NI.mul_(x_NI), dxa_NR, xa_NR, factors, ctx.s * up)
-        dgain_O = dots_O.mul_(up) if needs.gain else None
-        return dx, None, _bias_gradient(needs, dy_NO, bias_O), da, db, dgain_O, None, None
+            dx.mul_(mask_NI).addmm_(dy_NO, kept.W_OI)
+        da = _a_gradient(kept, dxa_NR, mask_NI) if needs.a else None
+        xady_RO, dlength_O = kept.xa_NR.T @ dy_NO, None
+        if needs.length:
+            turned_O = (kept.b_OR * xady_RO.T).sum(1)
+            dgain_O = dots_O.add_(turned_O, alpha=ctx.s).mul_(boost(ctx.dropout))
+            dlength_O = dgain_O if ready.n_O is None else dgain_O.div_(ready.n_O)
+        db = _b_gradient(ctx, kept, xady_RO) if needs.b else None
+        return dx, None, _bias_gradient(needs, dy_NO, kept.bias_O), da, db, dlength_O, None, None, None
 
 
 class _Needs(NamedTuple):
@@ -167,9 +176,10 @@ class _Needs(NamedTuple):
     bias: bool
     a: bool
     b: bool
-    gain: bool
+    length: bool
     s: bool
     dropout: bool
+    ready: bool
 
 
 class Watch:
@@ -190,88 +200,103 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=dtype, device=device)
 
 
-def _keep(ctx, y_NO, factors, dropout, x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O):
-    """For the backward pass; of the output, only where there is a gain that is read back from it."""
-    kept = None if gain_O is None else y_NO.data
-    keep = None if dropout is None else dropout.keep
-    ctx.save_for_backward(x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, gain_O, kept, *factors, keep)
-    ctx.dropout = dropout and dropout._replace(keep=None)
-    ctx.watch = None if gain_O is None or y_NO.is_inference() else Watch(y_NO)
-
-
-def _kept(ctx):
-    *tensors, y_NO, a, gsb_OR, keep = ctx.saved_tensors
-    return tensors, y_NO, (a, gsb_OR), ctx.dropout and ctx.dropout._replace(keep=keep)
-
-
-class _Product(NamedTuple):
-    """``x Wᵀ + s x~ Aᵀ Bᵀ``, computed again for some output columns only."""
+class _Kept(NamedTuple):
+    """What the backward pass finds."""
 
     x_NI: Tensor
     xa_NR: Tensor
+    """``x~ Aᵀ``, not yet divided by 1 - p."""
     W_OI: Tensor
+    bias_O: Tensor | None
+    master_RI: Tensor
+    """A itself: torch checks that it has not been written to."""
     b_OR: Tensor
-    s: float
-
-    def columns(self, index: Tensor | slice) -> Tensor:
-        z_NK = self.x_NI @ self.W_OI[index].T
-        return z_NK.addmm_(self.xa_NR, (self.b_OR[index] * self.s).to(z_NK.dtype).T)
-
-
-def _gain_gradient(watch, dots_O, dy_NO, gain_O, product):
-    """``Σ_N dy ∘ z``, (O,), with z read back from the kept output as (y - bias) / g; tiny gains computed again."""
-    if watch.changed():
-        return column_dots(dy_NO, product.columns(slice(None)))
-    if gain_O.numel() and gain_O.amin().item() >= _TINY_GAIN:
-        return dots_O.div_(gain_O)
-    tiny = gain_O.abs() < _TINY_GAIN
-    index = tiny.nonzero().flatten()
-    dgain_O = dots_O / torch.where(tiny, 1, gain_O)
-    dgain_O[index] = column_dots(dy_NO[:, index].contiguous(), product.columns(index))
-    return dgain_O
+    length_O: Tensor | None
+    """m, or the gain where that is what the caller has."""
+    a_RI: Tensor
+    """In x's dtype, and so is ``s g ∘ B``."""
+    gsb_OR: Tensor
+    y_NO: Any
+    """The output, or the product that the gain multiplied; None for LoRA."""
+    keep: Any
+    """`Dropout.keep`; None without dropout."""
 
 
-def _factor_gradients(needs, dy_NO, dropped_NI, dxa_NR, xa_NR, factors, s):
-    """dA and dB."""
-    a_RI, b_OR, gain_O = factors
-    da_RI = (dxa_NR.T @ dropped_NI).to(a_RI.dtype) if needs.a else None
-    if not needs.b:
-        return da_RI, None
+def _keep(ctx, y_NO, ready, s, dropout, operands):
+    ctx.save_for_backward(*operands, ready.a_RI, ready.gsb_OR, y_NO, None if dropout is None else dropout.keep)
+    ctx.ready, ctx.s, ctx.dropout = ready, s, dropout and dropout._replace(keep=None)
+
+
+def _keep_with_output(ctx, y_NO, ready, s, dropout, operands):
+    """Of the output, only where there is a gain, whose gradient is read back from it."""
+    has_gain = ready.gain_O is not None
+    _keep(ctx, y_NO.data if has_gain else None, ready, s, dropout, operands)
+    ctx.watch = Watch(y_NO) if has_gain and not y_NO.is_inference() else None
+
+
+def _length_gradient(ctx, kept, dots_O, dy_NO):
+    """``Σ_N dy ∘ z``, over n for m's, with z read back from the kept output as (y - bias) / g."""
+    gain_O, clear = ctx.ready.gain_O, ctx.ready.clear
+    if ctx.watch.changed():
+        dgain_O = column_dots(dy_NO, _product(kept, ctx.s, slice(None)))
+    elif clear if clear is not None else bool(gain_O.numel()) and gain_O.amin().item() >= TINY_GAIN:
+        return dots_O.div_(kept.length_O)
+    else:
+        # a tiny gain's product is computed again
+        tiny = gain_O.abs() < TINY_GAIN
+        index = tiny.nonzero().flatten()
+        dgain_O = dots_O / torch.where(tiny, 1, gain_O)
+        dgain_O[index] = column_dots(dy_NO[:, index].contiguous(), _product(kept, ctx.s, index))
+    return dgain_O if ctx.ready.n_O is None else dgain_O / ctx.ready.n_O
+
+
+def _product(kept: _Kept, s: float, columns: Tensor | slice) -> Tensor:
+    """``x Wᵀ + s x~ Aᵀ Bᵀ``, computed again for some output columns."""
+    z_NK = kept.x_NI @ kept.W_OI[columns].T
+    return z_NK.addmm_(kept.xa_NR, (kept.b_OR[columns] * s).to(z_NK.dtype).T)
+
+
+def _a_gradient(kept, dxa_NR, mask_NI=None):
+    """Of the dtype of the product; autograd casts it."""
+    dropped_NI = kept.x_NI if mask_NI is None else mask_NI.mul_(kept.x_NI)
+    return dxa_NR.T @ dropped_NI
+
+
+def _b_gradient(ctx, kept, xady_RO):
     # in B's own layout, or autograd copies it once more
-    db_OR = torch.empty_like(b_OR).copy_((xa_NR.T @ dy_NO).T)
-    return da_RI, db_OR.mul_(s if gain_O is None else (gain_O * s)[:, None])
+    db_OR = torch.empty_like(kept.b_OR).copy_(xady_RO.T)
+    db_OR.mul_(ctx.s if ctx.ready.gs_O1 is None else ctx.ready.gs_O1)
+    return _boosted(db_OR, ctx.dropout)
 
 
 def _bias_gradient(needs, dy_NO, bias_O):
     return dy_NO.sum(0, dtype=sum_dtype(dy_NO.dtype)).to(bias_O.dtype) if needs.bias else None
 
 
-def rest_and_shift(gain_O, bias_O, dtype):
-    """``g - 1`` and ``(g - 1) ∘ bias``, or two None where the gain itself loses nothing and there is no bias."""
-    if bias_O is None and dtype == gain_O.dtype:
-        return None, None
-    rest_O = (gain_O - 1).to(dtype)
-    return rest_O, None if bias_O is None else rest_O * bias_O.to(dtype)
-
-
-def scale_product(y_NO, gain_O, rest_O, shift_O):
+def scale_product(y_NO: Tensor, ready: Ready) -> None:
     """Turn ``z + bias`` into ``g ∘ z + bias`` in place; g - 1 keeps what g would lose in bfloat16."""
-    if rest_O is None:
-        y_NO.mul_(gain_O)
+    if ready.gain_O is None:
         return
-    y_NO.addcmul_(y_NO, rest_O)
-    if shift_O is not None:
-        y_NO.sub_(shift_O)
+    if ready.rest_O is None:
+        y_NO.mul_(ready.gain_O)
+        return
+    y_NO.addcmul_(y_NO, ready.rest_O)
+    if ready.shift_O is not None:
+        y_NO.sub_(ready.shift_O)
 
 
-def scaled(b_OR, gain_O, s):
-    """``s g ∘ B``, a rank-sized product that saves one over (N, O)."""
-    return b_OR * s if gain_O is None else b_OR * (gain_O * s)[:, None]
+def _rest(ready, dropout):
+    """``(g - 1) / (1 - p)``."""
+    return (ready.gain_O - 1) * boost(dropout)
+
+
+def _boosted(small, dropout):
+    return small if dropout is None else small.mul_(boost(dropout))
 
 
 def _masked(x_NI, dropout):
     """x with zeros where dropout says, not yet divided by 1 - p (`boost` does that in a smaller tensor)."""
-    return x_NI if dropout is None else mask(dropout, x_NI).mul_(x_NI)
+    return x_NI if dropout is None else mask(dropout.keep, x_NI).mul_(x_NI)
 
 
 def _cast(tensor, dtype):

@@ -2,17 +2,19 @@
 
 import ctypes
 import itertools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import sum_dtype
+from .. import functional as F
 from . import on_gpu
+from .together import Together
 
 
 class NormBase(Protocol):
@@ -27,6 +29,9 @@ class NormBase(Protocol):
     def row_norm_sq(self) -> Tensor:
         """Squared row lengths of W, (O,)."""
 
+    def expands(self, R: int) -> bool:
+        """Whether `adapted_row_norm` is by `functional.expanded_square`, for factors of this rank."""
+
     def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
         """Row lengths of W + s B A, (O,)."""
 
@@ -39,13 +44,17 @@ class NormBase(Protocol):
 
 @dataclass
 class _Seen:
-    """What the norm was computed from. On a GPU both factors start as NaN, which equals nothing."""
+    """A norm and what it was computed from. On a GPU both factors start as NaN, which equals nothing."""
 
     key: tuple[Any, ...]
     a_RI: Tensor
     b_OR: Tensor
     s: float
     n_O: Tensor
+
+    def still(self, key: tuple[Any, ...], a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
+        """Whether it would be the same now, bit for bit."""
+        return self.key == key and self.s == s and same(self.a_RI, a_RI) and same(self.b_OR, b_OR)
 
 
 class FreshNorm:
@@ -56,11 +65,13 @@ class FreshNorm:
     """
 
     def __init__(self, base: NormBase) -> None:
+        self.together: Together | None = None
         self._base = base
         self._handle = next(_handles)
         _by_handle[self._handle] = self
         self._weight: tuple[tuple[Any, ...], Tensor] | None = None
         self._seen: _Seen | None = None
+        self._asked: tuple[weakref.ref[Tensor], weakref.ref[Tensor], float] | None = None
 
     def base_norm_sq(self) -> Tensor:
         """Squared row lengths of the frozen weight, (O,); one pass over it, once."""
@@ -86,20 +97,33 @@ class FreshNorm:
         W_OI = self._base.triton_weight()
         if W_OI is not None:
             return self._on_gpu(W_OI, a_RI, b_OR, s)
-        seen, key = self._seen, self._base.key()
-        if seen is None or seen.key != key or seen.s != s or not (same(seen.a_RI, a_RI) and same(seen.b_OR, b_OR)):
-            seen = self._seen = self._computed(key, a_RI, b_OR, s)
-        return seen.n_O
+        if not self._is_fresh(a_RI, b_OR, s):
+            others = [] if self.together is None else self.together.changed(self)
+            _renew([_Change(self, a_RI, b_OR, s), *(change for norm in others if (change := norm._change()))])
+        if self.together is not None and isinstance(a_RI, nn.Parameter) and isinstance(b_OR, nn.Parameter):
+            self._asked = weakref.ref(a_RI), weakref.ref(b_OR), s
+            self.together.remember(self)
+        assert self._seen is not None
+        return self._seen.n_O
 
-    # a norm made in inference mode could not be kept for a later backward pass
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _computed(self, key: tuple[Any, ...], a_RI: Tensor, b_OR: Tensor, s: float) -> _Seen:
-        # autocast would run the products of float32 sums in half precision
-        with torch.autocast(a_RI.device.type, enabled=False):
-            n_O = self._base.adapted_row_norm(self.base_norm_sq(), a_RI, b_OR, s)
-        n_O.masked_fill_(n_O == 0, float("inf"))
-        return _Seen(key, a_RI.clone(), b_OR.clone(), s, n_O)
+    @property
+    def last(self) -> Tensor | None:
+        """The norm that was computed last; A and B may have changed since."""
+        return None if self._seen is None else self._seen.n_O
+
+    def has_changed(self) -> bool:
+        """Whether the parameters that it was asked for last have changed."""
+        change = self._change()
+        return change is not None and not self._is_fresh(*change[1:])
+
+    def _is_fresh(self, a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
+        return self._seen is not None and self._seen.still(self._base.key(), a_RI, b_OR, s)
+
+    def _change(self) -> "_Change | None":
+        if self._asked is None:
+            return None
+        a_RI, b_OR, s = self._asked[0](), self._asked[1](), self._asked[2]
+        return None if a_RI is None or b_OR is None else _Change(self, a_RI, b_OR, s)
 
     @torch.no_grad()
     def at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
@@ -138,15 +162,83 @@ class FreshNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer finds its norm again."""
-        return {"base": self._base}
+        return {"base": self._base, "together": self.together}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Made anew, under a handle of its own."""
         self.__init__(state["base"])  # type: ignore[misc]
+        self.together = state["together"]
+
+
+class _Change(NamedTuple):
+    """A norm to be computed, of these factors."""
+
+    norm: FreshNorm
+    a_RI: Tensor
+    b_OR: Tensor
+    s: float
+
+
+# a norm made in inference mode could not be kept for a later backward pass
+@torch.inference_mode(False)
+@torch.no_grad()
+def _renew(changes: Sequence[_Change]) -> None:
+    """Compute these norms: all expanded squares of one rank in one go."""
+    batches: dict[Any, list[_Change]] = {}
+    for change in changes:
+        norm, a_RI, b_OR, _ = change
+        R = len(a_RI)
+        key = (R, a_RI.dtype, b_OR.dtype, b_OR.device) if norm._base.expands(R) else norm._handle
+        batches.setdefault(key, []).append(change)
+    for batch in batches.values():
+        # autocast would run the products of float32 sums in half precision
+        with torch.autocast(batch[0].b_OR.device.type, enabled=False):
+            _renew_batch(batch)
+
+
+def _renew_batch(batch: list[_Change]) -> None:
+    rows = [len(b_OR) for _, _, b_OR, _ in batch]
+    # the norms belong to the copies, whatever another thread does to the parameters meanwhile
+    copy_OR = torch.cat([b_OR.detach() for _, _, b_OR, _ in batch])
+    copies = [
+        _Change(norm, a_RI.detach().clone(), b_OR, s)
+        for (norm, a_RI, _, s), b_OR in zip(batch, copy_OR.split(rows), strict=True)
+    ]
+    n_O = _lengths(copies, copy_OR)
+    n_O.masked_fill_(n_O == 0, float("inf"))
+    for (norm, a_RI, b_OR, s), own_n_O in zip(copies, n_O.split(rows), strict=True):
+        norm._seen = _Seen(norm._base.key(), a_RI, b_OR, s, own_n_O)
+
+
+def _lengths(changes: list[_Change], all_b_OR: Tensor) -> Tensor:
+    """Of all rows of these layers, one below the other."""
+    squares = [norm.base_norm_sq() for norm, *_ in changes]
+    lengths = [
+        partial(norm._base.adapted_row_norm, sq, a, b, s) for (norm, a, b, s), sq in zip(changes, squares, strict=True)
+    ]
+    if not changes[0].norm._base.expands(len(changes[0].a_RI)):
+        return lengths[0]()
+    dtype = squares[0].dtype
+    terms = [
+        F.expansion(norm._base.times_transposed(a_RI).to(dtype), a_RI.to(dtype), b_OR.to(dtype), s)
+        for norm, a_RI, b_OR, s in changes
+    ]
+    W_sq_O, b_OR = torch.cat(squares), all_b_OR.to(dtype)
+    n_sq_O = F.expanded_square(W_sq_O, torch.cat(terms), b_OR)
+    if n_sq_O.is_meta or F.nothing_cancelled(W_sq_O, n_sq_O):
+        return F.length(n_sq_O)
+    # a layer with rows that may have cancelled is taken by itself
+    parts = n_sq_O.split([len(sq) for sq in squares])
+    return torch.cat(
+        [
+            F.length(part) if F.nothing_cancelled(sq, part) else own()
+            for sq, part, own in zip(squares, parts, lengths, strict=True)
+        ]
+    )
 
 
 _handles = itertools.count()
-_by_handle: WeakValueDictionary[int, FreshNorm] = WeakValueDictionary()
+_by_handle: weakref.WeakValueDictionary[int, FreshNorm] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("doralib::kept_row_norm", mutates_args=())
@@ -157,7 +249,7 @@ def _row_norm_op(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor:
 
 @_row_norm_op.register_fake
 def _row_norm_shape(a_RI: Tensor, b_OR: Tensor, s: float, handle: int) -> Tensor:
-    return b_OR.new_empty(b_OR.shape[0], dtype=sum_dtype(b_OR.dtype))
+    return b_OR.new_empty(b_OR.shape[0], dtype=F.sum_dtype(b_OR.dtype))
 
 
 @torch.library.custom_op("doralib::kept_row_norm_gradient", mutates_args=())

@@ -1,0 +1,196 @@
+"""What a layer computes with that follows from A, B, m and the norm alone, made when one of them has changed."""
+
+import weakref
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .norm import FreshNorm, same
+from .together import Together
+
+# below this gain the product is not read back from the output: the output may have underflowed
+TINY_GAIN = 1e-12
+
+
+class Ready(NamedTuple):
+    """Small factors, a row or a rank wide, in the dtypes they are used in."""
+
+    gsb_OR: Tensor
+    """``s g ∘ B`` in the dtype of the products."""
+    wide_gsb_OR: Tensor
+    """The same in the dtype of B."""
+    gain_O: Tensor | None
+    """None for LoRA."""
+    gs_O1: Tensor | None
+    """``s g``."""
+    rest_O: Tensor | None
+    """g - 1 in the dtype of the products; None where g itself loses nothing and there is no bias."""
+    shift_O: Tensor | None
+    """``(g - 1) ∘ bias``."""
+    a_RI: Tensor
+    """In the dtype of the products."""
+    wide_a_RI: Tensor
+    """A itself."""
+    n_O: Tensor | None = None
+    """The norm, where the gain is m / n and the gradient is m's."""
+    clear: bool | None = None
+    """Whether no gain is below TINY_GAIN; None: not known."""
+
+
+class _Wanted(NamedTuple):
+    """A layer, and what its `Ready` is to be made from."""
+
+    kept: "Kept"
+    factors: tuple[Tensor, ...]
+    """A, B and, for DoRA, m."""
+    n_O: Tensor | None
+    s: float
+    bias_O: Tensor | None
+    dtype: torch.dtype
+
+
+class _Made(NamedTuple):
+    """A `Ready` and what it was made from: copies, but the norm, of which `FreshNorm` hands out the same tensor as long
+    as A, B and s are the same."""
+
+    ready: Ready
+    copies: tuple[Tensor, ...]
+    """A and B for LoRA, m for DoRA, and the bias."""
+    n_O: Tensor | None
+    s: float
+    dtype: torch.dtype
+
+    def still(self, wanted: _Wanted) -> bool:
+        """Whether it would be the same now, bit for bit."""
+        if self.n_O is not wanted.n_O or self.s != wanted.s or self.dtype != wanted.dtype:
+            return False
+        watched = _watched(wanted)
+        return len(watched) == len(self.copies) and all(same(a, b) for a, b in zip(self.copies, watched, strict=True))
+
+
+def _watched(wanted: _Wanted) -> tuple[Tensor, ...]:
+    own = wanted.factors[:2] if wanted.n_O is None else wanted.factors[2:]
+    return own if wanted.bias_O is None else (*own, wanted.bias_O)
+
+
+class Kept:
+    """One layer's `Ready`, never stale."""
+
+    def __init__(self, norm: FreshNorm) -> None:
+        self.together: Together | None = None
+        self._norm = norm
+        self._made: _Made | None = None
+        self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, Any, torch.dtype] | None = None
+
+    def __call__(
+        self, factors: tuple[Tensor, ...], n_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype
+    ) -> Ready:
+        """What is ready for products of a dtype, outside the graph.
+
+        Args:
+            factors: A, B and, for DoRA, m.
+            n_O: From the layer's `FreshNorm`, for these factors; None for LoRA.
+            s: The scale.
+            bias_O: The layer's, which is not scaled.
+            dtype: Of the products.
+        """
+        wanted = _Wanted(self, factors, n_O, s, bias_O, dtype)
+        if self._made is None or not self._made.still(wanted):
+            others = [] if self.together is None else self.together.changed(self)
+            _make([wanted, *(other for kept in others if (other := kept._wanted()))])
+        if self.together is not None and n_O is not None and all(isinstance(p, nn.Parameter) for p in factors):
+            bias = None if bias_O is None else weakref.ref(bias_O)
+            self._asked = tuple(weakref.ref(p) for p in factors), s, bias, dtype
+            self.together.remember(self)
+        assert self._made is not None
+        return self._made.ready
+
+    def has_changed(self) -> bool:
+        """Whether the parameters that it was asked for last have changed."""
+        wanted = self._wanted()
+        return wanted is not None and not (self._made and self._made.still(wanted))
+
+    def _wanted(self) -> _Wanted | None:
+        if self._asked is None:
+            return None
+        refs, s, bias, dtype = self._asked
+        factors = tuple(p for ref in refs if (p := ref()) is not None)
+        bias_O = None if bias is None else bias()
+        if len(factors) < len(refs) or (bias is not None and bias_O is None):
+            return None
+        return _Wanted(self, factors, self._norm.last, s, bias_O, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled layer makes its own."""
+        return {"norm": self._norm, "together": self.together}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["norm"])  # type: ignore[misc]
+        self.together = state["together"]
+
+
+_ByRows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def ready_from(
+    a_RI: Tensor, b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype
+) -> Ready:
+    """The same from a gain that is at hand."""
+    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype), a_RI.to(dtype), a_RI)
+
+
+def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype) -> _ByRows:
+    """The fields of `Ready` that have a row for each output, in their order."""
+    gs_O1 = rest_O = shift_O = None
+    if gain_O is not None:
+        gs_O1 = (gain_O * s)[:, None]
+        if bias_O is not None or dtype != gain_O.dtype:
+            rest_O = (gain_O - 1).to(dtype)
+            shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
+    wide_OR = b_OR * (s if gs_O1 is None else gs_O1)
+    return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O
+
+
+# what is made in inference mode could not be used by a later backward pass
+@torch.inference_mode(False)
+@torch.no_grad()
+def _make(wanted: Sequence[_Wanted]) -> None:
+    """Make these: DoRA's of one rank, scale and dtype in one go."""
+    batches: dict[Any, list[_Wanted]] = {}
+    for each in wanted:
+        if each.n_O is None:
+            _make_lora(each)
+            continue
+        a, b, m = each.factors
+        key = (len(a), each.s, each.bias_O is None, each.dtype, a.dtype, b.dtype, m.dtype, b.device)
+        batches.setdefault(key, []).append(each)
+    for batch in batches.values():
+        _make_batch(batch)
+
+
+def _make_batch(batch: list[_Wanted]) -> None:
+    first, rows = batch[0], [len(each.factors[1]) for each in batch]
+    # the copies of m and the bias are what the next call is compared with
+    b_OR, m_O = (torch.cat([each.factors[i].detach() for each in batch]) for i in (1, 2))
+    n_O = torch.cat([each.n_O for each in batch if each.n_O is not None])
+    biases = [each.bias_O.detach() for each in batch if each.bias_O is not None]
+    bias_O = torch.cat(biases) if biases else None
+    gain_O = m_O / n_O
+    clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
+    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
+    columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
+    for each, (*parts, own_m_O, own_bias_O) in zip(batch, zip(*columns, strict=False), strict=True):
+        a_RI = each.factors[0].detach()
+        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, each.n_O, clear])
+        copies = (own_m_O,) if own_bias_O is None else (own_m_O, own_bias_O)
+        each.kept._made = _Made(ready, copies, each.n_O, first.s, first.dtype)
+
+
+def _make_lora(wanted: _Wanted) -> None:
+    a_RI, b_OR = (p.detach() for p in wanted.factors)
+    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype)
+    copies = tuple(t.detach().clone() for t in _watched(wanted))
+    wanted.kept._made = _Made(ready, copies, None, wanted.s, wanted.dtype)

@@ -1,0 +1,65 @@
+"""What is kept for a layer follows from parameters that an optimiser changes in all layers at once.
+
+So it is made anew for all of them at once, when the first is asked for it: a few operators over all rows, where each
+layer by itself would run as many between two large products that have emptied the caches.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Optional, Protocol, TypeVar
+
+
+class Member(Protocol):
+    """One layer's share."""
+
+    together: Optional["Together"]
+
+    def has_changed(self) -> bool:
+        """Whether what it was made from last has changed, as far as it can know by itself."""
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Together:
+    """The layers of one model that are in use: one that was taken along and then not asked is left out from there on.
+
+    Nothing relies on it: a member that was left out, or changes again, finds out when it is asked itself.
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[int, weakref.ref[Any]] = {}
+        self._not_asked: set[int] = set()
+
+    def remember(self, member: Member) -> None:
+        """That it was asked."""
+        self._members[id(member)] = weakref.ref(member)
+        self._not_asked.discard(id(member))
+
+    def changed(self, asking: M) -> list[M]:
+        """Those beside the one that is asking that have changed; the caller makes them anew."""
+        known = [(key, ref()) for key, ref in self._members.items()]
+        others = [
+            (key, member) for key, member in known if member is not asking and (not member or member.has_changed())
+        ]
+        for key, member in others:
+            if member is None or key in self._not_asked:
+                del self._members[key]
+                self._not_asked.discard(key)
+        taken = [(key, member) for key, member in others if key in self._members]
+        self._not_asked |= {key for key, _ in taken}
+        return [member for _, member in taken if member is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model's layers meet again under a copy of their own."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def meet(members: Iterable[Member]) -> None:
+    """Let these be made anew together from now on."""
+    together = Together()
+    for member in members:
+        member.together = together

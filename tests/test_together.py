@@ -1,0 +1,208 @@
+"""What follows from the parameters of many layers is made anew for all at once, and is what each would make alone."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import doralib
+from doralib import DoraConfig
+from doralib.kernels import norm, ready
+from doralib.kernels.together import Together, meet
+
+SIZES = {"a": (7, 5), "b": (6, 4), "c": (7, 5), "d": (1, 9)}
+
+
+class Layers(nn.Module):
+    """Linear layers of several sizes side by side, some with a bias."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        for i, (name, (O, I)) in enumerate(SIZES.items()):
+            setattr(self, name, nn.Linear(I, O, bias=i % 2 == 0, dtype=dtype))
+
+    def forward(self, names="abcd"):
+        outputs = []
+        for name in names:
+            layer = getattr(self, name)
+            x = torch.arange(3.0 * layer.in_features).view(3, -1).sin().to(layer.weight.dtype)
+            outputs.append(layer(x))
+        return outputs
+
+
+def make(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    settings = {"r": 3, "rank_pattern": {"c": 2}, "alpha_pattern": {"b": 5}, "target_modules": "all-linear"} | settings
+    model = doralib.adapt(Layers(dtype), DoraConfig(**settings)).train()
+    step(model)
+    return model
+
+
+@torch.no_grad()
+def step(model, seed=1, size=0.1):
+    """As an optimiser changes all parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=generator), alpha=size)
+
+
+@pytest.fixture
+def renewed(monkeypatch):
+    """The layers of each round: norms, and what follows from them."""
+    rounds = {"norms": [], "ready": []}
+
+    def watch(module, name, key):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda changes: rounds[key].append(len(changes)) or own(changes))
+
+    watch(norm, "_renew", "norms")
+    watch(ready, "_make", "ready")
+    return rounds
+
+
+def outputs_and_gradients(model):
+    model.zero_grad()
+    outputs = model()
+    sum(y.float().square().sum() for y in outputs).backward()
+    return [y.detach() for y in outputs] + [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_round_a_step_and_the_bits_of_each_alone(dtype, renewed):
+    model, alone = make(dtype), make(dtype)
+    for layer in alone.children():
+        layer.norm.together = layer.kept.together = None
+    outputs_and_gradients(model), outputs_and_gradients(alone)
+    for seed in range(5):
+        step(model, seed), step(alone, seed)
+        renewed["norms"].clear(), renewed["ready"].clear()
+        got = outputs_and_gradients(model)
+        assert renewed == {"norms": [4], "ready": [4]}
+        for ours, theirs in zip(got, outputs_and_gradients(alone), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_row_that_cancels_is_summed_densely_among_others():
+    model = make(rank_pattern={}, alpha_pattern={}, r=5)
+    model()
+    step(model)
+    layer = model.c
+    with torch.no_grad():  # s B A about -W
+        target = -layer.weight.double() * (1 - 1e-3) / layer.scale
+        layer.lora_B.copy_(torch.linalg.lstsq(layer.lora_A.double().T, target.T).solution.T)
+    model.a(torch.zeros(1, 5))
+    for each in (model.a, model.c):
+        V = each.weight.double() + each.scale * each.lora_B.double() @ each.lora_A.double()
+        size = each.weight.double().norm(dim=1) + each.scale * (
+            each.lora_B.double().abs() @ each.lora_A.double().abs()
+        ).norm(dim=1)
+        assert ((each.norm.last.double() - V.norm(dim=1)).abs() <= 4 * torch.finfo(torch.float32).eps * size).all()
+
+
+def test_layers_out_of_use_are_left_out(renewed):
+    model = make()
+    model()
+    step(model), model("ab")
+    step(model), model("ab")
+    renewed["norms"].clear()
+    step(model), model("ab")
+    assert renewed["norms"] == [2]
+    step(model), model("c")
+    assert renewed["norms"] == [2, 3]
+    step(model), model("abc")
+    assert sum(renewed["norms"]) == 2 + 3 + 3
+
+
+def test_a_layer_that_changes_again_after_its_round_is_seen(renewed):
+    model = make()
+    model()
+    step(model)
+    model("a")
+    model.b.lora_B.data.add_(0.5)
+    model.c.lora_magnitude_vector.data.mul_(2)
+    twin = copy.deepcopy(model)
+    for ours, theirs in zip(model(), twin(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector", "bias", "weight"])
+def test_what_follows_is_never_stale(part):
+    """Through `.data`, which no version counter sees; the frozen bias too."""
+    model = make()
+    model()
+    with torch.no_grad():
+        model()
+        tensor = getattr(model.a, part)
+        if part == "weight":
+            tensor.mul_(1.5)
+        else:
+            tensor.data.mul_(1.5)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = twin.a.base_layer.weight + twin.a.scale * twin.a.lora_B @ twin.a.lora_A
+        gain = twin.a.lora_magnitude_vector / wanted.norm(dim=1)
+        x = torch.arange(15.0).view(3, -1).sin()
+        exact = gain * (x @ wanted.T) + twin.a.bias
+        torch.testing.assert_close(model("a")[0], exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model("a")[0].detach(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_meet_among_themselves(renewed):
+    model = make()
+    model()
+    twin = copy.deepcopy(model)
+    assert twin.a.norm.together is twin.d.norm.together is not model.a.norm.together
+    twin(), step(twin)
+    renewed["norms"].clear()
+    twin("a")
+    assert renewed["norms"] == [4]
+    assert not model.a.norm.has_changed()
+
+
+def test_the_tiny_gains_of_one_layer_do_not_spoil_another():
+    """m of about 0: the product cannot be read back from the output, and its gradient is right all the same."""
+    model = make(torch.float64)
+    model()
+    step(model)
+    with torch.no_grad():
+        model.a.lora_magnitude_vector[2] = 0
+        model.c.lora_magnitude_vector[1] = 1e-200
+    got = outputs_and_gradients(model)
+    for (name, layer), y in zip(model.named_children(), got, strict=False):
+        A, B, m = (getattr(layer, n).detach().requires_grad_() for n in ("lora_A", "lora_B", "lora_magnitude_vector"))
+        V = layer.base_layer.weight + layer.scale * B @ A
+        x = torch.arange(3.0 * layer.in_features).view(3, -1).sin().double()
+        plain = (m / V.norm(dim=1).detach()) * (x @ V.T) + (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(y, plain.detach())
+        for p, want in zip(
+            (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector),
+            torch.autograd.grad(plain.square().sum(), (A, B, m)),
+            strict=True,
+        ):
+            torch.testing.assert_close(p.grad, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_layer_that_is_gone_is_forgotten():
+    class Mine:
+        together = None
+
+        def has_changed(self):
+            return True
+
+    members = [Mine(), Mine(), Mine()]
+    meet(members)
+    together = members[0].together
+    for member in members:
+        together.remember(member)
+    assert together.changed(members[0]) == members[1:]
+    together.remember(members[2])
+    kept = members.pop(1)
+    assert together.changed(members[0]) == members[1:]  # taken along once, not asked since
+    members.pop()
+    del kept
+    gc.collect()
+    assert together.changed(members[0]) == []
+    assert isinstance(copy.deepcopy(together), Together)
