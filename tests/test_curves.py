@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import doralib
 from doralib.config import DoraConfig
-from doralib.kernels.dropout import draw
+from doralib.kernels.dropout import draw, zeroed
 from doralib.layers import DoraLinear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -47,7 +47,7 @@ class Plain(nn.Module):
             return reference.linear(x, *terms)
         # the same draws: one mask a layer, in the order of the calls
         drawn = draw(x, self.p, exact=self.exact)
-        dropped = x * drawn.keep.view_as(x) / (1 - drawn.p)
+        dropped = zeroed(x, drawn.drawn) / (1 - drawn.p)
         exact = self.exact and self.m is not None
         return (reference.linear_exact_dropout if exact else reference.linear_adapter_dropout)(x, dropped, *terms)
 

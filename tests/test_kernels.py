@@ -12,7 +12,7 @@ from doralib import functional as F
 from doralib.bases import Dense
 from doralib.kernels import eager
 from doralib.kernels.columns import column_dots, scaled_product_and_dots
-from doralib.kernels.dropout import Dropout, boost, dropped
+from doralib.kernels.dropout import Dropout, boost, dropped, zero_, zeroed
 from doralib.kernels.dropout import draw as draw_dropout
 from doralib.kernels.eager import dora_linear
 from doralib.kernels.norm import FreshNorm
@@ -105,10 +105,11 @@ def test_lora_linear(dtype, seed, way):
 def test_dropout(dtype, exact, seed):
     tensors = draw(SHAPES[0], dtype, seed)
     keep = torch.rand(11, 5, generator=torch.Generator().manual_seed(seed)) > 0.3
+    drawn = keep if seed % 2 else (~keep).flatten().nonzero().flatten()
     formula = reference.linear_exact_dropout if exact else reference.linear_adapter_dropout
 
     def ours(t):
-        return dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(keep, 0.3, exact))
+        return dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(drawn, 0.3, exact))
 
     def expected(t):
         dropped = t["x"] * keep / 0.7
@@ -252,6 +253,11 @@ def test_bytes_saved_for_backward():
         lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(keep, 0.1, False))
     )
     assert total == frozen + x + xa + y + gsb + N * I  # one byte an input element for the mask
+    few = torch.arange(0, N * I, 10)
+    total, _ = saved_bytes(
+        lambda: dora_linear(t["x"], t["W"], t["A"], t["B"], t["gain"], S, t["bias"], Dropout(few, 0.1, False))
+    )
+    assert total == frozen + x + xa + y + gsb + 8 * N * I // 10  # eight for each that is zeroed
 
 
 def test_a_weight_is_made_only_where_it_pays(monkeypatch):
@@ -305,30 +311,70 @@ def test_sums_of_no_columns():
     assert torch.equal(out, torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.999, 1e-9])
+def zeros_of(x, dropout):
+    """Where a draw has zeros, bool."""
+    return zeroed(torch.ones_like(x), dropout.drawn) == 0
+
+
+# up to 0.25 the numbers of the zeroed elements, above it a mask
+@pytest.mark.parametrize("p", [0.05, 0.25, 0.3, 0.999, 1e-9, 1e-300])
 def test_a_draw_of_dropout(p):
     x = torch.ones(401, 503)
     dropout = draw_dropout(x, p, exact=False)
-    assert dropout.keep.shape == x.shape
-    assert abs(dropout.p - p) <= 2**-17
-    assert boost(dropout) == 1 / (1 - dropout.p)
-    n, zeros = x.numel(), int((~dropout.keep).sum())
-    assert abs(zeros - n * dropout.p) <= 5 * (n * p * (1 - p)) ** 0.5
-    torch.testing.assert_close(dropped(x, dropout), dropout.keep / (1 - dropout.p))
-    assert not torch.equal(draw_dropout(x, 0.5, exact=False).keep, draw_dropout(x, 0.5, exact=False).keep)
+    assert (dropout.drawn.dtype == torch.bool) == (p > 0.25)
+    assert (dropout.p, boost(dropout)) == (p, 1 / (1 - p))
+    n, zeros = x.numel(), zeros_of(x, dropout)
+    assert abs(int(zeros.sum()) - n * p) <= 5 * (n * p * (1 - p)) ** 0.5
+    torch.testing.assert_close(dropped(x, dropout), ~zeros / (1 - p))
+    again = draw_dropout(x, 0.2, exact=False)
+    assert not torch.equal(zeros_of(x, again), zeros_of(x, draw_dropout(x, 0.2, exact=False)))
 
 
-def test_a_draw_is_of_independent_elements_and_follows_the_seed():
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_a_draw_is_of_independent_elements_and_follows_the_seed(p):
     x = torch.empty(1000, 1000)
     torch.manual_seed(3)
-    keep = draw_dropout(x, 0.5, exact=False).keep
+    zeros = zeros_of(x, draw_dropout(x, p, exact=False))
     torch.manual_seed(3)
-    assert torch.equal(keep, draw_dropout(x, 0.5, exact=False).keep)
-    # four elements share a random word: no correlation between neighbours, up to 5 standard deviations of 1e-3
-    centred = keep.flatten().float() - 0.5
+    assert torch.equal(zeros, zeros_of(x, draw_dropout(x, p, exact=False)))
+    # no correlation between neighbours, up to 5 standard deviations of 1e-3
+    centred = (zeros.flatten().float() - p) / (p * (1 - p)) ** 0.5
     for distance in (1, 2, 3, 4, 1000):
-        assert abs((centred[:-distance] * centred[distance:]).mean() * 4) < 5e-3
-    assert draw_dropout(torch.empty(3, 0), 0.5, exact=True).keep.shape == (3, 0)
+        assert abs((centred[:-distance] * centred[distance:]).mean()) < 5e-3
+    # every place alike: the first, the last and those between, over the rows of many draws
+    torch.manual_seed(4)
+    counts = sum(zeros_of(x[0, :9], draw_dropout(x[0, :9], p, exact=False)).double() for _ in range(4000))
+    assert ((counts - 4000 * p).abs() <= 5 * (4000 * p * (1 - p)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_draws_for_nothing_and_for_one(p):
+    for shape in ((3, 0), (0, 3), (1, 1)):
+        x = torch.ones(shape)
+        assert dropped(x, draw_dropout(x, p, exact=True)).shape == shape
+
+
+def test_a_draw_goes_on_where_the_steps_end_early(monkeypatch):
+    """The chance of that is 1e-9: here the steps are all ones."""
+    own = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **k: own(*size, **k).zero_())
+    assert zeros_of(torch.ones(7, 50), draw_dropout(torch.ones(7, 50), 0.2, exact=False)).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, 2)])
+def test_numbers_and_a_mask_zero_the_same(dtype, rows):
+    x = torch.randn(8, 5).to(dtype)[rows]
+    x[0, 0] = float("inf")
+    keep = torch.rand(x.shape) > 0.4
+    keep[0, 0] = True
+    numbers = (~keep).flatten().nonzero().flatten()
+    assert torch.equal(zeroed(x, numbers), torch.where(keep, x, 0))
+    assert torch.equal(zeroed(x, keep), torch.where(keep, x, 0))
+    for drawn in (keep, numbers):
+        mine = x.contiguous().clone()
+        assert zero_(mine, drawn) is mine
+        assert torch.equal(mine, torch.where(keep, x, 0))
 
 
 # the norm

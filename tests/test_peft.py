@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from doralib.errors import UsageError
-from doralib.kernels.dropout import draw
+from doralib.kernels.dropout import draw, zeroed
 from doralib.peft import accelerate, restore
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -151,17 +151,18 @@ def test_gradient_checkpointing(reentrant):
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6)
 
 
-def test_the_same_dropout_gives_pefts_numbers(monkeypatch):
+@pytest.mark.parametrize("p", [0.1, 0.3])
+def test_the_same_dropout_gives_pefts_numbers(monkeypatch, p):
     """PEFT's dropout is made to draw its masks as ours are drawn: one a layer, in the same order."""
 
     def drawn(x, p, training, inplace):
         if not training:
             return x
         ours = draw(x, p, exact=True)
-        return x * ours.keep.view_as(x) / (1 - ours.p)
+        return zeroed(x, ours.drawn) / (1 - ours.p)
 
     monkeypatch.setattr(nn.functional, "dropout", drawn)
-    model = peft_model(lora_dropout=0.3).train()
+    model = peft_model(lora_dropout=p).train()
     results = []
     for prepare in (restore, accelerate):
         prepare(model)

@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 
 from ..functional import effective_weight, sum_dtype
 from .columns import column_dots, scaled_product_and_dots
-from .dropout import Dropout, boost, mask
+from .dropout import Dropout, boost, zero_, zeroed
 from .ready import TINY_GAIN, Ready, ready_from
 
 # from this many input rows for each input feature on, a weight that is made twice costs less than the passes it saves
@@ -70,7 +70,8 @@ class _DoraLinear(torch.autograd.Function):
         ready = ready or ready_from(a_RI, b_OR, length_O, s, bias_O, x_NI.dtype)
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x_NI.dtype))
         scale_product(y_NO, ready)
-        xa_NR = _masked(x_NI, dropout) @ ready.a_RI.T
+        # what is left is divided by 1 - p in smaller tensors
+        xa_NR = (x_NI if dropout is None else zeroed(x_NI, dropout.drawn)) @ ready.a_RI.T
         y_NO.addmm_(xa_NR, ready.gsb_OR.T, alpha=boost(dropout))
         _keep_with_output(ctx, y_NO, ready, s, dropout, (x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, length_O))
         return y_NO
@@ -85,17 +86,16 @@ class _DoraLinear(torch.autograd.Function):
             dy_NO.contiguous(),
         )
         dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
-        mask_NI = None if kept.keep is None else mask(kept.keep, kept.x_NI)
         dx = dxa_NR @ kept.a_RI if needs.x else None
-        if dx is not None and mask_NI is not None:
-            dx.mul_(mask_NI)
+        if dx is not None and kept.drawn is not None:
+            zero_(dx, kept.drawn)
         dlength_O = None
         if ready.gain_O is not None:
             dots_O = scaled_product_and_dots(dx, dy_NO, kept.y_NO, ready.gain_O, kept.W_OI, kept.bias_O)
             dlength_O = _length_gradient(ctx, kept, dots_O, dy_NO) if needs.length else None
         elif dx is not None:
             dx.addmm_(dy_NO, kept.W_OI)
-        da = _a_gradient(kept, dxa_NR, mask_NI) if needs.a else None
+        da = _a_gradient(kept, dxa_NR) if needs.a else None
         db = _b_gradient(ctx, kept, kept.xa_NR.T @ dy_NO) if needs.b else None
         return dx, None, _bias_gradient(needs, dy_NO, kept.bias_O), da, db, dlength_O, None, None, None
 
@@ -136,7 +136,7 @@ class _ExactDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, s, dropout, ready):
         ready = ready or ready_from(a_RI, b_OR, length_O, s, bias_O, x_NI.dtype)
-        dropped_NI = _masked(x_NI, dropout)
+        dropped_NI = zeroed(x_NI, dropout.drawn)
         xa_NR, product_NO = dropped_NI @ ready.a_RI.T, dropped_NI @ W_OI.T
         # (g - 1) ∘ x~ Wᵀ + s g ∘ x~ Aᵀ Bᵀ, with 1 / (1 - p) in the small factors
         y_NO = nnf.linear(x_NI, W_OI, _cast(bias_O, x_NI.dtype))
@@ -155,12 +155,11 @@ class _ExactDropout(torch.autograd.Function):
             dy_NO.contiguous(),
         )
         dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
-        mask_NI = mask(kept.keep, kept.x_NI)
         dx = dxa_NR @ kept.a_RI if needs.x else None
         dots_O = scaled_product_and_dots(dx, dy_NO, kept.y_NO, _rest(ready, ctx.dropout), kept.W_OI)
         if dx is not None:
-            dx.mul_(mask_NI).addmm_(dy_NO, kept.W_OI)
-        da = _a_gradient(kept, dxa_NR, mask_NI) if needs.a else None
+            zero_(dx, kept.drawn).addmm_(dy_NO, kept.W_OI)
+        da = _a_gradient(kept, dxa_NR) if needs.a else None
         xady_RO, dlength_O = kept.xa_NR.T @ dy_NO, None
         if needs.length:
             turned_O = (kept.b_OR * xady_RO.T).sum(1)
@@ -218,13 +217,13 @@ class _Kept(NamedTuple):
     gsb_OR: Tensor
     y_NO: Any
     """The output, or the product that the gain multiplied; None for LoRA."""
-    keep: Any
-    """`Dropout.keep`; None without dropout."""
+    drawn: Any
+    """`Dropout.drawn`; None without dropout."""
 
 
 def _keep(ctx, y_NO, ready, s, dropout, operands):
-    ctx.save_for_backward(*operands, ready.a_RI, ready.gsb_OR, y_NO, None if dropout is None else dropout.keep)
-    ctx.ready, ctx.s, ctx.dropout = ready, s, dropout and dropout._replace(keep=None)
+    ctx.save_for_backward(*operands, ready.a_RI, ready.gsb_OR, y_NO, None if dropout is None else dropout.drawn)
+    ctx.ready, ctx.s, ctx.dropout = ready, s, dropout and dropout._replace(drawn=None)
 
 
 def _keep_with_output(ctx, y_NO, ready, s, dropout, operands):
@@ -256,10 +255,9 @@ def _product(kept: _Kept, s: float, columns: Tensor | slice) -> Tensor:
     return z_NK.addmm_(kept.xa_NR, (kept.b_OR[columns] * s).to(z_NK.dtype).T)
 
 
-def _a_gradient(kept, dxa_NR, mask_NI=None):
+def _a_gradient(kept, dxa_NR):
     """Of the dtype of the product; autograd casts it."""
-    dropped_NI = kept.x_NI if mask_NI is None else mask_NI.mul_(kept.x_NI)
-    return dxa_NR.T @ dropped_NI
+    return dxa_NR.T @ (kept.x_NI if kept.drawn is None else zeroed(kept.x_NI, kept.drawn))
 
 
 def _b_gradient(ctx, kept, xady_RO):
@@ -292,11 +290,6 @@ def _rest(ready, dropout):
 
 def _boosted(small, dropout):
     return small if dropout is None else small.mul_(boost(dropout))
-
-
-def _masked(x_NI, dropout):
-    """x with zeros where dropout says, not yet divided by 1 - p (`boost` does that in a smaller tensor)."""
-    return x_NI if dropout is None else mask(dropout.keep, x_NI).mul_(x_NI)
 
 
 def _cast(tensor, dtype):

@@ -31,7 +31,7 @@ def dora_linear(
     """
     if dropout is not None and dropout.exact and gain_O is not None:
         return eager_dora_linear(x, W_OI, a_RI, b_OR, gain_O, s, bias_O, dropout)
-    keep, boost = (None, 1.0) if dropout is None else (dropout.keep, 1.0 / (1.0 - dropout.p))
+    keep, boost = (None, 1.0) if dropout is None else (dropout.drawn, 1.0 / (1.0 - dropout.p))
     if not torch.is_grad_enabled():
         return _forward(x, W_OI, bias_O, a_RI, b_OR, gain_O, s * boost, keep)[0]
     return _DoraLinear.apply(x, W_OI, bias_O, a_RI, b_OR, gain_O, s * boost, keep)
