@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_several import CONFIGS, MODELS, ids, move
+from test_several import CONFIGS, MODELS, of_kind, outputs
 from torch import nn
 
 import doralib
@@ -138,21 +139,15 @@ def test_one_adapter_with_weight_one_is_itself(several):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_kind_of_layer(model, tmp_path):
-    make, targets, shape = MODELS[model]
-    torch.manual_seed(0)
-    base = make()
-    if not shape:
-        base.lm_head = nn.Linear(12, 50)
+    base, targets, x = of_kind(model)
     model = doralib.adapt(copy.deepcopy(base), DoraConfig(r=2, target_modules=targets), "a")
     doralib.add_adapter(model, "b", DoraConfig(r=3, method="lora", target_modules=targets[:1]))
     move(model)
-    x = torch.randn(shape) if shape else torch.randint(0, 50, (4, 6))
-    call = (lambda m: m(x)) if shape else lambda m: m(x).logits
     doralib.add_weighted_adapter(model, {"a": 0.6, "b": 1.2}, "c")
     doralib.save_adapter(model, tmp_path, "c")
     again = doralib.load_adapter(copy.deepcopy(base), tmp_path)
-    got = call(doralib.set_adapter(model, "c"))
-    assert torch.equal(call(again), got)
+    got = outputs(doralib.set_adapter(model, "c"), x)
+    assert torch.equal(outputs(again, x), got)
     if "OwnLinear" in str(base):
         # its dense weight is 1.5 times what is stored, and cannot be read there
         for place, module in ((place, base.get_submodule(place)) for place in targets):
@@ -168,7 +163,7 @@ def test_every_kind_of_layer(model, tmp_path):
         if place in inject.layers_of(model, "b"):
             change = change + 1.2 * (inject.layers_of(model, "b")[place].merged_weight() - W)
         module.weight.data = open_base(module).replaced(W + change).weight.data
-    torch.testing.assert_close(got, call(base), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, outputs(base, x), rtol=1e-4, atol=1e-5)
 
 
 def small(**changes):
@@ -230,7 +225,7 @@ def test_biases_and_whole_modules_are_combined_linearly(tmp_path):
     for name, config in configs.items():
         doralib.add_adapter(model, name, config)
         doralib.set_adapter(model, name)
-        move(model, ord(name))
+        move(model, seed=ord(name))
     weights = {"a": 0.5, "b": -2.0, "c": 1.5}
     states = {name: inject.state_of(model, name).extra for name in weights}
     doralib.add_weighted_adapter(model, weights, "d")

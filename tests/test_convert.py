@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import move
 
 import doralib
 from doralib.errors import DoraError, UsageError
@@ -232,9 +233,7 @@ def test_a_kohya_files_names_are_looked_up_in_a_pipeline(kind, tmp_path):
 def test_shared_random_matrices_go_to_a_lora_and_nowhere_else(tiny_llama, tiny_llama_folder, tmp_path):
     model, _ = tiny_llama
     doralib.adapt(model, doralib.DoraConfig(method="dvora", r=6, target_modules=("q_proj", "up_proj", "down_proj")))
-    with torch.no_grad():
-        for _, p in trainable(model):
-            p.add_(0.1 * torch.randn_like(p))
+    move(model)
     doralib.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UsageError, match="dvora shares its random matrices"):
         convert_adapter(Request(tmp_path / "adapter", "kohya", tmp_path / "out"))

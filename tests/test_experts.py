@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted import ids, logits, move
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -35,14 +36,6 @@ GOLDEN = Path(__file__).parent / "golden"
 E, O, I, R, S = 3, 6, 5, 2, 1.5
 methods = pytest.mark.parametrize("method", ["dora", "lora"])
 PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
-
-
-@torch.no_grad()
-def move(module, amount=0.1):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
 
 
 class Experts(nn.Module):
@@ -202,15 +195,6 @@ def build(name):
 def config(**changes):
     settings = {"r": 3, "lora_alpha": 5, "target_modules": ("q_proj",), "target_parameters": PARAMETERS}
     return DoraConfig(**settings | changes)
-
-
-def ids():
-    return torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(ids()).logits
 
 
 @models

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from torch import nn
 
@@ -16,18 +17,6 @@ from doralib.magnitudes import DoraMagnitude
 from doralib.merging import merge_checkpoint
 
 QKV, REST = ("q_proj", "k_proj", "v_proj"), ("o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@torch.no_grad()
-def move(module, amount=0.1):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
-
-
-def ids():
-    return torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(2))
 
 
 def config(**changes):

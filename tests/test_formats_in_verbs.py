@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_llama
 
 import doralib
@@ -27,17 +28,9 @@ ALPHA, R = 6, 3
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-def moved(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in inject.trainable(model):
-            p.add_(torch.randn(p.shape, generator=generator) * (0.3 * p if "magnitude" in name else 0.2))
-    return model
-
-
 def adapted(**changes):
     settings = {"r": R, "lora_alpha": ALPHA, "target_modules": TARGETS} | changes
-    return moved(doralib.adapt(make_llama(), DoraConfig(**settings)))
+    return move(doralib.adapt(make_llama(), DoraConfig(**settings)), 0.2, share=0.3, seed=0)
 
 
 def nvlabs(model, folder, field="Wdecompose_target_modules", **changes):
@@ -297,7 +290,7 @@ def test_own_settings_of_another_adapter_are_left_aside_and_damaged_ones_refused
 def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
     shutil.copytree(tiny_llama_folder, tmp_path / "other-model")
     model, _ = load_any(str(tiny_llama_folder))
-    doralib.save_adapter(moved(doralib.adapt(model, Config(r=2, target_modules=TARGETS))), tmp_path / "adapter")
+    doralib.save_adapter(move(doralib.adapt(model, Config(r=2, target_modules=TARGETS))), tmp_path / "adapter")
     same = merge_checkpoint(tmp_path / "adapter", tiny_llama_folder, tmp_path / "same")
     assert same.notes == ()
     status, out, _ = run("merge", tmp_path / "adapter", "--base", tmp_path / "other-model", "--out", tmp_path / "out")

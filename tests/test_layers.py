@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from adapted import move
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -47,15 +48,7 @@ def make_base(kind, dtype=torch.float32, bias=True):
 def make(kind="linear", dtype=torch.float32, bias=True, moved=True, **changes):
     config = DoraConfig(r=3, lora_alpha=4, **changes)
     layer = DoraLinear(make_base(kind, dtype, bias), config.r, config.scale_of("layer"), config)
-    return move(layer) if moved else layer
-
-
-@torch.no_grad()
-def move(layer):
-    for p in layer.parameters():
-        if p.requires_grad:
-            p.add_(0.3 * torch.randn_like(p))
-    return layer
+    return move(layer, 0.3) if moved else layer
 
 
 kinds = pytest.mark.parametrize("kind", ["linear", "conv1d", "hidden"])
@@ -324,7 +317,7 @@ def test_torch_compile_gives_the_same_numbers(method, detach):
             y.square().sum().backward()
             for ours, theirs in zip(got, [y.detach(), layer.lora_A.grad], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-            move(layer)
+            move(layer, 0.3)
 
 
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation():

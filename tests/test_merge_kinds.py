@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -73,10 +74,7 @@ def trained(model, method, seed, folder, **more):
     """An adapter that has moved from its start, saved; the adapted model."""
     settings = {"r": R, "lora_alpha": ALPHA, "target_modules": ("layer",)} | METHODS[method] | more
     adapted = doralib.adapt(copy.deepcopy(model).float(), DoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in inject.trainable(adapted):
-            p.add_(torch.randn(p.shape, generator=generator) * (0.2 * p if "magnitude" in name else 0.5))
+    move(adapted, 0.5, share=0.2, seed=seed)
     doralib.save_adapter(adapted, folder)
     return adapted
 
@@ -254,10 +252,7 @@ LANGUAGE = {
 def moved(folder, out, settings, seed=0):
     model, _ = doralib.models.load_any(str(folder))
     doralib.adapt(model, DoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, p in inject.trainable(model):
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    move(model, seed=seed)
     doralib.save_adapter(model, out)
     return model
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_llama, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -20,11 +21,7 @@ def peft_model(dtype=torch.float32, **changes):
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "use_dora": True}
     model = get_peft_model(make_llama().to(dtype), LoraConfig(**settings | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    return model
+    return move(model)
 
 
 def run(model):

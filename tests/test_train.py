@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from adapted import move
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
 from torch.nn import functional as nnf
@@ -447,9 +448,7 @@ def test_rates_move_b_as_peft_moves_it(recipe, tmp_path):
 def test_a_checkpoint_knows_where_a_random_start_began(recipe, tmp_path):
     settings = {"adapter": {"init_lora_weights": "pissa_niter_1", "r": 4}}
     trainer = make_trainer(recipe, tmp_path, **settings)
-    with torch.no_grad():
-        for _, p in trainable(trainer.model):
-            p.add_(0.1 * torch.randn_like(p))
+    move(trainer.model)
     trainer._save(str(tmp_path))
     other = make_trainer(recipe, tmp_path, **settings)
     layer, its = (t.model.model.layers[0].self_attn.q_proj for t in (trainer, other))

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from safetensors.torch import load_file
-from test_several import CONFIGS, MODELS, OwnLinear, ids, move
+from test_several import CONFIGS, MODELS, OwnLinear, of_kind, outputs
 from torch import nn
 
 import doralib
@@ -61,7 +62,7 @@ def test_there_and_back(name, keep, dtype):
 
 
 def test_training_goes_on_after_it(keep):
-    model, twin = (move(doralib.adapt(make_llama(), CONFIGS["words"])) for _ in range(2))
+    model, twin = (move(doralib.adapt(make_llama(), CONFIGS["words"]), seed=3) for _ in range(2))
     for i, each in enumerate((model, twin)):
         optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.01)
         for step in range(3):
@@ -117,20 +118,14 @@ def test_trained_biases(keep):
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"opaque"}))
 def test_every_kind_of_layer(model, keep):
-    make, targets, shape = MODELS[model]
-    torch.manual_seed(0)
-    model = make()
-    if not shape:
-        model.lm_head = nn.Linear(12, 50)
+    model, targets, x = of_kind(model)
     move(doralib.adapt(model, DoraConfig(r=2, target_modules=targets)))
-    x = torch.randn(shape) if shape else torch.randint(0, 50, (4, 6))
-    call = (lambda: model(x)) if shape else lambda: model(x).logits
-    want, before = call(), snapshot(model)
+    want, before = outputs(model, x), snapshot(model)
     doralib.merge_adapter(model, keep)
-    torch.testing.assert_close(call(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, x), want, rtol=1e-4, atol=1e-5)
     doralib.unmerge_adapter(model)
     assert_same(model, before)
-    assert torch.equal(call(), want)
+    assert torch.equal(outputs(model, x), want)
 
 
 def test_with_a_file_the_frozen_weights_are_in_no_memory(tmp_path):
