@@ -431,7 +431,9 @@ def test_inspect_says_how_far_the_experts_moved(apart, tmp_path):
     model = move(doralib.adapt(copy.deepcopy(plain), config()))
     moved = movements(inject.state_of(model), Checkpoint.open(tmp_path / "base"))
     after, before = dict(doralib.merge(model).named_parameters()), dict(plain.named_parameters())
-    for name in (n for n in moved if n.endswith("_proj") and "experts" in n):
+    stacks = [name for name in moved if "experts" in name]
+    assert len(stacks) == 4
+    for name in stacks:
         w, v = before[name].double().flatten(0, 1), after[name].double().flatten(0, 1)
         length = ((v.norm(dim=1) - w.norm(dim=1)).abs() / w.norm(dim=1)).mean().item()
         direction = (1 - torch.cosine_similarity(w, v)).mean().item()

@@ -127,8 +127,7 @@ def test_merge_is_the_formula_and_nothing_else_changes(tmp_path, dtype, sharded,
     assert changed == {checkpoints.Checkpoint.open(base).slots[f"{name}.weight"].file.name for name in state.layers}
     assert (summary.layers, summary.replaced, summary.tensors) == (2, 0, len(tensors))
     assert summary.left_out == ("pytorch_model.bin",)
-    assert listing(tmp_path) == sorted({*listing(tmp_path)}), "no temporary is left"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"], "no temporary is left"
 
 
 @each_layout
@@ -144,7 +143,8 @@ def test_another_dtype(tmp_path, sharded, to):
     got, kept = stored(tmp_path / "out"), stored(tmp_path / "kept")
     assert list(checkpoints.Checkpoint.open(tmp_path / "out").slots) == list(checkpoints.Checkpoint.open(base).slots)
     for name, tensor in tensors.items():
-        same(got[name], kept[name] if to == "bfloat16" and tensor.dtype == torch.bfloat16 else got[name])
+        if to == "bfloat16" and tensor.is_floating_point():
+            same(got[name], kept[name].bfloat16())
         if tensor.is_floating_point() and name != f"{Q}.weight":
             same(got[name], tensor.to(DTYPES[to]))
     assert got[f"{Q}.weight"].dtype == DTYPES[to]

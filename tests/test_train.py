@@ -333,12 +333,13 @@ def test_settings_that_do_not_change_the_maths(recipe):
 
 def test_bfloat16_model_and_autocast_follow_the_same_curve(recipe):
     plain = {"adapter": {"lora_dropout": 0.0}, "eval": {"before": False}}
-    short = {"max_steps": 5}
+    short = {"max_steps": 5, "logging_steps": 1, "learning_rate": 0.05}
     exact = losses(fine_tune(recipe(out="f32", training=short, **plain)))
     stored = fine_tune(recipe(out="bf16", training=short, model={"dtype": "bfloat16"}, **plain))
     cast = fine_tune(recipe(out="cast", training={"bf16": True, **short}, **plain))
-    assert losses(stored) == pytest.approx(exact, rel=2e-2)
-    assert losses(cast) == pytest.approx(exact, rel=2e-2)
+    assert exact[-1] < exact[0] - 0.05, "where nothing is learned there is no curve to follow"
+    assert losses(stored) == pytest.approx(exact, abs=3e-3)
+    assert losses(cast) == pytest.approx(exact, abs=3e-3)
     assert {tensor.dtype for tensor in weights(stored).values()} == {torch.float32}
 
 
