@@ -11,7 +11,8 @@ import doralib
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, write_tensors
 from doralib.formats import Given
-from doralib.inject import read_adapter, trainable
+from doralib.inject import read_adapter
+from doralib.live import trainable
 from doralib.lowrank import change_of, nearest_lora
 from doralib.recipes.convert import TARGETS, Request, convert, convert_adapter
 from doralib.state import LayerAdapter

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib import DoraConfig, inject
+from doralib import DoraConfig, live
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json
 from doralib.formats import FORMATS, Given
@@ -285,7 +285,7 @@ def test_verify_of_several_adapters_in_several_formats(tmp_path, tiny_llama_fold
     for seed, (name, each) in enumerate(settings.items()):
         model = moved(tiny_llama_folder, tmp_path / name, each, seed)
         if name == "b":
-            content = FORMATS["mlx"].write(inject.config_of(model), inject.state_of(model), Given())
+            content = FORMATS["mlx"].write(live.config_of(model), live.state_of(model), Given())
             write_content(content, FORMATS["mlx"], tmp_path / "mlx")
     parts = [
         Ingredient(tmp_path / name, weight) for name, weight in {"a": 0.5, "mlx": 0.7, "c": -0.25, "d": 1.0}.items()

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import doralib
+from doralib import live
 from doralib.bases import Quantised, open_base
 from doralib.checkpoints import Checkpoint
 from doralib.config import DoraConfig
@@ -40,7 +41,7 @@ ALL = {"turned": CONFIG, "other": OTHER, "vectors": VECTORS, "lengths": LENGTHS}
 def moved(model, name, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for place in doralib.inject.layers_of(model, name).values():
+        for place in live.layers_of(model, name).values():
             for key, p in place.named_parameters(recurse=False):
                 by = torch.randn(p.shape, generator=generator)
                 p.copy_(p * (1 + 0.1 * by) if "magnitude" in key else 0.2 * by)
@@ -78,10 +79,10 @@ def test_several_adapters_share_a_quantised_base(kind, even_llama_folder):
     twin = several(even_llama_folder, kind)
     changes = {}
     for name, weight in {"turned": 0.5, "vectors": -0.7}.items():
-        for place, layer in doralib.inject.layers_of(twin, name).items():
+        for place, layer in live.layers_of(twin, name).items():
             W = layer.base.W_OI.double()
             changes[place] = changes.get(place, 0) + weight * (layer.merged_weight().double() - W)
-    for place, layer in doralib.inject.layers_of(model, "sum").items():
+    for place, layer in live.layers_of(model, "sum").items():
         want = layer.base.W_OI.double() + changes[place]
         torch.testing.assert_close(layer.merged_weight().double(), want, rtol=1e-4, atol=1e-5)
 
@@ -121,7 +122,7 @@ def test_a_merge_is_undone_bit_for_bit(kind, many, even_llama_folder, tmp_path):
         model = doralib.adapt(load(even_llama_folder, kind), CONFIG)
         moved(model, "default")
     want, before, report = logits(model), bits(model), doralib.merge_report(model)
-    layers = doralib.inject.layers_of(model, doralib.active_adapter(model))
+    layers = live.layers_of(model, doralib.active_adapter(model))
     assert [row.layer for row in report] == list(layers)
     W = {name: layer.base.W_OI for name, layer in layers.items()}
     values = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name or "vera_" in name}
@@ -224,7 +225,7 @@ def live_sum(base, ingredients):
     total = {}
     for each in ingredients:
         model = doralib.load_adapter(load(base), each.path)
-        for name, layer in doralib.inject.layers_of(model, "default").items():
+        for name, layer in live.layers_of(model, "default").items():
             W = layer.base.W_OI.double()
             total[name] = total.get(name, W) + each.weight * (layer.merged_weight().double() - W)
     return total
@@ -349,19 +350,19 @@ def special(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", None])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_fused_projections_and_experts_become_on_disk_what_they_become_live(name, dtype, special, tmp_path):
-    folder, (layers, again) = special(name), SPECIAL[name][2]
+    folder, (layers, anew) = special(name), SPECIAL[name][2]
     summary = merge_checkpoint(folder / "adapter", folder / "base", tmp_path, dtype=dtype)
-    assert (summary.layers, len(summary.requantised)) == (layers, 0 if dtype else again)
+    assert (summary.layers, len(summary.requantised)) == (layers, 0 if dtype else anew)
     model = doralib.load_adapter(load(folder / "base"), folder / "adapter")
     adapted = logits(model)
     with doralib.disabled(model):
         assert (logits(model) - adapted).abs().max() > 0.1
-    live, stored = doralib.merge(model, dequantise=dtype is not None), load(tmp_path)
-    assert quantised(stored) == quantised(live)
-    assert len(quantised(stored)) == (0 if dtype else 8)
-    assert torch.equal(logits(stored), logits(live))
+    merged, again = doralib.merge(model, dequantise=dtype is not None), load(tmp_path)
+    assert quantised(again) == quantised(merged)
+    assert len(quantised(again)) == (0 if dtype else 8)
+    assert torch.equal(logits(again), logits(merged))
     if dtype:
-        torch.testing.assert_close(logits(stored), adapted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_that_are_quantised_one_by_one(special, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
-from doralib import DoraConfig, DoraError, UsageError, inject
+from doralib import DoraConfig, DoraError, UsageError, inject, live
 from doralib.bases import Opaque
 from doralib.kernels import norm, ready
 from doralib.layers import DoraLinear
@@ -182,7 +182,7 @@ def test_files_of_any_format(several, name, tmp_path):
     from doralib.formats.storage import write_content
 
     given, config = inject._knowing(Given(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
-    state = inject.state_of(move(doralib.adapt(make_llama(), config), seed=9))
+    state = live.state_of(move(doralib.adapt(make_llama(), config), seed=9))
     write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
     doralib.load_adapter(several, tmp_path, "theirs")
@@ -209,7 +209,7 @@ def test_biases_change_with_the_adapter(tmp_path):
         assert torch.equal(doralib.set_adapter(model, name)(x), want[name])
         with doralib.disabled(model):
             assert torch.equal(model(x), base()(x))
-        assert inject.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
+        assert live.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
         trained = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
         assert trained == {"a": {"0.bias", "2.bias"}, "b": {"2.bias"}, "c": set()}[name]
     with doralib.disabled(model):  # what is switched to meanwhile shows afterwards
@@ -386,7 +386,7 @@ def test_rows_and_their_gradients(model, method, seed):
     move(model, seed=seed)
     x = x.double() if x.is_floating_point() else x
     weight = torch.randn_like(outputs(model, x))
-    params = dict(inject.trainable(model))
+    params = dict(live.trainable(model))
 
     def gradients(y):
         model.zero_grad()

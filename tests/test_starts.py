@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib import inject
+from doralib import inject, live
 from doralib.config import DoraConfig
 from doralib.convolutions import DoraConv
 from doralib.errors import DoraError, UsageError
@@ -238,7 +238,7 @@ def test_states_go_from_model_to_model_and_files_do_not(tmp_path):
     model = move(doralib.adapt(make_llama(), config), 0.3)
     doralib.adapt(other, config)  # from other random numbers
     assert not torch.equal(*(m.model.layers[0].self_attn.q_proj.start_A for m in (model, other)))
-    inject.load_into(other, inject.state_of(model))
+    inject.load_into(other, live.state_of(model))
     assert torch.equal(other(ids()).logits, model(ids()).logits)
     doralib.save_adapter(model, tmp_path)
     with pytest.raises(DoraError, match=r"'pissa_niter_1'.*load it into a plain model"):
@@ -292,4 +292,4 @@ def test_nothing_is_decomposed_on_the_meta_device():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4096, 4096))
     model = doralib.adapt(net, DoraConfig(r=8, target_modules=("0",), init_lora_weights="pissa"))
-    assert sum(p.numel() for _, p in inject.trainable(model)) == 8 * 2 * 4096 + 4096
+    assert sum(p.numel() for _, p in live.trainable(model)) == 8 * 2 * 4096 + 4096

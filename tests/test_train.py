@@ -27,7 +27,8 @@ import doralib
 from doralib.config import DataSettings, DoraConfig, Recipe
 from doralib.data import Collator, tokenise
 from doralib.errors import DoraError, UsageError
-from doralib.inject import adapt, trainable
+from doralib.inject import adapt
+from doralib.live import trainable
 from doralib.recipes import saving, training_keys
 from doralib.recipes.label_loss import LabelLoss
 from doralib.recipes.reading import packaged, read_recipe

@@ -11,7 +11,7 @@ from test_several import CONFIGS, MODELS, OwnLinear, of_kind, outputs
 from torch import nn
 
 import doralib
-from doralib import DoraConfig, DoraError, UsageError, inject
+from doralib import DoraConfig, DoraError, UsageError, live
 from doralib.layers import DoraLinear, TrainedCopy
 from doralib.switched import Switched
 
@@ -42,8 +42,8 @@ def keep(request, tmp_path):
 def test_there_and_back(name, keep, dtype):
     model = move(doralib.adapt(make_llama().to(dtype), CONFIGS[name], name))
     model.model.norm.weight.requires_grad_(True)
-    inject.layers_of(model, name)[
-        "model.layers.0.self_attn.v_proj" if name in ("maths", "lengths") else next(iter(inject.layers_of(model, name)))
+    live.layers_of(model, name)[
+        "model.layers.0.self_attn.v_proj" if name in ("maths", "lengths") else next(iter(live.layers_of(model, name)))
     ].requires_grad_(False)
     logits, before = model(ids()).logits, snapshot(model)
     plain = doralib.merge(copy.deepcopy(model))
@@ -130,7 +130,7 @@ def test_every_kind_of_layer(model, keep):
 
 def test_with_a_file_the_frozen_weights_are_in_no_memory(tmp_path):
     model = move(doralib.adapt(make_llama(), CONFIGS["maths"]))
-    frozen = {name: layer.base_layer.weight for name, layer in inject.layers_of(model, "default").items()}
+    frozen = {name: layer.base_layer.weight for name, layer in live.layers_of(model, "default").items()}
     values = {name: p.detach().clone() for name, p in frozen.items()}
     doralib.merge_adapter(model, tmp_path / "frozen.safetensors")
     assert sum(p.numel() for p in frozen.values()) == 0
