@@ -122,6 +122,7 @@ def test_the_lora_is_the_nearest_of_its_rank(rank, trained, tmp_path):
     config, state = read_adapter(tmp_path / "lora")
     assert config.method == "lora"
     weights, ours = read_tensors(Path(base) / "model.safetensors"), read_adapter(adapter)[1].layers
+    assert [each.layer for each in done.errors] == list(ours)
     for each in done.errors:
         W, layer, lora = weights[f"{each.layer}.weight"].double(), ours[each.layer], state.layers[each.layer]
         V = W + layer.scale * layer.b_OR.double() @ layer.a_RI.double()
