@@ -11,7 +11,7 @@ import torch
 from adapted import ids, logits, move
 from conftest import make_llama
 from safetensors.torch import load_file
-from test_embeddings import KINDS, PAD, D, R, V, assert_equals, tokens
+from test_embeddings import KINDS, PAD, D, R, V, assert_equals, tokens, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,12 +133,7 @@ def test_autocast_changes_nothing():
 
 
 def test_a_padding_row_of_zeros_stays_zero():
-    layer = make("padding", torch.float32, moved=False)
-    optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)
-    for _ in range(3):
-        layer(tokens()).square().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+    layer = trained(make("padding", torch.float32, moved=False))
     assert not layer(torch.tensor([PAD, 7])).any()
     assert layer(torch.tensor([5])).isfinite().all()
 
@@ -153,8 +148,7 @@ def test_a_model_trains_saves_loads_and_merges(tmp_path):
     plain.save_pretrained(tmp_path / "base")
     model = doralib.adapt(copy.deepcopy(plain), config())
     assert torch.equal(logits(model), logits(plain))
-    trained = [p for _, p in live.trainable(model)]
-    optimiser = torch.optim.AdamW(trained, lr=0.02, weight_decay=0)
+    optimiser = torch.optim.AdamW([p for _, p in live.trainable(model)], lr=0.02, weight_decay=0)
     losses = []
     for _ in range(3):
         losses.append(loss := model(ids(), labels=ids()).loss)

@@ -227,7 +227,7 @@ def assert_same_run(run, whole):
         assert torch.equal(weights(run)[name], tensor), name
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -276,11 +276,16 @@ def test_ctrl_c_saves_and_resumes(recipe, whole):
     assert_same_run(run, whole)
 
 
-def test_resume_passes_over_what_is_not_whole(recipe, whole, tmp_path):
-    run = tmp_path / "run"
+def killed_at_the_end(whole, run):
+    """A copy of a run that has all its checkpoints and nothing that is written once training is over."""
     shutil.copytree(whole, run)
     for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json"):
         (run / name).unlink()
+    return run
+
+
+def test_resume_passes_over_what_is_not_whole(recipe, whole, tmp_path):
+    run = killed_at_the_end(whole, tmp_path / "run")
     last = run / "checkpoints" / "checkpoint-12"
     (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-1])
     (run / "checkpoints" / "checkpoint-9" / "rng_state.pth").unlink()
@@ -290,10 +295,7 @@ def test_resume_passes_over_what_is_not_whole(recipe, whole, tmp_path):
 
 
 def test_killed_after_the_last_step(recipe, whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json"):
-        (run / name).unlink()
+    run = killed_at_the_end(whole, tmp_path / "run")
     fine_tune(recipe(), resume=True)
     assert_same_run(run, whole)
     # and a finished run has nothing more to do
