@@ -70,9 +70,20 @@ def tiny_llama():
     return make_llama(), make_tokenizer()
 
 
+@pytest.fixture
+def tiny(tiny_llama):
+    """The same with weights large enough that the next token depends on the text."""
+    model, tokenizer = tiny_llama
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(12)
+    return model, tokenizer
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory):
-    """The same, saved; not to be written to."""
+    """`tiny_llama`, saved; not to be written to."""
     folder = tmp_path_factory.mktemp("tiny_llama") / "model"
     make_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import move
 
 import doralib
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, write_tensors
 from doralib.formats import Given
-from doralib.inject import read_adapter, trainable
+from doralib.inject import read_adapter
+from doralib.live import trainable
 from doralib.lowrank import change_of, nearest_lora
 from doralib.recipes.convert import TARGETS, Request, convert, convert_adapter
 from doralib.state import LayerAdapter
@@ -120,6 +122,7 @@ def test_the_lora_is_the_nearest_of_its_rank(rank, trained, tmp_path):
     config, state = read_adapter(tmp_path / "lora")
     assert config.method == "lora"
     weights, ours = read_tensors(Path(base) / "model.safetensors"), read_adapter(adapter)[1].layers
+    assert [each.layer for each in done.errors] == list(ours)
     for each in done.errors:
         W, layer, lora = weights[f"{each.layer}.weight"].double(), ours[each.layer], state.layers[each.layer]
         V = W + layer.scale * layer.b_OR.double() @ layer.a_RI.double()
@@ -232,9 +235,7 @@ def test_a_kohya_files_names_are_looked_up_in_a_pipeline(kind, tmp_path):
 def test_shared_random_matrices_go_to_a_lora_and_nowhere_else(tiny_llama, tiny_llama_folder, tmp_path):
     model, _ = tiny_llama
     doralib.adapt(model, doralib.DoraConfig(method="dvora", r=6, target_modules=("q_proj", "up_proj", "down_proj")))
-    with torch.no_grad():
-        for _, p in trainable(model):
-            p.add_(0.1 * torch.randn_like(p))
+    move(model)
     doralib.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UsageError, match="dvora shares its random matrices"):
         convert_adapter(Request(tmp_path / "adapter", "kohya", tmp_path / "out"))

@@ -16,7 +16,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_python_blocks_run(code, even_llama_folder, tmp_path, monkeypatch):
+def test_python_blocks_raise_nothing(code, even_llama_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(code, {"MODEL": str(even_llama_folder), "BATCH": torch.tensor([[5, 6, 7, 8]])})
 

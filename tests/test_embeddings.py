@@ -6,6 +6,7 @@ import math
 import peft
 import pytest
 import torch
+from adapted import move
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,15 +37,7 @@ def make(kind, dtype=torch.float64, moved=True, **changes):
         module.weight[:, 1] = 0
     config = DoraConfig(r=R, lora_alpha=4, **changes)
     layer = DoraEmbedding(module.to(dtype), config.r, config.scale_of("layer"), config)
-    return move(layer) if moved else layer
-
-
-@torch.no_grad()
-def move(module, amount=0.3):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
+    return move(layer, 0.3) if moved else layer
 
 
 def tokens():
@@ -79,8 +72,12 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(kind, method, dtype, r):
 @pytest.mark.parametrize("detach", [True, False])
 def test_output_and_gradients_equal_the_formula(kind, method, detach):
     layer = make(kind, method=method, detach_norm=detach)
-    leaves = [p for p in layer.parameters() if p.requires_grad]
-    y, want = layer(tokens()), formula(layer, tokens(), detach)
+    assert_equals(layer, formula(layer, tokens(), detach), kind)
+
+
+def assert_equals(layer, want, kind):
+    """The outputs of `tokens` and the gradients of all that is trained."""
+    leaves, y = [p for p in layer.parameters() if p.requires_grad], layer(tokens())
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if kind == "gemma" else {}  # its factor is a float32 buffer
     torch.testing.assert_close(y, want, **tolerance)
     dy = torch.randn_like(y)
@@ -88,6 +85,7 @@ def test_output_and_gradients_equal_the_formula(kind, method, detach):
         dy[tokens() == PAD] = 0  # torch gives the padding token's row no gradient
     for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
+        assert ours.isfinite().all()
 
 
 @kinds
@@ -110,13 +108,18 @@ def test_norms_by_blocks_of_tokens(monkeypatch):
     torch.testing.assert_close(base.transposed_times(B), B.T @ W)
 
 
-def test_a_padding_row_of_zeros_stays_zero():
-    layer = make("padding", torch.float32, moved=False)
+def trained(layer):
+    """The layer after three steps with `tokens`."""
     optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)
     for _ in range(3):
         layer(tokens()).square().sum().backward()
         optimiser.step()
         optimiser.zero_grad()
+    return layer
+
+
+def test_a_padding_row_of_zeros_stays_zero():
+    layer = trained(make("padding", torch.float32, moved=False))
     assert not layer(torch.tensor([PAD])).any()
     assert layer(torch.tensor([5])).isfinite().all()
 
@@ -155,7 +158,7 @@ def test_all_linear_leaves_embeddings_alone():
 @methods
 def test_peft_reads_and_computes_the_same(method, tmp_path):
     plain, x = make_llama(), torch.randint(3, 400, (2, 9))
-    model = move(doralib.adapt(copy.deepcopy(plain), config(method=method)), 0.1)
+    model = move(doralib.adapt(copy.deepcopy(plain), config(method=method)))
     doralib.save_adapter(model, tmp_path / "ours")
     prefix = "base_model.model.model.embed_tokens."
     shapes = {k.removeprefix(prefix): tuple(v.shape) for k, v in stored(tmp_path / "ours").items() if prefix in k}
@@ -179,7 +182,7 @@ def stored(folder):
 def test_merging_on_disk_equals_merging_in_memory(tmp_path):
     model = make_llama()
     model.save_pretrained(tmp_path / "base")
-    move(doralib.adapt(model, config()), 0.1)
+    move(doralib.adapt(model, config()))
     doralib.save_adapter(model, tmp_path / "adapter")
     merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
@@ -190,7 +193,7 @@ def test_merging_on_disk_equals_merging_in_memory(tmp_path):
 
 def test_merging_on_disk_refuses_a_tied_head(tmp_path):
     model = make_llama()
-    move(doralib.adapt(model, config()), 0.1)
+    move(doralib.adapt(model, config()))
     doralib.save_adapter(model, tmp_path / "adapter")
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     with pytest.raises(DoraError, match="tied to this embedding"):

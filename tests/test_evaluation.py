@@ -31,17 +31,6 @@ SENTIMENT = {
 
 
 @pytest.fixture
-def tiny(tiny_llama):
-    """Weights large enough that the next token depends on the text."""
-    model, tokenizer = tiny_llama
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(12)
-    return model, tokenizer
-
-
-@pytest.fixture
 def task(tmp_path):
     """Writes rows and a task file; returns the task."""
 

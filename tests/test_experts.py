@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted import ids, logits, move
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 import doralib
-from doralib import inject
+from doralib import inject, live
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.experts import AdaptedExperts, DoraExperts, Stack, expert_weights
@@ -35,14 +36,6 @@ GOLDEN = Path(__file__).parent / "golden"
 E, O, I, R, S = 3, 6, 5, 2, 1.5
 methods = pytest.mark.parametrize("method", ["dora", "lora"])
 PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
-
-
-@torch.no_grad()
-def move(module, amount=0.1):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
 
 
 class Experts(nn.Module):
@@ -114,7 +107,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(is_transposed, method, dtyp
     assert torch.equal(weights, holder.base_layer.up_proj)
     assert weights.dtype == dtype
     assert weights.is_contiguous()
-    assert all(p.dtype == torch.float32 for _, p in inject.trainable(net))
+    assert all(p.dtype == torch.float32 for _, p in live.trainable(net))
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -204,15 +197,6 @@ def config(**changes):
     return DoraConfig(**settings | changes)
 
 
-def ids():
-    return torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(ids()).logits
-
-
 @models
 @methods
 def test_a_step_and_generation(name, method):
@@ -220,7 +204,7 @@ def test_a_step_and_generation(name, method):
     before = logits(model)
     doralib.adapt(model, config(method=method))
     assert torch.equal(logits(model), before)
-    trained = dict(inject.trainable(model))
+    trained = dict(live.trainable(model))
     assert sum(".experts." in n for n in trained) == 2 * 2 * (3 if method == "dora" else 2)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0)
     losses = []
@@ -248,7 +232,7 @@ def test_every_way_of_computing_experts(name, implementation):
 
 def test_checkpointing_gives_the_same_gradients():
     model = move(doralib.adapt(build("olmoe"), config())).train()
-    trained = [p for _, p in inject.trainable(model)]
+    trained = [p for _, p in live.trainable(model)]
     want = torch.autograd.grad(model(ids(), labels=ids()).loss, trained)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     got = torch.autograd.grad(model(ids(), labels=ids()).loss, trained)
@@ -275,7 +259,7 @@ def test_save_load_merge(name, method, tmp_path):
     torch.testing.assert_close(logits(stored), want, atol=1e-5, rtol=1e-4)
     files = [load_file(tmp_path / each / "model.safetensors") for each in ("base", "out")]
     assert files[0].keys() == files[1].keys()
-    inject.load_into(move(model), inject.state_of(again))
+    inject.load_into(move(model), live.state_of(again))
     assert torch.equal(logits(model), want)
 
 
@@ -430,8 +414,8 @@ def test_the_nearest_lora_of_every_expert(apart, tmp_path):
     request = Request(adapter=tmp_path / "adapter", to="lora", rank=64, out=tmp_path / "l", base=str(tmp_path / "base"))
     assert all(each.relative < 1e-5 for each in convert_adapter(request).errors)
     lora = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "l")
-    assert inject.config_of(lora).method == "lora"
-    assert {n for n, layer in inject.state_of(lora).layers.items() if layer.kind == "experts"}
+    assert live.config_of(lora).method == "lora"
+    assert {n for n, layer in live.state_of(lora).layers.items() if layer.kind == "experts"}
     ours, theirs = (dict(doralib.merge(each).named_parameters()) for each in (model, lora))
     for name, p in ours.items():
         torch.testing.assert_close(theirs[name], p, rtol=1e-5, atol=1e-5)
@@ -445,9 +429,11 @@ def test_inspect_says_how_far_the_experts_moved(apart, tmp_path):
     plain = build("olmoe")
     save_base(plain, tmp_path / "base", apart=apart)
     model = move(doralib.adapt(copy.deepcopy(plain), config()))
-    moved = movements(inject.state_of(model), Checkpoint.open(tmp_path / "base"))
+    moved = movements(live.state_of(model), Checkpoint.open(tmp_path / "base"))
     after, before = dict(doralib.merge(model).named_parameters()), dict(plain.named_parameters())
-    for name in (n for n in moved if n.endswith("_proj") and "experts" in n):
+    stacks = [name for name in moved if "experts" in name]
+    assert len(stacks) == 4
+    for name in stacks:
         w, v = before[name].double().flatten(0, 1), after[name].double().flatten(0, 1)
         length = ((v.norm(dim=1) - w.norm(dim=1)).abs() / w.norm(dim=1)).mean().item()
         direction = (1 - torch.cosine_similarity(w, v)).mean().item()

@@ -5,11 +5,12 @@ import copy
 import peft
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from torch import nn
 
 import doralib
-from doralib import inject
+from doralib import inject, live
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.kernels.dropout import zeroed
@@ -17,18 +18,6 @@ from doralib.magnitudes import DoraMagnitude
 from doralib.merging import merge_checkpoint
 
 QKV, REST = ("q_proj", "k_proj", "v_proj"), ("o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@torch.no_grad()
-def move(module, amount=0.1):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
-
-
-def ids():
-    return torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(2))
 
 
 def config(**changes):
@@ -115,7 +104,7 @@ def test_what_turns_rows_does_not_load_into_magnitudes():
     model = doralib.adapt(make_llama(), config())
     other = move(doralib.adapt(make_llama(), config(target_modules=(*QKV, *REST), magnitude_modules=(), r=1)))
     with pytest.raises(DoraError, match="turns its rows"):
-        inject.load_into(model, inject.state_of(other))
+        inject.load_into(model, live.state_of(other))
 
 
 def test_magnitude_modules_are_checked():
@@ -147,7 +136,7 @@ def test_a_fresh_bank_changes_nothing_bit_for_bit(method, dtype):
     doralib.adapt(model, banked(method))
     assert torch.equal(model(ids()).logits, before)
     magnitude = {"lora_magnitude_vector"} if method == "dvora" else set()
-    trained = {name.rpartition(".")[2] for name, _ in inject.trainable(model)}
+    trained = {name.rpartition(".")[2] for name, _ in live.trainable(model)}
     assert trained == {"vera_lambda_d", "vera_lambda_b"} | magnitude
 
 
@@ -224,7 +213,7 @@ def test_vera_trains_as_pefts():
     theirs = peft.get_peft_model(copy.deepcopy(plain), settings).train()
     losses = []
     for model in (ours, theirs):
-        vectors = sorted((n.split("model.layers.")[1].replace(".default", ""), p) for n, p in inject.trainable(model))
+        vectors = sorted((n.split("model.layers.")[1].replace(".default", ""), p) for n, p in live.trainable(model))
         optimizer = torch.optim.AdamW([p for _, p in vectors], lr=0.05)
         for _ in range(3):
             loss = model(ids(), labels=ids()).loss

@@ -45,7 +45,7 @@ def merged(layer, W):
     return merge_weight(W.flatten(1), *layer.factors, layer.m_O, layer.scale).view(W.shape)
 
 
-def same(got, want, base):
+def assert_same_weights(got, want, base):
     """The two adapters make the same weights, to float32 rounding."""
     assert got.layers.keys() == want.layers.keys()
     for name, layer in got.layers.items():
@@ -117,7 +117,7 @@ def test_round_trip(name, layers, ranks, scales, dora, tmp_path):
     read_from, found = read_any(tmp_path / "out", given)
     assert read_from is into
     assert found.config.method == ("dora" if dora else "lora")
-    same(found.state, state, base)
+    assert_same_weights(found.state, state, base)
 
 
 @pytest.mark.parametrize("name", ["peft", "kohya", "diffusers"])
@@ -125,7 +125,7 @@ def test_convolutions_round_trip(name, tmp_path):
     config, state, base = adapter(UNET, ranks=(2, 3), scales=(1.5, 0.25), kernel=(3, 2))
     given = Given(shapes={layer: tuple(W.shape) for layer, W in base.items()})
     write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
-    same(read_any(tmp_path, given)[1].state, state, base)
+    assert_same_weights(read_any(tmp_path, given)[1].state, state, base)
 
 
 @pytest.mark.parametrize("name", ["mlx", "torchtune", "fsdp-qlora", "ai-toolkit"])
@@ -288,7 +288,7 @@ def test_the_official_codes_file(name, tmp_path):
     found_in, found = read_any(tmp_path, Given())
     assert found_in.name == "nvlabs"
     assert (found.config.dropout_mode, found.config.detach_norm) == ("exact", False)
-    same(found.state, state, base)
+    assert_same_weights(found.state, state, base)
 
 
 @pytest.mark.parametrize("field", ["Wdecompose_target_modules", "wdecompose_target_modules"])
@@ -346,7 +346,7 @@ def test_mlx_embeddings_are_told_by_their_shapes():
 def test_torchtunes_two_files_are_one_adapter():
     live = read_any(GOLDEN / "torchtune" / "adapter_model.pt", known("torchtune"))[1]
     exported = read_any(GOLDEN / "torchtune_export" / "adapter_model.safetensors", known("torchtune_export"))[1]
-    same(exported.state, live.state, expected("torchtune")[0])
+    assert_same_weights(exported.state, live.state, expected("torchtune")[0])
     assert exported.config.method == "dora"
     assert "forgets use_dora" in exported.notes[0]
 
@@ -407,7 +407,7 @@ def test_ai_toolkits_alpha_is_assumed_and_can_be_given():
         }
     content = Content(tensors)
     found = detect(content).read(content, Given())
-    same(found.state, state, base)
+    assert_same_weights(found.state, state, base)
     assert "no alpha: taken as the rank" in found.notes[0]
     assert {a.scale for a in detect(content).read(content, Given(alpha=8)).state.layers.values()} == {4.0}
 

@@ -8,10 +8,11 @@ import warnings
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_llama
 
 import doralib
-from doralib import DoraConfig, inject
+from doralib import DoraConfig, live
 from doralib.checkpoints import Checkpoint
 from doralib.config import DoraConfig as Config
 from doralib.errors import DoraError, Note, UsageError
@@ -27,30 +28,22 @@ ALPHA, R = 6, 3
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-def moved(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in inject.trainable(model):
-            p.add_(torch.randn(p.shape, generator=generator) * (0.3 * p if "magnitude" in name else 0.2))
-    return model
-
-
 def adapted(**changes):
     settings = {"r": R, "lora_alpha": ALPHA, "target_modules": TARGETS} | changes
-    return moved(doralib.adapt(make_llama(), DoraConfig(**settings)))
+    return move(doralib.adapt(make_llama(), DoraConfig(**settings)), 0.2, share=0.3, seed=0)
 
 
 def nvlabs(model, folder, field="Wdecompose_target_modules", **changes):
     """What the paper's code saves, from its description alone (PEERS 5c): a pickle of tensors, magnitudes (out, 1)."""
     tensors = {}
-    for name, layer in inject.state_of(model).layers.items():
+    for name, layer in live.state_of(model).layers.items():
         prefix = f"base_model.model.{name}."
         if not layer.magnitude_alone:
             tensors |= {f"{prefix}lora_A.weight": layer.a_RI, f"{prefix}lora_B.weight": layer.b_OR}
         tensors[f"{prefix}weight_m_wdecomp.weight"] = layer.m_O[:, None]
     folder.mkdir()
     torch.save({name: t.clone() for name, t in tensors.items()}, folder / "adapter_model.bin")
-    config = inject.config_of(model)
+    config = live.config_of(model)
     settings = {
         "peft_type": "DORA",
         "r": config.r,
@@ -74,7 +67,7 @@ def written(model, name, folder, base):
         nvlabs(model, folder)
         return folder
     known = Given(shapes={n: s.shape for n, s in _modules(base).items()}, config=read_json(base / "config.json"))
-    content = FORMATS[name].write(inject.config_of(model), inject.state_of(model), known)
+    content = FORMATS[name].write(live.config_of(model), live.state_of(model), known)
     return write_content(content, FORMATS[name], folder)
 
 
@@ -161,7 +154,7 @@ def test_only_headers_of_the_base_are_read_for_names(tmp_path, tiny_llama_folder
 
     monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
     merge_checkpoint(file, tiny_llama_folder, tmp_path / "out")
-    assert set(read) == {f"{name}.weight" for name in inject.state_of(adapted()).layers}
+    assert set(read) == {f"{name}.weight" for name in live.state_of(adapted()).layers}
 
 
 # NVlabs' modules of magnitude alone
@@ -181,25 +174,25 @@ def test_modules_of_magnitude_alone(field, tmp_path, tiny_llama_folder):
     want = model(IDS).logits
     got, _ = load_any(str(tmp_path / "out"))
     torch.testing.assert_close(got(IDS).logits, want, atol=1e-5, rtol=1e-4)
-    live, _ = load_any(str(tmp_path / "nv"), base=str(tiny_llama_folder))
-    torch.testing.assert_close(live(IDS).logits, want, atol=1e-5, rtol=1e-4)
-    assert isinstance(live.model.layers[0].self_attn.o_proj, doralib.magnitudes.DoraMagnitude)
-    config = inject.config_of(live)
+    loaded, _ = load_any(str(tmp_path / "nv"), base=str(tiny_llama_folder))
+    torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-5, rtol=1e-4)
+    assert isinstance(loaded.model.layers[0].self_attn.o_proj, doralib.magnitudes.DoraMagnitude)
+    config = live.config_of(loaded)
     assert (config.magnitude_modules, config.r, config.dropout_mode) == (("o_proj", "up_proj"), R, "exact")
-    trained = {name.rpartition(".")[2] for name, p in inject.trainable(live) if "o_proj" in name}
+    trained = {name.rpartition(".")[2] for name, p in live.trainable(loaded) if "o_proj" in name}
     assert trained == {"lora_magnitude_vector"}
-    doralib.save_adapter(live, tmp_path / "ours")
+    doralib.save_adapter(loaded, tmp_path / "ours")
     again = doralib.load_adapter(make_llama(), tmp_path / "ours")
-    assert torch.equal(again(IDS).logits, live(IDS).logits)
+    assert torch.equal(again(IDS).logits, loaded(IDS).logits)
     assert isinstance(again.model.layers[1].mlp.up_proj, doralib.magnitudes.DoraMagnitude)
 
 
 def test_magnitudes_alone_without_settings_of_them_go_by_whole_names(tmp_path, tiny_llama_folder):
     model = granular()
     nvlabs(model, tmp_path / "nv", Wdecompose_target_modules=None)
-    live, _ = load_any(str(tmp_path / "nv"), base=str(tiny_llama_folder))
-    torch.testing.assert_close(live(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
-    assert "model.layers.0.self_attn.o_proj" in inject.config_of(live).magnitude_modules
+    loaded, _ = load_any(str(tmp_path / "nv"), base=str(tiny_llama_folder))
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
+    assert "model.layers.0.self_attn.o_proj" in live.config_of(loaded).magnitude_modules
 
 
 def test_magnitudes_alone_need_the_base_and_fit_it(tmp_path, tiny_llama_folder):
@@ -241,7 +234,7 @@ def test_convert_carries_our_own_settings(tmp_path):
     model = adapted(lora_dropout=0.1, detach_norm=False, magnitude_lr_ratio=2.0, dropout_mode="adapter")
     doralib.save_adapter(model, tmp_path / "ours")
     done = convert_adapter(Request(tmp_path / "ours", "peft", tmp_path / "again"))
-    assert read_any(tmp_path / "again", Given())[1].config == inject.config_of(model)
+    assert read_any(tmp_path / "again", Given())[1].config == live.config_of(model)
     assert (
         "detach_norm False, magnitude_lr_ratio 2.0, dropout_mode adapter: kept in doralib_config.json" in done.notes[0]
     )
@@ -297,7 +290,7 @@ def test_own_settings_of_another_adapter_are_left_aside_and_damaged_ones_refused
 def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
     shutil.copytree(tiny_llama_folder, tmp_path / "other-model")
     model, _ = load_any(str(tiny_llama_folder))
-    doralib.save_adapter(moved(doralib.adapt(model, Config(r=2, target_modules=TARGETS))), tmp_path / "adapter")
+    doralib.save_adapter(move(doralib.adapt(model, Config(r=2, target_modules=TARGETS))), tmp_path / "adapter")
     same = merge_checkpoint(tmp_path / "adapter", tiny_llama_folder, tmp_path / "same")
     assert same.notes == ()
     status, out, _ = run("merge", tmp_path / "adapter", "--base", tmp_path / "other-model", "--out", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adapted import move
 from torch import nn
 
 from doralib.bank import DoraBank, bank_for
@@ -32,11 +33,7 @@ def make(kind, dtype, **changes):
     nn.init.normal_(module.weight)
     config = DoraConfig(r=R, method="dvora" if kind == "bank" else "dora", **changes)
     layer = cls(module, bank_for([module], config), config) if kind == "bank" else cls(module, R, 2.0, config)
-    with torch.no_grad():
-        for p in layer.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    return layer
+    return move(layer)
 
 
 CASES = [(kind, dtype, "kaiming") for kind in BASES for dtype in (torch.float32, torch.bfloat16)]

@@ -5,12 +5,13 @@ import copy
 import peft
 import pytest
 import torch
+from adapted import logits, move
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib import inject
+from doralib import inject, live
 from doralib.config import DoraConfig, FusedParts
 from doralib.errors import DoraError, UsageError
 from doralib.functional import merge_weight, row_norm_sq
@@ -27,14 +28,6 @@ LAYOUTS = {
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 methods = pytest.mark.parametrize("method", ["dora", "lora"])
-
-
-@torch.no_grad()
-def move(module, amount=0.3):
-    for p in module.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn_like(p))
-    return module
 
 
 def make(layout, dtype=torch.float64, base="linear", moved=True, bias=True, r=R, **changes):
@@ -55,7 +48,7 @@ def make(layout, dtype=torch.float64, base="linear", moved=True, bias=True, r=R,
     with torch.no_grad():
         (module.weight.T if base == "conv1d" else module.weight)[0] = 0
     layer = DoraFused(module.to(dtype), parts, r, S, DoraConfig(r=r, **changes))
-    return move(layer) if moved else layer
+    return move(layer, 0.3) if moved else layer
 
 
 def test_rows_of_the_layouts():
@@ -191,9 +184,12 @@ def test_evaluation_sees_every_change(method):
     layer = make("by head", torch.float32, method=method)
     x = torch.randn(3, I)
     for _ in range(3):
+        want = layer.base_layer(x)
+        for rows, one in zip(layer.rows_by_part, separate(layer, detach=True), strict=True):
+            want = want.index_copy(1, rows, one(x))
         with torch.no_grad():
-            got = layer(x)
-        torch.testing.assert_close(got, layer(x))
+            torch.testing.assert_close(layer(x), want)
+        torch.testing.assert_close(layer(x), want)
         for p in layer.parameters():
             if p.requires_grad:
                 p.data += 0.1 * torch.randn_like(p)
@@ -261,15 +257,6 @@ def config(name, **changes):
     return DoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": targets, "fused_modules": fused} | changes)
 
 
-def ids():
-    return torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(ids()).logits
-
-
 @pytest.mark.parametrize("name", MODELS)
 @methods
 @pytest.mark.parametrize("rslora", [False, True])
@@ -281,7 +268,7 @@ def test_models_save_load_merge_and_peft_computes_the_same(name, method, rslora,
     assert torch.equal(logits(model), logits(plain))
     fused = {n: m for n, m in model.named_modules() if isinstance(m, DoraFused)}
     assert len(fused) == 2 * len(settings.fused_modules)
-    doralib.save_adapter(move(model, 0.1), tmp_path / "adapter")
+    doralib.save_adapter(move(model), tmp_path / "adapter")
     assert (logits(model) - logits(plain)).abs().max() > 1e-3
     again = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
     assert all(isinstance(again.get_submodule(n), DoraFused) for n in fused)
@@ -309,7 +296,7 @@ def test_models_save_load_merge_and_peft_computes_the_same(name, method, rslora,
 
 def test_a_whole_adapter_does_not_load_into_parts():
     whole = config("gpt2", fused_modules={}, r=6)
-    given = inject.state_of(move(doralib.adapt(build("gpt2"), whole), 0.1))
+    given = live.state_of(move(doralib.adapt(build("gpt2"), whole)))
     model = doralib.adapt(build("gpt2"), config("gpt2", rank_pattern={"c_fc": 6}))
     with pytest.raises(DoraError, match="changes more than the parts q, v"):
         inject.load_into(model, given)
@@ -349,11 +336,11 @@ def test_convert_takes_them_as_one_layer(tmp_path):
     from doralib.formats.storage import read_any
     from doralib.recipes.convert import Request, convert_adapter
 
-    model = move(doralib.adapt(build("phi3"), config("phi3", target_modules=("qkv_proj",), fused_modules=QKV)), 0.1)
+    model = move(doralib.adapt(build("phi3"), config("phi3", target_modules=("qkv_proj",), fused_modules=QKV)))
     doralib.save_adapter(model, tmp_path / "adapter")
     convert_adapter(Request(adapter=tmp_path / "adapter", to="mlx", out=tmp_path / "mlx"))
     got = read_any(tmp_path / "mlx", Given())[1].state.layers
-    for name, layer in inject.state_of(model).layers.items():
+    for name, layer in live.state_of(model).layers.items():
         assert got[name].rank == 6
         torch.testing.assert_close(
             got[name].scale * got[name].b_OR @ got[name].a_RI, layer.scale * layer.b_OR @ layer.a_RI

@@ -11,17 +11,6 @@ from doralib.generation import Sampling, chat_loop, generate, read_prompts, stre
 PROMPTS = ["the movie", "a dull film, a terrible waste of an evening and", "x", "numbers 0 1 2 3", "Review: answer"]
 
 
-@pytest.fixture
-def tiny(tiny_llama):
-    """Weights large enough that the next token depends on the text."""
-    model, tokenizer = tiny_llama
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(12)
-    return model, tokenizer
-
-
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
     alone = [generate(*tiny, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
     assert len(set(alone)) == len(PROMPTS)

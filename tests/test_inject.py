@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from adapted import ids, move
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import doralib
-from doralib import inject
+from doralib import live
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.kernels.dropout import Dropout
@@ -21,20 +22,6 @@ TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 def config(**changes):
     return DoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS} | changes)
-
-
-@torch.no_grad()
-def move(model, amount=0.1):
-    g = torch.Generator().manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn(p.shape, generator=g))
-    return model
-
-
-def ids(model, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(3, model.config.vocab_size, (2, 9), generator=g)
 
 
 @pytest.fixture
@@ -49,12 +36,12 @@ methods = pytest.mark.parametrize("method", ["dora", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapt_changes_nothing_and_freezes_the_rest(model, method, dtype):
     model.to(dtype)
-    before = model(ids(model)).logits
+    before = model(ids()).logits
     assert doralib.adapt(model, config(method=method)) is model
-    assert torch.equal(model(ids(model)).logits, before)
-    trained = {name.rpartition(".")[2] for name, _ in inject.trainable(model)}
+    assert torch.equal(model(ids()).logits, before)
+    trained = {name.rpartition(".")[2] for name, _ in live.trainable(model)}
     assert trained == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if method == "dora" else set())
-    assert all(p.dtype == torch.float32 for _, p in inject.trainable(model))
+    assert all(p.dtype == torch.float32 for _, p in live.trainable(model))
 
 
 def test_full_fine_tuning_is_the_third_method(model):
@@ -62,35 +49,33 @@ def test_full_fine_tuning_is_the_third_method(model):
     assert all(p.requires_grad for p in model.parameters())
     doralib.remove(model)
     doralib.adapt(model, config(method="full", target_modules=("q_proj",)))
-    assert {name for name, _ in inject.trainable(model)} == {
-        f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)
-    }
+    assert {name for name, _ in live.trainable(model)} == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
 
 
 @methods
 def test_disable_enable_remove_merge(model, method):
-    before = model(ids(model)).logits
+    before = model(ids()).logits
     trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
     doralib.adapt(model, config(method=method, modules_to_save=("lm_head",), bias="none"))
-    adapted = move(model)(ids(model)).logits
+    adapted = move(model)(ids()).logits
     assert (adapted - before).abs().max() > 0.01
     with doralib.disabled(model):
-        assert torch.equal(model(ids(model)).logits, before)
-    assert torch.equal(model(ids(model)).logits, adapted)
+        assert torch.equal(model(ids()).logits, before)
+    assert torch.equal(model(ids()).logits, adapted)
     twin = doralib.merge(copy.deepcopy(model))
-    torch.testing.assert_close(twin(ids(model)).logits, adapted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin(ids()).logits, adapted, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, DoraLinear | TrainedCopy) for m in twin.modules())
     doralib.remove(model)
-    assert torch.equal(model(ids(model)).logits, before)
+    assert torch.equal(model(ids()).logits, before)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable_before
 
 
 def test_disabled_is_over_after_an_error(model):
     move(doralib.adapt(model, config()))
-    want = model(ids(model)).logits
+    want = model(ids()).logits
     with pytest.raises(ZeroDivisionError), doralib.disabled(model):
         raise ZeroDivisionError
-    assert torch.equal(model(ids(model)).logits, want)
+    assert torch.equal(model(ids()).logits, want)
 
 
 def test_trained_biases_are_switched_and_restored():
@@ -99,14 +84,14 @@ def test_trained_biases_are_switched_and_restored():
     x = torch.randn(4, 5)
     before = model(x)
     doralib.adapt(model, DoraConfig(r=2, target_modules=("0",), bias="all"))
-    assert sum(name.endswith("bias") for name, _ in inject.trainable(model)) == 2
+    assert sum(name.endswith("bias") for name, _ in live.trainable(model)) == 2
     adapted = move(model)(x)
     with doralib.disabled(model):
         assert torch.equal(model(x), before)
     assert torch.equal(model(x), adapted)
     adapted.sum().backward()
     assert model[0].base_layer.bias.grad is not None
-    assert set(inject.state_of(model).extra) == {"0.bias", "2.bias"}
+    assert set(live.state_of(model).extra) == {"0.bias", "2.bias"}
     assert torch.equal(doralib.remove(model)(x), before)
 
 
@@ -226,8 +211,8 @@ def test_gradient_checkpointing_gives_the_same_numbers(model, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.zero_grad()
-        model(ids(model), labels=ids(model)).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in inject.trainable(model)})
+        model(ids(), labels=ids()).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in live.trainable(model)})
     for name, want in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], want, rtol=1e-6, atol=1e-8)
 
@@ -259,7 +244,7 @@ def test_files_written_by_peft_load_here(model, tmp_path, changes):
     twin = peft_twin(model, **changes)
     twin.save_pretrained(tmp_path)
     doralib.load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(ids(model)).logits, twin(ids(model)).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids()).logits, twin(ids()).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
@@ -272,10 +257,10 @@ def test_files_written_here_load_in_peft(model, tmp_path, changes):
     move(doralib.adapt(model, config(**changes)))
     doralib.save_adapter(model, tmp_path)
     twin = PeftModel.from_pretrained(plain, tmp_path).eval()
-    torch.testing.assert_close(twin(ids(model)).logits, model(ids(model)).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-5)
     back = doralib.load_adapter(untouched, tmp_path)
-    torch.testing.assert_close(back(ids(model)).logits, model(ids(model)).logits, rtol=0, atol=0)
-    assert inject.config_of(back) == inject.config_of(model)
+    torch.testing.assert_close(back(ids()).logits, model(ids()).logits, rtol=0, atol=0)
+    assert live.config_of(back) == live.config_of(model)
 
 
 def test_biases_in_pefts_files(tmp_path):
@@ -290,11 +275,11 @@ def test_biases_in_pefts_files(tmp_path):
         twin = move(get_peft_model(copy.deepcopy(model), settings).eval())
         twin.save_pretrained(tmp_path / bias)
         ours = doralib.load_adapter(copy.deepcopy(model), tmp_path / bias)
-        want = twin(ids(model)).logits
-        torch.testing.assert_close(ours(ids(model)).logits, want, rtol=1e-4, atol=1e-5)
+        want = twin(ids()).logits
+        torch.testing.assert_close(ours(ids()).logits, want, rtol=1e-4, atol=1e-5)
         doralib.save_adapter(ours, tmp_path / f"{bias}-back")
         back = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / f"{bias}-back").eval()
-        torch.testing.assert_close(back(ids(model)).logits, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(back(ids()).logits, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_dora", [True, False])
@@ -303,10 +288,10 @@ def test_gradients_equal_pefts(model, tmp_path, use_dora):
     twin.save_pretrained(tmp_path)
     doralib.load_adapter(model, tmp_path)
     for each in (model, twin):
-        each(ids(model), labels=ids(model)).loss.backward()
+        each(ids(), labels=ids()).loss.backward()
     theirs = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
     checked = 0
-    for name, p in inject.trainable(model):
+    for name, p in live.trainable(model):
         layer, _, field = name.rpartition(".")
         key = f"base_model.model.{layer}.{field}.default.weight"
         torch.testing.assert_close(p.grad, theirs[key], rtol=1e-3, atol=1e-6)
@@ -359,7 +344,7 @@ def test_exact_dropout_equals_pefts_with_the_same_mask(monkeypatch):
 def test_an_adapter_from_peft_goes_on_in_exact_dropout(model, tmp_path):
     peft_twin(model, lora_dropout=0.3).save_pretrained(tmp_path)
     doralib.load_adapter(model, tmp_path)
-    assert inject.config_of(model).dropout_mode == "exact"
+    assert live.config_of(model).dropout_mode == "exact"
     assert model.model.layers[0].self_attn.q_proj.exact_dropout
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib import DoraConfig, inject
+from doralib import DoraConfig, live
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json
 from doralib.formats import FORMATS, Given
@@ -73,10 +74,7 @@ def trained(model, method, seed, folder, **more):
     """An adapter that has moved from its start, saved; the adapted model."""
     settings = {"r": R, "lora_alpha": ALPHA, "target_modules": ("layer",)} | METHODS[method] | more
     adapted = doralib.adapt(copy.deepcopy(model).float(), DoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in inject.trainable(adapted):
-            p.add_(torch.randn(p.shape, generator=generator) * (0.2 * p if "magnitude" in name else 0.5))
+    move(adapted, 0.5, share=0.2, seed=seed)
     doralib.save_adapter(adapted, folder)
     return adapted
 
@@ -254,10 +252,7 @@ LANGUAGE = {
 def moved(folder, out, settings, seed=0):
     model, _ = doralib.models.load_any(str(folder))
     doralib.adapt(model, DoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, p in inject.trainable(model):
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    move(model, seed=seed)
     doralib.save_adapter(model, out)
     return model
 
@@ -290,7 +285,7 @@ def test_verify_of_several_adapters_in_several_formats(tmp_path, tiny_llama_fold
     for seed, (name, each) in enumerate(settings.items()):
         model = moved(tiny_llama_folder, tmp_path / name, each, seed)
         if name == "b":
-            content = FORMATS["mlx"].write(inject.config_of(model), inject.state_of(model), Given())
+            content = FORMATS["mlx"].write(live.config_of(model), live.state_of(model), Given())
             write_content(content, FORMATS["mlx"], tmp_path / "mlx")
     parts = [
         Ingredient(tmp_path / name, weight) for name, weight in {"a": 0.5, "mlx": 0.7, "c": -0.25, "d": 1.0}.items()

@@ -205,6 +205,16 @@ def test_one_layer_is_held_at_a_time(bases, adapter, tmp_path, monkeypatch):
     assert events == ["read", "write"] * 14
 
 
+def test_the_base_is_looked_through_once_whatever_the_adapters(bases, adapter, tmp_path, monkeypatch):
+    from doralib import packed
+
+    base, looks = bases("nf4 double"), []
+    # asked once a look
+    monkeypatch.setattr(packed, "stores_transposed", lambda config: looks.append(config) or False)
+    merge_checkpoint([Ingredient(adapter, 0.5), Ingredient(adapter, 0.5)], base, tmp_path / "out")
+    assert len(looks) == 1
+
+
 def test_what_is_not_understood_is_refused_before_anything_is_written(bases, adapter, tmp_path, monkeypatch):
     import shutil
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapted import move
 from conftest import make_llama, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -20,11 +21,7 @@ def peft_model(dtype=torch.float32, **changes):
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "use_dora": True}
     model = get_peft_model(make_llama().to(dtype), LoraConfig(**settings | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    return model
+    return move(model)
 
 
 def run(model):
@@ -79,14 +76,16 @@ def test_zero_rows_give_no_nan():
     assert all(torch.isfinite(grad).all() for grad in grads.values())
 
 
-def test_exact_dropout_has_pefts_mean():
+def test_exact_dropout_has_pefts_mean_and_spread():
     model = accelerate(peft_model(lora_dropout=0.3)).train()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(7, 32)
-    mean = torch.stack([layer(x) for _ in range(2000)]).mean(0)
+    ours = torch.stack([layer(x).detach() for _ in range(2000)])
     restore(model)
-    theirs = torch.stack([layer(x) for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, theirs, atol=0.1, rtol=0)
+    theirs = torch.stack([layer(x).detach() for _ in range(2000)])
+    # the mean of 2000 is off by 0.004, the spread by 2 %
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0, rtol=0.12)
     assert not torch.equal(accelerate(model)(IDS).logits, model(IDS).logits)
 
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import reference
 import torch
+from adapted import move
 from torch import nn
 
 from doralib import functional as F
@@ -109,12 +110,7 @@ def dense(module):
 def make(storage, moved=True, base=None, **changes):
     config = DoraConfig(r=R, lora_alpha=4, **changes)
     layer = DoraLinear(make_base(storage) if base is None else base, R, config.scale_of("layer"), config)
-    if moved:
-        with torch.no_grad():
-            for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-                if p is not None:
-                    p.add_(0.2 * torch.randn_like(p))
-    return layer.train()
+    return (move(layer, 0.2) if moved else layer).train()
 
 
 @storages

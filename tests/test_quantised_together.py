@@ -1,22 +1,32 @@
 """Quantised bases with what else a model may have: several adapters, undone merges, starts, files of any format."""
 
+import shutil
+
 import pytest
 import torch
+from adapted import move
+from safetensors.torch import save_file
+from test_experts import PARAMETERS
+from test_fused_layers import MODELS as FUSED
 from test_packed import adapter as adapter
 from test_packed import bases as bases
 from test_packed import stored, weights
 from test_quantised import bits4
 from test_quantised_models import CONFIG, IDS, each_kind, load, logits, quantised, train
 from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import doralib
+from doralib import live
 from doralib.bases import Quantised, open_base
+from doralib.checkpoints import Checkpoint
 from doralib.config import DoraConfig
 from doralib.dequantised import dequantise
 from doralib.errors import DoraError
 from doralib.formats import Given
 from doralib.merging import Ingredient, merge_checkpoint
 from doralib.models import load_any
+from doralib.packed import packed_layers
 from doralib.recipes.convert import Request, convert_adapter
 from doralib.verify import verify_merge
 
@@ -31,7 +41,7 @@ ALL = {"turned": CONFIG, "other": OTHER, "vectors": VECTORS, "lengths": LENGTHS}
 def moved(model, name, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for place in doralib.inject.layers_of(model, name).values():
+        for place in live.layers_of(model, name).values():
             for key, p in place.named_parameters(recurse=False):
                 by = torch.randn(p.shape, generator=generator)
                 p.copy_(p * (1 + 0.1 * by) if "magnitude" in key else 0.2 * by)
@@ -69,10 +79,10 @@ def test_several_adapters_share_a_quantised_base(kind, even_llama_folder):
     twin = several(even_llama_folder, kind)
     changes = {}
     for name, weight in {"turned": 0.5, "vectors": -0.7}.items():
-        for place, layer in doralib.inject.layers_of(twin, name).items():
+        for place, layer in live.layers_of(twin, name).items():
             W = layer.base.W_OI.double()
             changes[place] = changes.get(place, 0) + weight * (layer.merged_weight().double() - W)
-    for place, layer in doralib.inject.layers_of(model, "sum").items():
+    for place, layer in live.layers_of(model, "sum").items():
         want = layer.base.W_OI.double() + changes[place]
         torch.testing.assert_close(layer.merged_weight().double(), want, rtol=1e-4, atol=1e-5)
 
@@ -112,7 +122,7 @@ def test_a_merge_is_undone_bit_for_bit(kind, many, even_llama_folder, tmp_path):
         model = doralib.adapt(load(even_llama_folder, kind), CONFIG)
         moved(model, "default")
     want, before, report = logits(model), bits(model), doralib.merge_report(model)
-    layers = doralib.inject.layers_of(model, doralib.active_adapter(model))
+    layers = live.layers_of(model, doralib.active_adapter(model))
     assert [row.layer for row in report] == list(layers)
     W = {name: layer.base.W_OI for name, layer in layers.items()}
     values = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name or "vera_" in name}
@@ -215,7 +225,7 @@ def live_sum(base, ingredients):
     total = {}
     for each in ingredients:
         model = doralib.load_adapter(load(base), each.path)
-        for name, layer in doralib.inject.layers_of(model, "default").items():
+        for name, layer in live.layers_of(model, "default").items():
             W = layer.base.W_OI.double()
             total[name] = total.get(name, W) + each.weight * (layer.merged_weight().double() - W)
     return total
@@ -291,3 +301,97 @@ def test_inspect_and_convert_read_quantised_bases(kind, bases, adapter, tmp_path
     plain = doralib.load_adapter(load(base), adapter)
     lora = doralib.load_adapter(load(base), tmp_path / "lora")
     torch.testing.assert_close(logits(lora), logits(plain), rtol=1e-3, atol=1e-3)
+
+
+EVEN = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+# with the weights that an adapter changes, and how many of them are quantised; transformers leaves experts as they are
+SPECIAL = {
+    "fused": (
+        lambda: Phi3ForCausalLM(Phi3Config(**EVEN)),
+        {"target_modules": ("qkv_proj", "gate_up_proj"), "fused_modules": FUSED["phi3"][2]},
+        (4, 4),
+    ),
+    "experts": (
+        lambda: OlmoeForCausalLM(OlmoeConfig(**EVEN, num_experts=3, num_experts_per_tok=2)),
+        {"target_modules": ("q_proj",), "target_parameters": PARAMETERS},
+        (20, 2),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory):
+    """Folders of a quantised base and of an adapter of it, and the adapted model; each made once."""
+    made = {}
+
+    def base_of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(1)
+            SPECIAL[name][0]().save_pretrained(folder / "plain")
+            load(folder / "plain", "nf4 double").save_pretrained(folder / "base")
+            model = doralib.adapt(load(folder / "base"), DoraConfig(r=3, lora_alpha=5, **SPECIAL[name][1]))
+            doralib.save_adapter(move(model, 0.2, share=0.2, seed=2), folder / "adapter")
+            made[name] = folder
+        return made[name]
+
+    return base_of
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_fused_projections_and_experts_become_on_disk_what_they_become_live(name, dtype, special, tmp_path):
+    folder, (layers, anew) = special(name), SPECIAL[name][2]
+    summary = merge_checkpoint(folder / "adapter", folder / "base", tmp_path, dtype=dtype)
+    assert (summary.layers, len(summary.requantised)) == (layers, 0 if dtype else anew)
+    model = doralib.load_adapter(load(folder / "base"), folder / "adapter")
+    adapted = logits(model)
+    with doralib.disabled(model):
+        assert (logits(model) - adapted).abs().max() > 0.1
+    merged, again = doralib.merge(model, dequantise=dtype is not None), load(tmp_path)
+    assert quantised(again) == quantised(merged)
+    assert len(quantised(again)) == (0 if dtype else 8)
+    assert torch.equal(logits(again), logits(merged))
+    if dtype:
+        torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_quantised_one_by_one(special, tmp_path):
+    """As older transformers stored them; each is read, changed and quantised again like any other weight."""
+    folder = special("experts")
+    tensors = {}
+    for key, value in stored(folder / "base").items():
+        if ".experts." not in key:
+            tensors[key] = value
+            continue
+        layer = bits4(value, "nf4", nested=True)
+        tensors[key] = layer.weight.data
+        tensors |= {f"{key}.{part}": t for part, t in layer.weight.quant_state.as_dict(packed=True).items()}
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    shutil.copy(folder / "base" / "config.json", tmp_path / "base")
+    for out, dtype in (("dense", "float32"), ("again", None)):
+        summary = merge_checkpoint(folder / "adapter", tmp_path / "base", tmp_path / out, dtype=dtype)
+        assert (summary.layers, len(summary.requantised)) == (20, 0 if dtype else 20)
+    before, dense = packed_layers(Checkpoint.open(tmp_path / "base")), stored(tmp_path / "dense")
+    after = packed_layers(Checkpoint.open(tmp_path / "again"))
+    state = doralib.inject.read_adapter(folder / "adapter")[1]
+    for e in range(3):
+        share = state.layers["model.layers.1.mlp.experts.down_proj"]
+        name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
+        V = before[name].dense().double() + share.scale * share.b_OR[e].double() @ share.a_RI[e].double()
+        V *= share.m_O[e].double()[:, None] / V.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(dense[name].double(), V, rtol=1e-5, atol=1e-5)
+        error = (after[name].dense().double() - V).norm() / V.norm()
+        row = next(row for row in summary.requantised if f"{row.layer}.weight" == name)
+        assert row.of_weight == pytest.approx(error.item(), rel=1e-3)
+        assert error < 0.2

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
-from doralib import DoraConfig, DoraError, UsageError, inject
+from doralib import DoraConfig, DoraError, UsageError, inject, live
 from doralib.bases import Opaque
 from doralib.kernels import norm, ready
 from doralib.layers import DoraLinear
@@ -28,25 +29,12 @@ CONFIGS = {
 }
 
 
-@torch.no_grad()
-def move(model, seed=3, amount=0.1):
-    g = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.add_(amount * torch.randn(p.shape, generator=g))
-    return model
-
-
-def ids(rows=4, seed=0, length=7):
-    return torch.randint(3, 400, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Each adapter on a model of its own: its folder, its logits and its gradients."""
     found = {}
     for i, (name, config) in enumerate(CONFIGS.items()):
-        model = move(doralib.adapt(make_llama(), config), i)
+        model = move(doralib.adapt(make_llama(), config), seed=i)
         folder = tmp_path_factory.mktemp("alone") / name
         doralib.save_adapter(model, folder)
         found[name] = folder, model(ids()).logits.detach(), model
@@ -194,7 +182,7 @@ def test_files_of_any_format(several, name, tmp_path):
     from doralib.formats.storage import write_content
 
     given, config = inject._knowing(Given(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
-    state = inject.state_of(move(doralib.adapt(make_llama(), config), 9))
+    state = live.state_of(move(doralib.adapt(make_llama(), config), seed=9))
     write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
     doralib.load_adapter(several, tmp_path, "theirs")
@@ -213,7 +201,7 @@ def test_biases_change_with_the_adapter(tmp_path):
     }
     x, want, model = torch.randn(4, 5), {}, base()
     for i, (name, config) in enumerate(configs.items()):
-        one = move(doralib.adapt(base(), config), i)
+        one = move(doralib.adapt(base(), config), seed=i)
         doralib.save_adapter(one, tmp_path / name)
         want[name] = one(x)
         doralib.load_adapter(model, tmp_path / name, name)
@@ -221,7 +209,7 @@ def test_biases_change_with_the_adapter(tmp_path):
         assert torch.equal(doralib.set_adapter(model, name)(x), want[name])
         with doralib.disabled(model):
             assert torch.equal(model(x), base()(x))
-        assert inject.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
+        assert live.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
         trained = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
         assert trained == {"a": {"0.bias", "2.bias"}, "b": {"2.bias"}, "c": set()}[name]
     with doralib.disabled(model):  # what is switched to meanwhile shows afterwards
@@ -232,7 +220,7 @@ def test_biases_change_with_the_adapter(tmp_path):
     with doralib.adapter_rows(model, ["c", None, "c", None]):
         torch.testing.assert_close(model(x), torch.stack([want["c"], base()(x)] * 2).flatten(0, 1)[[0, 5, 2, 7]])
     assert torch.equal(model(x), want["b"])
-    move(model, 9)
+    move(model, seed=9)
     trained_on = model(x)
     doralib.set_adapter(model, "a")
     assert torch.equal(doralib.set_adapter(model, "b")(x), trained_on)
@@ -371,22 +359,34 @@ MODELS = {
 }
 
 
+def of_kind(name, seed=0):
+    """The model of that name in MODELS, what to adapt in it, and four rows of inputs."""
+    make, targets, shape = MODELS[name]
+    torch.manual_seed(seed)
+    model = make()
+    if not shape:
+        model.lm_head = nn.Linear(12, 50)  # not tied to the embedding
+    x = torch.randn(shape) if shape else torch.randint(0, 50, (4, 6))
+    return model, targets, x
+
+
+def outputs(model, x):
+    y = model(x)
+    return getattr(y, "logits", y)
+
+
 @pytest.mark.parametrize("method", ["dora", "lora"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_and_their_gradients(model, method, seed):
-    make, targets, shape = MODELS[model]
-    torch.manual_seed(seed)
-    model, names = make().double(), ["b", None, "a", "b"]
-    if model.__class__.__name__ == "GPT2LMHeadModel":
-        model.lm_head = nn.Linear(12, 50).double()  # not tied to the embedding
+    model, targets, x = of_kind(model, seed)
+    model, names = model.double(), ["b", None, "a", "b"]
     doralib.adapt(model, DoraConfig(r=2, method=method, target_modules=targets, detach_norm=not seed), "a")
     doralib.add_adapter(model, "b", DoraConfig(r=3, method="dora", target_modules=targets[:1]))
-    move(model, seed)
-    call = (lambda x: model(x)) if shape else lambda x: model(x).logits
-    x = torch.randn(shape).double() if shape else torch.randint(0, 50, (4, 6))
-    weight = torch.randn_like(call(x))
-    params = dict(inject.trainable(model))
+    move(model, seed=seed)
+    x = x.double() if x.is_floating_point() else x
+    weight = torch.randn_like(outputs(model, x))
+    params = dict(live.trainable(model))
 
     def gradients(y):
         model.zero_grad()
@@ -396,10 +396,10 @@ def test_rows_and_their_gradients(model, method, seed):
     want_y = []
     for i, name in enumerate(names):
         doralib.set_adapter(model, name)
-        want_y.append(call(x[i : i + 1]))
+        want_y.append(outputs(model, x[i : i + 1]))
     want = gradients(torch.cat(want_y))
     with doralib.adapter_rows(model, names):
-        got_y = call(x)
+        got_y = outputs(model, x)
     got = gradients(got_y)
     torch.testing.assert_close(got_y, torch.cat(want_y), rtol=1e-12, atol=1e-12)
     assert all(grad is not None for grad in want.values())
@@ -475,13 +475,13 @@ def test_prompts_that_are_sorted_are_refused(several):
 
 
 @pytest.mark.parametrize("rows", [3, 5])
-def test_a_batch_of_another_size_is_refused(several, rows):
+def test_a_batch_of_another_size_is_refused(several, alone, rows):
     with doralib.adapter_rows(several, NAMES[:4]):
         with pytest.raises(UsageError, match=f"4 names, and the batch has {rows} rows"):
             several(ids(rows))
         with pytest.raises(UsageError, match="cannot go by rows"):
             several.model(input_ids=ids(rows))
-    assert torch.equal(several(ids(rows)).logits, several(ids(rows)).logits)
+    assert torch.equal(several(ids(rows)).logits, alone["maths"][2](ids(rows)).logits)
 
 
 def test_layers_that_see_no_rows_are_refused():

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_experts import build, config, ids, logits, move
+from adapted import ids, logits, move
+from test_experts import build, config
 from torch import nn
 
 import doralib

@@ -8,14 +8,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted import ids, logits, move
 from conftest import make_llama
 from safetensors.torch import load_file
-from test_embeddings import KINDS, PAD, D, R, V, move, tokens
+from test_embeddings import KINDS, PAD, D, R, V, assert_equals, tokens, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
-from doralib import inject
+from doralib import inject, live
 from doralib.config import DoraConfig
 from doralib.embeddings import DoraEmbedding, DoraTokenEmbedding
 from doralib.errors import DoraError, UsageError
@@ -34,7 +35,7 @@ def make(kind, dtype=torch.float64, moved=True, **changes):
         module.weight[7] = 0
     config = DoraConfig(**{"r": R, "lora_alpha": 4} | changes)
     layer = DoraTokenEmbedding(module.to(dtype), config.r, config.scale_of("layer"), config)
-    return move(layer) if moved else layer
+    return move(layer, 0.3) if moved else layer
 
 
 def formula(layer, x, detach=True):
@@ -52,17 +53,8 @@ def formula(layer, x, detach=True):
 @pytest.mark.parametrize("detach", [True, False])
 def test_output_and_gradients_equal_the_formula(kind, detach):
     layer = make(kind, detach_norm=detach)
-    leaves = [p for p in layer.parameters() if p.requires_grad]
-    assert [tuple(p.shape) for p in leaves] == [(R, V), (D, R), (V,)]
-    y, want = layer(tokens()), formula(layer, tokens(), detach)
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if kind == "gemma" else {}  # its factor is a float32 buffer
-    torch.testing.assert_close(y, want, **tolerance)
-    dy = torch.randn_like(y)
-    if layer.padding_idx is not None:
-        dy[tokens() == PAD] = 0  # torch gives the padding token's row no gradient
-    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
-        assert ours.isfinite().all()
+    assert [tuple(p.shape) for p in layer.parameters() if p.requires_grad] == [(R, V), (D, R), (V,)]
+    assert_equals(layer, formula(layer, tokens(), detach), kind)
 
 
 @kinds
@@ -120,7 +112,7 @@ def shares(a, b):
 
 def test_a_forward_pass_computes_only_the_rows_that_are_looked_up():
     num_tokens, num_dims, x = 1000, 16, torch.tensor([[5, 7, 999]])
-    layer = move(DoraTokenEmbedding(nn.Embedding(num_tokens, num_dims), R, 1.0, DoraConfig()))
+    layer = move(DoraTokenEmbedding(nn.Embedding(num_tokens, num_dims), R, 1.0, DoraConfig()), 0.3)
     with Largest() as seen:
         y = layer(x)
     assert seen.elements == x.numel() * num_dims
@@ -141,12 +133,7 @@ def test_autocast_changes_nothing():
 
 
 def test_a_padding_row_of_zeros_stays_zero():
-    layer = make("padding", torch.float32, moved=False)
-    optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)
-    for _ in range(3):
-        layer(tokens()).square().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+    layer = trained(make("padding", torch.float32, moved=False))
     assert not layer(torch.tensor([PAD, 7])).any()
     assert layer(torch.tensor([5])).isfinite().all()
 
@@ -156,22 +143,12 @@ def config(**changes):
     return DoraConfig(**settings | changes)
 
 
-def ids():
-    return torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(ids()).logits
-
-
 def test_a_model_trains_saves_loads_and_merges(tmp_path):
     plain = make_llama()
     plain.save_pretrained(tmp_path / "base")
     model = doralib.adapt(copy.deepcopy(plain), config())
     assert torch.equal(logits(model), logits(plain))
-    trained = [p for _, p in inject.trainable(model)]
-    optimiser = torch.optim.AdamW(trained, lr=0.02, weight_decay=0)
+    optimiser = torch.optim.AdamW([p for _, p in live.trainable(model)], lr=0.02, weight_decay=0)
     losses = []
     for _ in range(3):
         losses.append(loss := model(ids(), labels=ids()).loss)
@@ -212,7 +189,7 @@ def test_one_axis_does_not_load_into_the_other(tmp_path):
     )
     assert type(by_dimension[0]) is DoraEmbedding
     with pytest.raises(DoraError, match="token embedding in the adapter, embedding in the model"):
-        inject.load_into(by_dimension, inject.state_of(by_token))
+        inject.load_into(by_dimension, live.state_of(by_token))
     doralib.save_adapter(by_token, tmp_path)
     with pytest.raises(DoraError, match=r"\(6, 6\) in the adapter, \(9, 6\) in the model"):
         doralib.load_adapter(nn.Sequential(nn.Embedding(9, 6)), tmp_path)
@@ -231,7 +208,7 @@ def test_lora_has_no_axis_and_magnitudes_alone_have_one():
 def test_tied_heads_are_refused(tmp_path):
     with pytest.raises(UsageError, match="tied to lm_head"):
         doralib.adapt(make_llama(tie_word_embeddings=True), config())
-    doralib.save_adapter(move(doralib.adapt(make_llama(), config()), 0.1), tmp_path / "adapter")
+    doralib.save_adapter(move(doralib.adapt(make_llama(), config())), tmp_path / "adapter")
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     with pytest.raises(DoraError, match="tied to this embedding"):
         merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
@@ -249,7 +226,7 @@ def test_mlxs_file_gives_mlxs_numbers():
     model["embed_tokens"].weight.data = expected["base.embed_tokens"].clone()
     doralib.load_adapter(model, GOLDEN)
     assert type(model["embed_tokens"]) is DoraTokenEmbedding
-    assert inject.config_of(model).embedding_axis == "token"
+    assert live.config_of(model).embedding_axis == "token"
     x = expected["base.tokens"].long()
     torch.testing.assert_close(model["embed_tokens"](x), expected["merged.tokens"])
     torch.testing.assert_close(doralib.merge(model)["embed_tokens"].weight.detach(), expected["merged.embed_tokens"])
@@ -306,7 +283,7 @@ def test_mlx_reads_and_computes_the_same(tmp_path):
 
 
 def test_dimensions_do_not_go_to_mlx_and_mixed_files_are_refused(tmp_path):
-    model = move(doralib.adapt(make_llama(), config(embedding_axis="dimension")), 0.1)
+    model = move(doralib.adapt(make_llama(), config(embedding_axis="dimension")))
     doralib.save_adapter(model, tmp_path)
     with pytest.raises(UsageError, match=r"embed_tokens \(embedding\)"):
         convert_adapter(Request(adapter=tmp_path, to="mlx", out=tmp_path / "mlx"))

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from adapted import ids, move
 from conftest import make_llama
 from safetensors.torch import load_file
-from test_several import CONFIGS, MODELS, OwnLinear, ids, move
+from test_several import CONFIGS, MODELS, OwnLinear, of_kind, outputs
 from torch import nn
 
 import doralib
-from doralib import DoraConfig, DoraError, UsageError, inject
+from doralib import DoraConfig, DoraError, UsageError, live
 from doralib.layers import DoraLinear, TrainedCopy
 from doralib.switched import Switched
 
@@ -41,8 +42,8 @@ def keep(request, tmp_path):
 def test_there_and_back(name, keep, dtype):
     model = move(doralib.adapt(make_llama().to(dtype), CONFIGS[name], name))
     model.model.norm.weight.requires_grad_(True)
-    inject.layers_of(model, name)[
-        "model.layers.0.self_attn.v_proj" if name in ("maths", "lengths") else next(iter(inject.layers_of(model, name)))
+    live.layers_of(model, name)[
+        "model.layers.0.self_attn.v_proj" if name in ("maths", "lengths") else next(iter(live.layers_of(model, name)))
     ].requires_grad_(False)
     logits, before = model(ids()).logits, snapshot(model)
     plain = doralib.merge(copy.deepcopy(model))
@@ -61,7 +62,7 @@ def test_there_and_back(name, keep, dtype):
 
 
 def test_training_goes_on_after_it(keep):
-    model, twin = (move(doralib.adapt(make_llama(), CONFIGS["words"])) for _ in range(2))
+    model, twin = (move(doralib.adapt(make_llama(), CONFIGS["words"]), seed=3) for _ in range(2))
     for i, each in enumerate((model, twin)):
         optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.01)
         for step in range(3):
@@ -117,25 +118,19 @@ def test_trained_biases(keep):
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"opaque"}))
 def test_every_kind_of_layer(model, keep):
-    make, targets, shape = MODELS[model]
-    torch.manual_seed(0)
-    model = make()
-    if not shape:
-        model.lm_head = nn.Linear(12, 50)
+    model, targets, x = of_kind(model)
     move(doralib.adapt(model, DoraConfig(r=2, target_modules=targets)))
-    x = torch.randn(shape) if shape else torch.randint(0, 50, (4, 6))
-    call = (lambda: model(x)) if shape else lambda: model(x).logits
-    want, before = call(), snapshot(model)
+    want, before = outputs(model, x), snapshot(model)
     doralib.merge_adapter(model, keep)
-    torch.testing.assert_close(call(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, x), want, rtol=1e-4, atol=1e-5)
     doralib.unmerge_adapter(model)
     assert_same(model, before)
-    assert torch.equal(call(), want)
+    assert torch.equal(outputs(model, x), want)
 
 
 def test_with_a_file_the_frozen_weights_are_in_no_memory(tmp_path):
     model = move(doralib.adapt(make_llama(), CONFIGS["maths"]))
-    frozen = {name: layer.base_layer.weight for name, layer in inject.layers_of(model, "default").items()}
+    frozen = {name: layer.base_layer.weight for name, layer in live.layers_of(model, "default").items()}
     values = {name: p.detach().clone() for name, p in frozen.items()}
     doralib.merge_adapter(model, tmp_path / "frozen.safetensors")
     assert sum(p.numel() for p in frozen.values()) == 0

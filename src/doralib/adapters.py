@@ -1,6 +1,7 @@
 """Adapters of any format, read with what the headers of their base model's checkpoint tell: names, shapes, config."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from .errors import UsageError
 from .formats import Found, Given
 from .formats.components import COMPONENTS
 from .formats.storage import one_part, read_any
-from .packed import packed_layers
+from .packed import PackedLayer, packed_layers
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
 _SINGLE_FILE = {
@@ -37,11 +38,14 @@ def read_adapter(path: Path, given: Given, source: str | None = None) -> tuple[s
     return form.name, one_part(found, given.component)
 
 
-def knowing(given: Given, base: Path | Checkpoint) -> Given:
+def knowing(given: Given, base: Path | Checkpoint, packed: Mapping[str, PackedLayer] | None = None) -> Given:
     """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
 
     Only headers are read; ``lengths`` reads weights when a format asks. With a folder that is one part of a pipeline,
     that part is the component.
+
+    Args:
+        packed: the quantised layers of a checkpoint, where they have been looked for already.
 
     Raises:
         UsageError: if there are no weights.
@@ -58,10 +62,11 @@ def knowing(given: Given, base: Path | Checkpoint) -> Given:
                 shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
         return replace(given, shapes=shapes)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    for name, shape in _modules(checkpoint).items():
+    for name, shape in _modules(checkpoint, packed).items():
         head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
         shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
-    return replace(given, shapes=shapes, config=checkpoint.config(), lengths=partial(adapted_lengths, checkpoint))
+    lengths = partial(adapted_lengths, checkpoint, packed=packed)
+    return replace(given, shapes=shapes, config=checkpoint.config(), lengths=lengths)
 
 
 def whole_pipeline(base: str | Path) -> None:
@@ -99,10 +104,11 @@ def _is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def _modules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _modules(checkpoint: Checkpoint, packed: Mapping[str, PackedLayer] | None = None) -> dict[str, tuple[int, ...]]:
     """A quantised layer has the shape of the weight that it stands for."""
     stored = {name: slot.shape for name, slot in checkpoint.slots.items()}
-    stored |= {name: layer.shape for name, layer in packed_layers(checkpoint).items()}
+    packed = packed_layers(checkpoint) if packed is None else packed
+    stored |= {name: layer.shape for name, layer in packed.items()}
     return {
         re.sub(r"\.weight$", "", name): shape
         for name, shape in stored.items()

@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 
 from .config import DoraConfig
-from .inject import config_of, trainable
-
-MAGNITUDE = "lora_magnitude_vector"
+from .formats.parts import MAGNITUDE as MAGNITUDE
+from .live import config_of, trainable
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from .live import (
     adapter_of,
     as_own,
     bias_of,
+    config_of,
     free_record_of,
     listed,
     make_switched,
@@ -36,12 +37,10 @@ from .live import (
     same_tensors,
     show_biases,
     show_the_right_biases,
+    state_of,
     tensors_of,
     wrapped,
 )
-from .live import config_of as config_of
-from .live import layers_of as layers_of
-from .live import state_of as state_of
 from .live import trainable as trainable
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, MovedAdapter

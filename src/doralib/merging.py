@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -212,9 +212,11 @@ def _changes(
     folded: list[Folded] = []
     notes: list[str] = []
     problems: list[DoraError] = []
+    known = knowing(Given(), checkpoint, packed)
     for each in ingredients:
+        given = replace(known, alpha=each.given.alpha, component=each.given.component or known.component)
         with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
-            form, found = read_adapter(each.path, knowing(each.given, checkpoint))
+            form, found = read_adapter(each.path, given)
             other = another_base(found.state.base_model, checkpoint.folder)
             fitted = _fitted(found, checkpoint, packed, other)
             for name, adapter in fitted.layers.items():

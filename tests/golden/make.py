@@ -174,15 +174,36 @@ def diffusers():
     _finish(folder, "diffusers", base, merged)
 
 
-def mlx():
-    import mlx.core as mx
-    import mlx.nn as nn
+def _torched(array):
     import numpy as np
+
+    return torch.from_numpy(np.array(array))
+
+
+def _mlx_folder(name, model, keys):
+    """The folder with the files of mlx-lm's DoRA of these layers, once the model has it and it has moved."""
+    import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    def torched(array):
-        return torch.from_numpy(np.array(array))
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, -1, parameters, use_dora=True)
+    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
+    moved = {name: _torched(value).clone() for name, value in trained.items()}
+    _disturb(moved.items())
+    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
+    folder = _folder(name)
+    mx.save_safetensors(
+        str(folder / "adapters.safetensors"), {n: v for n, v in tree_flatten(model.parameters()) if n in trained}
+    )
+    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    return folder
+
+
+def mlx():
+    import mlx.core as mx
+    import mlx.nn as nn
 
     class Block(nn.Module):
         def __init__(self):
@@ -197,24 +218,13 @@ def mlx():
 
     mx.random.seed(0)
     model = Model()
-    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": ["q_proj", "o_proj"]}
-    linear_to_lora_layers(model, -1, parameters, use_dora=True)
-    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
-    moved = {name: torched(value).clone() for name, value in trained.items()}
-    _disturb(moved.items())
-    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
-    folder = _folder("mlx")
-    mx.save_safetensors(
-        str(folder / "adapters.safetensors"), {n: v for n, v in tree_flatten(model.parameters()) if n in trained}
-    )
-    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    folder = _mlx_folder("mlx", model, ["q_proj", "o_proj"])
     layers = {f"layers.{i}.{name}": getattr(model.layers[i], name) for i in (0, 1) for name in ("q_proj", "o_proj")}
     _finish(
         folder,
         "mlx-lm",
-        {name: torched(layer.linear.weight) for name, layer in layers.items()},
-        {name: torched(layer.fuse().weight) for name, layer in layers.items()},
+        {name: _torched(layer.linear.weight) for name, layer in layers.items()},
+        {name: _torched(layer.fuse().weight) for name, layer in layers.items()},
     )
 
 
@@ -222,12 +232,6 @@ def mlx_embedding():
     """A DoRA embedding beside a linear layer; rows of the weights are tokens."""
     import mlx.core as mx
     import mlx.nn as nn
-    import numpy as np
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    def torched(array):
-        return torch.from_numpy(np.array(array))
 
     class Block(nn.Module):
         def __init__(self):
@@ -241,23 +245,14 @@ def mlx_embedding():
 
     mx.random.seed(0)
     model = Model()
-    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.0, "keys": ["q_proj", "embed_tokens"]}
-    linear_to_lora_layers(model, -1, parameters, use_dora=True)
-    trained = {n: v for n, v in tree_flatten(model.parameters()) if n.endswith(("lora_a", "lora_b", ".m"))}
-    moved = {name: torched(value).clone() for name, value in trained.items()}
-    _disturb(moved.items())
-    model.load_weights([(name, mx.array(value.numpy())) for name, value in moved.items()], strict=False)
-    folder = _folder("mlx_embedding")
-    mx.save_safetensors(str(folder / "adapters.safetensors"), {n: mx.array(v.numpy()) for n, v in moved.items()})
-    settings = {"fine_tune_type": "dora", "model": "tiny", "num_layers": -1, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=4))
+    folder = _mlx_folder("mlx_embedding", model, ["q_proj", "embed_tokens"])
     tokens = torch.tensor([[0, 3, 8], [3, 1, 0]])
-    looked_up = torched(model.embed_tokens(mx.array(tokens.numpy())))
+    looked_up = _torched(model.embed_tokens(mx.array(tokens.numpy())))
     _finish(
         folder,
         "mlx-lm",
-        {"embed_tokens": torched(model.embed_tokens.embedding.weight), "tokens": tokens},
-        {"embed_tokens": torched(model.embed_tokens.fuse().weight), "tokens": looked_up},
+        {"embed_tokens": _torched(model.embed_tokens.embedding.weight), "tokens": tokens},
+        {"embed_tokens": _torched(model.embed_tokens.fuse().weight), "tokens": looked_up},
     )
 
 

@@ -12,7 +12,7 @@ from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
 from .components import COMPONENTS, component_of, guessed
 from .content import Content, Found, Given, only_layers, refuse
-from .parts import alpha_of, commonest, config_for, gathered, layers_of, number
+from .parts import MAGNITUDE, alpha_of, commonest, config_for, gathered, layers_of, number
 
 METADATA = "lora_adapter_metadata"
 _FIELDS = {
@@ -22,16 +22,16 @@ _FIELDS = {
     "lora_B.weight": "b",
     "lora_linear_layer.down.weight": "a",
     "lora_linear_layer.up.weight": "b",
-    "lora_magnitude_vector": "m",
-    "lora_magnitude_vector.weight": "m",
+    MAGNITUDE: "m",
+    f"{MAGNITUDE}.weight": "m",
     "alpha": "alpha",
 }
-_KEYS = {"a": "lora.down.weight", "b": "lora.up.weight", "m": "lora_magnitude_vector"}
-_PEFT_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_KEYS = {"a": "lora.down.weight", "b": "lora.up.weight", "m": MAGNITUDE}
+_PEFT_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": MAGNITUDE}
 # a unet's keys are diffusers' own. transformers, which loads text encoders, looks for the magnitude as a module's
 # weight: by PEFT's own key it is dropped (seen with diffusers 0.42.1 and transformers 5.23), and PEFT takes both
 _WRITTEN = {"unet": _KEYS, "transformer": _PEFT_KEYS}
-_TEXT_ENCODER = {**_PEFT_KEYS, "m": "lora_magnitude_vector.weight"}
+_TEXT_ENCODER = {**_PEFT_KEYS, "m": f"{MAGNITUDE}.weight"}
 
 
 def detect(content: Content) -> bool:
@@ -144,7 +144,7 @@ def _settings(
 def _without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, DoraConfig]) -> list[str]:
     """Parts said to be DoRA that have no magnitude, which `layers_of` does not know."""
     return [
-        f"{part}: use_dora is set, but there is not one lora_magnitude_vector"
+        f"{part}: use_dora is set, but there is not one {MAGNITUDE}"
         for part, config in settings.items()
         if config.method == "dora" and not any("m" in parts[name] for name in parts if component_of(name) == part)
     ]

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import ExpertsAdapter
+from .parts import MAGNITUDE, refuse_missing
 
 # the order in which transformers' modules have them
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _WRAPPER = ".base_layer"
 _KEYS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
-_MAGNITUDE = "lora_magnitude_vector"
 
 
 def to_tensors(stacks: Mapping[str, ExpertsAdapter]) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def to_tensors(stacks: Mapping[str, ExpertsAdapter]) -> dict[str, Tensor]:
         tensors[f"{place}.lora_A.weight"] = adapter.a_RI.flatten(0, 1)
         tensors[f"{place}.lora_B.weight"] = adapter.b_OR.permute(1, 2, 0).flatten(1).contiguous()
         if adapter.m_O is not None:
-            tensors[f"{place}.{_MAGNITUDE}"] = adapter.m_O
+            tensors[f"{place}.{MAGNITUDE}"] = adapter.m_O
     return tensors
 
 
@@ -84,22 +84,6 @@ def read(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> ExpertsA
     E = a.shape[0] // r
     b_EOR = b.unflatten(1, (r, E)).permute(2, 0, 1).contiguous()
     return ExpertsAdapter(a.unflatten(0, (E, r)), b_EOR, m, config.scale_of(name))
-
-
-def refuse_missing(found: Mapping[str, Tensor], keys: Mapping[str, str], config: DoraConfig) -> None:
-    """Nothing, if a layer has all its tensors and none too many.
-
-    Raises:
-        DoraError: naming them.
-    """
-    missing = [key for field, key in keys.items() if field not in found]
-    if config.method == "lora":
-        if "m_O" in found:
-            raise DoraError(f"has a {_MAGNITUDE}, but use_dora is false in the settings")
-    elif "m_O" not in found:
-        missing.append(_MAGNITUDE)
-    if missing:
-        raise DoraError(f"lacks {', '.join(missing)}")
 
 
 def _ordered(fields: Collection[str]) -> list[str]:

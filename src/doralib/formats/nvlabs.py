@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import DoraError, nearest
 from .content import Content, Found, Given, refuse
+from .parts import MAGNITUDE
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
@@ -115,7 +116,7 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _peft_key(key: str) -> str:
-    return key.removesuffix(_MAGNITUDE) + ".lora_magnitude_vector" if key.endswith(_MAGNITUDE) else key
+    return key.removesuffix(_MAGNITUDE) + f".{MAGNITUDE}" if key.endswith(_MAGNITUDE) else key
 
 
 def _peft_settings(settings: Mapping[str, Any], given: Given, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

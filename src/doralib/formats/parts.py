@@ -11,6 +11,8 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
 
+# PEFT's key, and a live layer's parameter of that name
+MAGNITUDE = "lora_magnitude_vector"
 Parts = dict[str, dict[str, Tensor]]
 
 
@@ -60,6 +62,22 @@ def layers_of(
     if not parts and not problems:
         problems.append("the file holds no tensor at all")
     return layers
+
+
+def refuse_missing(found: Mapping[str, Tensor], keys: Mapping[str, str], config: DoraConfig) -> None:
+    """Nothing, if a layer has all its tensors and none too many.
+
+    Raises:
+        DoraError: naming them.
+    """
+    missing = [key for field, key in keys.items() if field not in found]
+    if config.method == "lora":
+        if "m_O" in found:
+            raise DoraError(f"has a {MAGNITUDE}, but use_dora is false in the settings")
+    elif "m_O" not in found:
+        missing.append(MAGNITUDE)
+    if missing:
+        raise DoraError(f"lacks {', '.join(missing)}")
 
 
 def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapter]]:

@@ -12,7 +12,7 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
 from . import experts
-from .parts import alpha_of
+from .parts import MAGNITUDE, alpha_of, refuse_missing
 from .vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
@@ -22,9 +22,8 @@ _FACTORS_OF = {
     "embedding": {"a_RI": "lora_embedding_A", "b_OR": "lora_embedding_B"},
     "transposed_convolution": {"a_RI": "lora_transposed_A.weight", "b_OR": "lora_transposed_B.weight"},
 }
-_MAGNITUDE = "lora_magnitude_vector"
 # (field, kind) by key; kind "": linear or convolution, as the shapes say
-_MEANINGS = {_MAGNITUDE: ("m_O", "")} | {
+_MEANINGS = {MAGNITUDE: ("m_O", "")} | {
     key: (field, kind) for kind, keys in {"": _FACTORS, **_FACTORS_OF}.items() for field, key in keys.items()
 }
 _PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _MEANINGS))})")
@@ -136,10 +135,10 @@ def _layer_tensors(adapter: LayerAdapter) -> dict[str, Tensor]:
     tensors = {key: getattr(adapter, field) for field, key in keys.items()}
     if adapter.kind == "token_embedding":
         tensors = dict(zip(_FACTORS_OF["embedding"].values(), (adapter.b_OR.T, adapter.a_RI.T), strict=True))
-        return tensors | ({} if m is None else {_MAGNITUDE: m[:, None]})
+        return tensors | ({} if m is None else {MAGNITUDE: m[:, None]})
     if m is not None:
         shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
-        tensors[_MAGNITUDE] = m.reshape(shape)
+        tensors[MAGNITUDE] = m.reshape(shape)
     return tensors
 
 
@@ -201,7 +200,7 @@ def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
     if kind == "experts":
         return experts.read(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
-    experts.refuse_missing(found, keys, config)
+    refuse_missing(found, keys, config)
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")

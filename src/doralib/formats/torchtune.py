@@ -14,7 +14,7 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
 from .content import Content, Found, Given, only_layers, refuse
-from .parts import alpha_of, commonest, config_for, gathered, layers_of, one_rank
+from .parts import MAGNITUDE, alpha_of, commonest, config_for, gathered, layers_of, one_rank
 from .peft import from_peft
 
 _KEYS = {"a": "lora_a.weight", "b": "lora_b.weight", "m": "magnitude"}
@@ -34,7 +34,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # of torchtune 0.6's converters these reorder q and k, and qwen2's does not
 _REORDERED = frozenset({"llama", "mistral", "gemma", "gemma2"})
 _AS_IS = frozenset({"qwen2"})
-_EXPORTED = ".lora_magnitude_vector"
+_EXPORTED = f".{MAGNITUDE}"
 
 Reorder = Callable[[Tensor, int], Tensor]
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, BankAdapter
+from .parts import MAGNITUDE
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
 _PREFIX = "base_model.model."
 _BANK = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
-_FIELDS = {"vera_lambda_d": "d_R", "vera_lambda_b": "b_O", "lora_magnitude_vector": "m_O"}
+_FIELDS = {"vera_lambda_d": "d_R", "vera_lambda_b": "b_O", MAGNITUDE: "m_O"}
 _SHARED = ("r", "target_modules", "exclude_modules", "modules_to_save", "d_initial", "projection_prng_key")
 
 
@@ -32,7 +33,7 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         layer, _, field = key.removeprefix(_PREFIX).rpartition(".")
         if key in _BANK:
             continue
-        if field not in _FIELDS or (field == "lora_magnitude_vector" and method == "vera"):
+        if field not in _FIELDS or (field == MAGNITUDE and method == "vera"):
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a {method} adapter")
         parts.setdefault(layer, {})[field] = tensor
     needed = list(_FIELDS)[: 3 if method == "dvora" else 2]
@@ -43,7 +44,7 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     values |= {field: tuple(sorted(v)) for field, v in values.items() if isinstance(v, list | set)}
     config = DoraConfig(method=method, lora_dropout=settings.get("vera_dropout") or 0.0, dropout_mode="exact", **values)
     layers = {
-        name: BankAdapter(bank, part["vera_lambda_d"], part["vera_lambda_b"], part.get(_MAGNITUDE), bank[0].shape[1])
+        name: BankAdapter(bank, part["vera_lambda_d"], part["vera_lambda_b"], part.get(MAGNITUDE), bank[0].shape[1])
         for name, part in parts.items()
     }
     return config, AdapterState(layers, {}, settings.get("base_model_name_or_path"))
@@ -81,6 +82,3 @@ def to_vera(
         "task_type": None,
     }
     return tensors, settings
-
-
-_MAGNITUDE = "lora_magnitude_vector"
