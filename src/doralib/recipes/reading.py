@@ -60,7 +60,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{override!r}: the value is not YAML: {error}") from None
+        hint = "; quote the whole setting where its value has spaces" if text.startswith(("{", "[")) else ""
+        raise UsageError(f"{override!r}: the value is not YAML: {error}{hint}") from None
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:

@@ -169,7 +169,7 @@ def _describe(job: _Job) -> None:
     console.print(table)
     for name, told in (("train", report), ("validation", job.validation and job.validation.report)):
         for line in told.lines() if told else []:
-            console.print(f"{name}: {line}" if not line.startswith(" ") else line, markup=False)
+            console.print(f"{name}: {line}" if not line.startswith(" ") else line)
     if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
         console.print("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
 
