@@ -320,6 +320,8 @@ def _in_words(error: OSError) -> str:
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
     warnings.formatwarning = _formatted
+    # what transformers plans to rename is no news for the user of a command
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

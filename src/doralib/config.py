@@ -76,7 +76,7 @@ _STARTS = ("kaiming", "gaussian", "pissa", "pissa_niter_16", "olora")
 
 def _known_start(name: str) -> str:
     if name not in _STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
-        raise ValueError(f"there is no such start{did_you_mean(name, _STARTS)}; known: {', '.join(_STARTS)}")
+        raise ValueError(f"there is no start {name!r}{did_you_mean(name, _STARTS)}; known: {', '.join(_STARTS)}")
     return name
 
 

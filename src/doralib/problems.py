@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import did_you_mean
+from .errors import did_you_mean, nearest
 
 _KINDS = {
     "string_type": "text",
@@ -49,9 +49,11 @@ def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> s
         text = text[0].lower() + text[1:]
     else:
         text = f"should be {' or '.join(dict.fromkeys(_KINDS[problem['type']] for problem in problems))}"
+        if inside := _fields_at(cls, path):
+            text += f" ({', '.join(inside[:3])} ...)"
         if isinstance(got, str) and any(problem["type"] in ("tuple_type", "list_type") for problem in problems):
             text += f", such as [{got}]"
-    shown = "" if isinstance(got, dict) or not where else f", got {got!r}"
+    shown = "" if isinstance(got, dict) or not where or repr(got) in text else f", got {got!r}"
     return f"{where or 'together'}: {text}{shown}"
 
 
@@ -63,9 +65,9 @@ def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
     listed = f"; known: {', '.join(sorted(known))}"
     if len(path) > 1:
         return listed
-    homes = [f"{group}.{name}" for group in known if name in _fields_at(cls, (group,))]
-    if homes:
-        return f"; did you mean {' or '.join(map(repr, homes))}?"
+    inside = {field: f"{group}.{field}" for group in known for field in _fields_at(cls, (group,))}
+    if near := nearest(name, inside, count=1):
+        return f"; did you mean {inside[near[0]]!r}?"
     trainer = f"; a setting of the Trainer is written training.{name}" if "training" in known else ""
     return listed + trainer
 
@@ -80,7 +82,7 @@ def _place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             cls = inner
             continue
-        return (*path[: i + 1], *path[i + 1 + (_kinds(inner) > 1) :])
+        return (*path[: i + 1], *(part for part in path[i + 1 + (_kinds(inner) > 1) :] if "[" not in part))
     return tuple(path)
 
 

@@ -82,12 +82,13 @@ def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
     text, colour = _STATUS.get(str(status), (str(status), "bad"))
     train = _at(record.config, "data", "train")
+    r = _at(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
     parts = [
         f"on {_source(train)}" if train else "",
         f"{rows:,} rows" if isinstance(rows, int) else "",
         f"{steps:,} steps" if isinstance(steps, int) else "",
-        f"rank {_at(record.config, 'adapter', 'r')}" if _at(record.config, "adapter", "r") else "",
+        f"rank {r}" if r and record.summary.get("method") != "full" else "",
     ]
     return el(
         "header",
