@@ -66,8 +66,8 @@ def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
     if len(path) > 1:
         return listed
     inside = {field: f"{group}.{field}" for group in known for field in _fields_at(cls, (group,))}
-    if near := nearest(name, inside, count=1):
-        return f"; did you mean {inside[near[0]]!r}?"
+    if homes := nearest(name, inside, count=1):
+        return f"; did you mean {inside[homes[0]]!r}?"
     trainer = f"; a setting of the Trainer is written training.{name}" if "training" in known else ""
     return listed + trainer
 
