@@ -255,6 +255,15 @@ def test_targets_cuts_no_name(run, tiny_llama_folder, monkeypatch):
     assert "model.layers.1.self_attn.q_proj" in "".join(cells)
 
 
+def test_targets_says_what_is_tied(run, tmp_path):
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    _, out, _ = run("targets", tmp_path / "model")
+    rows = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in out.splitlines() if line.startswith("│")}
+    assert rows["lm_head"] == rows["embed_tokens"] == "none: tied to another"
+    assert rows["q_proj"] == "2,112"
+
+
 def test_requests_that_contradict_themselves(run, tmp_path, tiny_llama_folder):
     (tmp_path / "p.txt").write_text("a\n")
     status, _, err = run("generate", tiny_llama_folder, "--prompt", "a", "--file", tmp_path / "p.txt")

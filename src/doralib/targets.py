@@ -27,6 +27,11 @@ def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def tied(model: nn.Module) -> set[str]:
+    """Modules whose weight is another's too, as of an output layer and the embedding; `refuse` takes none of them."""
+    return {name for owners in _owners(model).values() if len(owners) > 1 for name in owners}
+
+
 def choose(model: nn.Module, config: DoraConfig) -> list[str]:
     """Names of the layers to adapt, in model order.
 

@@ -23,7 +23,7 @@ from ..formats.storage import adapter_file
 from ..gguf import local_base
 from ..models import load_model
 from ..state import AdapterState, LayerAdapter
-from ..targets import adaptable
+from ..targets import adaptable, tied
 
 
 class Movement(NamedTuple):
@@ -92,7 +92,7 @@ def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement
 def list_targets(model: str, *, every: bool = False) -> Table:
     """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
     loaded, _ = load_model(ModelSettings(path=model))
-    layers = adaptable(loaded)
+    layers, shared = adaptable(loaded), tied(loaded)
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, shape in layers.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
@@ -103,7 +103,8 @@ def list_targets(model: str, *, every: bool = False) -> Table:
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
         example = () if every else (names[0],)
-        table.add_row(kind, str(len(names)), str(shape), f"{cost:,}", *example)
+        told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
+        table.add_row(kind, str(len(names)), str(shape), told, *example)
     stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, stack in expert_weights(loaded).items():
         stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
