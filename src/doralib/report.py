@@ -14,7 +14,7 @@ from .report_results import confusion_section, results_section, wrong_section
 from .report_use import use_section
 from .runs import RunRecord, numbers, read_run
 
-METHODS = {"dora": "DoRA", "lora": "LoRA", "full": "full fine-tuning"}
+METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
 _STATUS = {
     "finished": ("finished", "good"),
     "interrupted": ("interrupted: this is not the end of the run", "bad"),

@@ -176,9 +176,11 @@ def _describe(job: _Job) -> None:
 
 def _method(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    return (
-        adapter.method if adapter.method == "full" else f"{adapter.method}, r {adapter.r}, alpha {adapter.lora_alpha:g}"
-    )
+    if adapter.method == "full":
+        return adapter.method
+    # vera and dvora have no scale
+    alpha = "" if adapter.has_bank else f", alpha {adapter.lora_alpha:g}"
+    return f"{adapter.method}, r {adapter.r}{alpha}"
 
 
 def _held_out(validation: Tokenised | None) -> str:
