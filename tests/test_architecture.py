@@ -13,6 +13,7 @@ SOURCE = Path(doralib.__file__).parent
 # a module imports only from rows above its own; a folder is one row, inside which files may import each other
 ROWS = [
     {"errors", "console"},
+    {"problems"},
     {"config", "functional", "metrics", "markup", "templates"},
     {"kernels", "files", "state", "encoding", "charts", "quantised", "requantised"},
     {"dense"},
@@ -33,6 +34,7 @@ ROWS = [
     {"verify"},
     {"recipes", "bench"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: i for i, row in enumerate(ROWS) for name in row}
 # an optional package is imported in these files only

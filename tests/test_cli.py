@@ -1,6 +1,8 @@
 """The command line as its user meets it: what each verb prints, and what bad input gets: one message, 2 or 1."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import yaml
 from conftest import make_llama, make_tokenizer
 
 import doralib
-from doralib.config import DoraConfig
+from doralib.config import DoraConfig, Recipe
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -94,6 +96,32 @@ def test_no_verb_prints_the_help(run):
         (["model.path=/no/such/model"], 2, "/no/such/model"),
         (["nonsense"], 2, "nonsense"),
         (["adapter.r=0", "data.max_length=1"], 2, "2 problems"),
+        (["adapter.init_lora_weights=pisa"], 2, "there is no start 'pisa'; did you mean 'pissa'?"),
+        (["adapter.lora_dropout=1.5"], 2, "adapter.lora_dropout: input should be less than 1, got 1.5"),
+        (["adapter.lora_alpha=abc"], 2, "adapter.lora_alpha: should be a number, got 'abc'"),
+        (["adapter.target_modules=3"], 2, "adapter.target_modules: should be text or a list, got 3"),
+        (["data.validation=1.5"], 2, "1 problem\n  data.validation: input should be less than 1, got 1.5"),
+        (["eval.tasks=mine.yaml"], 2, "should be a list, such as [mine.yaml]"),
+        (["adapter=dora"], 2, "should be a group of settings (method, r, lora_alpha ...), got 'dora'"),
+        (["max_lenght=3"], 2, "did you mean 'data.max_length'?"),
+        (["learning_rate=3"], 2, "a setting of the Trainer is written training.learning_rate"),
+        (["adapter.rank_pattern={q_proj:"], 2, "put quotes around the whole setting"),
+        (["adapter.fused_modules={c_attn: {parts: [q, k], adapt: [q, x]}}"], 2, "there is no part 'x'"),
+        (
+            ["adapter.fused_modules={c_attn: {parts: 3, adapt: [q]}}"],
+            2,
+            "parts: should be a group of settings or a list",
+        ),
+        (["adapter.target_parameters=[experts.up]"], 2, "no parameter is named 'experts.up'"),
+        (["adapter.target_modules=q_proj,v_proj"], 2, "for name endings give a list, [q_proj, v_proj]"),
+        (["adapter.target_modules=all_linear"], 2, "did you mean 'all-linear'?"),
+        (["adapter.rank_pattern={q_porj: 2}"], 2, "rank_pattern: 'q_porj' is none of the adapted layers; did you"),
+        (["adapter.alpha_pattern={layers.9.q_proj: 2}"], 2, "alpha_pattern: 'layers.9.q_proj' is none"),
+        (["training.learning_rate=0"], 2, "training.learning_rate must be above 0"),
+        (["training.learning_rate=.nan", "training.max_steps=0"], 2, "training.max_steps must be at least 1"),
+        (["training.per_device_train_batch_size=0"], 2, "batch_size must be at least 1, got 0"),
+        (["training.gradient_accumulation_steps=0"], 2, "gradient_accumulation_steps must be at least 1, got 0"),
+        (["model.attn_implementation=flash_attention_2"], 1, "cannot be loaded as asked"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -136,6 +164,161 @@ def test_empty_and_damaged_data(run, recipe, tmp_path):
     status, _, err = run("train", recipe, f"data.train={tmp_path / 'cut.json'}")
     assert status in (1, 2)
     assert "cut.json" in err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_data_of_another_encoding(run, recipe, tmp_path, ending):
+    rows = {"csv": "text,label\nschön,positive\n" * 3, "json": '[{"text": "schön", "label": "positive"}]'}
+    data = tmp_path / f"old.{ending}"
+    data.write_bytes(rows.get(ending, '{"text": "schön", "label": "positive"}\n' * 3).encode("latin-1"))
+    status, _, err = run("train", recipe, f"data.train={data}")
+    assert status == 1
+    assert "not UTF-8 text" in err
+    assert "iconv -f latin1" in err
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "json"])
+def test_prompts_of_another_encoding(run, tmp_path, tiny_llama_folder, ending):
+    prompts = tmp_path / f"p.{ending}"
+    prompts.write_bytes('[{"prompt": "schön"}]'.encode("latin-1"))
+    status, _, err = run("generate", tiny_llama_folder, "--file", prompts)
+    assert status == 1
+    assert "not UTF-8 text" in err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(run, recipe, tmp_path, tiny_llama_folder):
+    (tmp_path / "file").write_text("x")
+    config = DoraConfig(r=2, target_modules=("q_proj",))
+    doralib.save_adapter(doralib.adapt(make_llama(), config), tmp_path / "ours")
+    out, base = ("--out", tmp_path / "file" / "x"), ("--base", tiny_llama_folder)
+    for call in (
+        ("train", recipe, f"out={tmp_path / 'file' / 'x'}"),
+        ("eval", tiny_llama_folder, "--tasks", tmp_path / "sentiment.yaml", *out),
+        ("generate", tiny_llama_folder, "--prompt", "a", *out),
+        ("merge", tmp_path / "ours", *base, *out),
+        ("convert", tmp_path / "ours", "--to", "mlx", *out),
+        ("bench", "step", *out),
+        ("demo", "--out", tmp_path / "file"),
+    ):
+        status, printed, err = run(*call)
+        assert status == 2, call
+        assert f"{tmp_path / 'file'} is a file" in err
+        assert "loading" not in printed
+
+
+def test_a_read_only_output_is_told_before_the_work(run, recipe, tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    # root may write everywhere, so the system's answer is given for it
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))
+    status, printed, err = run("train", recipe, f"out={tmp_path / 'locked' / 'run'}")
+    assert status == 2
+    assert f"{tmp_path / 'locked'} is read-only; choose another folder" in err
+    assert "loading" not in printed
+
+
+def test_what_the_system_refuses_is_told_with_the_file(run, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "x"))
+
+    monkeypatch.setattr("doralib.recipes.inspection.list_targets", refuse)
+    status, _, err = run("targets", "x")
+    assert status == 1
+    assert err.startswith(f"doralib: {tmp_path / 'x'}: Permission denied")
+
+
+def test_names_are_printed_as_they_are(run, recipe, tmp_path, tiny_llama_folder):
+    folder = tmp_path / "Größe [b] :dog: ü"
+    rows = folder / "rows.jsonl"
+    folder.mkdir()
+    rows.write_text("\n".join(json.dumps({**row, "text": f"[INST] {row['text']} [/INST]"}) for row in ROWS))
+    run_folder = folder / "run"
+    status, out, err = run("train", recipe, f"data.train={rows}", f"out={run_folder}", "eval.tasks=[]")
+    assert status == 0, err
+    assert f"report: {run_folder}" in out.replace("\n", "")
+    status, out, err = run("convert", run_folder, "--to", "mlx", "--out", folder / "mlx")
+    assert status == 0, err
+    assert str(run_folder) in out.replace("\n", "")
+    status, out, err = run("merge", run_folder, "--out", folder / "merged")
+    assert status == 0, err
+    assert not out.startswith("\n")
+    assert "\n\n" not in out
+    status, out, _ = run("targets", folder / "merged")
+    assert "[b] :dog:" in out
+
+
+def test_targets_cuts_no_name(run, tiny_llama_folder, monkeypatch):
+    monkeypatch.setattr("doralib.console.console.width", 60)
+    status, out, _ = run("targets", tiny_llama_folder, "--every")
+    assert status == 0
+    assert "…" not in out
+    cells = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert "model.layers.1.self_attn.q_proj" in "".join(cells)
+
+
+def test_targets_says_what_is_tied(run, tmp_path):
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    _, out, _ = run("targets", tmp_path / "model")
+    rows = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in out.splitlines() if line.startswith("│")}
+    assert rows["lm_head"] == rows["embed_tokens"] == "none: tied to another"
+    assert rows["q_proj"] == "2,112"
+
+
+def test_requests_that_contradict_themselves(run, tmp_path, tiny_llama_folder):
+    (tmp_path / "p.txt").write_text("a\n")
+    status, _, err = run("generate", tiny_llama_folder, "--prompt", "a", "--file", tmp_path / "p.txt")
+    assert (status, "--prompt and --file were both given" in err) == (2, True)
+    twice = ("--adapter", "a=one", "--adapter", "a=two")
+    status, _, err = run("generate", tiny_llama_folder, *twice, "--prompt", "a")
+    assert (status, "a is given twice" in err) == (2, True)
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", " , ")
+    assert (status, "names no task" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["step", "rounds=0"], "rounds: input should be greater than or equal to 1"),
+        (["acelerate"], "did you mean 'accelerate'?"),
+        (["accelerate", "subjects=foo"], "there is no 'foo'; known: "),
+        (["layer", "shapes=0x4"], "'0x4' should be written as OUTxIN, such as 1024x1024"),
+        (["step", "tokens=2x"], "'2x' should be written as SEQUENCESxTOKENS, such as 4x256"),
+        (["step", "rounds"], "options are KEY=VALUE, got rounds"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_bench(run, tmp_path, options, message):
+    status, _, err = run("bench", *options, "--out", tmp_path)
+    assert status == 2
+    assert message in err
+
+
+def test_the_first_steps_are_told(run):
+    _, out, _ = run("--help")
+    assert "doralib demo" in out
+    assert "train --settings" in out.replace("\n ", "")
+    assert "..." not in out.partition("Commands:")[2]
+    assert run("--version")[1].strip() == f"doralib {doralib.__version__}"
+
+
+def test_every_setting_is_listed_with_its_default_and_meaning(run):
+    status, out, _ = run("train", "--settings")
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    for group in (*(field.annotation for field in Recipe.model_fields.values()), Recipe):
+        for name, field in getattr(group, "model_fields", {}).items():
+            assert field.description or name in Recipe.model_fields, name
+            assert any(line[:1] == [name] or line[:1] == [f"{name}:"] for line in lines), name
+    assert ["lora_alpha", "32"] in [line[:2] for line in lines]
+    assert ["learning_rate", "0.0002"] in [line[:2] for line in lines]
+    assert ["path", "needed"] in [line[:2] for line in lines]
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "doralib", "mrege"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Did you mean 'merge'" in done.stderr
+    assert "Usage: doralib" in done.stderr
 
 
 def test_a_truncated_model(run, recipe, tmp_path):

@@ -232,6 +232,26 @@ def test_paths_with_spaces_are_quoted_in_commands(run):
     assert f"doralib generate '{run}'" in page_of(run).said()
 
 
+def test_the_results_figure_covers_nothing():
+    """One task: its two intervals are inside the axes, and the key is outside of them."""
+    figure = plots._results({"before": {"t": result("t", 0.5, [])}, "after": {"t": result("t", 0.6, [])}})
+    figure.canvas.draw()
+    (axes,), (key,) = figure.axes, figure.legends
+    low, high = axes.get_ylim()
+    assert low < -0.3
+    assert high > 0.3
+    assert not key.get_window_extent().overlaps(axes.get_window_extent())
+    # they differ in grey: one dot is hollow
+    assert len({line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"}) == 2
+
+
+def test_a_full_fine_tune_has_no_rank(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert "rank " in page_of(run).said()
+    (run / "summary.json").write_text(json.dumps({**summary, "method": "full"}))
+    assert "rank " not in page_of(run).said()
+
+
 def test_figures_are_png_files(run):
     pytest.importorskip("matplotlib")
     write_report(run)

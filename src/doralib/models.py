@@ -102,16 +102,19 @@ def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
     """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
 
     Raises:
-        UsageError: if one is not given so.
+        UsageError: if one is not given so, or two have one name.
     """
     pairs = [each.partition("=") for each in named]
     if bad := [each for each, (name, _, path) in zip(named, pairs, strict=True) if not (name and path)]:
         raise UsageError(f"--adapter {bad[0]}: give a name and a path, NAME=PATH")
+    names = [name for name, _, _ in pairs]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
     for name, _, path in pairs:
         load_adapter(model, path, name)
     if pairs:
         set_adapter(model, pairs[0][0])
-    return [name for name, _, _ in pairs]
+    return names
 
 
 def _located(path: str) -> tuple[str, dict[str, str]]:
@@ -133,6 +136,8 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
 
 def _explained(path: str, error: Exception) -> DoraError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ImportError):
+        return DoraError(f"model: {path} cannot be loaded as asked: {first}")
     if Path(path).exists():
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -59,7 +59,8 @@ def _curve(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) ->
     for (label, points), colour in zip(lines, _COLOURS, strict=False):
         if points:
             marker = "o" if label == "evaluation" or len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
+            style = "--" if label == "evaluation" else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label, color=colour, marker=marker, markersize=4)
     axes.set_xlabel("step")
     axes.set_title(name, loc="left", fontsize=11)
     if sum(bool(points) for _, points in lines) > 1:
@@ -74,7 +75,8 @@ def _results(results: dict[str, dict[str, Any]]) -> Any | None:
         return None
     figure = new_figure(height=1.2 + 0.7 * len(tasks))
     axes = _clean(figure.add_subplot())
-    for when, colour, shift in (("before", "#8a94a3", 0.14), ("after", _COLOURS[0], -0.14)):
+    # hollow and full, so that they differ in grey too
+    for when, colour, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLOURS[0], -0.14, _COLOURS[0])):
         rows = [(i, _accuracies(results, task).get(when)) for i, task in enumerate(reversed(tasks))]
         found = [(i, score) for i, score in rows if score]
         if found:
@@ -82,10 +84,12 @@ def _results(results: dict[str, dict[str, Any]]) -> Any | None:
             low = [100 * (score["value"] - score.get("low", score["value"])) for _, score in found]
             high = [100 * (score.get("high", score["value"]) - score["value"]) for _, score in found]
             at = [i + shift for i, _ in found]
-            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=colour, label=when, capsize=3)
+            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=colour, mfc=fill, label=when, capsize=3)
     axes.set_yticks(range(len(tasks)), list(reversed(tasks)))
+    axes.set_ylim(-0.5, len(tasks) - 0.5)
     axes.set_xlabel("accuracy in per cent, with 95 % intervals")
-    axes.legend(frameon=False)
+    # over the axes, where no interval is
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 

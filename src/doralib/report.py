@@ -14,7 +14,7 @@ from .report_results import confusion_section, results_section, wrong_section
 from .report_use import use_section
 from .runs import RunRecord, numbers, read_run
 
-METHODS = {"dora": "DoRA", "lora": "LoRA", "full": "full fine-tuning"}
+METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
 _STATUS = {
     "finished": ("finished", "good"),
     "interrupted": ("interrupted: this is not the end of the run", "bad"),
@@ -82,12 +82,13 @@ def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
     text, colour = _STATUS.get(str(status), (str(status), "bad"))
     train = _at(record.config, "data", "train")
+    r = _at(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
     parts = [
         f"on {_source(train)}" if train else "",
         f"{rows:,} rows" if isinstance(rows, int) else "",
         f"{steps:,} steps" if isinstance(steps, int) else "",
-        f"rank {_at(record.config, 'adapter', 'r')}" if _at(record.config, "adapter", "r") else "",
+        f"rank {r}" if r and record.summary.get("method") != "full" else "",
     ]
     return el(
         "header",

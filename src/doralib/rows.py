@@ -1,5 +1,6 @@
 """Rows of JSON, JSONL, CSV, Parquet or a hub data set, read by `datasets`; what cannot be read is named."""
 
+import codecs
 import contextlib
 import json
 import re
@@ -98,6 +99,8 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise UsageError(f"{setting}: {path} is empty")
     reader = READERS[path.suffix.lower()]
+    if reader != "parquet":
+        _refuse_other_bytes(path, setting)
     # pandas would take the words NA, None and null for missing values
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
     if path.suffix.lower() == ".tsv":
@@ -109,6 +112,25 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
         if "corresponds to no data" in str(error):
             raise UsageError(f"{setting}: {path} has no rows") from None
         raise DoraError(f"{setting}: {path} cannot be read: {_why(path, error)}") from error
+
+
+def _refuse_other_bytes(path: Path, setting: str) -> None:
+    """The reader of JSON takes bytes that are not UTF-8, and fails later without a name."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    done = 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(1 << 20)
+            try:
+                decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise DoraError(
+                    f"{setting}: {path} is not UTF-8 text (near byte {done + error.start}); save it again as UTF-8, "
+                    f"for example with iconv -f latin1 -t utf-8 {path.name}"
+                ) from None
+            if not block:
+                return
+            done += len(block)
 
 
 def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:

@@ -8,7 +8,7 @@ from torch import nn
 
 from .bases import open_base
 from .config import DoraConfig, Names
-from .errors import UsageError, nearest
+from .errors import UsageError, did_you_mean, nearest
 from .layers import DoraLinear
 from .switched import Switched, shared
 
@@ -25,6 +25,11 @@ def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if base is not None:
             found[name] = base.row_shape
     return found
+
+
+def tied(model: nn.Module) -> set[str]:
+    """Modules whose weight is another's too, as of an output layer and the embedding; `refuse` takes none of them."""
+    return {name for owners in _owners(model).values() if len(owners) > 1 for name in owners}
 
 
 def choose(model: nn.Module, config: DoraConfig) -> list[str]:
@@ -71,10 +76,7 @@ def matching(model: nn.Module, names: Names, setting: str) -> list[str]:
     if isinstance(names, str):
         found = [name for name in known if re.fullmatch(names, name)]
         if not found:
-            raise UsageError(
-                f"{setting}: no module's whole name matches the regular expression {names!r}; names here look like "
-                f"{', '.join(repr(n) for n in known[-3:])}\n{_HELP}"
-            )
+            raise UsageError(_no_whole_match(names, known, setting))
         return found
     ends = {target: [n for n in known if n == target or n.endswith("." + target)] for target in names}
     if missing := [target for target, found in ends.items() if not found]:
@@ -139,6 +141,19 @@ def _heads(model: nn.Module) -> set[str]:
     head = output_layer() if output_layer is not None else None
     named = {name for name, module in model.named_modules() if head is not None and module is head}
     return named | {name for name in ("score", "classifier", "qa_outputs") if hasattr(model, name)}
+
+
+def _no_whole_match(pattern: str, known: list[str], setting: str) -> str:
+    """What a text for target_modules should have been: a list, mostly."""
+    asked, ends = [part.strip() for part in pattern.split(",")], {n.rpartition(".")[2] for n in known}
+    hint = did_you_mean(pattern, [ALL_LINEAR])
+    if ends.intersection(asked):
+        hint = f"; for name endings give a list, [{', '.join(asked)}]"
+    longest = ", ".join(map(repr, sorted(known, key=len)[-2:]))
+    return (
+        f"{setting}: no module's whole name matches the regular expression {pattern!r}{hint}\n"
+        f"  whole names here look like {longest}\n{_HELP}"
+    )
 
 
 def _no_match(missing: list[str], known: list[str], setting: str) -> str:

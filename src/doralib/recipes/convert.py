@@ -16,6 +16,7 @@ from ..checkpoints import Checkpoint
 from ..config import DoraConfig
 from ..console import console
 from ..errors import UsageError, did_you_mean
+from ..files import check_writable
 from ..formats import FORMATS, Content, Format, Found, Given, tensorrt, to_peft
 from ..formats.components import COMPONENTS
 from ..formats.parts import config_for
@@ -126,6 +127,7 @@ def convert_adapter(request: Request) -> Conversion:
 
 
 def _check(request: Request) -> None:
+    check_writable(request.out, "--out")
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
         hint = did_you_mean(request.to, TARGETS)

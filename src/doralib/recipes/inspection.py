@@ -23,7 +23,7 @@ from ..formats.storage import adapter_file
 from ..gguf import local_base
 from ..models import load_model
 from ..state import AdapterState, LayerAdapter
-from ..targets import adaptable
+from ..targets import adaptable, tied
 
 
 class Movement(NamedTuple):
@@ -92,20 +92,26 @@ def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement
 def list_targets(model: str, *, every: bool = False) -> Table:
     """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
     loaded, _ = load_model(ModelSettings(path=model))
-    layers = adaptable(loaded)
+    layers, shared = adaptable(loaded), tied(loaded)
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, shape in layers.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
-    table = Table("target_modules", "count", "(out, in)", "parameters at r 16", "for example", title=model)
+    # no name is cut: they are what recipes need
+    table = Table(Column("target_modules", overflow="fold", min_width=14), title=model)
+    for heading in ("count", "(out, in)", "parameters at r 16", *(() if every else ("for example",))):
+        table.add_column(heading, overflow="fold")
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
-        table.add_row(kind, str(len(names)), str(shape), f"{cost:,}", names[0])
+        example = () if every else (names[0],)
+        told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
+        table.add_row(kind, str(len(names)), str(shape), told, *example)
     stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, stack in expert_weights(loaded).items():
         stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
     for (kind, (E, O, I)), names in stacks.items():
         cost = len(names) * E * (16 * (O + I) + O)
-        table.add_row(kind, str(len(names)), f"{E} x ({O}, {I})", f"{cost:,}", f"target_parameters: {names[0]}")
+        shown, example = (f"target_parameters: {kind}", ()) if every else (kind, (f"target_parameters: {names[0]}",))
+        table.add_row(shown, str(len(names)), f"{E} x ({O}, {I})", f"{cost:,}", *example)
     return table
 
 

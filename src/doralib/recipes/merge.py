@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from ..console import console
 from ..errors import DoraError, UsageError, collecting, raise_all
+from ..files import check_writable
 from ..formats.storage import adapter_file, base_named_by
 from ..gguf import local_base
 from ..merging import Ingredient, MergeSummary, merge_checkpoint
@@ -26,7 +27,7 @@ def merge_command(
     """
     with ExitStack() as stack:
         folder = _base(adapters, base, out, stack)
-        with Progress(console=console, transient=True) as bar:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
                 adapters,
@@ -36,10 +37,10 @@ def merge_command(
                 overwrite=overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        console.print(summary.text(), markup=False)
+        console.print(summary.text())
         if verify:
             check = verify_merge(out, adapters, folder, requantised=summary.requantised)
-            console.print(check.text(), markup=False)
+            console.print(check.text())
             if not check.passed:
                 raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
     return summary
@@ -66,9 +67,11 @@ def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: Ex
         with collecting(problems):
             adapter_file(each.path)
     with collecting(problems):
+        check_writable(out, "--out")
+    with collecting(problems):
         named = base or (None if problems else _named(adapters))
         if named:
-            console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}", markup=False)
+            console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
             folder = stack.enter_context(local_base(named, out))
     raise_all(problems)
     return folder

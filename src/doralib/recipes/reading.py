@@ -57,10 +57,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     if not found or not all(path):
         raise UsageError(f"{override!r} is no setting; write group.key=value, such as training.max_steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{override!r}: the value is not YAML: {error}") from None
+    value = _value(override, text)
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:
@@ -69,3 +66,18 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise UsageError(f"{override!r}: {part} is {inner!r} and has no settings of its own")
         values = inner
     values[path[-1]] = value
+
+
+def _value(override: str, text: str) -> Any:
+    """The value as YAML, but a bare text stays as it is: `Review: {text}` is no mapping, and its lines are kept."""
+    bare = not text.lstrip().startswith(("{", "[", '"', "'"))
+    if bare and "\n" in text:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if bare:
+            return text
+        hint = "; put quotes around the whole setting, where its value has spaces"
+        raise UsageError(f"{override!r}: the value is not YAML: {error}{hint}") from None
+    return text if bare and isinstance(value, dict) else value

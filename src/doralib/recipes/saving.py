@@ -28,7 +28,7 @@ def writing(final: Path) -> Iterator[Path]:
             seal(part)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch's own writer reports a full disk as a RuntimeError without a number
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not re.search("write|iostream", str(error), re.IGNORECASE):
             raise
         last = newest(final.parent)
         kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"

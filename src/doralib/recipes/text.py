@@ -169,16 +169,18 @@ def _describe(job: _Job) -> None:
     console.print(table)
     for name, told in (("train", report), ("validation", job.validation and job.validation.report)):
         for line in told.lines() if told else []:
-            console.print(f"{name}: {line}" if not line.startswith(" ") else line, markup=False)
+            console.print(f"{name}: {line}" if not line.startswith(" ") else line)
     if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
         console.print("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
 
 
 def _method(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    return (
-        adapter.method if adapter.method == "full" else f"{adapter.method}, r {adapter.r}, alpha {adapter.lora_alpha:g}"
-    )
+    if adapter.method == "full":
+        return adapter.method
+    # vera and dvora have no scale
+    alpha = "" if adapter.has_bank else f", alpha {adapter.lora_alpha:g}"
+    return f"{adapter.method}, r {adapter.r}{alpha}"
 
 
 def _held_out(validation: Tokenised | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import typing
 import warnings
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
                 values[key] = _of_kind(plain, {**hints, **EXTRA}[key])
             except ValidationError as error:
                 problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
+    problems += _out_of_range(values)
     problems += _impossible(values, has_validation=recipe.data.validation is not None)
     if problems:
         raise UsageError("\n".join(problems))
@@ -136,6 +138,30 @@ def _evaluation(given: Mapping[str, Any], recipe: Recipe, patient: bool) -> dict
     if "save_steps" not in given:
         pair |= {"save_steps": steps, "save_strategy": strategy if strategy != "no" else "steps"}
     return {**pair, **({"load_best_model_at_end": True} if patient else {})}
+
+
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon"), 0),
+}
+
+
+def _out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Numbers that TrainingArguments takes and the run would fail at, or do nothing with."""
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    problems = [
+        f"training.{key} must be at least {least}, got {numbers[key]:g}"
+        for key, least in _LEAST.items()
+        if key in numbers and not numbers[key] >= least
+    ]
+    problems += [
+        f"training.{key} must be above 0, got {numbers[key]:g}"
+        for key in ("learning_rate", "num_train_epochs")
+        if key in numbers and not 0 < numbers[key] < math.inf
+    ]
+    if (steps := numbers.get("max_steps", -1)) < 1 and steps != -1:
+        problems.append(f"training.max_steps must be at least 1 (or -1: num_train_epochs decides), got {steps}")
+    return problems
 
 
 def _impossible(values: Mapping[str, Any], *, has_validation: bool) -> list[str]:

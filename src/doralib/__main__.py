@@ -1,0 +1,5 @@
+"""`python -m doralib`, the same as `doralib`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""What is wrong with settings, in words for the person who wrote them; pydantic's own words are for programmers."""
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .errors import did_you_mean, nearest
+
+_KINDS = {
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a group of settings",
+    "model_type": "a group of settings",
+    "model_attributes_type": "a group of settings",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+}
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """All problems of one value, a line each."""
+    grouped: dict[tuple[str, ...], list[Any]] = {}
+    for problem in error.errors():
+        grouped.setdefault(_place(cls, [str(part) for part in problem["loc"]]), []).append(problem)
+    lines = [f"{cls.__name__}: {len(grouped)} problem{'s' * (len(grouped) > 1)}"]
+    return "\n".join(lines + [f"  {_line(cls, path, found)}" for path, found in grouped.items()])
+
+
+def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> str:
+    where = ".".join(path)
+    if problems[0]["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting{_hint(cls, path)}"
+    if problems[0]["type"] == "missing":
+        return f"{where}: is missing"
+    got = problems[0]["input"]
+    # of a setting that may be of two kinds, the one whose kind was right says more
+    told = [problem for problem in problems if problem["type"] not in _KINDS]
+    if told:
+        text = told[0]["msg"].removeprefix("Value error, ")
+        text = text[0].lower() + text[1:]
+    else:
+        text = f"should be {' or '.join(dict.fromkeys(_KINDS[problem['type']] for problem in problems))}"
+        if inside := _fields_at(cls, path):
+            text += f" ({', '.join(inside[:3])} ...)"
+        if isinstance(got, str) and any(problem["type"] in ("tuple_type", "list_type") for problem in problems):
+            text += f", such as [{got}]"
+    shown = "" if isinstance(got, dict) or not where or repr(got) in text else f", got {got!r}"
+    return f"{where or 'together'}: {text}{shown}"
+
+
+def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
+    """What an unknown key may have meant."""
+    name, known = path[-1], _fields_at(cls, path[:-1])
+    if near := did_you_mean(name, known):
+        return near
+    listed = f"; known: {', '.join(sorted(known))}"
+    if len(path) > 1:
+        return listed
+    inside = {field: f"{group}.{field}" for group in known for field in _fields_at(cls, (group,))}
+    if homes := nearest(name, inside, count=1):
+        return f"; did you mean {inside[homes[0]]!r}?"
+    trainer = f"; a setting of the Trainer is written training.{name}" if "training" in known else ""
+    return listed + trainer
+
+
+def _place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
+    """The path of the setting; pydantic adds the kind that it tried where there are several."""
+    for i, part in enumerate(path):
+        field = cls.model_fields.get(part)
+        if field is None:
+            break
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            cls = inner
+            continue
+        return (*path[: i + 1], *(part for part in path[i + 1 + (_kinds(inner) > 1) :] if "[" not in part))
+    return tuple(path)
+
+
+def _kinds(annotation: Any) -> int:
+    """Of how many kinds a setting may be, without null."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return 1
+    return sum(each is not type(None) for each in typing.get_args(annotation))
+
+
+def _fields_at(cls: type[BaseModel], path: Iterable[str]) -> list[str]:
+    for part in path:
+        fields: Mapping[str, Any] = cls.model_fields
+        inner = fields[part].annotation if part in fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        cls = inner
+    return list(cls.model_fields)
