@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from .config import DoraConfig
-from .formats.parts import MAGNITUDE as MAGNITUDE
+from .formats.parts import MAGNITUDE
 from .live import config_of, trainable
 
 

@@ -41,7 +41,6 @@ from .live import (
     tensors_of,
     wrapped,
 )
-from .live import trainable as trainable
 from .magnitudes import DoraMagnitude
 from .state import AdapterState, MovedAdapter
 from .switched import Switched, Wrapper

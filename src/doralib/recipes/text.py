@@ -20,7 +20,8 @@ from ..encoding import encode
 from ..errors import DoraError, collecting, raise_all
 from ..evaluation import evaluate, load_tasks
 from ..generation import continuations
-from ..inject import adapt, disabled, load_adapter, save_adapter, trainable
+from ..inject import adapt, disabled, load_adapter, save_adapter
+from ..live import trainable
 from ..models import Loaded, load_model
 from ..report import write_report
 from ..rows import RawRows, read_both

@@ -21,7 +21,8 @@ from .. import files
 from ..config import DoraConfig
 from ..data import Tokenised, collator
 from ..errors import DoraError
-from ..groups import MAGNITUDE, learning_rates
+from ..formats.parts import MAGNITUDE
+from ..groups import learning_rates
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
