@@ -27,7 +27,7 @@ ROWS = [
     {"switched"},
     {"convolutions", "embeddings", "fused_layers", "magnitudes", "bank", "targets", "task_files", "report"},
     {"live"},
-    {"wrapping", "dequantised"},
+    {"wrapping", "dequantised", "held"},
     {"inject", "evaluation"},
     {"several", "combination", "hotswap", "unmerge"},
     {"models", "groups"},

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import DoraError as DoraError
     from .errors import UsageError as UsageError
     from .groups import parameter_groups as parameter_groups
+    from .held import unchanged as unchanged
     from .hotswap import hotswap_adapter as hotswap_adapter
     from .inject import adapt as adapt
     from .inject import add_adapter as add_adapter
@@ -56,6 +57,7 @@ _HOMES = {
     "remove": "inject",
     "save_adapter": "inject",
     "set_adapter": "several",
+    "unchanged": "held",
     "unmerge_adapter": "unmerge",
 }
 __all__ = [*_HOMES]

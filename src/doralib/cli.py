@@ -148,6 +148,7 @@ def generate(
     from . import generation
     from .files import check_writable
     from .formats import Given
+    from .held import unchanged
     from .models import load_any, load_named
     from .several import set_adapter
 
@@ -163,14 +164,16 @@ def generate(
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
-        generation.chat_loop(
-            loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
-        )
+        with unchanged(loaded):
+            generation.chat_loop(
+                loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options
+            )
         return
     for name in names or [""]:
         if name:
             set_adapter(loaded, name)
-        answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+        with unchanged(loaded):
+            answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
         if out is not None:
             generation.write_answers(out, prompts, answers)
             console.print(f"{len(answers)} answers written: {out}")

@@ -17,6 +17,7 @@ from .console import console
 from .encoding import context_length, encode, pad_token, user_text
 from .errors import DoraError, UsageError
 from .generation import Sampling, continuations, evaluation_mode
+from .held import unchanged
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
 from .scoring import Request, log_likelihoods, option_requests, text_requests
 from .task_files import load_tasks
@@ -127,7 +128,7 @@ def evaluate(
     bar = Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not (progress and console.is_terminal)
     )
-    with bar, evaluation_mode(model):
+    with bar, evaluation_mode(model), unchanged(model):
         for task in tasks:
             line = bar.add_task(task.name, total=1.0)
             tick = lambda share, line=line: bar.advance(line, share)

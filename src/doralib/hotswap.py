@@ -11,6 +11,7 @@ from .bank import DoraBank, other_banks
 from .experts import AdaptedExperts, DoraExperts, Stack
 from .functional import dense_row_norm
 from .fused_layers import DoraFused
+from .held import forget
 from .inject import read_adapter
 from .layers import DoraLinear
 from .live import adapter_of, as_own, bias_of, layers_of, listed, parts_of, record_of, state_of
@@ -54,6 +55,7 @@ def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = N
     if problems:
         raise listed(f"{path} cannot take the place of {name}", sorted(problems))
     _copy(model, name, state)
+    forget(model)
     return model
 
 

@@ -18,6 +18,7 @@ from .dequantised import Merging
 from .errors import DoraError, Note, UsageError
 from .formats import FORMATS, Given
 from .formats.storage import one_part, read_any, write_content
+from .held import forget
 from .layers import original
 from .live import (
     DEFAULT,
@@ -194,6 +195,7 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
         tensor.copy_(given[key])
     for place, adapter in state.layers.items():
         layers[place].scale = adapter.scale
+    forget(model)
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:

@@ -14,7 +14,7 @@ from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import Dropout, draw, dropped
-from .kernels.inference import infer
+from .kernels.inference import Operands, infer
 from .kernels.norm import FreshNorm
 from .kernels.ready import Kept, Ready
 from .quantised import storage_of
@@ -74,6 +74,7 @@ class DoraLinear(Masters):
         self.start = config.init_lora_weights
         self.norm = FreshNorm(base)
         self.kept = Kept(self.norm)
+        self.held: dict[torch.dtype, Operands] | None = None
         self.out_features, self.in_features = base.shape
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
@@ -148,6 +149,8 @@ class DoraLinear(Masters):
         if not self.enabled:
             return self.base_layer(x)
         x = autocast(x)
+        if self.held and (held := self.held.get(x.dtype)) and not (self.training or torch.is_grad_enabled()):
+            return infer(x, *held)
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or (torch.compiler.is_compiling() and on_gpu(x) is None):
             return self._composed(x, dropout)
@@ -156,7 +159,10 @@ class DoraLinear(Masters):
             W_OI = W_OI.to(x.dtype)
         factors = self.factors
         if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
-            return infer(x, W_OI, self._ready(factors, x.dtype), self.bias)
+            held = W_OI, self._ready(factors, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+            if self.held is not None:
+                self.held[x.dtype] = held
+            return infer(x, *held)
         if self.lora_magnitude_vector is None or not self._is_prepared(x):
             return dora_linear(x, W_OI, *factors, self.gain(), self.scale, self.bias, dropout)
         operands = W_OI, *factors, self.lora_magnitude_vector, self.scale, self.bias, dropout

@@ -108,7 +108,7 @@ class _Fast:
             return dora_linear(x, W_OI, A, B, m / n_O, s, bias_O, dropout)
         ready = self.kept((A, B, m), n_O, s, bias_O, x.dtype)
         if dropout is None and not torch.is_grad_enabled():
-            return infer(x, W_OI, ready, bias_O)
+            return infer(x, W_OI, ready, None if bias_O is None else bias_O.to(x.dtype))
         return dora_linear(x, W_OI, A, B, m, s, bias_O, dropout, ready)
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..console import console
+from ..held import unchanged
 from .measure import Turn, interleave, spread
 from .options import GenerateOptions
 from .subjects import REFERENCE, Adapter, PeftNormCache, build, known, nudge
@@ -15,13 +17,14 @@ from .tables import Bar, Bars, Goal, Report, Table, ratio_text
 from .workload import base_model, token_batch
 
 CACHED = "peft-dora-cached"
-SUBJECTS = ("base", REFERENCE, "peft-dora", CACHED, "ours-lora", "ours-dora")
+HELD = "ours-dora-unchanged"
+SUBJECTS = ("base", REFERENCE, "peft-dora", CACHED, "ours-lora", "ours-dora", HELD)
 
 
 def bench_generate(options: GenerateOptions) -> Report:
     """Tokens per second of greedy writing with a key-value cache."""
     names = list(options.subjects or SUBJECTS)
-    known(name for name in names if name != CACHED)
+    known(name for name in names if name not in (CACHED, HELD))
     cases: list[dict[str, Any]] = []
     tables = []
     bars = Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round")
@@ -41,13 +44,15 @@ def bench_generate(options: GenerateOptions) -> Report:
         tables,
         bars,
         [
-            Goal(f"{case['name']}: ours-dora / base", case["ratios"]["ours-dora / base"]["median"], 1.1)
+            Goal(f"{case['name']}: {name} / base", case["ratios"][f"{name} / base"]["median"], 1.1)
             for case in cases
-            if "ours-dora / base" in case["ratios"]
+            for name in ("ours-dora", HELD)
+            if f"{name} / base" in case["ratios"]
         ],
         [
             f"{options.new} tokens one by one after a prompt of {options.prompt} (not timed), batch {options.batch}",
             f"{CACHED}: PEFT inside its DoraCaching(), which keeps B A, a dense matrix, of every layer",
+            f"{HELD}: inside doralib.unchanged(model), which promises that no parameter is written to",
         ],
     )
 
@@ -82,9 +87,10 @@ def _case(base: nn.Module, names: list[str], options: GenerateOptions) -> dict[s
     prompt = token_batch(vocab, options.batch, options.prompt)["input_ids"]
     writers = {}
     for name in names:
-        model = build("peft-dora" if name == CACHED else name, base, Adapter(options.r))
+        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, Adapter(options.r))
         nudge(model)
-        writers[name] = Writer(model, prompt, options.new, PeftNormCache if name == CACHED else nullcontext)
+        contexts = {CACHED: PeftNormCache, HELD: partial(unchanged, model)}
+        writers[name] = Writer(model, prompt, options.new, contexts.get(name, nullcontext))
     turns = {name: Turn(writer.write, writer.read_prompt) for name, writer in writers.items()}
     rounds = interleave(turns, options.rounds, options.warmup)
     pairs = [(name, under) for under in ("base", REFERENCE) for name in names if name != under]

@@ -50,16 +50,15 @@ def dora_linear(
     function: type[torch.autograd.Function] = _DoraLinear
     if dropout is not None and dropout.exact and gain_O is not None:
         function = _ExactDropout
-    elif dropout is None and weight_is_cheaper(x_NI):
+    elif dropout is None and weight_is_cheaper(x, len(x_NI)):
         function = _Effective
     y_NO: Tensor = function.apply(x_NI, W_OI, bias_O, a_RI, b_OR, gain_O, s, dropout, ready)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
-def weight_is_cheaper(x_NI: Tensor) -> bool:
-    """Whether the effective weight costs less; never where casting it could swallow a small change."""
-    N, I = x_NI.shape
-    return x_NI.device.type == "cpu" and x_NI.dtype in (torch.float32, torch.float64) and N > _ROWS_PER_FEATURE * I
+def weight_is_cheaper(x: Tensor, N: int) -> bool:
+    """Whether the effective weight costs less for N rows; never where casting it could swallow a small change."""
+    return _ROWS_PER_FEATURE * x.shape[-1] < N and x.is_cpu and x.dtype in (torch.float32, torch.float64)
 
 
 class _DoraLinear(torch.autograd.Function):

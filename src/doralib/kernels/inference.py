@@ -7,6 +7,7 @@ from ..functional import effective_weight
 from .eager import scale_product, weight_is_cheaper
 from .ready import Ready
 
+Operands = tuple[Tensor, Ready, Tensor | None]
 # a half-precision product of so few rows takes a CPU far longer than one in float32
 _FEW_ROWS = 8
 
@@ -18,15 +19,18 @@ def infer(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Tenso
         x: (..., I), in evaluation.
         W_OI: As for `eager.dora_linear`.
         ready: Of the layer as it is now, for x's dtype.
-        bias_O: Added once, not scaled.
+        bias_O: In x's dtype. Added once, not scaled.
     """
-    x_NI, bias = x.reshape(-1, W_OI.shape[1]), None if bias_O is None else bias_O.to(x.dtype)
-    if weight_is_cheaper(x_NI):
-        return nnf.linear(x, effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O), bias)
-    y = nnf.linear(x, W_OI, bias)
-    if ready.gain_O is not None:
-        scale_product(y, ready)
-    if x.is_cpu and x.dtype.itemsize < 4 and len(x_NI) <= _FEW_ROWS:
+    O, I = W_OI.shape
+    N = x.numel() // max(1, I)
+    if weight_is_cheaper(x, N):
+        return nnf.linear(x, effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O), bias_O)
+    y = nnf.linear(x, W_OI, bias_O)
+    scale_product(y, ready)
+    if x.is_cpu and x.dtype.itemsize < 4 and N <= _FEW_ROWS:
         return y.add_(nnf.linear(nnf.linear(x.to(ready.wide_a_RI.dtype), ready.wide_a_RI), ready.wide_gsb_OR))
-    y.view(-1, W_OI.shape[0]).addmm_(x_NI @ ready.a_RI.T, ready.gsb_OR.T)
+    if N == 1:
+        y.view(-1).addmv_(ready.gsb_OR, ready.a_RI.mv(x.reshape(-1)))
+    else:
+        y.view(N, O).addmm_(x.reshape(N, I) @ ready.a_RI.T, ready.gsb_OR.T)
     return y

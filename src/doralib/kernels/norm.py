@@ -100,7 +100,7 @@ class FreshNorm:
         if not self._is_fresh(a_RI, b_OR, s):
             others = [] if self.together is None else self.together.changed(self)
             _renew([_Change(self, a_RI, b_OR, s), *(change for norm in others if (change := norm._change()))])
-        if self.together is not None and isinstance(a_RI, nn.Parameter) and isinstance(b_OR, nn.Parameter):
+        if self.together is not None and torch.is_grad_enabled() and are_parameters(a_RI, b_OR):
             self._asked = weakref.ref(a_RI), weakref.ref(b_OR), s
             self.together.remember(self)
         assert self._seen is not None
@@ -281,6 +281,11 @@ def same(seen: Tensor, now: Tensor) -> bool:
     if _memcmp is None or not (_in_one_piece(seen) and _in_one_piece(now)):
         return torch.equal(seen, now)
     return not _memcmp(seen.data_ptr(), now.data_ptr(), seen.nbytes)
+
+
+def are_parameters(*tensors: Tensor) -> bool:
+    """Whether an optimiser may change them, each in its place."""
+    return all(isinstance(t, nn.Parameter) for t in tensors)
 
 
 def _in_one_piece(t: Tensor) -> bool:

@@ -6,9 +6,9 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .norm import FreshNorm, same
+from .norm import FreshNorm, are_parameters, same
 from .together import Together
 
 # below this gain the product is not read back from the output: the output may have underflowed
@@ -101,7 +101,7 @@ class Kept:
         if self._made is None or not self._made.still(wanted):
             others = [] if self.together is None else self.together.changed(self)
             _make([wanted, *(other for kept in others if (other := kept._wanted()))])
-        if self.together is not None and n_O is not None and all(isinstance(p, nn.Parameter) for p in factors):
+        if self.together is not None and torch.is_grad_enabled() and n_O is not None and are_parameters(*factors):
             bias = None if bias_O is None else weakref.ref(bias_O)
             self._asked = tuple(weakref.ref(p) for p in factors), s, bias, dtype
             self.together.remember(self)

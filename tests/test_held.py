@@ -1,0 +1,107 @@
+"""Inside `doralib.unchanged` a model computes the same without comparing, and is told of what we write ourselves."""
+
+import copy
+
+import pytest
+import torch
+from adapted import ids, logits, move
+from conftest import make_llama
+
+import doralib
+from doralib import DoraConfig
+from doralib.kernels import norm, ready
+
+
+def make(dtype=torch.float32, **settings):
+    settings = {"r": 3, "target_modules": "all-linear"} | settings
+    return move(doralib.adapt(make_llama().to(dtype), DoraConfig(**settings)), 0.3).eval()
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    counted = []
+    for module in (norm, ready):
+        monkeypatch.setattr(module, "same", lambda a, b, own=norm.same: counted.append(1) or own(a, b))
+    return counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_the_same_numbers_and_nothing_compared(method, dtype, comparisons):
+    model = make(dtype, method=method)
+    with torch.no_grad():
+        want = [model(ids()[:, :n]).logits for n in (9, 1)] + [model(ids()[:1, :1]).logits]
+        with doralib.unchanged(model) as inside:
+            assert inside is model
+            model(ids())
+            comparisons.clear()
+            got = [model(ids()[:, :n]).logits for n in (9, 1)] + [model(ids()[:1, :1]).logits]
+            assert not comparisons
+        model(ids())
+        assert comparisons
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_was_changed_inside_is_seen_after_the_end():
+    model = make()
+    with doralib.unchanged(model):
+        logits(model)
+        move(model)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(logits(model), logits(fresh))
+
+
+def test_training_inside_the_block_computes_as_outside():
+    model = make()
+    with doralib.unchanged(model):
+        logits(model)
+        move(model.train())
+        got = model(ids()).logits
+        got.square().mean().backward()
+    torch.testing.assert_close(got.detach(), logits(model))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("swap", ["load_adapter", "hotswap_adapter"])
+def test_what_we_write_is_seen(tmp_path, swap):
+    other, model = make(), make()
+    move(other)
+    doralib.save_adapter(other, tmp_path)
+    with doralib.unchanged(model):
+        logits(model)
+        getattr(doralib, swap)(model, tmp_path)
+        torch.testing.assert_close(logits(model), logits(other))
+
+
+def test_adapters_take_turns_and_come_inside_the_block(tmp_path):
+    model, other = make(), move(make())
+    doralib.save_adapter(other, tmp_path)
+    first = logits(model)
+    with doralib.unchanged(model):
+        with doralib.unchanged(model):
+            torch.testing.assert_close(logits(model), first)
+        doralib.load_adapter(model, tmp_path, "two")
+        torch.testing.assert_close(logits(doralib.set_adapter(model, "two")), logits(other))
+        torch.testing.assert_close(logits(doralib.set_adapter(model, "default")), first)
+        with doralib.disabled(model):
+            assert torch.equal(logits(model), logits(make_llama()))
+
+
+def test_a_plain_model_is_left_alone():
+    plain = make_llama()
+    with doralib.unchanged(plain):
+        logits(plain)
+
+
+def test_an_error_inside_ends_the_promise():
+    model = make()
+
+    def fail():
+        with doralib.unchanged(model):
+            logits(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    before = logits(model)
+    assert not torch.allclose(logits(move(model)), before)
