@@ -114,14 +114,16 @@ class Kept:
         return wanted is not None and not (self._made and self._made.still(wanted))
 
     def _wanted(self) -> _Wanted | None:
-        if self._asked is None:
+        """For the parameters that it was asked for last, if they are still there, and the norm was computed there."""
+        n_O = self._norm.last
+        if self._asked is None or n_O is None:
             return None
         refs, s, bias, dtype = self._asked
         factors = tuple(p for ref in refs if (p := ref()) is not None)
         bias_O = None if bias is None else bias()
-        if len(factors) < len(refs) or (bias is not None and bias_O is None):
+        if len(factors) < len(refs) or (bias is not None and bias_O is None) or n_O.device != factors[0].device:
             return None
-        return _Wanted(self, factors, self._norm.last, s, bias_O, dtype)
+        return _Wanted(self, factors, n_O, s, bias_O, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes its own."""
