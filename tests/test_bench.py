@@ -1,6 +1,7 @@
 """The measurements measure what they say: rounds, ratios, products, bytes, files. Never how long anything took."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,27 @@ def test_generate(tmp_path):
         *("ours-lora", "ours-dora", "ours-dora-unchanged"),
     }
     assert speeds["base"]["all"] == [4 / s for s in seconds["base"]["all"]]
+
+
+def test_profile(tmp_path):
+    """Every operator once: the large products are counted as they are, and the rows add up to the whole."""
+    options = {"model": "tiny", "dtype": "float32", "rounds": 2, "warmup": 1, "tokens": "1x8"}
+    run_bench("profile", tmp_path, **options)
+    (case,) = written(tmp_path, "profile")["cases"]
+    found = case["subjects"]
+    assert list(found) == ["frozen", "peft-lora", "peft-dora", "ours-lora", "ours-dora"]
+    for subject in found.values():
+        parts = sum(operator["seconds"] for operator in subject["operators"].values())
+        assert parts == pytest.approx(statistics.mean(subject["seconds"]["all"]))
+    calls = {name: own["operators"]["aten::linear"]["calls"] for name, own in found.items()}
+    # two layers of seven and the head; PEFT calls it for both factors of five targets, we for neither
+    assert (calls["frozen"], calls["peft-lora"], calls["ours-dora"]) == (15, 15 + 2 * 2 * 5, 15)
+    sweeps = "aten::native_batch_norm_backward"
+    assert found["ours-dora"]["operators"][sweeps]["calls"] == 10
+    assert sweeps not in found["ours-lora"]["operators"]
+    text = (tmp_path / "profile.md").read_text()
+    assert sweeps in text
+    assert "together" in text
 
 
 def test_generation_goes_on_from_the_prompt_each_time():

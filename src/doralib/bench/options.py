@@ -80,6 +80,16 @@ class StepOptions(ModelOptions):
     checkpointing: Switch = "off"
 
 
+class ProfileOptions(ModelOptions):
+    """`bench profile`."""
+
+    QUICK: ClassVar[dict[str, Any]] = {"rounds": 1, "warmup": 1, "layers": 2, "tokens": "1x64", "dtype": "float32"}
+
+    rounds: int = Field(default=5, ge=1)
+    tokens: Batches = ("1x256",)
+    dropout: Dropouts = (0.0,)
+
+
 class AccelerateOptions(StepOptions):
     """`bench accelerate`."""
 

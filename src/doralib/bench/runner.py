@@ -17,6 +17,7 @@ from .layer import bench_layer
 from .measure import Neighbours, machine
 from .memory import bench_memory
 from .merging import report_merge
+from .profile import bench_profile
 from .rank import bench_rank
 from .step import bench_step
 from .tables import Report, goal_table, markdown, rich_table
@@ -39,6 +40,7 @@ BENCHES = {
     "generate": Bench(settings.GenerateOptions, bench_generate),
     "adapt": Bench(settings.AdaptOptions, bench_adapt),
     "accelerate": Bench(settings.AccelerateOptions, bench_accelerate),
+    "profile": Bench(settings.ProfileOptions, bench_profile),
     "merge": Bench(settings.MergeOptions, report_merge),
 }
 
