@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from doralib.formats.storage import read_any, write_content
 from doralib.merging import merge_checkpoint
 from doralib.models import load_any
 from doralib.recipes.convert import Request, convert_adapter
+from doralib.state import AdapterState, LayerAdapter
 
 TARGETS = ("q_proj", "k_proj", "up_proj")
 ALPHA, R = 6, 3
@@ -403,3 +405,94 @@ def test_one_part_of_a_pipeline(name, tmp_path):
     torch.testing.assert_close(read_tensors(stored)["down_blocks.0.to_q.weight"], want)
     with pytest.raises(UsageError, match=r"a pipeline of several models; give one of them: --base .*unet or"):
         merge_checkpoint(file, tmp_path / "pipe", tmp_path / "never")
+
+
+def other_alphas(model, folder, base):
+    """The adapter in each format that says an alpha, or a scale that is one, and in fsdp_qlora's, where it is the rank."""
+    for name in LANGUAGE:
+        if name != "ai-toolkit":
+            (folder / name).mkdir(parents=True)
+            yield name, written(model, name, folder / name / "adapter", base)
+
+
+def test_no_verb_takes_an_alpha_that_the_file_contradicts(tmp_path, tiny_llama_folder, run):
+    known = _knows(tiny_llama_folder)
+    for name, file in other_alphas(adapted(), tmp_path, tiny_llama_folder):
+        own = R if name == "fsdp-qlora" else ALPHA
+        read_any(file, replace(known, alpha=own))  # the same is no contradiction
+        with pytest.raises(UsageError, match=f"--alpha 31: the adapter states its own alpha, {own}; leave --alpha out"):
+            read_any(file, replace(known, alpha=31))
+    file, base = tmp_path / "peft" / "adapter", ("--base", tiny_llama_folder)
+    for verb, options in {
+        "merge": ("--out", tmp_path / "out", *base),
+        "inspect": (),
+        "generate": ("--prompt", "a film", *base),
+        "convert": ("--to", "mlx", "--out", tmp_path / "out"),
+    }.items():
+        status, _, err = run(verb, file, *options, "--alpha", 31)
+        assert status == 2
+        assert "the adapter states its own alpha, 6;" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_alpha_for_some_layers_leaves_the_others_theirs(tmp_path, tiny_llama_folder):
+    file = written(adapted(), "kohya", tmp_path / "kohya", tiny_llama_folder)
+    tensors = read_tensors(file)
+    forgotten = next(key for key in sorted(tensors) if key.endswith(".alpha"))
+    write_tensors(file, {key: t for key, t in tensors.items() if key != forgotten})
+    _, found = read_any(file, replace(_knows(tiny_llama_folder), alpha=31))
+    assert sorted(layer.scale * R for layer in found.state.layers.values()) == pytest.approx([ALPHA] * 5 + [31])
+    assert found.notes == (
+        "1 layers have no alpha: taken as 31, as given",
+        "5 of 6 layers state an alpha of their own (6) and keep it",
+    )
+
+
+@pytest.mark.parametrize("kind", ["vera", "lengths alone"])
+def test_an_alpha_for_what_has_none_is_refused(kind, tmp_path):
+    if kind == "vera":
+        config = DoraConfig(method="vera", r=R, target_modules=("q_proj",))
+        doralib.save_adapter(doralib.adapt(make_llama(), config), tmp_path / "a")
+    else:
+        doralib.save_adapter(adapted(), tmp_path / "a")
+        file = tmp_path / "a" / "adapter_model.safetensors"
+        tensors = read_tensors(file)
+        write_tensors(file, {key: t if "magnitude" in key else 0 * t for key, t in tensors.items()})
+    with pytest.raises(UsageError, match="no layer of this adapter is scaled by an alpha"):
+        read_any(tmp_path / "a", Given(alpha=ALPHA))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_rslora": True}, {"alpha_pattern": {"up_proj": 9}, "rank_pattern": {"k_proj": 2}}]
+)
+def test_an_alpha_that_the_settings_say_is_no_contradiction(changes, tmp_path):
+    doralib.save_adapter(adapted(**changes), tmp_path / "a")
+    want = read_any(tmp_path / "a", Given())[1]
+    got = read_any(tmp_path / "a", Given(alpha=ALPHA))[1]
+    assert got.config == want.config
+    with pytest.raises(UsageError, match="states its own alpha"):
+        read_any(tmp_path / "a", Given(alpha=31))
+
+
+def _knows(base):
+    shapes = {name: slot.shape for name, slot in _modules(base).items()}
+    return Given(shapes=shapes, config=read_json(base / "config.json"))
+
+
+def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
+    unet, text = "unet.down_blocks.0.to_q", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    g = torch.Generator().manual_seed(0)
+    layers = {
+        name: LayerAdapter(torch.randn(2, 3, generator=g), torch.randn(4, 2, generator=g), torch.rand(4), 1.5)
+        for name in (unet, text)
+    }
+    content = FORMATS["diffusers"].write(Config(), AdapterState(layers), Given())
+    write_content(content, FORMATS["diffusers"], tmp_path / "both")
+    request = Request(tmp_path / "both", "kohya", tmp_path / "one.safetensors", given=Given(component="text_encoder"))
+    done = convert_adapter(request)
+    assert done.layers == 1
+    assert any("1 layers of other parts were not asked for" in note for note in done.notes)
+    heads = {key.split(".")[0] for key in read_tensors(tmp_path / "one.safetensors")}
+    assert heads == {"lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
+    with pytest.raises(UsageError, match="the adapter is of text_encoder, unet"):
+        convert_adapter(replace(request, given=Given(component="transformer"), overwrite=True))

@@ -36,7 +36,7 @@ def read(content: Content, given: Given) -> Found:
     def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
         rank = part["a"].shape[0]
         alpha = number(part["alpha"]) if "alpha" in part else given.alpha or rank
-        return LayerAdapter(part["a"], part["b"], part["m"].flatten(), alpha / rank)
+        return LayerAdapter(part["a"], part["b"], part["m"].flatten() if "m" in part else None, alpha / rank)
 
     layers = layers_of(parts, layer, _DOTTED, problems)
     refuse(title, problems)

@@ -35,10 +35,10 @@ def read(content: Content, given: Given) -> Found:
     problems += unknown + _not_as_said(kind, parts)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        s = scale if given.alpha is None else given.alpha / part["b"].shape[0]
+        s = scale if scale is not None else (given.alpha or 0) / part["b"].shape[0]
         if _is_embedding(name, part):  # MLX's rows are tokens there, and so are ours
-            return LayerAdapter(part["b"], part["a"], part["m"], float(s or 0), "token_embedding")
-        return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s or 0))
+            return LayerAdapter(part["b"], part["a"], part["m"], float(s), "token_embedding")
+        return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s))
 
     layers = layers_of(parts, layer, _KEYS, problems)
     refuse("the MLX adapter", problems)

@@ -127,5 +127,5 @@ def _peft_settings(settings: Mapping[str, Any], given: Given, tensors: Mapping[s
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(_A)}
     taken = {field: settings[field] for field in _TAKEN if settings.get(field) is not None}
     if given.alpha is not None:
-        taken["lora_alpha"] = given.alpha
+        taken.setdefault("lora_alpha", given.alpha)
     return {"r": min(ranks, default=8), **taken, "peft_type": "LORA", "use_dora": True}

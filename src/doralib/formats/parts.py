@@ -1,5 +1,6 @@
 """Steps that formats share: keys to parts, parts to layers, layers to settings."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState, LayerAdapter
+from .content import Found
 
 # PEFT's key, and a live layer's parameter of that name
 MAGNITUDE = "lora_magnitude_vector"
@@ -115,6 +117,31 @@ def alpha_of(adapter: LayerAdapter) -> float:
     alpha = adapter.scale * adapter.rank
     nearest = round(alpha, 6)
     return nearest if abs(alpha - nearest) <= 1e-6 * abs(alpha) else alpha
+
+
+def beside_its_own_alpha(found: Found, alpha: float) -> Found:
+    """An adapter read with an alpha given for what it leaves unsaid; a note where some layers say another.
+
+    Raises:
+        UsageError: if all of them say another, or alpha means nothing to them.
+    """
+    layers = {name: layer for name, layer in found.state.layers.items() if not layer.magnitude_alone}
+    if found.config.has_bank or not layers:
+        raise UsageError(f"--alpha {alpha:g}: no layer of this adapter is scaled by an alpha; leave --alpha out")
+    rslora = found.config.use_rslora
+    own = [layer.scale * math.sqrt(layer.rank) if rslora else alpha_of(layer) for layer in layers.values()]
+    others = [value for value in own if not math.isclose(value, alpha, rel_tol=1e-5)]
+    stated = ", ".join(f"{value:g}" for value in sorted(set(others))[:5])
+    # fused projections have an alpha of all parts' ranks together
+    if not others or (len(others) == len(own) and math.isclose(found.config.lora_alpha, alpha, rel_tol=1e-5)):
+        return found
+    if len(others) == len(own):
+        raise UsageError(
+            f"--alpha {alpha:g}: the adapter states its own alpha, {stated}; leave --alpha out, which is for files "
+            "that forget it (of several adapters, convert those with it first)"
+        )
+    note = f"{len(others)} of {len(own)} layers state an alpha of their own ({stated}) and keep it"
+    return replace(found, notes=(*found.notes, note))
 
 
 def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfig:

@@ -17,7 +17,7 @@ from ..state import AdapterState
 from . import detect, format_named
 from .components import component_of, within
 from .content import Content, Format, Found, Given
-from .parts import config_for
+from .parts import beside_its_own_alpha, config_for
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -50,7 +50,9 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
     content = read_content(file)
     form = format_named(named) if named else detect(content)
     found = form.read(content, given)
-    return form, _with_own(found, content.own, file.parent) if form.name == "peft" and content.own else found
+    if form.name == "peft" and content.own:
+        found = _with_own(found, content.own, file.parent)
+    return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
 
 
 def holds_adapter(path: Path) -> bool:

@@ -58,7 +58,8 @@ def read_live(content: Content, given: Given) -> Found:
         UsageError: if q or k is adapted and no base model is given to count heads in, or alpha is not known.
         DoraError: listing everything that does not belong.
     """
-    alpha = given.alpha or content.settings.get("lora_alpha")
+    said = content.settings.get("lora_alpha")
+    alpha = given.alpha if said is None else said
     if alpha is None:
         raise UsageError("there is no adapter_config.json beside adapter_model.pt to say lora_alpha; give --alpha")
     parts, problems = gathered(content.tensors, _FIELDS)

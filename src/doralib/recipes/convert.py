@@ -110,7 +110,7 @@ def convert_adapter(request: Request) -> Conversion:
             given = knowing(given, base)
         source, found = read_any(request.adapter, given, request.source)
         _refuse_shared(found.config, request.to)
-        if request.to not in _OF_PIPELINES:
+        if request.to not in _OF_PIPELINES or request.given.component:
             found = one_part(found, given.component)
         if request.to not in _NEED_WEIGHTS:
             writer = FORMATS[request.to]
