@@ -408,7 +408,7 @@ def test_one_part_of_a_pipeline(name, tmp_path):
 
 
 def other_alphas(model, folder, base):
-    """The adapter in each format that says an alpha, or a scale that is one, and in fsdp_qlora's, where it is the rank."""
+    """The adapter in each format that says an alpha or a scale, and in fsdp_qlora's, where alpha is the rank."""
     for name in LANGUAGE:
         if name != "ai-toolkit":
             (folder / name).mkdir(parents=True)
@@ -496,3 +496,34 @@ def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
     assert heads == {"lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
     with pytest.raises(UsageError, match="the adapter is of text_encoder, unet"):
         convert_adapter(replace(request, given=Given(component="transformer"), overwrite=True))
+
+
+@pytest.mark.parametrize("asked", LANGUAGE)
+def test_a_file_of_another_format_than_was_said_is_told_apart_first(asked, tmp_path, tiny_llama_folder):
+    for name in LANGUAGE:
+        if name == asked:
+            continue
+        file = written(adapted(), name, tmp_path / name, tiny_llama_folder)
+        said = f"does not look like {asked} but like {name}; leave --from out, or give --from {name}\n"
+        with pytest.raises(UsageError, match=said) as caught:
+            read_any(file, Given(), asked)
+        assert "underscores" not in str(caught.value).splitlines()[0]
+        assert len(str(caught.value).splitlines()) == 2  # not every tensor that it lacks
+
+
+def test_a_file_of_no_format_is_told_so(tmp_path, run):
+    write_tensors(tmp_path / "a.safetensors", {"something": torch.ones(2, 3)})
+    status, _, err = run(
+        "convert", tmp_path / "a.safetensors", "--from", "kohya", "--to", "peft", "--out", tmp_path / "o"
+    )
+    assert status == 2
+    assert "does not look like kohya, nor like any other known adapter (1):\n  something (2, 3)" in err
+
+
+def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder):
+    """TensorRT-LLM's own files look like PEFT's; so do their errors until the base model is given."""
+    doralib.save_adapter(adapted(), tmp_path / "a")
+    request = Request(tmp_path / "a", "mlx", tmp_path / "b", source="tensorrt")
+    with pytest.raises(UsageError, match=r"(?s)but like peft.*read as tensorrt: .* give --base MODEL"):
+        convert_adapter(request)
+    assert convert_adapter(replace(request, base=str(tiny_llama_folder))).source == "tensorrt"

@@ -7,7 +7,7 @@ from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, tensorrt, to
 from .content import Content, Format, Found, Given
 from .peft import from_peft, to_peft
 
-__all__ = ["FORMATS", "Content", "Format", "Found", "Given", "detect", "format_named", "from_peft", "to_peft"]
+__all__ = ["FORMATS", "Content", "Format", "Found", "Given", "detect", "format_named", "from_peft", "to_peft", "unlike"]
 
 
 def _is_peft(content: Content) -> bool:
@@ -106,9 +106,24 @@ def detect(content: Content) -> Format:
     if fits:
         names = ", ".join(each.name for each in fits)
         raise DoraError(f"the file could be of several formats ({names}); say which")
+    raise DoraError(f"no known adapter has these tensors {_shown(content)}\n  known: {', '.join(FORMATS)}")
+
+
+def unlike(form: Format, content: Content) -> str:
+    """What a file looks like instead of this format; nothing, if it does look like it."""
+    if form.detect(content):
+        return ""
+    others = " or ".join(each.name for each in FORMATS.values() if each.detect(content))
+    if others:
+        return f"the file does not look like {form.name} but like {others}; leave --from out, or give --from {others}"
+    return f"the file does not look like {form.name}, nor like any other known adapter {_shown(content)}"
+
+
+def _shown(content: Content) -> str:
+    """The first tensors of a file, and how many there are."""
     keys = sorted(content.tensors)
     shown = "\n  ".join(f"{key} {tuple(content.tensors[key].shape)}" for key in keys[:5]) or "no tensors"
-    raise DoraError(f"no known adapter has these tensors ({len(keys)}):\n  {shown}\n  known: {', '.join(FORMATS)}")
+    return f"({len(keys)}):\n  {shown}"
 
 
 def format_named(name: str) -> Format:

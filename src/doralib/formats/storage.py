@@ -14,7 +14,7 @@ from .. import files
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState
-from . import detect, format_named
+from . import detect, format_named, unlike
 from .components import component_of, within
 from .content import Content, Format, Found, Given
 from .parts import beside_its_own_alpha, config_for
@@ -49,7 +49,13 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
     file = adapter_file(Path(path))
     content = read_content(file)
     form = format_named(named) if named else detect(content)
-    found = form.read(content, given)
+    try:
+        found = form.read(content, given)
+    except DoraError as error:
+        # the details of a format that the file is not in would lead astray
+        if likely := unlike(form, content):
+            raise UsageError(f"{file}: {likely}\n  read as {form.name}: {str(error).splitlines()[0]}") from None
+        raise
     if form.name == "peft" and content.own:
         found = _with_own(found, content.own, file.parent)
     return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
