@@ -527,3 +527,14 @@ def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder
     with pytest.raises(UsageError, match=r"(?s)but like peft.*read as tensorrt: .* give --base MODEL"):
         convert_adapter(request)
     assert convert_adapter(replace(request, base=str(tiny_llama_folder))).source == "tensorrt"
+
+
+def test_a_wrong_base_is_said_before_any_note(tmp_path, run):
+    doralib.save_adapter(adapted(), tmp_path / "a")
+    settings = read_json(tmp_path / "a" / "adapter_config.json") | {"base_model_name_or_path": "another/model"}
+    write_json(tmp_path / "a" / "adapter_config.json", settings)
+    status, _, err = run("generate", tmp_path / "a", "--base", "./absent", "--prompt", "a film")
+    assert status == 2
+    assert err.strip().splitlines() == [
+        "doralib: model: there is no model folder ./absent; give a folder, a .gguf file or a hub name"
+    ]

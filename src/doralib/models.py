@@ -68,10 +68,10 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
         named = base or base_named_by(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        for note in another_base(base_named_by(folder), named):
-            warnings.warn(f"{path} {note}", Note, stacklevel=2)
         quantization = None if base else _quantization_of(folder)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype, quantization=quantization))
+        for note in another_base(base_named_by(folder), named):
+            warnings.warn(f"{path} {note}", Note, stacklevel=2)
         return load_adapter(model, folder, given=given).eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
