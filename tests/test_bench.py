@@ -1,5 +1,6 @@
 """The measurements measure what they say: rounds, ratios, products, bytes, files. Never how long anything took."""
 
+import io
 import json
 import statistics
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from doralib.bench import memory, workload
+from doralib import plots
+from doralib.bench import figures, memory, workload
 from doralib.bench.counting import ProductCounter, allocations, peak, saved_bytes
 from doralib.bench.layer import OneLayer, Pass, counts
 from doralib.bench.measure import Neighbours, Rounds, Turn, interleave, machine, order_of
 from doralib.bench.options import LayerOptions, MergeOptions, StepOptions, batch_of
 from doralib.bench.runner import BENCHES, run_bench
 from doralib.bench.subjects import SUBJECTS, Adapter, build, nudge, pairs, share, trained, usual
-from doralib.bench.tables import Goal, Report, markdown
+from doralib.bench.tables import Bar, Bars, Goal, Report, markdown, rich_table, timing_table
 from doralib.bench.workload import TrainingStep, base_model, token_batch
 from doralib.errors import UsageError
 
@@ -477,8 +479,6 @@ def test_the_demos_model_is_the_default(tmp_path, monkeypatch, tiny_llama_folder
 
 
 def test_a_busy_machine_is_named_in_the_report():
-    from doralib.bench.tables import Bars
-
     report = Report("x", "X", {}, [], [], Bars("", ""), [Goal("a | b", 2.0, 1.0)])
     where = {**machine(), "cores_busy_elsewhere": 1.5}
     assert "not to be quoted" in markdown(report, where)
@@ -509,3 +509,39 @@ def test_the_readme_table_comes_from_the_json(tmp_path):
     assert "9.99" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_name_in_a_table_is_cut(width):
+    from rich.console import Console
+
+    ratio = {"median": 1.238, "low": 1.176, "high": 1.262, "of_minima": 1.244}
+    seconds = {"median": 1.573, "low": 1.48, "high": 1.656, "min": 1.456}
+    ratios = {f"{name} / {other}": ratio for name in SUBJECTS for other in ("peft-lora", "peft-dora")}
+    table = timing_table("float32", {"ratios": ratios, "seconds": dict.fromkeys(SUBJECTS, seconds)})
+    page = Console(file=io.StringIO(), width=width)
+    page.print(rich_table(table))
+    lines = page.file.getvalue().splitlines()
+    assert all(len(line) == width for line in lines[1:2])
+    firsts = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert [name for name in firsts if name] == list(SUBJECTS)
+    assert "…" not in page.file.getvalue()
+
+
+def test_the_line_of_the_reference_crosses_no_title(tmp_path, monkeypatch):
+    drawn = []
+
+    def new_figure(**size):
+        drawn.append(plots.new_figure(**size))
+        return drawn[0]
+
+    monkeypatch.setattr(figures, "new_figure", new_figure)
+    groups = {name: [Bar("frozen", 0.9, 0.8, 1.0), Bar("ours", 1.1, 1.0, 1.2)] for name in ("a title", "another")}
+    figures.write_bars(Bars("t", "x", groups), tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    titles = [text.get_position()[1] for text in axes.texts if text.get_text() in groups]
+    dashed = [c for c in axes.collections if c.get_linestyle()[0][1] is not None]
+    spans = [sorted(y for _, y in segment) for c in dashed for segment in c.get_segments()]
+    assert len(spans) == len(titles) == 2
+    assert not any(low <= at <= high for at in titles for low, high in spans)
+    assert not [line for line in axes.lines if line.get_linestyle() == "--"]

@@ -26,8 +26,6 @@ def write_bars(bars: Bars, path: Path) -> Path:
     axes.set_xlabel(bars.axis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
-    if bars.line is not None:
-        axes.axvline(bars.line, color="#222222", linewidth=1, linestyle="--")
     with replacing(path) as part:
         figure.savefig(part, format="png")
     return path
@@ -37,7 +35,10 @@ def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
     ticks: list[tuple[float, str]] = []
     at = 0.0
     for name, group in bars.groups.items():
-        axes.text(0, at, name, fontsize=8, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
+        axes.text(0.004, at, name, fontsize=8, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
+        if bars.line is not None:  # beside the bars alone, so that it crosses no title; behind their figures
+            ends = (at + 0.5, at + len(group) + 0.5)
+            axes.vlines(bars.line, *ends, color="#222222", linewidth=1, linestyle="--", zorder=2.5)
         for bar in group:
             at += 1
             axes.barh(at, bar.value, color=colours[bar.label], height=0.8)
@@ -49,7 +50,9 @@ def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
                 linewidth=1,
                 capsize=2,
             )
-            axes.text(bar.high, at, f" {bar.value:.3g}", fontsize=7, va="center")
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
+            figure = axes.annotate(f"{bar.value:.3g}", (bar.high, at), fontsize=7, **place)
+            figure.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
             ticks.append((at, bar.label))
         at += 1.3
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=8)

@@ -140,10 +140,12 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
 
 
 def rich_table(table: Table) -> RichTable:
-    """For the terminal."""
+    """For the terminal; in a narrow one figures go on in a second line, and no name is cut or broken."""
     shown = RichTable(title=table.title, title_justify="left")
+    names = all(" " not in row[0] for row in table.rows)
     for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if i else "left")
+        # the columns that may wrap give way first; sentences in the first one wrap at their words
+        shown.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=names and not i)
     for row in table.rows:
         shown.add_row(*row)
     return shown
