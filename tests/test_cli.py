@@ -95,6 +95,12 @@ def test_no_verb_prints_the_help(run):
         (["eval.tasks=[sentimnt]"], 2, "sentimnt"),
         (["model.path=/no/such/model"], 2, "/no/such/model"),
         (["nonsense"], 2, "nonsense"),
+        (
+            ["adapter.r=3", "out=x", "adapter.r=4"],
+            2,
+            "given twice, and only one of the two can hold:\n  adapter.r=3 and",
+        ),
+        (["adapter.r=3", "adapter={method: lora}"], 2, "adapter.r=3 and adapter={method: lora}"),
         (["adapter.r=0", "data.max_length=1"], 2, "2 problems"),
         (["adapter.init_lora_weights=pisa"], 2, "there is no start 'pisa'; did you mean 'pissa'?"),
         (["adapter.lora_dropout=1.5"], 2, "adapter.lora_dropout: input should be less than 1, got 1.5"),
@@ -284,6 +290,7 @@ def test_requests_that_contradict_themselves(run, tmp_path, tiny_llama_folder):
         (["layer", "shapes=0x4"], "'0x4' should be written as OUTxIN, such as 1024x1024"),
         (["step", "tokens=2x"], "'2x' should be written as SEQUENCESxTOKENS, such as 4x256"),
         (["step", "rounds"], "options are KEY=VALUE, got rounds"),
+        (["step", "rounds=3", "layers=2", "rounds=4"], "can hold:\n  rounds=3 and rounds=4"),
     ],
     ids=" ".join,
 )

@@ -10,7 +10,7 @@ import typer
 
 from . import __version__
 from .console import console
-from .errors import DoraError, Note, UsageError
+from .errors import DoraError, Note, UsageError, refuse_twice
 
 _FIRST = """
 To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
@@ -87,6 +87,7 @@ def train(
     from .recipes.text import read_recipe
     from .recipes.text import train as run
 
+    refuse_twice(changes or [])
     run(read_recipe(recipe, changes or []), resume=resume, overwrite=overwrite)
 
 
@@ -283,6 +284,7 @@ def bench(
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
+    refuse_twice(options or [])
     check_writable(out, "--out")
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 

@@ -38,6 +38,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def refuse_twice(given: Sequence[str]) -> None:
+    """Nothing, if no key of ``key=value`` texts is given again, nor a part of a group beside the whole group.
+
+    Raises:
+        UsageError: with both of them, for each that is.
+    """
+    keys = [text.partition("=")[0].strip() for text in given]
+    twice = [
+        f"  {first} and {second}"
+        for i, (first, one) in enumerate(zip(given, keys, strict=True))
+        for second, other in zip(given[i + 1 :], keys[i + 1 :], strict=True)
+        if one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+    ]
+    if twice:
+        raise UsageError("\n".join(["a setting is given twice, and only one of the two can hold:", *twice]))
+
+
 @contextmanager
 def collecting(problems: list[DoraError]) -> Iterator[None]:
     """Keep what goes wrong inside the block for `raise_all`, and go on after it."""
