@@ -495,17 +495,47 @@ def test_the_readme_table_comes_from_the_json(tmp_path):
     with pytest.raises(UsageError, match="doralib bench all"):
         update_readme(readme, tmp_path)
     machine = {"cpu": "X", "cores": 2, "versions": {"torch": "2"}, "date": "2026-01-01T00", "cores_busy_elsewhere": 0.1}
-    goals = [{"what": "ours / theirs", "measured": 1.23456, "goal": 1.0, "met": False}]
-    report = {
+    goal = {"measured": 1.23456, "goal": 1.0, "met": False}
+    pair = "ours-dora / peft-dora"
+    step = {
         "bench": "step",
+        "title": "A training step",
         "machine": machine,
-        "goals": goals,
+        "goals": [{"what": f"f32: {pair}", **goal}, {"what": f"f32, dropout 0.05: {pair}", **goal}],
         "settings": {"rounds": 5, "r": 16, "dropout": [0.05]},
+        "cases": [
+            {"name": "f32", "seconds": {"ours-dora": {"median": 2.0}, "peft-dora": {"median": 3.0}}},
+            {"name": "f32, dropout 0.05", "seconds": {"ours-dora": {"median": 4.0}, "peft-dora": {"median": 5.0}}},
+        ],
     }
-    (tmp_path / "step.json").write_text(json.dumps(report))
+    sizes = {"total_bytes": {"ours-dora": {"median": 2e6}, "peft-dora": {"median": 3e6}}}
+    memory = {
+        "bench": "memory",
+        "title": "Peak memory",
+        "machine": machine,
+        "goals": [
+            {"what": f"f32, total bytes: {pair}", **goal},
+            {"what": "f32: bytes saved", **goal, "measured": 2e9, "goal": 1e9},
+        ],
+        "settings": {},
+        "cases": [{"name": "f32", "bytes": sizes}],
+    }
+    for report in (step, memory):
+        (tmp_path / f"{report['bench']}.json").write_text(json.dumps(report))
     update_readme(readme, tmp_path)
     text = readme.read_text()
-    assert "| ours / theirs | 1.23 | 1 | no | `doralib bench step rounds=5 dropout=0.05` |" in text
+    lines = text.splitlines()
+    at = lines.index("**A training step**: `doralib bench step rounds=5 dropout=0.05`")
+    assert lines[at + 4 : at + 6] == [
+        "| f32 | ours-dora 2 s | peft-dora 3 s | 1.23 | 1 | no |",
+        "| f32, dropout 0.05 | ours-dora 4 s | peft-dora 5 s | 1.23 | 1 | no |",
+    ]
+    second = lines.index("**Peak memory**: `doralib bench memory`")
+    assert second > at  # as `doralib bench all` runs them
+    assert lines[second + 4 : second + 6] == [
+        "| f32, total bytes | ours-dora 2.0 MB | peft-dora 3.0 MB | 1.23 | 1 | no |",
+        "| f32: bytes saved | 2.0 GB |  |  | 1.0 GB | no |",
+    ]
     assert "9.99" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

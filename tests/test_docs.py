@@ -45,7 +45,9 @@ def test_readme_is_short_and_every_figure_has_its_command():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 200
     table = text.split("## Measured")[1].split("\n## ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("|") and "---" not in line][1:]
-    assert rows
-    for row in rows:
-        assert re.search(r"`(doralib|make) [^`]+`", row), row
+    tables = re.split(r"\n\n(?=\*\*)", table)[1:]
+    assert tables
+    assert table.count("\n|---") == len(tables)
+    for each in tables:
+        heading = each.splitlines()[0]
+        assert re.fullmatch(r"\*\*[^*]+\*\*: `(doralib|make) [^`]+`", heading), heading
