@@ -11,8 +11,8 @@ from .runner import BENCHES
 _START, _END = "<!-- measured -->", "<!-- /measured -->"
 _LINES = ("| case | ours | compared with | ratio | goal | met |", "|---|---:|---:|---:|---:|---|")
 _WORDS = (
-    "A ratio is ours over the other: below 1 is faster, or smaller. Subjects take turns; the ratio is the median of the "
-    "rounds' ratios, not the quotient of the two times, each a median of its own. `ours-lora` and `ours-dora` are "
+    "A ratio is ours over the other: below 1 is faster, or smaller. Subjects take turns; the ratio is the median of "
+    "the rounds' ratios, not the quotient of the two times, each a median of its own. `ours-lora` and `ours-dora` are "
     "doralib (`-exact` and `-adapter`: its dropout modes), `peft-lora` and `peft-dora` PEFT's own, `base` is the model "
     "without an adapter; `4x256` is sequences x tokens."
 )
