@@ -63,12 +63,16 @@ def test_sentences_are_clear_once_and_clean(package, tmp_path):
 
 def test_no_text_is_in_training_and_test_and_the_split_is_always_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "NUM_TEST_MOVIES", 7)
+    monkeypatch.setattr(assets, "NUM_TUNING", 2)
     rows = [Rated(f"film {i}", (-1) ** i * 2.0) for i in range(40)]
-    sets = {"movies": rows, "products": rows[:3], "tweets": rows[:2]}
+    sets = {"movies": rows, "products": rows[:3], "tweets": rows[:4]}
     write_sentences(sets, tmp_path)
-    train, test = rows_in(tmp_path / "movies-train.jsonl"), rows_in(tmp_path / "movies-test.jsonl")
-    assert (len(train), len(test)) == (33, 7)
-    assert not {row["text"] for row in train} & {row["text"] for row in test}
+    train, test, tuning = (rows_in(tmp_path / f"movies-{part}.jsonl") for part in ("train", "test", "tuning"))
+    assert (len(train), len(test), len(tuning)) == (33, 5, 2)
+    assert len({row["text"] for row in train + test + tuning}) == 40
+    # settings were chosen on the first rows of each set: what is scored are others
+    assert [row["text"] for row in rows_in(tmp_path / "tweets-tuning.jsonl")] == ["film 0", "film 1"]
+    assert [row["text"] for row in rows_in(tmp_path / "tweets-test.jsonl")] == ["film 2", "film 3"]
     assert set(train[0]) == {"text", "rating", "label"}
     assert all((row["rating"] > 0) == (row["label"] == "positive") for row in train + test)
 
@@ -80,7 +84,15 @@ def test_the_order_does_not_depend_on_the_order_in_the_file(package):
     assert ordered != rows
 
 
-def test_the_tasks_score_the_files_beside_them(package, tmp_path):
+def test_the_rate_was_chosen_on_other_rows_than_are_scored():
+    """400 rows a set were scored when it was chosen; as many are left to report on, of movies too."""
+    limit = read_recipe("demo", []).eval.limit
+    assert assets.NUM_TUNING >= 400
+    assert limit <= assets.NUM_TEST_MOVIES - assets.NUM_TUNING
+
+
+def test_the_tasks_score_the_files_beside_them(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "NUM_TUNING", 0)
     write_sentences(read_sentences(package), tmp_path)
     tasks = load_tasks([str(tmp_path / f"{name}.yaml") for name in ("products", "tweets")])
     example = read_examples(tasks[1], None)[0]
