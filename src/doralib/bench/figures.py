@@ -56,4 +56,4 @@ def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
             ticks.append((at, bar.label))
         at += 1.3
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(at - 0.6, -0.7)  # downwards, with the first title inside
