@@ -16,7 +16,7 @@ ROWS = [
     {"problems"},
     {"config", "functional", "metrics", "markup", "templates"},
     {"kernels", "files", "state", "encoding", "charts", "quantised", "requantised"},
-    {"dense"},
+    {"dense", "sharded"},
     {"bases", "checkpoints", "formats", "rows", "styles", "runs", "gguf", "starts"} | {"folding", "stored_experts"},
     {"fitting", "scoring", "generation"},
     {"packed"},

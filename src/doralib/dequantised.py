@@ -11,6 +11,7 @@ from .bases import Dense, Quantised, open_base
 from .layers import DoraLinear, original
 from .live import put, wrapped
 from .requantised import Requantised, swallowed, table
+from .sharded import refuse_sharded
 from .switched import Switched, Wrapper
 
 # what transformers leaves on a model that it loaded quantised
@@ -27,6 +28,7 @@ class Merging:
     """
 
     def __init__(self, model: nn.Module, *, dequantise: bool) -> None:
+        refuse_sharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
         self.model = model
         self.dtype = plain_dtype(model) if dequantise else None
         self.errors: list[Requantised] = []

@@ -16,6 +16,7 @@ from .inject import read_adapter
 from .layers import DoraLinear
 from .live import adapter_of, as_own, bias_of, layers_of, listed, parts_of, record_of, state_of
 from .magnitudes import DoraMagnitude
+from .sharded import refuse_sharded
 from .state import AdapterState, FusedAdapter, LayerAdapter
 from .targets import adaptable
 
@@ -37,6 +38,7 @@ def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = N
             for LoRA layers. Nothing is changed then.
     """
     name, _ = adapter_of(model, adapter_name)
+    refuse_sharded(model, "hotswap_adapter", "doralib.load_adapter fills an adapter of the same ranks")
     _, state = read_adapter(path, model)
     shapes = adaptable(model)
     state = replace(state, layers={k: layer.narrowed(shapes.get(k, ())) for k, layer in state.layers.items()})

@@ -43,6 +43,7 @@ from .live import (
     wrapped,
 )
 from .magnitudes import DoraMagnitude
+from .sharded import as_placed, gathered, refuse_sharded, writes
 from .state import AdapterState, MovedAdapter
 from .switched import Switched, Wrapper
 from .targets import adaptable, choose, matching
@@ -192,7 +193,7 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
         raise listed("the adapter does not fit this model", sorted(problems))
     given = tensors_of(state)
     for key, tensor in tensors_of(into).items():
-        tensor.copy_(given[key])
+        tensor.copy_(as_placed(given[key], tensor))
     for place, adapter in state.layers.items():
         layers[place].scale = adapter.scale
     forget(model)
@@ -202,6 +203,7 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
     """Write an adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
 
     An adapter that started as a part of the weight is written as a change of the weight as it is, of rank 2r.
+    Where parameters are shared out over processes (FSDP2), every process calls this and the first one writes.
     Besides PEFT's two files, ``doralib_config.json`` keeps what PEFT has no word for (dropout_mode, detach_norm).
 
     Args:
@@ -212,7 +214,9 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
     peft = FORMATS["peft"]
     assert peft.write is not None
-    write_content(peft.write(config, state_of(model, adapter_name), Given()), peft, folder, overwrite=True)
+    state = gathered(state_of(model, adapter_name))
+    if writes(model):
+        write_content(peft.write(config, state, Given()), peft, folder, overwrite=True)
 
 
 def read_adapter(
@@ -285,8 +289,14 @@ def refuse_name(adapter_name: str) -> None:
         raise UsageError(f"{adapter_name!r} cannot be an adapter's name: no dots, and no word that torch uses itself")
 
 
+_ADAPT_FIRST = (
+    "adapt, or load the adapter, before fully_shard: parameters that come later would be in none of its groups"
+)
+
+
 def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
     record = free_record_of(model)
+    refuse_sharded(model, "another adapter", _ADAPT_FIRST)
     refuse_name(adapter_name)
     if adapter_name in record.adapters:
         raise UsageError(
@@ -298,6 +308,7 @@ def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> N
 
 
 def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str], adapter_name: str) -> Model:
+    refuse_sharded(model, "an adapter", _ADAPT_FIRST)
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     wrappers, biases = wrappers_for(model, config, chosen, whole)
     model.requires_grad_(False)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import functional as F
 from . import on_gpu
-from .together import Together
+from .together import Together, at_hand
 
 
 class NormBase(Protocol):
@@ -120,10 +120,11 @@ class FreshNorm:
         return self._seen is not None and self._seen.still(self._base.key(), a_RI, b_OR, s)
 
     def _change(self) -> "_Change | None":
-        if self._asked is None:
+        # a base that was moved, replaced or sharded waits until its own layer asks
+        if self._asked is None or self._seen is None or self._seen.key != self._base.key():
             return None
-        a_RI, b_OR, s = self._asked[0](), self._asked[1](), self._asked[2]
-        return None if a_RI is None or b_OR is None else _Change(self, a_RI, b_OR, s)
+        factors, s = at_hand(self._asked[:2]), self._asked[2]
+        return None if factors is None else _Change(self, *factors, s)
 
     @torch.no_grad()
     def at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:

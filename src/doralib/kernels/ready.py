@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .norm import FreshNorm, are_parameters, same
-from .together import Together
+from .together import Together, at_hand
 
 # below this gain the product is not read back from the output: the output may have underflowed
 TINY_GAIN = 1e-12
@@ -83,7 +83,7 @@ class Kept:
         self.together: Together | None = None
         self._norm = norm
         self._made: _Made | None = None
-        self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, Any, torch.dtype] | None = None
+        self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, bool, torch.dtype] | None = None
 
     def __call__(
         self, factors: tuple[Tensor, ...], n_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype
@@ -102,8 +102,8 @@ class Kept:
             others = [] if self.together is None else self.together.changed(self)
             _make([wanted, *(other for kept in others if (other := kept._wanted()))])
         if self.together is not None and torch.is_grad_enabled() and n_O is not None and are_parameters(*factors):
-            bias = None if bias_O is None else weakref.ref(bias_O)
-            self._asked = tuple(weakref.ref(p) for p in factors), s, bias, dtype
+            watched = factors if bias_O is None else (*factors, bias_O)
+            self._asked = tuple(weakref.ref(p) for p in watched), s, bias_O is not None, dtype
             self.together.remember(self)
         assert self._made is not None
         return self._made.ready
@@ -118,12 +118,11 @@ class Kept:
         n_O = self._norm.last
         if self._asked is None or n_O is None:
             return None
-        refs, s, bias, dtype = self._asked
-        factors = tuple(p for ref in refs if (p := ref()) is not None)
-        bias_O = None if bias is None else bias()
-        if len(factors) < len(refs) or (bias is not None and bias_O is None) or n_O.device != factors[0].device:
+        refs, s, has_bias, dtype = self._asked
+        found = at_hand(refs)
+        if found is None or n_O.device != found[0].device:
             return None
-        return _Wanted(self, factors, n_O, s, bias_O, dtype)
+        return _Wanted(self, found[:3], n_O, s, found[3] if has_bias else None, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes its own."""

@@ -5,8 +5,10 @@ layer by itself would run as many between two large products that have emptied t
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional, Protocol, TypeVar
+
+from torch import Tensor
 
 
 class Member(Protocol):
@@ -63,3 +65,9 @@ def meet(members: Iterable[Member]) -> None:
     together = Together()
     for member in members:
         member.together = together
+
+
+def at_hand(refs: Sequence[weakref.ref[Tensor]]) -> tuple[Tensor, ...] | None:
+    """The tensors, where all of them live and hold values: FSDP2 frees the memory of a layer that is not computing."""
+    found = tuple(t for ref in refs if (t := ref()) is not None and (t.data_ptr() or not t.numel()))
+    return found if len(found) == len(refs) else None
