@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import sys
+import threading
 
 import pytest
 import torch
@@ -206,3 +208,80 @@ def test_a_layer_that_is_gone_is_forgotten():
     gc.collect()
     assert together.changed(members[0]) == []
     assert isinstance(copy.deepcopy(together), Together)
+
+
+def assert_current(model, names="abcd"):
+    """Outputs by the dense formula, of the values as they are."""
+    for name, y in zip(names, model(names), strict=True):
+        layer = getattr(model, name)
+        V = layer.base_layer.weight + layer.scale * layer.lora_B @ layer.lora_A
+        m, bias = layer.lora_magnitude_vector, layer.bias
+        gain = 1 if m is None else m / V.norm(dim=1)
+        x = torch.arange(3.0 * layer.in_features).view(3, -1).sin()
+        torch.testing.assert_close(y, gain * (x @ V.T) + (0 if bias is None else bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_a_parameter_that_took_anothers_place_is_the_one_that_counts(method):
+    """Of the same values at first; the old one is then written to."""
+    model = make(method=method)
+    with torch.no_grad():
+        model()
+        old = model.a.lora_A
+        model.a.lora_A = nn.Parameter(old.detach().clone())
+        model()
+        old.zero_()
+        assert_current(model)
+    assert_current(model)
+
+
+def test_threads_that_find_a_change_at_once():
+    before = sys.getswitchinterval()
+    model, wrong = make(), []
+
+    def ask(barrier, names):
+        try:
+            barrier.wait()
+            assert_current(model, names)
+        except (AssertionError, RuntimeError, KeyError) as error:
+            wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        for seed in range(60):
+            step(model, seed, 0.02)
+            barrier = threading.Barrier(4)
+            threads = [threading.Thread(target=ask, args=(barrier, names)) for names in ("abcd", "dcba", "ab", "cd")]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong, wrong[0]
+
+
+def test_memory_that_was_freed_is_not_read(renewed):
+    """As FSDP2 frees a layer's parameters, and fills them again before the layer computes."""
+    model = make()
+    model()
+    step(model)
+    kept = {}
+    for p in model.c.parameters():
+        kept[p] = p.detach().clone()
+        p.untyped_storage().resize_(0)
+    renewed["norms"].clear()
+    assert_current(model, "abd")
+    assert renewed["norms"] == [3]
+    for p, value in kept.items():
+        p.untyped_storage().resize_(value.nbytes)
+        p.data.copy_(value)
+    assert_current(model)
+
+
+def test_a_model_made_in_inference_mode_computes():
+    with torch.inference_mode():
+        model = make()
+        model()
+        step(model)
+        assert_current(model)

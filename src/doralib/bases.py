@@ -15,6 +15,7 @@ from torch.nn import functional as nnf
 
 from . import functional as F
 from .dense import Dense as Dense
+from .dense import version
 from .errors import DoraError
 from .quantised import storage_of
 from .quantised.storage import Storage
@@ -106,7 +107,7 @@ class Opaque(Dense):
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     def key(self) -> tuple[Any, ...]:
-        return tuple((t.data_ptr(), t._version, t.device) for t in self._tensors() if not t.is_meta)
+        return tuple((t.data_ptr(), version(t), t.device) for t in self._tensors() if not t.is_meta)
 
     def triton_weight(self) -> Tensor | None:
         return None
@@ -195,7 +196,7 @@ class Quantised(Opaque):
         return self.storage.device
 
     def key(self) -> tuple[Any, ...]:
-        return tuple((t.data_ptr(), t._version, t.device) for t in self.storage.tensors() if not t.is_meta)
+        return tuple((t.data_ptr(), version(t), t.device) for t in self.storage.tensors() if not t.is_meta)
 
     def dense_rows(self, index: Tensor) -> Tensor:
         W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)

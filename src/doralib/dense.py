@@ -58,7 +58,7 @@ class Dense:
     def key(self) -> tuple[Any, ...]:
         """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
         W = self._weight
-        return (W.data_ptr() if not W.is_meta else 0, W._version, W.dtype, W.device)
+        return (W.data_ptr() if not W.is_meta else 0, version(W), W.dtype, W.device)
 
     def triton_weight(self) -> Tensor | None:
         """The weight, where Triton's kernels take it."""
@@ -107,3 +107,8 @@ class Dense:
 
     def _stored(self, W_OI: Tensor) -> Tensor:
         return W_OI
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode keeps no count."""
+    return 0 if t.is_inference() else t._version

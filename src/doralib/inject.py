@@ -289,9 +289,7 @@ def refuse_name(adapter_name: str) -> None:
         raise UsageError(f"{adapter_name!r} cannot be an adapter's name: no dots, and no word that torch uses itself")
 
 
-_ADAPT_FIRST = (
-    "adapt, or load the adapter, before fully_shard: parameters that come later would be in none of its groups"
-)
+_ADAPT_FIRST = "adapt, or load the adapter, before fully_shard, which does not see parameters that come later"
 
 
 def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""Models whose parameters are shared out over processes (FSDP2): what is asked of every process, and what is refused."""
+"""Models whose parameters are shared out over processes (FSDP2): saving, loading, and what is refused."""
 
 import copy
 from dataclasses import replace

@@ -71,7 +71,7 @@ class FreshNorm:
         _by_handle[self._handle] = self
         self._weight: tuple[tuple[Any, ...], Tensor] | None = None
         self._seen: _Seen | None = None
-        self._asked: tuple[weakref.ref[Tensor], weakref.ref[Tensor], float] | None = None
+        self._asked: tuple[tuple[weakref.ref[Tensor], weakref.ref[Tensor]], float] | None = None
 
     def base_norm_sq(self) -> Tensor:
         """Squared row lengths of the frozen weight, (O,); one pass over it, once."""
@@ -97,14 +97,14 @@ class FreshNorm:
         W_OI = self._base.triton_weight()
         if W_OI is not None:
             return self._on_gpu(W_OI, a_RI, b_OR, s)
-        if not self._is_fresh(a_RI, b_OR, s):
+        seen = self._seen
+        if seen is None or not seen.still(self._base.key(), a_RI, b_OR, s):
             others = [] if self.together is None else self.together.changed(self)
-            _renew([_Change(self, a_RI, b_OR, s), *(change for norm in others if (change := norm._change()))])
+            seen = _renew([_Change(self, a_RI, b_OR, s), *(change for norm in others if (change := norm._change()))])
         if self.together is not None and torch.is_grad_enabled() and are_parameters(a_RI, b_OR):
-            self._asked = weakref.ref(a_RI), weakref.ref(b_OR), s
+            self._asked = (weakref.ref(a_RI), weakref.ref(b_OR)), s
             self.together.remember(self)
-        assert self._seen is not None
-        return self._seen.n_O
+        return seen.n_O
 
     @property
     def last(self) -> Tensor | None:
@@ -114,17 +114,15 @@ class FreshNorm:
     def has_changed(self) -> bool:
         """Whether the parameters that it was asked for last have changed."""
         change = self._change()
-        return change is not None and not self._is_fresh(*change[1:])
-
-    def _is_fresh(self, a_RI: Tensor, b_OR: Tensor, s: float) -> bool:
-        return self._seen is not None and self._seen.still(self._base.key(), a_RI, b_OR, s)
+        return change is not None and not (self._seen and self._seen.still(self._base.key(), *change[1:]))
 
     def _change(self) -> "_Change | None":
         # a base that was moved, replaced or sharded waits until its own layer asks
         if self._asked is None or self._seen is None or self._seen.key != self._base.key():
             return None
-        factors, s = at_hand(self._asked[:2]), self._asked[2]
-        return None if factors is None else _Change(self, *factors, s)
+        refs, s = self._asked
+        found = at_hand(refs)
+        return None if found is None else _Change(self, found[0], found[1], s)
 
     @torch.no_grad()
     def at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
@@ -183,21 +181,23 @@ class _Change(NamedTuple):
 # a norm made in inference mode could not be kept for a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
-def _renew(changes: Sequence[_Change]) -> None:
-    """Compute these norms: all expanded squares of one rank in one go."""
+def _renew(changes: Sequence[_Change]) -> _Seen:
+    """Compute these norms, all expanded squares of one rank in one go; the first is returned."""
     batches: dict[Any, list[_Change]] = {}
     for change in changes:
         norm, a_RI, b_OR, _ = change
         R = len(a_RI)
         key = (R, a_RI.dtype, b_OR.dtype, b_OR.device) if norm._base.expands(R) else norm._handle
         batches.setdefault(key, []).append(change)
-    for batch in batches.values():
+    # the first, which is asked for, last
+    for batch in reversed(batches.values()):
         # autocast would run the products of float32 sums in half precision
         with torch.autocast(batch[0].b_OR.device.type, enabled=False):
-            _renew_batch(batch)
+            seen = _renewed(batch)
+    return seen[0]
 
 
-def _renew_batch(batch: list[_Change]) -> None:
+def _renewed(batch: list[_Change]) -> list[_Seen]:
     rows = [len(b_OR) for _, _, b_OR, _ in batch]
     # the norms belong to the copies, whatever another thread does to the parameters meanwhile
     copy_OR = torch.cat([b_OR.detach() for _, _, b_OR, _ in batch])
@@ -207,8 +207,11 @@ def _renew_batch(batch: list[_Change]) -> None:
     ]
     n_O = _lengths(copies, copy_OR)
     n_O.masked_fill_(n_O == 0, float("inf"))
+    seen = []
     for (norm, a_RI, b_OR, s), own_n_O in zip(copies, n_O.split(rows), strict=True):
         norm._seen = _Seen(norm._base.key(), a_RI, b_OR, s, own_n_O)
+        seen.append(norm._seen)
+    return seen
 
 
 def _lengths(changes: list[_Change], all_b_OR: Tensor) -> Tensor:

@@ -67,6 +67,9 @@ class _Made(NamedTuple):
         """Whether it would be the same now, bit for bit."""
         if self.n_O is not wanted.n_O or self.s != wanted.s or self.dtype != wanted.dtype:
             return False
+        # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
+        if self.ready.wide_a_RI.data_ptr() != wanted.factors[0].data_ptr():
+            return False
         watched = _watched(wanted)
         return len(watched) == len(self.copies) and all(same(a, b) for a, b in zip(self.copies, watched, strict=True))
 
@@ -97,16 +100,16 @@ class Kept:
             bias_O: The layer's, which is not scaled.
             dtype: Of the products.
         """
-        wanted = _Wanted(self, factors, n_O, s, bias_O, dtype)
-        if self._made is None or not self._made.still(wanted):
+        wanted, made = _Wanted(self, factors, n_O, s, bias_O, dtype), self._made
+        if made is None or not made.still(wanted):
             others = [] if self.together is None else self.together.changed(self)
-            _make([wanted, *(other for kept in others if (other := kept._wanted()))])
+            # not what is kept now: another thread's round may have put its own there, of the last norm
+            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))])
         if self.together is not None and torch.is_grad_enabled() and n_O is not None and are_parameters(*factors):
             watched = factors if bias_O is None else (*factors, bias_O)
             self._asked = tuple(weakref.ref(p) for p in watched), s, bias_O is not None, dtype
             self.together.remember(self)
-        assert self._made is not None
-        return self._made.ready
+        return made.ready
 
     def has_changed(self) -> bool:
         """Whether the parameters that it was asked for last have changed."""
@@ -158,21 +161,24 @@ def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | Non
 # what is made in inference mode could not be used by a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
-def _make(wanted: Sequence[_Wanted]) -> None:
-    """Make these: DoRA's of one rank, scale and dtype in one go."""
+def _make(wanted: Sequence[_Wanted]) -> _Made:
+    """Make these, DoRA's of one rank, scale and dtype in one go; the first is returned."""
     batches: dict[Any, list[_Wanted]] = {}
     for each in wanted:
-        if each.n_O is None:
-            _make_lora(each)
-            continue
-        a, b, m = each.factors
-        key = (len(a), each.s, each.bias_O is None, each.dtype, a.dtype, b.dtype, m.dtype, b.device)
+        key: Any = id(each)
+        if each.n_O is not None:
+            a, b, m = each.factors
+            key = (len(a), each.s, each.bias_O is None, each.dtype, a.dtype, b.dtype, m.dtype, b.device)
         batches.setdefault(key, []).append(each)
-    for batch in batches.values():
-        _make_batch(batch)
+    # the first, which is asked for, last
+    for batch in reversed(batches.values()):
+        made = [_made_lora(batch[0])] if batch[0].n_O is None else _made_batch(batch)
+        for each, own in zip(batch, made, strict=True):
+            each.kept._made = own
+    return made[0]
 
 
-def _make_batch(batch: list[_Wanted]) -> None:
+def _made_batch(batch: list[_Wanted]) -> list[_Made]:
     first, rows = batch[0], [len(each.factors[1]) for each in batch]
     # the copies of m and the bias are what the next call is compared with
     b_OR, m_O = (torch.cat([each.factors[i].detach() for each in batch]) for i in (1, 2))
@@ -183,15 +189,17 @@ def _make_batch(batch: list[_Wanted]) -> None:
     clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
     by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
     columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
+    made = []
     for each, (*parts, own_m_O, own_bias_O) in zip(batch, zip(*columns, strict=False), strict=True):
         a_RI = each.factors[0].detach()
         ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, each.n_O, clear])
         copies = (own_m_O,) if own_bias_O is None else (own_m_O, own_bias_O)
-        each.kept._made = _Made(ready, copies, each.n_O, first.s, first.dtype)
+        made.append(_Made(ready, copies, each.n_O, first.s, first.dtype))
+    return made
 
 
-def _make_lora(wanted: _Wanted) -> None:
+def _made_lora(wanted: _Wanted) -> _Made:
     a_RI, b_OR = (p.detach() for p in wanted.factors)
     ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype)
     copies = tuple(t.detach().clone() for t in _watched(wanted))
-    wanted.kept._made = _Made(ready, copies, None, wanted.s, wanted.dtype)
+    return _Made(ready, copies, None, wanted.s, wanted.dtype)

@@ -40,13 +40,14 @@ class Together:
 
     def changed(self, asking: M) -> list[M]:
         """Those beside the one that is asking that have changed; the caller makes them anew."""
-        known = [(key, ref()) for key, ref in self._members.items()]
+        # a list at once, and no error for a key that is gone: another thread may be asking too
+        known = [(key, ref()) for key, ref in list(self._members.items())]
         others = [
             (key, member) for key, member in known if member is not asking and (not member or member.has_changed())
         ]
         for key, member in others:
             if member is None or key in self._not_asked:
-                del self._members[key]
+                self._members.pop(key, None)
                 self._not_asked.discard(key)
         taken = [(key, member) for key, member in others if key in self._members]
         self._not_asked |= {key for key, _ in taken}
