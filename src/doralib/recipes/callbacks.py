@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from .. import files
 from ..console import console
 from .meter import Meter
+from .processes import any_of_all
 
 _STEPS_BEFORE_ESTIMATE = 3
 
@@ -123,7 +124,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
                 signal.signal(number, handler)
 
     def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
-        if self.caught is not None:
+        # all stop after the same step, whichever process the signal reached first
+        if any_of_all(self.caught is not None):
+            self.caught = signal.SIGTERM if self.caught is None else self.caught
             control.should_save = control.should_training_stop = True
 
     def _catch(self, number: int, _: Any) -> None:
@@ -144,16 +147,19 @@ class Tensorboard(TrainerCallback):  # type: ignore[misc]
         self.writer: Any = None
 
     def on_train_begin(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         self.writer = self._make(state.global_step + 1 if state.global_step else 0)
 
     def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, Any], **___: Any) -> None:
         for name, value in logs.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and self.writer is not None:
                 where = name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}"
                 self.writer.add_scalar(where, value, state.global_step)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def duration(seconds: float) -> str:

@@ -27,9 +27,8 @@ class Meter:
             self._pending = None
         return self._tokens
 
-    def add_tokens(self, attention_mask: Tensor) -> None:
+    def add_tokens(self, count: Tensor) -> None:
         """Count a batch; the number stays on its device until somebody asks."""
-        count = attention_mask.sum()
         self._pending = count if self._pending is None else self._pending + count
 
     def start(self) -> None:

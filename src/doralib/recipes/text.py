@@ -29,6 +29,7 @@ from ..styles import STYLES, check_columns
 from ..tasks import Task, read_examples
 from . import saving, training_keys
 from .callbacks import MetricsFile, ProgressBar, StopOnSignal, Tensorboard
+from .processes import is_main, wait_for_all
 from .reading import read_recipe
 from .run_folder import RunFolder
 from .trainer import AdapterTrainer, LossNotFinite
@@ -84,15 +85,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
         Interrupted: after Ctrl-C, once a checkpoint is saved.
     """
     run = fine_tune(recipe, resume=resume, overwrite=overwrite)
-    console.print(f"report: {write_report(run)}")
+    if is_main():
+        console.print(f"report: {write_report(run)}")
     return run
 
 
 def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
     plan = _check(recipe, resume=resume, overwrite=overwrite)
+    console.quiet = console.quiet or not is_main()
     job = _load(plan)
-    plan.run.open(recipe, overwrite=overwrite)
+    # the others may still be checking what stands there
+    wait_for_all()
+    if is_main():
+        plan.run.open(recipe, overwrite=overwrite)
+    wait_for_all()
     _describe(job)
     _before(job)
     if not plan.run.trained.exists():
@@ -230,7 +237,8 @@ def _score(job: _Job, when: str) -> None:
         limit=settings.limit,
         seed=job.plan.recipe.seed,
     )
-    files.write_json(run.results, {**results, when: {name: result.to_json() for name, result in found.items()}})
+    if is_main():
+        files.write_json(run.results, {**results, when: {name: result.to_json() for name, result in found.items()}})
     for name, result in found.items():
         scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())
         console.print(f"  {name}: {scores}")
@@ -251,7 +259,8 @@ def _sample(job: _Job, when: str) -> None:
         max_new_tokens=min(longest + 8, _SAMPLE_TOKENS),
         batch_size=_SAMPLES,
     )
-    files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(shown, texts, strict=True)])
+    if is_main():
+        files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(shown, texts, strict=True)])
 
 
 def _train(job: _Job) -> None:
@@ -265,7 +274,8 @@ def _train(job: _Job) -> None:
     for callback in (metrics, bar, stop, *_wanted(plan)):
         trainer.add_callback(callback)
     checkpoint = saving.newest(plan.run.checkpoints) if plan.resume else None
-    metrics.cut_after(saving.step_of(checkpoint) if checkpoint else 0)
+    if is_main():
+        metrics.cut_after(saving.step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         console.print(f"going on from {checkpoint}")
     status = "interrupted"
@@ -328,6 +338,8 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
 def _keep(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
+    if not is_main():
+        return
     _summarise(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
         save_adapter(job.model, run.path)
@@ -338,6 +350,8 @@ def _keep(job: _Job, trainer: AdapterTrainer) -> None:
 
 
 def _summarise(job: _Job, trainer: AdapterTrainer, status: str) -> None:
+    if not is_main():
+        return
     recipe, meter, state = job.plan.recipe, trainer.meter, trainer.state
     changed, total = _parameters(job.model)
     best = state.best_global_step if job.plan.args.load_best_model_at_end else None

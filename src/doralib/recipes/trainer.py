@@ -19,13 +19,14 @@ from transformers import (
 
 from .. import files
 from ..config import DoraConfig
-from ..data import Tokenised, collator
+from ..data import IGNORED, Tokenised, collator
 from ..errors import DoraError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
+from .processes import wait_for_all
 
 _WEIGHTS = "adapter.safetensors"
 _METER = "meter.json"
@@ -117,6 +118,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """Mean over the labels of all accumulated batches."""
         if self.label_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._eval_totals is not None:
+            inputs = self._without_repeats(inputs)
         loss, count = self.label_loss(model, inputs)
         if self._eval_totals is not None:
             self._eval_totals += torch.stack([loss.detach().double(), count.double()])
@@ -134,7 +137,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         Raises:
             LossNotFinite: before the optimizer could spread it.
         """
-        self.meter.add_tokens(inputs["attention_mask"])
+        self.meter.add_tokens(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise LossNotFinite(self._not_finite(f"the loss became {loss.item()}"))
@@ -167,6 +170,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         if count:
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / count
         return output
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch, with no labels in the rows that only fill up the last one so that every process has as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = IGNORED
+        return {**inputs, "labels": labels}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """What weight decay shrinks: never a magnitude, norm or bias."""
@@ -203,15 +215,27 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
         if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                saving.seal(final)
-            return
-        with saving.writing(final) as part:
-            self._write(part, final, model, trial)
+            self._write_together(final, model, trial)
+        else:
+            with saving.writing(final) as part:
+                self._write(part, final, model, trial)
         best = self.state.best_model_checkpoint
-        saving.prune(folder, self.args.save_total_limit, Path(best) if best else None)
+        if self.args.should_save:
+            saving.prune(folder, self.args.save_total_limit, Path(best) if best else None)
+
+    def _write_together(self, final: Path, model: nn.Module, trial: Any) -> None:
+        """In its place, where every process puts its random numbers; no checkpoint to anyone before it is sealed."""
+        loss_since_log = float(self.accelerator.reduce(self._tr_loss, "mean"))
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        wait_for_all()
+        if self.args.should_save:
+            files.write_json(final / _METER, self.meter.state(loss_since_log, self._globalstep_last_logged))
+            saving.seal(final)
+        wait_for_all()
 
     def _write(self, part: Path, final: Path, model: nn.Module, trial: Any) -> None:
         """What the stock Trainer writes, moved up into ``part``, with the paths it will have."""

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import typing
 import warnings
 from collections.abc import Mapping
@@ -115,9 +116,15 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return TrainingArguments(**values, **own)
+            made = TrainingArguments(**values, **own)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"training: {error}") from None
+    if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise UsageError(
+            "training: FSDP was asked for, and doralib train keeps the whole model in each process: launch it as DDP "
+            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/python.md)"
+        )
+    return made
 
 
 def wants_tensorboard(recipe: Recipe) -> bool:

@@ -1,0 +1,30 @@
+"""One run in several processes (torchrun, accelerate launch): each trains, the main one writes and talks."""
+
+import torch
+from accelerate import PartialState
+from torch import distributed
+
+
+def several() -> bool:
+    """Whether there are others."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the run folder, and tells about it."""
+    return not several() or distributed.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Nothing before every process has come here."""
+    if several():
+        PartialState().wait_for_everyone()
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is set in any process; each asks at the same time."""
+    if not several():
+        return flag
+    counted = torch.tensor(int(flag), device=PartialState().device)
+    distributed.all_reduce(counted, distributed.ReduceOp.MAX)
+    return bool(counted.item())
