@@ -2,13 +2,18 @@
 
 import copy
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+import yaml
+from safetensors.torch import load_file
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +24,11 @@ from doralib import DoraConfig
 from doralib.errors import UsageError
 from doralib.inject import load_into
 from doralib.live import state_of
+from doralib.recipes import saving
+from doralib.recipes.callbacks import MetricsFile
+from doralib.recipes.reading import read_recipe
+from doralib.recipes.text import Interrupted
+from doralib.recipes.text import fine_tune as train_as_recipe
 
 METHODS = {
     "dora": {},
@@ -214,14 +224,66 @@ def worker(rank, folder):
     found["refusals"] = refusals(folder / "dora" / "plain")
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
+    train_runs(rank, folder)
+
+
+def train_runs(rank, folder):
+    """`doralib train` as torchrun starts it: a run to the end, and one that is stopped in one process and resumed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
+    recipe = read_recipe(str(folder / "recipe.yaml"), [])
+    train_as_recipe(recipe)
+    on_log = MetricsFile.on_log
+
+    def stopping(self, args, state, *others, **more):
+        on_log(self, args, state, *others, **more)
+        if rank == 1 and state.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    MetricsFile.on_log = stopping
+    stopped = recipe.model_copy(update={"out": str(folder / "stopped")})
+    with pytest.raises(Interrupted, match=r"stopped at step (4|5) of 6"):
+        train_as_recipe(stopped)
+    MetricsFile.on_log = on_log
+    train_as_recipe(stopped, resume=True)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory, tiny_llama_folder):
     """What both processes found, of everything: they are started once."""
     folder = tmp_path_factory.mktemp("two")
-    started = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False)
-    assert started.returncode == 0, started.stderr[-3000:]
+    rows = [{"text": ("good ", "bad ", "dull ", "fine ")[i % 4] * (1 + i % 3), "label": str(i % 2)} for i in range(43)]
+    for name, some in {"train": rows[:32], "held_out": rows[32:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    recipe = {
+        "model": {"path": str(tiny_llama_folder)},
+        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "held_out.jsonl")},
+        "adapter": {"r": 3, "target_modules": ["q_proj", "down_proj"]},
+        "training": {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 3},
+        "eval": {"before": False},
+        "out": str(folder / "run"),
+    }
+    recipe["data"] |= {"prompt": "{text}:", "target": " {label}"}
+    recipe["training"] |= {"learning_rate": 1e-2, "save_total_limit": 1, "per_device_eval_batch_size": 4}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **quiet) for command in commands]
+    try:
+        for process in both:
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in both:
+            process.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -263,5 +325,46 @@ def test_what_a_sharded_model_cannot_do_is_said(found):
     assert "load_adapter" in said["hotswap"]
 
 
+def curve(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line[k] for k in ("kind", "step", "loss", "eval_loss", "grad_norm") if k in line] for line in lines]
+
+
+def values(run):
+    return load_file(run / "adapter_model.safetensors")
+
+
+def test_a_run_in_two_processes_is_the_run_in_one(folder):
+    run, training = folder / "run", {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 3}
+    recipe = read_recipe(str(folder / "recipe.yaml"), [f"training.{k}={v}" for k, v in training.items()])
+    alone = train_as_recipe(recipe.model_copy(update={"out": str(folder / "alone")}))
+    for ours, theirs in zip(curve(run), curve(alone), strict=True):
+        # 11 held out rows are not shared out evenly
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], rel=2e-4)
+    for name, value in values(alone).items():
+        torch.testing.assert_close(values(run)[name], value, rtol=1e-3, atol=1e-4)
+    told = [json.loads((path / "summary.json").read_text()) for path in (run, alone)]
+    for key in ("steps", "tokens", "status", "trainable_parameters"):
+        assert told[0][key] == told[1][key]
+    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+    (last,) = (run / "checkpoints").iterdir()
+    assert saving.is_whole(last)
+    assert {"meter.json", "rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in last.iterdir()}
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(folder):
+    assert curve(folder / "stopped") == curve(folder / "run")
+    for name, value in values(folder / "run").items():
+        assert torch.equal(values(folder / "stopped")[name], value)
+
+
+def test_fsdp_by_accelerate_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = read_recipe(str(folder / "recipe.yaml"), [f"out={folder / 'sharded'}"])
+    with pytest.raises(UsageError, match="FSDP was asked for"):
+        train_as_recipe(recipe)
+
+
 if __name__ == "__main__":
-    multiprocessing.spawn(worker, (Path(sys.argv[1]),), nprocs=2)
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -61,6 +61,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.meter = Meter()
         self.adapter = adapter or DoraConfig()
         self.resumed_from: Path | None = None
+        self.sampler: SeededSampler | None = None
         self._lengths: list[int] = train.rows["length"][:]
         self._staging: Path | None = None
         self._eval_totals: Tensor | None = None
@@ -205,7 +206,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             return super()._get_train_sampler(train_dataset)
         grouped = args.train_sampling_strategy == "group_by_length"
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return SeededSampler(self._lengths, batch if grouped else None, args.data_seed or args.seed)
+        self.sampler = SeededSampler(self._lengths, batch if grouped else None, args.data_seed or args.seed)
+        return self.sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -369,6 +371,11 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
             # the first log line after a resume is a mean over steps of both sessions
             trainer._tr_loss += state["loss_since_log"]
             trainer._globalstep_last_logged = state["last_logged"]
+
+    def on_epoch_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        # accelerate does not reach the sampler of a resumed epoch in several processes
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.meter.start()
