@@ -51,7 +51,8 @@ def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
                 capsize=2,
             )
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
-            figure = axes.annotate(f"{bar.value:.3g}", (bar.high, at), fontsize=7, **place)
+            number = f"{bar.value:,.0f}" if bar.value >= 100 else f"{bar.value:.3g}"
+            figure = axes.annotate(number, (bar.high, at), fontsize=7, **place)
             figure.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
             ticks.append((at, bar.label))
         at += 1.3
