@@ -1,6 +1,7 @@
 """Inside `doralib.unchanged` a model computes the same without comparing, and is told of what we write ourselves."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import make_llama
 import doralib
 from doralib import DoraConfig
 from doralib.kernels import norm, ready
+from doralib.layers import DoraLinear
 
 
 def make(dtype=torch.float32, **settings):
@@ -89,8 +91,33 @@ def test_adapters_take_turns_and_come_inside_the_block(tmp_path):
 
 def test_a_plain_model_is_left_alone():
     plain = make_llama()
+    want = logits(plain)
     with doralib.unchanged(plain):
-        logits(plain)
+        assert torch.equal(logits(plain), want)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_the_block_made_no_promise(copied):
+    model = make()
+    with doralib.unchanged(model):
+        logits(model)
+        twin = copied(model)
+    before = logits(twin)
+    assert torch.equal(before, logits(model))
+    assert not torch.allclose(logits(move(twin)), before)
+
+
+def test_no_second_copy_of_a_weight_is_held():
+    """Under autocast a call casts the weight; only the frozen weight itself may stay."""
+    model = make()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with doralib.unchanged(model), torch.no_grad():
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(ids())
+        held = [W for m in model.modules() if isinstance(m, DoraLinear) for W, *_ in m.kept.held.values()]
+        assert held
+        assert {W.untyped_storage().data_ptr() for W in held} <= weights
 
 
 def test_an_error_inside_ends_the_promise():

@@ -6,7 +6,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from .kernels.ready import Kept
 from .layers import DoraLinear
+from .sharded import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,25 +19,27 @@ def unchanged(model: Model) -> Iterator[Model]:
 
     Without it every call makes sure of that by itself, which costs a generated token as much as the adapter's own
     products. What `load_adapter` and `hotswap_adapter` write inside the block is seen; an optimiser's step is not,
-    until the block ends. Calls that want gradients compute as outside, and a model without an adapter does anyway.
+    until the block ends. Calls that want gradients compute as outside; so does a model without an adapter, or a
+    sharded one (FSDP2).
     """
-    layers = _layers(model)
-    before = [layer.held for layer in layers]
-    for layer in layers:
-        layer.held = {}
+    # FSDP2 frees what a layer holds between its calls
+    kept = [] if is_sharded(model) else _kept(model)
+    before = [each.held for each in kept]
+    for each in kept:
+        each.held = {}
     try:
         yield model
     finally:
-        for layer, held in zip(layers, before, strict=True):
-            layer.held = held
+        for each, held in zip(kept, before, strict=True):
+            each.held = held
 
 
 def forget(model: nn.Module) -> None:
     """What layers hold inside such a block is made anew at their next call."""
-    for layer in _layers(model):
-        if layer.held is not None:
-            layer.held = {}
+    for each in _kept(model):
+        if each.held is not None:
+            each.held = {}
 
 
-def _layers(model: nn.Module) -> list[DoraLinear]:
-    return [module for module in model.modules() if isinstance(module, DoraLinear)]
+def _kept(model: nn.Module) -> list[Kept]:
+    return [module.kept for module in model.modules() if isinstance(module, DoraLinear)]

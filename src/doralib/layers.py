@@ -14,7 +14,7 @@ from .config import DoraConfig
 from .errors import DoraError
 from .kernels import dora_linear, on_gpu
 from .kernels.dropout import Dropout, draw, dropped
-from .kernels.inference import Operands, infer
+from .kernels.inference import infer
 from .kernels.norm import FreshNorm
 from .kernels.ready import Kept, Ready
 from .quantised import storage_of
@@ -74,7 +74,6 @@ class DoraLinear(Masters):
         self.start = config.init_lora_weights
         self.norm = FreshNorm(base)
         self.kept = Kept(self.norm)
-        self.held: dict[torch.dtype, Operands] | None = None
         self.out_features, self.in_features = base.shape
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
@@ -149,8 +148,10 @@ class DoraLinear(Masters):
         if not self.enabled:
             return self.base_layer(x)
         x = autocast(x)
-        if self.held and (held := self.held.get(x.dtype)) and not (self.training or torch.is_grad_enabled()):
-            return infer(x, *held)
+        if self.kept.held and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            operands = self.kept.held.get(x.dtype)
+            if operands is not None:
+                return infer(x, *operands)
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or (torch.compiler.is_compiling() and on_gpu(x) is None):
             return self._composed(x, dropout)
@@ -159,14 +160,15 @@ class DoraLinear(Masters):
             W_OI = W_OI.to(x.dtype)
         factors = self.factors
         if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
-            held = W_OI, self._ready(factors, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-            if self.held is not None:
-                self.held[x.dtype] = held
-            return infer(x, *held)
+            operands = W_OI, self._ready(factors, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+            # not a weight that autocast made: it would be a second copy of every layer's
+            if self.kept.held is not None and W_OI.dtype == self.base.dtype:
+                self.kept.held[x.dtype] = operands
+            return infer(x, *operands)
         if self.lora_magnitude_vector is None or not self._is_prepared(x):
             return dora_linear(x, W_OI, *factors, self.gain(), self.scale, self.bias, dropout)
-        operands = W_OI, *factors, self.lora_magnitude_vector, self.scale, self.bias, dropout
-        return dora_linear(x, *operands, self._ready(factors, x.dtype))
+        m, ready = self.lora_magnitude_vector, self._ready(factors, x.dtype)
+        return dora_linear(x, W_OI, *factors, m, self.scale, self.bias, dropout, ready)
 
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.

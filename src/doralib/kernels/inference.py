@@ -7,7 +7,6 @@ from ..functional import effective_weight
 from .eager import scale_product, weight_is_cheaper
 from .ready import Ready
 
-Operands = tuple[Tensor, Ready, Tensor | None]
 # a half-precision product of so few rows takes a CPU far longer than one in float32
 _FEW_ROWS = 8
 

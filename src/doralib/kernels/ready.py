@@ -85,6 +85,8 @@ class Kept:
     def __init__(self, norm: FreshNorm) -> None:
         self.together: Together | None = None
         self._norm = norm
+        self.held: dict[torch.dtype, tuple[Tensor, Ready, Tensor | None]] | None = None
+        """By dtype what a call without gradients needs beside its input, inside `doralib.unchanged`."""
         self._made: _Made | None = None
         self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, bool, torch.dtype] | None = None
 
