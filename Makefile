@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 METHOD ?= dora
+# processes that share the tests out
+WORKERS ?= 2
 # remembers what was installed from which files; a second run needs no network
 STAMP := $(VENV)/.installed
 
@@ -14,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m "not slow"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow

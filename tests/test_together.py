@@ -10,7 +10,7 @@ from torch import nn
 import doralib
 from doralib import DoraConfig
 from doralib.kernels import norm, ready
-from doralib.kernels.together import Together, meet
+from doralib.kernels.together import Together
 
 SIZES = {"a": (7, 5), "b": (6, 4), "c": (7, 5), "d": (1, 9)}
 
@@ -187,14 +187,11 @@ def test_the_tiny_gains_of_one_layer_do_not_spoil_another():
 
 def test_a_layer_that_is_gone_is_forgotten():
     class Mine:
-        together = None
-
         def has_changed(self):
             return True
 
     members = [Mine(), Mine(), Mine()]
-    meet(members)
-    together = members[0].together
+    together = Together()
     for member in members:
         together.remember(member)
     assert together.changed(members[0]) == members[1:]

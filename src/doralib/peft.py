@@ -16,8 +16,7 @@ from .kernels import dora_linear, on_gpu
 from .kernels.dropout import draw
 from .kernels.inference import infer
 from .kernels.norm import FreshNorm
-from .kernels.ready import Kept
-from .kernels.together import meet
+from .kernels.ready import Kept, meet
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."
@@ -48,9 +47,7 @@ def accelerate(peft_model: Model) -> Model:
             fast = _Fast(layer)
             layer.__dict__[_TAKEN] = fast
             layer.__dict__["forward"] = fast.forward
-    taken = [layer.__dict__[_TAKEN] for layer in layers.values()]
-    meet(fast.norm for fast in taken)
-    meet(fast.kept for fast in taken)
+    meet(layer.__dict__[_TAKEN].kept for layer in layers.values())
     return peft_model
 
 

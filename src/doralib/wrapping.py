@@ -10,7 +10,7 @@ from .embeddings import DoraEmbedding, DoraTokenEmbedding
 from .errors import DoraError, UsageError, did_you_mean
 from .experts import AdaptedExperts, choose_parameters, expert_weights
 from .fused_layers import DoraFused, refuse_misfits
-from .kernels.together import meet
+from .kernels.ready import meet
 from .layers import DoraLinear, TrainedCopy
 from .live import listed
 from .magnitudes import DoraMagnitude
@@ -89,9 +89,7 @@ def _wrappers(model: nn.Module, config: DoraConfig, chosen: list[str], whole: li
     wrappers: dict[str, Wrapper] = {
         name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
     }
-    layers = [layer for layer in wrappers.values() if isinstance(layer, DoraLinear)]
-    meet(layer.norm for layer in layers)
-    meet(layer.kept for layer in layers)
+    meet(layer.kept for layer in wrappers.values() if isinstance(layer, DoraLinear))
     for holder in holders:
         inside = [name for name in parameters if name.rpartition(".")[0] == holder]
         wrappers[holder] = AdaptedExperts(model.get_submodule(holder), inside, config)

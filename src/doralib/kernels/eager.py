@@ -1,7 +1,7 @@
 """The adapted linear layer as autograd functions in plain torch, for every device and dtype.
 
 A step keeps its input x, the product with A (N, R) and, for the gain, the layer's own output, which its consumer often
-keeps anyway; under dropout also one byte an input element. Nothing else of size (N, I) or (N, O).
+keeps anyway; under dropout also its draw, at most two bytes an input element. Nothing else of size (N, I) or (N, O).
 """
 
 import functools
@@ -78,12 +78,7 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        kept, ready, needs, dy_NO = (
-            _Kept(*ctx.saved_tensors),
-            ctx.ready,
-            _Needs(*ctx.needs_input_grad),
-            dy_NO.contiguous(),
-        )
+        kept, ready, needs, dy_NO = _found(ctx, dy_NO)
         dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
         dx = dxa_NR @ kept.a_RI if needs.x else None
         if dx is not None and kept.drawn is not None:
@@ -114,12 +109,7 @@ class _Effective(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        kept, ready, needs, dy_NO = (
-            _Kept(*ctx.saved_tensors),
-            ctx.ready,
-            _Needs(*ctx.needs_input_grad),
-            dy_NO.contiguous(),
-        )
+        kept, ready, needs, dy_NO = _found(ctx, dy_NO)
         dx = dy_NO @ effective_weight(kept.W_OI, kept.a_RI, kept.gsb_OR, ready.gain_O) if needs.x else None
         dlength_O = None
         if needs.length:
@@ -147,12 +137,7 @@ class _ExactDropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NO):
-        kept, ready, needs, dy_NO = (
-            _Kept(*ctx.saved_tensors),
-            ctx.ready,
-            _Needs(*ctx.needs_input_grad),
-            dy_NO.contiguous(),
-        )
+        kept, ready, needs, dy_NO = _found(ctx, dy_NO)
         dxa_NR = _boosted(dy_NO @ kept.gsb_OR, ctx.dropout)
         dx = dxa_NR @ kept.a_RI if needs.x else None
         dots_O = scaled_product_and_dots(dx, dy_NO, kept.y_NO, _rest(ready, ctx.dropout), kept.W_OI)
@@ -223,6 +208,10 @@ class _Kept(NamedTuple):
 def _keep(ctx, y_NO, ready, s, dropout, operands):
     ctx.save_for_backward(*operands, ready.a_RI, ready.gsb_OR, y_NO, None if dropout is None else dropout.drawn)
     ctx.ready, ctx.s, ctx.dropout = ready, s, dropout and dropout._replace(drawn=None)
+
+
+def _found(ctx, dy_NO):
+    return _Kept(*ctx.saved_tensors), ctx.ready, _Needs(*ctx.needs_input_grad), dy_NO.contiguous()
 
 
 def _keep_with_output(ctx, y_NO, ready, s, dropout, operands):

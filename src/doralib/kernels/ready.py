@@ -1,7 +1,7 @@
 """What a layer computes with that follows from A, B, m and the norm alone, made when one of them has changed."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Kept:
 
     def __init__(self, norm: FreshNorm) -> None:
         self.together: Together | None = None
-        self._norm = norm
+        self.norm = norm
         self.held: dict[torch.dtype, tuple[Tensor, Ready, Tensor | None]] | None = None
         """By dtype what a call without gradients needs beside its input, inside `doralib.unchanged`."""
         self._made: _Made | None = None
@@ -120,7 +120,7 @@ class Kept:
 
     def _wanted(self) -> _Wanted | None:
         """For the parameters that it was asked for last, if they are still there, and the norm was computed there."""
-        n_O = self._norm.last
+        n_O = self.norm.last
         if self._asked is None or n_O is None:
             return None
         refs, s, has_bias, dtype = self._asked
@@ -131,11 +131,18 @@ class Kept:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes its own."""
-        return {"norm": self._norm, "together": self.together}
+        return {"norm": self.norm, "together": self.together}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["norm"])  # type: ignore[misc]
         self.together = state["together"]
+
+
+def meet(layers: Iterable[Kept]) -> None:
+    """Let what these keep, and their norms, be made anew together from now on."""
+    norms, kept = Together(), Together()
+    for layer in layers:
+        layer.together, layer.norm.together = kept, norms
 
 
 _ByRows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -5,16 +5,14 @@ layer by itself would run as many between two large products that have emptied t
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, Optional, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 
 class Member(Protocol):
     """One layer's share."""
-
-    together: Optional["Together"]
 
     def has_changed(self) -> bool:
         """Whether what it was made from last has changed, as far as it can know by itself."""
@@ -59,13 +57,6 @@ class Together:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-
-
-def meet(members: Iterable[Member]) -> None:
-    """Let these be made anew together from now on."""
-    together = Together()
-    for member in members:
-        member.together = together
 
 
 def at_hand(refs: Sequence[weakref.ref[Tensor]]) -> tuple[Tensor, ...] | None:
