@@ -132,16 +132,15 @@ class DoraFused(DoraLinear):
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
-    def _ready(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Ready:
+    def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
         """With B and the norm of all rows kept until the norm of a part changes."""
-        m = self.lora_magnitude_vector
         if m is None:
-            return super()._ready(factors, dtype)
+            return super()._ready(factors, m, dtype)
         lengths = self._lengths(detach=True)
         if self._whole is None or any(now is not then for now, then in zip(lengths, self._whole[0], strict=True)):
             self._whole = lengths, self.lora_B, self._among_all(torch.cat(lengths))
         _, b_OR, n_O = self._whole
-        return self.kept((self.lora_A, b_OR, self._among_all(m)), n_O, self.scale, self.bias, dtype)
+        return self.kept((self.lora_A, b_OR, self._among_all(m)), self.scale, self.bias, dtype, n_O)
 
     def _is_prepared(self, x: Tensor) -> bool:  # noqa: ARG002
         return False

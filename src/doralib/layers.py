@@ -147,28 +147,29 @@ class DoraLinear(Masters):
         """(..., I) to (..., O), in the dtype that the base layer would return."""
         if not self.enabled:
             return self.base_layer(x)
-        x = autocast(x)
-        if self.kept.held and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        dtype = autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if self.kept.held and not (self.training or learning or compiling):
             operands = self.kept.held.get(x.dtype)
             if operands is not None:
                 return infer(x, *operands)
         dropout = self._draw_dropout(x)
-        if isinstance(self.base, Opaque) or (torch.compiler.is_compiling() and on_gpu(x) is None):
+        if isinstance(self.base, Opaque) or (compiling and on_gpu(x) is None):
             return self._composed(x, dropout)
-        W_OI = self.base.W_OI
-        if torch.is_autocast_enabled(x.device.type):
-            W_OI = W_OI.to(x.dtype)
-        factors = self.factors
-        if dropout is None and not torch.is_grad_enabled() and on_gpu(x) is None:
-            operands = W_OI, self._ready(factors, x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        W_OI, bias_O = self.base.W_OI, self.base.bias
+        if dtype is not None:
+            W_OI = W_OI.to(dtype)
+        factors, m = self.factors, self.lora_magnitude_vector
+        if dropout is None and not learning and on_gpu(x) is None:
+            operands = W_OI, self._ready(factors, m, x.dtype), None if bias_O is None else bias_O.to(x.dtype)
             # not a weight that autocast made: it would be a second copy of every layer's
             if self.kept.held is not None and W_OI.dtype == self.base.dtype:
                 self.kept.held[x.dtype] = operands
             return infer(x, *operands)
-        if self.lora_magnitude_vector is None or not self._is_prepared(x):
-            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, self.bias, dropout)
-        m, ready = self.lora_magnitude_vector, self._ready(factors, x.dtype)
-        return dora_linear(x, W_OI, *factors, m, self.scale, self.bias, dropout, ready)
+        if m is None or not self._is_prepared(x):
+            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
+        return dora_linear(x, W_OI, *factors, m, self.scale, bias_O, dropout, self._ready(factors, m, x.dtype))
 
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.
@@ -223,13 +224,9 @@ class DoraLinear(Masters):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
 
-    def _ready(self, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> Ready:
+    def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
         """What is kept for these factors and m."""
-        m = self.lora_magnitude_vector
-        if m is None:
-            return self.kept(factors, None, self.scale, self.bias, dtype)
-        n_O = self.norm(*factors, self.scale, detach=True)
-        return self.kept((*factors, m), n_O, self.scale, self.bias, dtype)
+        return self.kept(factors if m is None else (*factors, m), self.scale, self.base.bias, dtype)
 
     def _is_prepared(self, x: Tensor) -> bool:
         """Whether a training step reads `_ready`, not the gain: on a CPU, with the norm a constant."""
@@ -321,5 +318,11 @@ def _master_copy(original: nn.Module) -> nn.Module:
 
 def autocast(x: Tensor) -> Tensor:
     """An input in the dtype that autocast, where it is on, would give it."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has for x's device; None where it is off."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

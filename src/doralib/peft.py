@@ -97,13 +97,12 @@ class _Fast:
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W_OI.dtype)
         A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
         m, s = layer.lora_magnitude_vector[name].weight, float(layer.scaling[name])
-        n_O = self.norm(A, B, s, detach=True)
         p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
         W_OI = W_OI.to(x.dtype)
         bias_O, dropout = self.base.bias, draw(x, p, exact=True) if p else None
         if not x.is_cpu:
-            return dora_linear(x, W_OI, A, B, m / n_O, s, bias_O, dropout)
-        ready = self.kept((A, B, m), n_O, s, bias_O, x.dtype)
+            return dora_linear(x, W_OI, A, B, m / self.norm(A, B, s, detach=True), s, bias_O, dropout)
+        ready = self.kept((A, B, m), s, bias_O, x.dtype)
         if dropout is None and not torch.is_grad_enabled():
             return infer(x, W_OI, ready, None if bias_O is None else bias_O.to(x.dtype))
         return dora_linear(x, W_OI, A, B, m, s, bias_O, dropout, ready)

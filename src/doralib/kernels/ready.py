@@ -6,9 +6,10 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .norm import FreshNorm, are_parameters, same
+from .copies import Copy
+from .norm import Change, FreshNorm, Seen, fresh
 from .together import Together, at_hand
 
 # below this gain the product is not read back from the output: the output may have underflowed
@@ -46,37 +47,51 @@ class _Wanted(NamedTuple):
     kept: "Kept"
     factors: tuple[Tensor, ...]
     """A, B and, for DoRA, m."""
-    n_O: Tensor | None
     s: float
     bias_O: Tensor | None
     dtype: torch.dtype
+    n_O: Tensor | None
+    """The norm where it is not `Kept.norm`'s."""
+
+    def key(self) -> Any:
+        """Differs once the norm would be another one with the same factors."""
+        return self.kept.norm.base.key() if self.has_own_norm() else None
+
+    def has_own_norm(self) -> bool:
+        """Whether the layer's own norm is wanted."""
+        return len(self.factors) == 3 and self.n_O is None
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """What it follows from, beside the norm that is given."""
+        own = self.factors if self.n_O is None else self.factors[2:]
+        return own if self.bias_O is None else (*own, self.bias_O)
 
 
 class _Made(NamedTuple):
-    """A `Ready` and what it was made from: copies, but the norm, of which `FreshNorm` hands out the same tensor as long
-    as A, B and s are the same."""
+    """A `Ready` and what it was made from."""
 
     ready: Ready
-    copies: tuple[Tensor, ...]
-    """A and B for LoRA, m for DoRA, and the bias."""
+    copies: tuple[Copy, ...]
+    """Of `_Wanted.watched`."""
+    key: Any
     n_O: Tensor | None
+    """As it was given: the same tensor as long as what it follows from is the same."""
     s: float
     dtype: torch.dtype
 
     def still(self, wanted: _Wanted) -> bool:
         """Whether it would be the same now, bit for bit."""
-        if self.n_O is not wanted.n_O or self.s != wanted.s or self.dtype != wanted.dtype:
+        if self.dtype is not wanted.dtype or self.s != wanted.s or self.n_O is not wanted.n_O:
             return False
+        return self.key == wanted.key() and self.same_values(wanted)
+
+    def same_values(self, wanted: _Wanted) -> bool:
+        """The same of what an optimiser changes."""
         # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
         if self.ready.wide_a_RI.data_ptr() != wanted.factors[0].data_ptr():
             return False
-        watched = _watched(wanted)
-        return len(watched) == len(self.copies) and all(same(a, b) for a, b in zip(self.copies, watched, strict=True))
-
-
-def _watched(wanted: _Wanted) -> tuple[Tensor, ...]:
-    own = wanted.factors[:2] if wanted.n_O is None else wanted.factors[2:]
-    return own if wanted.bias_O is None else (*own, wanted.bias_O)
+        watched = wanted.watched()
+        return len(watched) == len(self.copies) and all(a.equals(b) for a, b in zip(self.copies, watched, strict=True))
 
 
 class Kept:
@@ -91,43 +106,49 @@ class Kept:
         self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, bool, torch.dtype] | None = None
 
     def __call__(
-        self, factors: tuple[Tensor, ...], n_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype
+        self,
+        factors: tuple[Tensor, ...],
+        s: float,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        n_O: Tensor | None = None,
     ) -> Ready:
         """What is ready for products of a dtype, outside the graph.
 
         Args:
             factors: A, B and, for DoRA, m.
-            n_O: From the layer's `FreshNorm`, for these factors; None for LoRA.
             s: The scale.
             bias_O: The layer's, which is not scaled.
             dtype: Of the products.
+            n_O: For DoRA, a norm in place of the layer's own; the same tensor as long as its values are the same.
         """
-        wanted, made = _Wanted(self, factors, n_O, s, bias_O, dtype), self._made
+        if n_O is None and len(factors) == 3 and self.norm.base.triton_weight() is not None:
+            # it is written to in place
+            n_O = self.norm.constant(*factors[:2], s).clone()
+        wanted, made = _Wanted(self, factors, s, bias_O, dtype, n_O), self._made
         if made is None or not made.still(wanted):
             others = [] if self.together is None else self.together.changed(self)
-            # not what is kept now: another thread's round may have put its own there, of the last norm
             made = _make([wanted, *(other for kept in others if (other := kept._wanted()))])
-        if self.together is not None and torch.is_grad_enabled() and n_O is not None and are_parameters(*factors):
-            watched = factors if bias_O is None else (*factors, bias_O)
-            self._asked = tuple(weakref.ref(p) for p in watched), s, bias_O is not None, dtype
+        if self.together is not None and torch.is_grad_enabled() and wanted.has_own_norm() and _are_parameters(factors):
+            self._asked = tuple(map(weakref.ref, wanted.watched())), s, bias_O is not None, dtype
             self.together.remember(self)
         return made.ready
 
     def has_changed(self) -> bool:
         """Whether the parameters that it was asked for last have changed."""
-        wanted = self._wanted()
-        return wanted is not None and not (self._made and self._made.still(wanted))
+        wanted, made = self._wanted(), self._made
+        # a base that was moved, replaced or sharded waits until its own layer asks
+        return bool(wanted and made and made.key == wanted.key() and not made.same_values(wanted))
 
     def _wanted(self) -> _Wanted | None:
-        """For the parameters that it was asked for last, if they are still there, and the norm was computed there."""
-        n_O = self.norm.last
-        if self._asked is None or n_O is None:
+        """For the parameters that it was asked for last, if they are still there."""
+        if self._asked is None:
             return None
         refs, s, has_bias, dtype = self._asked
         found = at_hand(refs)
-        if found is None or n_O.device != found[0].device:
+        if found is None:
             return None
-        return _Wanted(self, found[:3], n_O, s, found[3] if has_bias else None, dtype)
+        return _Wanted(self, found[:3], s, found[3] if has_bias else None, dtype, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes its own."""
@@ -139,10 +160,10 @@ class Kept:
 
 
 def meet(layers: Iterable[Kept]) -> None:
-    """Let what these keep, and their norms, be made anew together from now on."""
-    norms, kept = Together(), Together()
+    """Let these be made anew together from now on."""
+    together = Together()
     for layer in layers:
-        layer.together, layer.norm.together = kept, norms
+        layer.together = together
 
 
 _ByRows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -167,48 +188,74 @@ def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | Non
     return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O
 
 
+def _are_parameters(tensors: Sequence[Tensor]) -> bool:
+    """Whether an optimiser may change them, each in its place."""
+    return all(type(t) is nn.Parameter or isinstance(t, nn.Parameter) for t in tensors)
+
+
 # what is made in inference mode could not be used by a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
 def _make(wanted: Sequence[_Wanted]) -> _Made:
     """Make these, DoRA's of one rank, scale and dtype in one go; the first is returned."""
+    own = [each for each in wanted if each.has_own_norm()]
+    seen = fresh([Change(each.kept.norm, each.factors[0], each.factors[1], each.s) for each in own])
+    norms = dict(zip(map(id, own), seen, strict=True))
     batches: dict[Any, list[_Wanted]] = {}
     for each in wanted:
         key: Any = id(each)
-        if each.n_O is not None:
+        if len(each.factors) == 3:
             a, b, m = each.factors
             key = (len(a), each.s, each.bias_O is None, each.dtype, a.dtype, b.dtype, m.dtype, b.device)
         batches.setdefault(key, []).append(each)
     # the first, which is asked for, last
     for batch in reversed(batches.values()):
-        made = [_made_lora(batch[0])] if batch[0].n_O is None else _made_batch(batch)
-        for each, own in zip(batch, made, strict=True):
-            each.kept._made = own
+        if len(batch[0].factors) == 2:
+            made = [_made_lora(batch[0])]
+        else:
+            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch])
+        for each, new in zip(batch, made, strict=True):
+            each.kept._made = new
     return made[0]
 
 
-def _made_batch(batch: list[_Wanted]) -> list[_Made]:
-    first, rows = batch[0], [len(each.factors[1]) for each in batch]
+class _Basis(NamedTuple):
+    """B and the norm that belongs to it, and what is left to compare of them."""
+
+    b_OR: Tensor
+    n_O: Tensor
+    copies: tuple[Copy, ...]
+    key: Any
+
+
+def _basis(wanted: _Wanted, seen: Seen | None) -> _Basis:
+    if seen is not None:
+        return _Basis(seen.b_OR.value, seen.n_O, (seen.a_RI, seen.b_OR), seen.key)
+    assert wanted.n_O is not None
+    return _Basis(wanted.factors[1].detach(), wanted.n_O, (), None)
+
+
+def _made_batch(batch: list[_Wanted], bases: list[_Basis]) -> list[_Made]:
+    first, rows = batch[0], [len(each.b_OR) for each in bases]
     # the copies of m and the bias are what the next call is compared with
-    b_OR, m_O = (torch.cat([each.factors[i].detach() for each in batch]) for i in (1, 2))
-    n_O = torch.cat([each.n_O for each in batch if each.n_O is not None])
+    m_O = torch.cat([each.factors[2].detach() for each in batch])
     biases = [each.bias_O.detach() for each in batch if each.bias_O is not None]
     bias_O = torch.cat(biases) if biases else None
-    gain_O = m_O / n_O
+    gain_O = m_O / torch.cat([each.n_O for each in bases])
     clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
-    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
+    by_rows = (*_by_rows(torch.cat([each.b_OR for each in bases]), gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
     columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
     made = []
-    for each, (*parts, own_m_O, own_bias_O) in zip(batch, zip(*columns, strict=False), strict=True):
+    for each, basis, (*parts, own_m_O, own_bias_O) in zip(batch, bases, zip(*columns, strict=False), strict=True):
         a_RI = each.factors[0].detach()
-        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, each.n_O, clear])
-        copies = (own_m_O,) if own_bias_O is None else (own_m_O, own_bias_O)
-        made.append(_Made(ready, copies, each.n_O, first.s, first.dtype))
+        copies = (*basis.copies, *(Copy(t) for t in (own_m_O, own_bias_O) if t is not None))
+        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear])
+        made.append(_Made(ready, copies, basis.key, each.n_O, first.s, first.dtype))
     return made
 
 
 def _made_lora(wanted: _Wanted) -> _Made:
     a_RI, b_OR = (p.detach() for p in wanted.factors)
     ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype)
-    copies = tuple(t.detach().clone() for t in _watched(wanted))
-    return _Made(ready, copies, None, wanted.s, wanted.dtype)
+    copies = tuple(Copy(t.detach().clone()) for t in wanted.watched())
+    return _Made(ready, copies, None, None, wanted.s, wanted.dtype)
