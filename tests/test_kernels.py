@@ -11,7 +11,7 @@ from torch import nn
 from doralib import functional as F
 from doralib.bases import Dense
 from doralib.kernels import eager
-from doralib.kernels.columns import column_dots, scaled_product_and_dots
+from doralib.kernels.columns import column_dots, plain_sweep, scaled_product_and_dots
 from doralib.kernels.dropout import Dropout, boost, dropped, zero_, zeroed
 from doralib.kernels.dropout import draw as draw_dropout
 from doralib.kernels.eager import dora_linear
@@ -301,6 +301,20 @@ def test_sums_over_rows(num_rows, dtype):
     want = 1 + (exact["gain"] * exact["dy"]) @ exact["W"]
     size = 1 + (exact["gain"] * exact["dy"]).abs() @ exact["W"].abs()
     assert ((out.double() - want).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e2])
+def test_the_sweep_of_other_devices_keeps_small_and_large_gains(dtype, size):
+    """Exact dropout's is g - 1."""
+    t = draw((7, 5, 3, 11), dtype)
+    y = torch.randn(11, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gain = (t["gain"] * size).to(F.sum_dtype(dtype))
+    dz, dots = plain_sweep(t["dy"], y, gain, t["bias"])
+    want = gain.double() * t["dy"].double()
+    assert ((dz.double() - want).abs() <= torch.finfo(dtype).eps * want.abs()).all()
+    want = (t["dy"].double() * (y.double() - t["bias"].double())).sum(0)
+    torch.testing.assert_close(dots.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_no_columns():

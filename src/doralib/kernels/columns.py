@@ -61,9 +61,7 @@ def _sweep(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor |
     """``g ∘ dy`` (with a gain, else None) and the dots of one block."""
     dtype = sum_dtype(dy_NO.dtype)
     if dy_NO.device.type != "cpu":
-        y_NO = y_NO.to(dtype) if shift_O is None else y_NO.to(dtype) - shift_O
-        dz_NO = None if gain_O is None else torch.addcmul(dy_NO, dy_NO, (gain_O - 1).to(dy_NO.dtype))
-        return dz_NO, (dy_NO * y_NO).sum(0)
+        return plain_sweep(dy_NO, y_NO, gain_O, shift_O)
     zero_O, one_O = _constants(dy_NO.shape[1], dtype)
     shift_O = zero_O if shift_O is None else shift_O.to(dtype)
     weight_O = one_O if gain_O is None else gain_O.to(dtype)
@@ -72,6 +70,17 @@ def _sweep(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor |
         dy_NO, y_NO, weight_O, shift_O, one_O, None, None, False, 0.0, wanted
     )
     return dz_NO, dots_O
+
+
+def plain_sweep(
+    dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor | None, shift_O: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """The same in operators that every device has."""
+    dtype = sum_dtype(dy_NO.dtype)
+    y_NO = y_NO.to(dtype) if shift_O is None else y_NO.to(dtype) - shift_O
+    # the gain in its own dtype: cast, one near 1 would lose what it has learnt, and g - 1 for one near 0 everything
+    dz_NO = None if gain_O is None else (dy_NO * gain_O).to(dy_NO.dtype)
+    return dz_NO, (dy_NO * y_NO).sum(0)
 
 
 @functools.lru_cache(maxsize=256)
