@@ -21,15 +21,26 @@ def infer(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Tenso
         bias_O: In x's dtype. Added once, not scaled.
     """
     O, I = W_OI.shape
+    if x.numel() == I:
+        return _one_row(x, W_OI, ready, bias_O)
     N = x.numel() // max(1, I)
     if weight_is_cheaper(x, N):
         return nnf.linear(x, effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O), bias_O)
     y = nnf.linear(x, W_OI, bias_O)
     scale_product(y, ready)
-    if x.is_cpu and x.dtype.itemsize < 4 and N <= _FEW_ROWS:
+    if N <= _FEW_ROWS and x.is_cpu and x.dtype.itemsize < 4:
         return y.add_(nnf.linear(nnf.linear(x.to(ready.wide_a_RI.dtype), ready.wide_a_RI), ready.wide_gsb_OR))
-    if N == 1:
-        y.view(-1).addmv_(ready.gsb_OR, ready.a_RI.mv(x.reshape(-1)))
+    y.view(N, O).addmm_(x.reshape(N, I) @ ready.a_RI.T, ready.gsb_OR.T)
+    return y
+
+
+def _one_row(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Tensor:
+    """A token by itself: every operator counts."""
+    y = nnf.linear(x, W_OI, bias_O)
+    scale_product(y, ready)
+    x_I, y_O = x.view(-1), y.view(-1)
+    if x.dtype is ready.wide_a_RI.dtype or not x.is_cpu:
+        y_O.addmv_(ready.gsb_OR, ready.a_RI.mv(x_I))
     else:
-        y.view(N, O).addmm_(x.reshape(N, I) @ ready.a_RI.T, ready.gsb_OR.T)
+        y_O.add_(ready.wide_gsb_OR.mv(ready.wide_a_RI.mv(x_I.to(ready.wide_a_RI.dtype))))
     return y
