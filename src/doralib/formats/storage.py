@@ -107,6 +107,16 @@ def one_part(found: Found, component: str | None = None) -> Found:
     return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
 
 
+def refuse_component(found: Found, component: str) -> None:
+    """Nothing, if the layers' names begin with parts of a pipeline, one of which was asked for.
+
+    Raises:
+        UsageError: if there are none to choose from.
+    """
+    if not any(map(component_of, found.state.layers)):
+        raise UsageError(f"--component {component}: no layer of this adapter is named by a part; leave --component out")
+
+
 def adapter_file(path: Path) -> Path:
     """The file of tensors that a path means: itself, or the adapter in a folder.
 
