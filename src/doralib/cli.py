@@ -113,7 +113,7 @@ def evaluate_command(
     if not chosen:
         raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
     if out is not None:
-        check_writable(out, "--out")
+        check_writable(out, "--out", folder=False)
     loaded, tokenizer = load_any(model, base=base, dtype=dtype, given=Given(alpha=alpha))
     results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
     console.print(results_table(results, title=model))
@@ -156,7 +156,7 @@ def generate(
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file were both given: one of them")
     if out is not None:
-        check_writable(out, "--out")
+        check_writable(out, "--out", folder=False)
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
@@ -285,7 +285,7 @@ def bench(
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
     refuse_twice(options or [])
-    check_writable(out, "--out")
+    check_writable(out, "--out", folder=True)
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 
 

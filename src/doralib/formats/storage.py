@@ -61,10 +61,15 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
     return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
 
 
+def is_one_file(path: Path) -> bool:
+    """Whether a path's ending means a file of tensors and not a folder."""
+    return path.suffix in (".safetensors", *_PICKLED)
+
+
 def holds_adapter(path: Path) -> bool:
     """Whether a path means an adapter and not a model: a file of tensors, or a folder with an adapter's files."""
     if path.is_file():
-        return path.suffix in (".safetensors", *_PICKLED)
+        return is_one_file(path)
     if (path / _SETTINGS).is_file():
         return True
     whole = (path / "config.json").is_file() or (path / "model_index.json").is_file()
@@ -163,7 +168,7 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
     Raises:
         UsageError: if something stands there and is not to be overwritten, or the format needs a folder.
     """
-    lone = out.suffix in (".safetensors", *_PICKLED)
+    lone = is_one_file(out)
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file

@@ -109,7 +109,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
-    run = RunFolder(Path(recipe.out))
+    run = RunFolder(Path(recipe.out).expanduser())
     problems: list[DoraError] = []
     with collecting(problems):
         run.check(recipe, resume=resume, overwrite=overwrite)
