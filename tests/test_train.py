@@ -666,6 +666,9 @@ def test_recipes_are_read_and_overridden(tmp_path):
         ("/a/b: c", "/a/b: c"),
         ("a: b: c", "a: b: c"),
         ("%x", "%x"),
+        ("# {text}", "# {text}"),
+        ("Tag it #{label} # {text}", "Tag it #{label} # {text}"),
+        ("- {text}", "- {text}"),
         ('"a\\nb"', "a\nb"),
         ("{a: 1}", {"a": 1}),
         ("[q_proj, 2]", ["q_proj", 2]),
@@ -678,6 +681,17 @@ def test_a_bare_text_on_the_command_line_stays_as_it_is(text, value):
     values = {}
     reading._override(values, f"data.prompt={text}")
     assert values == {"data": {"prompt": value}}
+
+
+def test_what_was_cut_short_does_not_push_out_a_whole_checkpoint(tmp_path):
+    for step in (3, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter.safetensors").touch()
+        if step != 6:  # killed while it was written; the resumed run is stopped at 4
+            saving.seal(folder)
+    saving.prune(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_torchs_own_words_for_a_full_disk(tmp_path):
