@@ -11,7 +11,9 @@ import yaml
 from conftest import make_llama, make_tokenizer
 
 import doralib
+from doralib.bench.runner import BENCHES
 from doralib.config import DoraConfig, Recipe
+from doralib.recipes.reading import packaged
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -338,6 +340,13 @@ def test_the_first_steps_are_told(run):
     assert "train --settings" in out.replace("\n ", "")
     assert "..." not in out.partition("Commands:")[2]
     assert run("--version")[1].strip() == f"doralib {doralib.__version__}"
+
+
+def test_help_names_every_measurement_and_recipe(run):
+    _, out, _ = run("bench", "--help")
+    assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
+    _, out, _ = run("train", "--help")
+    assert all(name in out for name in packaged())
 
 
 def test_every_setting_is_listed_with_its_default_and_meaning(run):

@@ -270,7 +270,10 @@ def targets(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, merge or all.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, profile, merge or all."),
+    ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
