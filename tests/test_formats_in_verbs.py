@@ -433,6 +433,13 @@ def test_no_verb_takes_an_alpha_that_the_file_contradicts(tmp_path, tiny_llama_f
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
+def test_an_alpha_that_is_none_is_refused(alpha, tmp_path):
+    doralib.save_adapter(adapted(), tmp_path / "a")
+    with pytest.raises(UsageError, match=f"--alpha {alpha:g}: lora_alpha is a number above 0"):
+        read_any(tmp_path / "a", Given(alpha=alpha))
+
+
 def test_an_alpha_for_some_layers_leaves_the_others_theirs(tmp_path, tiny_llama_folder):
     file = written(adapted(), "kohya", tmp_path / "kohya", tiny_llama_folder)
     tensors = read_tensors(file)
@@ -552,6 +559,14 @@ def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder
     with pytest.raises(UsageError, match=r"(?s)but like peft.*read as tensorrt: .* give --base MODEL"):
         convert_adapter(request)
     assert convert_adapter(replace(request, base=str(tiny_llama_folder))).source == "tensorrt"
+
+
+@pytest.mark.parametrize("method", ["lora", "dvora"])
+def test_what_has_no_divided_magnitudes_is_not_read_as_tensorrt(method, tmp_path, tiny_llama_folder):
+    doralib.save_adapter(adapted(method=method), tmp_path / "a")
+    request = Request(tmp_path / "a", "peft", tmp_path / "b", source="tensorrt", base=str(tiny_llama_folder))
+    with pytest.raises(UsageError, match=f"(?s)but like peft.*read as tensorrt: this adapter is {method}"):
+        convert_adapter(request)
 
 
 def test_a_wrong_base_is_said_before_any_note(tmp_path, run):

@@ -1,5 +1,6 @@
 """Adapters of any format on disk: which file of a folder, what is in it, and files written whole or not at all."""
 
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,8 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
         UsageError: if there is no adapter, or what it leaves open has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
+    if given.alpha is not None and not 0 < given.alpha < math.inf:
+        raise UsageError(f"--alpha {given.alpha:g}: lora_alpha is a number above 0")
     file = adapter_file(Path(path))
     content = read_content(file)
     form = format_named(named) if named else detect(content)
