@@ -102,11 +102,11 @@ def human(count: int) -> str:
     return f"{count} bytes"
 
 
-def names_in(folder: Path, limit: int = 12) -> str:
-    """What a folder holds, for a message."""
+def names_in(folder: Path) -> str:
+    """What a folder holds, the first twelve names, for a message."""
     names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (", ".join(names[:12]) or "nothing") + more
 
 
 def existing(path: str | Path) -> Path:

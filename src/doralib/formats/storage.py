@@ -92,7 +92,7 @@ def base_named_by(path: Path) -> str | None:
     return str(named) if named else None
 
 
-def one_part(found: Found, component: str | None = None) -> Found:
+def one_part(found: Found, component: str | None) -> Found:
     """For what knows one model and no pipelines: the layers of one part, by their names inside it.
 
     Raises:
