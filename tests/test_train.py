@@ -596,6 +596,31 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, 
         fine_tune(recipe(training={"optim": "adamm"}))
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"save_total_limit": -1}, "save_total_limit must be at least 1, got -1"),
+        ({"logging_steps": -5}, "logging_steps must be above 0, got -5"),
+        ({"save_steps": 0}, "save_steps must be above 0"),
+        ({"label_smoothing_factor": 2}, "label_smoothing_factor must be below 1, got 2"),
+        ({"label_smoothing_factor": -0.5}, "label_smoothing_factor must be at least 0, got -0.5"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be below 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0"),
+        ({"train_sampling_strategy": "lenght"}, "train_sampling_strategy must be one of random, sequential"),
+        ({"metric_for_best_model": "accuracy"}, "an evaluation measures the loss alone, not 'accuracy'"),
+        ({"report_to": "foo"}, "foo is not supported"),
+        ({"report_to": "wandb"}, "wandb to be installed"),
+        ({"optim_args": "foo"}, "training: optim, optim_args: "),
+        ({"lr_scheduler_kwargs": {"a": 1}}, r"training: lr_scheduler_type, lr_scheduler_kwargs: .*'a'"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 99}, "do not fill one batch of 99"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_training_value_that_the_run_would_fail_at_is_told_in_words(recipe, training, said):
+    with pytest.raises(UsageError, match=said):
+        fine_tune(recipe(training=training, eval={"before": False}))
+
+
 def test_numbers_that_yaml_reads_as_text(recipe):
     checked = training_keys.check(recipe(training={"learning_rate": "1e-3", "max_steps": "7"}))
     assert (checked["learning_rate"], checked["max_steps"]) == (1e-3, 7)

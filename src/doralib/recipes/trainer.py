@@ -20,7 +20,7 @@ from transformers import (
 from .. import files
 from ..config import DoraConfig
 from ..data import IGNORED, Tokenised, collator
-from ..errors import DoraError
+from ..errors import DoraError, UsageError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
 from . import saving
@@ -188,7 +188,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The stock optimizer; what has a learning rate of its own is moved into a group of its own."""
         fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
+        with _made_as_asked("optim, optim_args"):
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
         if not fresh:
             return optimizer
         rates = learning_rates(self.model, self.adapter, self.args.learning_rate)
@@ -199,6 +200,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 own = [p for p in members if rates[p] == rate]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """The stock schedule of learning rates."""
+        with _made_as_asked("lr_scheduler_type, lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         args = self.args
@@ -340,6 +346,15 @@ class SeededSampler(Sampler[int]):
             shuffled.insert(0, shuffled.pop(longest))
         for rows in shuffled:
             yield from rows
+
+
+@contextmanager
+def _made_as_asked(settings: str) -> Iterator[None]:
+    """What cannot be made of these settings is the user's to mend; only making it shows it."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"training: {settings}: {error}") from error
 
 
 @contextmanager
