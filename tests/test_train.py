@@ -32,8 +32,9 @@ from doralib.live import trainable
 from doralib.recipes import reading, saving, training_keys
 from doralib.recipes.label_loss import LabelLoss
 from doralib.recipes.reading import packaged, read_recipe
+from doralib.recipes.sampler import SeededSampler
 from doralib.recipes.text import Interrupted, fine_tune, train
-from doralib.recipes.trainer import AdapterTrainer, LossNotFinite, SeededSampler
+from doralib.recipes.trainer import AdapterTrainer, LossNotFinite
 
 WORDS = [
     "good",
