@@ -1,6 +1,7 @@
 """The command line as its user meets it: what each verb prints, and what bad input gets: one message, 2 or 1."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import yaml
 from conftest import make_llama, make_tokenizer
 
 import doralib
+from doralib.bench.runner import BENCHES
 from doralib.config import DoraConfig, Recipe
+from doralib.recipes.reading import packaged
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -212,6 +215,37 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, recipe, t
         assert "loading" not in printed
 
 
+def test_an_output_of_the_other_kind_is_told_before_the_work(run, tmp_path, tiny_llama_folder):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    config = DoraConfig(r=2, target_modules=("q_proj",))
+    doralib.save_adapter(doralib.adapt(make_llama(), config), tmp_path / "ours")
+    for call in (
+        ("eval", tiny_llama_folder, "--tasks", "boolq", "--out", tmp_path / "folder"),
+        ("generate", tiny_llama_folder, "--prompt", "a", "--out", tmp_path / "folder"),
+        ("merge", tmp_path / "ours", "--base", tiny_llama_folder, "--out", tmp_path / "file"),
+        ("convert", tmp_path / "ours", "--to", "mlx", "--out", tmp_path / "file"),
+        ("bench", "step", "--quick", "--out", tmp_path / "file"),
+    ):
+        status, printed, err = run(*call)
+        assert status == 2, call
+        assert f"--out: {call[-1]} is a {call[-1].name}; choose" in err
+        assert "loading" not in printed
+    assert (tmp_path / "file").read_text() == "x"
+    assert (tmp_path / "folder").is_dir()
+
+
+def test_a_home_folder_is_understood(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = yaml.safe_load(recipe.read_text())
+    shutil.copytree(values["model"]["path"], tmp_path / "model")
+    values |= {"model": {"path": "~/model"}, "out": "~/deep/run", "eval": {"tasks": ["~/sentiment.yaml"]}}
+    recipe.write_text(yaml.safe_dump(values))
+    status, _, err = run("train", recipe)
+    assert status == 0, err
+    assert (tmp_path / "deep" / "run" / "adapter_model.safetensors").is_file()
+
+
 def test_a_read_only_output_is_told_before_the_work(run, recipe, tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     # root may write everywhere, so the system's answer is given for it
@@ -306,6 +340,13 @@ def test_the_first_steps_are_told(run):
     assert "train --settings" in out.replace("\n ", "")
     assert "..." not in out.partition("Commands:")[2]
     assert run("--version")[1].strip() == f"doralib {doralib.__version__}"
+
+
+def test_help_names_every_measurement_and_recipe(run):
+    _, out, _ = run("bench", "--help")
+    assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
+    _, out, _ = run("train", "--help")
+    assert all(name in out for name in packaged())
 
 
 def test_every_setting_is_listed_with_its_default_and_meaning(run):

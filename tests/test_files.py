@@ -58,6 +58,15 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert names(out.parent) == ["out"]
 
 
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("old")
+    with pytest.raises(IsADirectoryError, match="a folder stands where the file is to be"):
+        write_json(tmp_path / "out", 1)
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["thesis.tex"]
+
+
 def test_a_failed_folder_leaves_what_was_there(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

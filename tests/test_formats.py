@@ -380,7 +380,7 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
         torch.testing.assert_close(divided[:, None] * V, merged(layer, base[name]))
     with pytest.raises(UsageError, match="divided by the rows' lengths"):
         detect(content).read(content, Given())
-    with pytest.raises(DoraError, match=r"(?s)not in the base model.*q_proj"):
+    with pytest.raises(DoraError, match=r"q_proj \(\d+, \d+\): not in the base model"):
         detect(content).read(content, Given(lengths=lambda state: {}))
     back = detect(content).read(content, Given(lengths=lambda _: norms)).state
     for name, layer in state.layers.items():

@@ -19,6 +19,7 @@ from doralib.config import DoraConfig as Config
 from doralib.errors import DoraError, Note, UsageError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.formats import FORMATS, Given
+from doralib.formats.parts import config_for
 from doralib.formats.storage import read_any, write_content
 from doralib.merging import merge_checkpoint
 from doralib.models import load_any
@@ -388,9 +389,6 @@ def pipeline(folder):
 
 @pytest.mark.parametrize("name", ["kohya", "diffusers", "ai-toolkit"])
 def test_one_part_of_a_pipeline(name, tmp_path):
-    from doralib.formats.parts import config_for
-    from doralib.state import AdapterState, LayerAdapter
-
     shapes = pipeline(tmp_path / "pipe")
     layers = {n: LayerAdapter(torch.randn(2, I), torch.randn(O, 2), torch.rand(O), 0.5) for n, (O, I) in shapes.items()}
     content = FORMATS[name].write(config_for(layers), AdapterState(layers), Given(shapes=shapes))
@@ -433,6 +431,13 @@ def test_no_verb_takes_an_alpha_that_the_file_contradicts(tmp_path, tiny_llama_f
         assert status == 2
         assert "the adapter states its own alpha, 6;" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
+def test_an_alpha_that_is_none_is_refused(alpha, tmp_path):
+    doralib.save_adapter(adapted(), tmp_path / "a")
+    with pytest.raises(UsageError, match=f"--alpha {alpha:g}: lora_alpha is a number above 0"):
+        read_any(tmp_path / "a", Given(alpha=alpha))
 
 
 def test_an_alpha_for_some_layers_leaves_the_others_theirs(tmp_path, tiny_llama_folder):
@@ -498,6 +503,33 @@ def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
         convert_adapter(replace(request, given=Given(component="transformer"), overwrite=True))
 
 
+def test_a_part_of_what_has_no_parts_is_refused(tmp_path, tiny_llama_folder, run):
+    doralib.save_adapter(adapted(), tmp_path / "a")
+    said = "--component unet: no layer of this adapter is named by a part; leave --component out"
+    for verb, options in {
+        "merge": ("--base", tiny_llama_folder, "--out", tmp_path / "out"),
+        "inspect": (),
+        "convert": ("--to", "mlx", "--out", tmp_path / "out"),
+    }.items():
+        status, _, err = run(verb, tmp_path / "a", *options, "--component", "unet")
+        assert (status, err.strip()) == (2, f"doralib: {said}")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match=said):
+        doralib.load_adapter(make_llama(), tmp_path / "a", given=Given(component="unet"))
+
+
+def test_a_part_of_a_pipeline_takes_an_adapter_that_names_no_parts(tmp_path):
+    pipeline(tmp_path / "pipe")
+    layer = LayerAdapter(torch.randn(2, 6), torch.randn(8, 2), torch.rand(8), 0.5)
+    state = AdapterState({"down_blocks.0.to_q": layer})
+    write_content(FORMATS["peft"].write(config_for(state.layers), state, Given()), FORMATS["peft"], tmp_path / "a")
+    assert merge_checkpoint(tmp_path / "a", tmp_path / "pipe" / "unet", tmp_path / "out").layers == 1
+    # a pipeline's format puts the part that is asked for in front
+    request = Request(tmp_path / "a", "diffusers", tmp_path / "b", given=Given(component="unet"))
+    convert_adapter(request)
+    assert list(read_any(tmp_path / "b", Given())[1].state.layers) == ["unet.down_blocks.0.to_q"]
+
+
 @pytest.mark.parametrize("asked", LANGUAGE)
 def test_a_file_of_another_format_than_was_said_is_told_apart_first(asked, tmp_path, tiny_llama_folder):
     for name in LANGUAGE:
@@ -527,6 +559,14 @@ def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder
     with pytest.raises(UsageError, match=r"(?s)but like peft.*read as tensorrt: .* give --base MODEL"):
         convert_adapter(request)
     assert convert_adapter(replace(request, base=str(tiny_llama_folder))).source == "tensorrt"
+
+
+@pytest.mark.parametrize("method", ["lora", "dvora"])
+def test_what_has_no_divided_magnitudes_is_not_read_as_tensorrt(method, tmp_path, tiny_llama_folder):
+    doralib.save_adapter(adapted(method=method), tmp_path / "a")
+    request = Request(tmp_path / "a", "peft", tmp_path / "b", source="tensorrt", base=str(tiny_llama_folder))
+    with pytest.raises(UsageError, match=f"(?s)but like peft.*read as tensorrt: this adapter is {method}"):
+        convert_adapter(request)
 
 
 def test_a_wrong_base_is_said_before_any_note(tmp_path, run):

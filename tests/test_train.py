@@ -32,8 +32,9 @@ from doralib.live import trainable
 from doralib.recipes import reading, saving, training_keys
 from doralib.recipes.label_loss import LabelLoss
 from doralib.recipes.reading import packaged, read_recipe
+from doralib.recipes.sampler import SeededSampler
 from doralib.recipes.text import Interrupted, fine_tune, train
-from doralib.recipes.trainer import AdapterTrainer, LossNotFinite, SeededSampler
+from doralib.recipes.trainer import AdapterTrainer, LossNotFinite
 
 WORDS = [
     "good",
@@ -596,6 +597,31 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, 
         fine_tune(recipe(training={"optim": "adamm"}))
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"save_total_limit": -1}, "save_total_limit must be at least 1, got -1"),
+        ({"logging_steps": -5}, "logging_steps must be above 0, got -5"),
+        ({"save_steps": 0}, "save_steps must be above 0"),
+        ({"label_smoothing_factor": 2}, "label_smoothing_factor must be below 1, got 2"),
+        ({"label_smoothing_factor": -0.5}, "label_smoothing_factor must be at least 0, got -0.5"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be below 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0"),
+        ({"train_sampling_strategy": "lenght"}, "train_sampling_strategy must be one of random, sequential"),
+        ({"metric_for_best_model": "accuracy"}, "an evaluation measures the loss alone, not 'accuracy'"),
+        ({"report_to": "foo"}, "foo is not supported"),
+        ({"report_to": "wandb"}, "wandb to be installed"),
+        ({"optim_args": "foo"}, "training: optim, optim_args: "),
+        ({"lr_scheduler_kwargs": {"a": 1}}, r"training: lr_scheduler_type, lr_scheduler_kwargs: .*'a'"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 99}, "do not fill one batch of 99"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_training_value_that_the_run_would_fail_at_is_told_in_words(recipe, training, said):
+    with pytest.raises(UsageError, match=said):
+        fine_tune(recipe(training=training, eval={"before": False}))
+
+
 def test_numbers_that_yaml_reads_as_text(recipe):
     checked = training_keys.check(recipe(training={"learning_rate": "1e-3", "max_steps": "7"}))
     assert (checked["learning_rate"], checked["max_steps"]) == (1e-3, 7)
@@ -666,6 +692,9 @@ def test_recipes_are_read_and_overridden(tmp_path):
         ("/a/b: c", "/a/b: c"),
         ("a: b: c", "a: b: c"),
         ("%x", "%x"),
+        ("# {text}", "# {text}"),
+        ("Tag it #{label} # {text}", "Tag it #{label} # {text}"),
+        ("- {text}", "- {text}"),
         ('"a\\nb"', "a\nb"),
         ("{a: 1}", {"a": 1}),
         ("[q_proj, 2]", ["q_proj", 2]),
@@ -678,6 +707,17 @@ def test_a_bare_text_on_the_command_line_stays_as_it_is(text, value):
     values = {}
     reading._override(values, f"data.prompt={text}")
     assert values == {"data": {"prompt": value}}
+
+
+def test_what_was_cut_short_does_not_push_out_a_whole_checkpoint(tmp_path):
+    for step in (3, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter.safetensors").touch()
+        if step != 6:  # killed while it was written; the resumed run is stopped at 4
+            saving.seal(folder)
+    saving.prune(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_torchs_own_words_for_a_full_disk(tmp_path):

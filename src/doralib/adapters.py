@@ -11,7 +11,7 @@ from .checkpoints import Checkpoint
 from .errors import UsageError
 from .formats import Found, Given
 from .formats.components import COMPONENTS
-from .formats.storage import one_part, read_any
+from .formats.storage import one_part, read_any, refuse_component
 from .packed import PackedLayer, packed_layers
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
@@ -22,19 +22,24 @@ _SINGLE_FILE = {
 }
 
 
-def read_adapter(path: Path, given: Given, source: str | None = None) -> tuple[str, Found]:
+def read_adapter(path: Path, asked: Given, known: Given) -> tuple[str, Found]:
     """The adapter of one model, by its names inside it, and the name of its format.
 
     Args:
-        source: its format, where the file could be of several.
+        asked: the caller's alpha and component.
+        known: what the base tells, as `knowing` says it.
 
     Raises:
-        UsageError: if there is no adapter, it is empty, or what it leaves open has to be given.
+        UsageError: if there is no adapter, it is empty, it has no parts and one is asked for, or what it leaves open
+            has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
-    form, found = read_any(path, given, source)
+    given = replace(known, alpha=asked.alpha, component=asked.component or known.component)
+    form, found = read_any(path, given)
     if not found.state.layers and not found.state.extra:
         raise UsageError(f"the adapter in {path} is empty")
+    if asked.component:
+        refuse_component(found, asked.component)
     return form.name, one_part(found, given.component)
 
 

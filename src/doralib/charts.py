@@ -39,8 +39,8 @@ class _Scale:
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def line_chart(title: str, series: Sequence[Series], x_title: str = "step") -> Markup | None:
-    """A figure of the lines over each other, or None if there is no point to draw."""
+def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
+    """A figure of the lines over each other by step, or None if there is no point to draw."""
     series = [
         Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.colour, s.dots, s.smooth) for s in series
     ]
@@ -56,7 +56,7 @@ def line_chart(title: str, series: Sequence[Series], x_title: str = "step") -> M
         "svg",
         *(_y_tick(value, y) for value in y_ticks),
         *(_x_tick(value, x) for value in x_ticks if x.low <= value <= x.high),
-        el("text", x_title, class_="t", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 2, text_anchor="middle"),
+        el("text", "step", class_="t", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 2, text_anchor="middle"),
         *(_drawn(s, x, y) for s in series),
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
@@ -135,10 +135,10 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _ticks(values: Sequence[float], count: int = 5) -> list[float]:
-    """Round numbers across the values."""
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers across the values, about five."""
     low, high = _range(min(values), max(values))
-    rough = (high - low) / (count - 1)
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -115,7 +115,7 @@ def evaluate_command(
     if not chosen:
         raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
     if out is not None:
-        check_writable(out, "--out")
+        check_writable(out, "--out", folder=False)
     loaded, tokenizer = load_any(model, base=base, dtype=dtype, given=Given(alpha=alpha))
     results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
     console.print(results_table(results, title=model))
@@ -158,7 +158,7 @@ def generate(
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file were both given: one of them")
     if out is not None:
-        check_writable(out, "--out")
+        check_writable(out, "--out", folder=False)
     prompts = [prompt] if prompt is not None else generation.read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
@@ -272,7 +272,10 @@ def targets(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, merge or all.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, profile, merge or all."),
+    ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
@@ -287,7 +290,7 @@ def bench(
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
     refuse_twice(options or [])
-    check_writable(out, "--out")
+    check_writable(out, "--out", folder=True)
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 
 

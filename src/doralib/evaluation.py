@@ -138,22 +138,18 @@ def evaluate(
     return results
 
 
-def results_table(
-    results: Mapping[str, TaskResult], title: str | None = None, before: Mapping[str, TaskResult] | None = None
-) -> Table:
-    """A table for the terminal, a line for each metric; with ``before`` the earlier values stand beside."""
+def results_table(results: Mapping[str, TaskResult], title: str) -> Table:
+    """A table for the terminal, a line for each metric."""
     table = Table(title=title)
     for name, justify in (("Task", "left"), ("Rows", "right"), ("Metric", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in [*(["Before"] if before is not None else []), "Value", "95 % interval"]:
+    for name in ("Value", "95 % interval"):
         table.add_column(name, justify="right")
     for result in results.values():
         first = [result.task, str(result.n)]
         for name, score in result.metrics.items():
-            old = before[result.task].metrics.get(name) if before and result.task in before else None
-            was = [] if before is None else [_shown(name, old.value) if old else "-"]
             interval = f"{_shown(name, score.low)} to {_shown(name, score.high)}"
-            table.add_row(*first, name.replace("_", " "), *was, _shown(name, score.value), interval)
+            table.add_row(*first, name.replace("_", " "), _shown(name, score.value), interval)
             first = ["", ""]
     return table
 

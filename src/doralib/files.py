@@ -75,16 +75,20 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_writable(path: str | Path, setting: str) -> None:
-    """Nothing, when a file or a folder may be written at ``path``, asked before the work is done.
+def check_writable(path: str | Path, setting: str, *, folder: bool) -> None:
+    """Nothing, when a folder (or a file) may be written at ``path``, asked before the work is done.
 
     Raises:
-        UsageError: if a file stands where a folder is needed, or the folder may not be written into.
+        UsageError: if a file stands where a folder is needed or a folder where a file is, or the folder above may not
+            be written into.
     """
-    above = Path(path).expanduser().resolve()
+    final = above = Path(path).resolve()
+    if final.exists() and final.is_dir() != folder:
+        found, wanted = ("a file", "another folder") if folder else ("a folder", "the name of a file")
+        raise UsageError(f"{setting}: {path} is {found}; choose {wanted}")
     while not above.exists():
         above = above.parent
-    if above != Path(path).expanduser().resolve() and not above.is_dir():
+    if above != final and not above.is_dir():
         raise UsageError(f"{setting}: {path} cannot be made, for {above} is a file; choose another folder")
     if not os.access(above, os.W_OK):
         raise UsageError(f"{setting}: {path} cannot be written, for {above} is read-only; choose another folder")
@@ -98,11 +102,11 @@ def human(count: int) -> str:
     return f"{count} bytes"
 
 
-def names_in(folder: Path, limit: int = 12) -> str:
-    """What a folder holds, for a message."""
+def names_in(folder: Path) -> str:
+    """What a folder holds, the first twelve names, for a message."""
     names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (", ".join(names[:12]) or "nothing") + more
 
 
 def existing(path: str | Path) -> Path:
@@ -229,6 +233,8 @@ def _put(part: Path, final: Path) -> None:
     """Rename onto ``final``; a folder in the way is set aside first and deleted last."""
     aside = _aside(final)
     if final.is_dir():
+        if not part.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder stands where the file is to be", str(final))
         final.replace(aside)
     try:
         part.replace(final)

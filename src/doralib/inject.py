@@ -17,7 +17,7 @@ from .config import DoraConfig
 from .dequantised import Merging
 from .errors import DoraError, Note, UsageError
 from .formats import FORMATS, Given
-from .formats.storage import one_part, read_any, write_content
+from .formats.storage import one_part, read_any, refuse_component, write_content
 from .held import forget
 from .layers import original
 from .live import (
@@ -234,6 +234,8 @@ def read_adapter(
     """
     given = given or Given()
     _, found = read_any(path, given if model is None else _knowing(given, model))
+    if given.component:
+        refuse_component(found, given.component)
     found = one_part(found, given.component)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)

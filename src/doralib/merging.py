@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -214,9 +214,8 @@ def _changes(
     problems: list[DoraError] = []
     known = knowing(Given(), checkpoint, packed)
     for each in ingredients:
-        given = replace(known, alpha=each.given.alpha, component=each.given.component or known.component)
         with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
-            form, found = read_adapter(each.path, given)
+            form, found = read_adapter(each.path, each.given, known)
             other = another_base(found.state.base_model, checkpoint.folder)
             fitted = _fitted(found, checkpoint, packed, other)
             for name, adapter in fitted.layers.items():

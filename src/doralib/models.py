@@ -119,7 +119,7 @@ def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
 
 def _located(path: str) -> tuple[str, dict[str, str]]:
     """What to hand to transformers for a path or a name."""
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.suffix == ".gguf":
         if not place.is_file():
             raise UsageError(f"model: there is no file {path}")
@@ -127,7 +127,7 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
     if place.is_dir():
         if not (place / "config.json").exists():
             raise UsageError(f"model: {path} holds no config.json, so it is no model folder: {_listing(place)}")
-        return path, {}
+        return str(place), {}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()
     if looks_local:
         raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")

@@ -74,7 +74,6 @@ def verify_merge(
     merged: Path,
     adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
-    texts: Sequence[str] = TEXTS,
     requantised: Sequence[Requantised] = (),
 ) -> Verification:
     """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
@@ -89,7 +88,7 @@ def verify_merge(
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     model, tokenizer = load_any(str(base), dtype="float32")
     dequantise(model, torch.float32)
-    ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
+    ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
     plain = _logits(model, ids)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
         _quietly_loaded(model, ingredients[0]).eval()

@@ -82,9 +82,9 @@ class Report:
         }
 
 
-def timing_table(title: str, summary: dict[str, Any], others: Sequence[str] = ("peft-dora",)) -> Table:
+def timing_table(title: str, summary: dict[str, Any]) -> Table:
     """One case: milliseconds and ratios, a subject a row."""
-    over = [name for name in (REFERENCE, *others) if any(key.endswith(f" / {name}") for key in summary["ratios"])]
+    over = [name for name in (REFERENCE, "peft-dora") if any(key.endswith(f" / {name}") for key in summary["ratios"])]
     table = Table(
         title, ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles; of minima)" for name in over)]
     )
@@ -103,9 +103,9 @@ def ratio_text(ratio: dict[str, Any] | None) -> str:
     return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}; {ratio['of_minima']:.3f})"
 
 
-def ratio_bars(summary: dict[str, Any], reference: str = REFERENCE) -> list[Bar]:
+def ratio_bars(summary: dict[str, Any]) -> list[Bar]:
     """A case's ratios to the reference as bars."""
-    ending = f" / {reference}"
+    ending = f" / {REFERENCE}"
     found = {key.removesuffix(ending): r for key, r in summary["ratios"].items() if key.endswith(ending)}
     return [Bar(name, r["median"], r["low"], r["high"]) for name, r in found.items()]
 

@@ -1,5 +1,6 @@
 """Adapters of any format on disk: which file of a folder, what is in it, and files written whole or not at all."""
 
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,8 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
         UsageError: if there is no adapter, or what it leaves open has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
+    if given.alpha is not None and not 0 < given.alpha < math.inf:
+        raise UsageError(f"--alpha {given.alpha:g}: lora_alpha is a number above 0")
     file = adapter_file(Path(path))
     content = read_content(file)
     form = format_named(named) if named else detect(content)
@@ -61,10 +64,15 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
     return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
 
 
+def is_one_file(path: Path) -> bool:
+    """Whether a path's ending means a file of tensors and not a folder."""
+    return path.suffix in (".safetensors", *_PICKLED)
+
+
 def holds_adapter(path: Path) -> bool:
     """Whether a path means an adapter and not a model: a file of tensors, or a folder with an adapter's files."""
     if path.is_file():
-        return path.suffix in (".safetensors", *_PICKLED)
+        return is_one_file(path)
     if (path / _SETTINGS).is_file():
         return True
     whole = (path / "config.json").is_file() or (path / "model_index.json").is_file()
@@ -84,7 +92,7 @@ def base_named_by(path: Path) -> str | None:
     return str(named) if named else None
 
 
-def one_part(found: Found, component: str | None = None) -> Found:
+def one_part(found: Found, component: str | None) -> Found:
     """For what knows one model and no pipelines: the layers of one part, by their names inside it.
 
     Raises:
@@ -105,6 +113,16 @@ def one_part(found: Found, component: str | None = None) -> Found:
     kept = ("lora_dropout", "dropout_mode", "detach_norm")
     config = config_for(layers, **{name: getattr(found.config, name) for name in kept})
     return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
+
+
+def refuse_component(found: Found, component: str) -> None:
+    """Nothing, if the layers' names begin with parts of a pipeline, one of which was asked for.
+
+    Raises:
+        UsageError: if there are none to choose from.
+    """
+    if not any(map(component_of, found.state.layers)):
+        raise UsageError(f"--component {component}: no layer of this adapter is named by a part; leave --component out")
 
 
 def adapter_file(path: Path) -> Path:
@@ -153,7 +171,7 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
     Raises:
         UsageError: if something stands there and is not to be overwritten, or the format needs a folder.
     """
-    lone = out.suffix in (".safetensors", *_PICKLED)
+    lone = is_one_file(out)
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import UsageError
+from ..errors import DoraError, UsageError
 from ..functional import gain
 from ..state import AdapterState, LayerAdapter
 from .content import Content, Found, Given, only_layers, refuse
@@ -29,7 +29,7 @@ def read(content: Content, given: Given) -> Found:
 
     Raises:
         UsageError: without the base model.
-        DoraError: if the base has no such layers.
+        DoraError: if the base has no such layers, or the adapter is no DoRA.
     """
     if given.lengths is None:
         raise UsageError(
@@ -37,10 +37,13 @@ def read(content: Content, given: Given) -> Found:
             "the base model's weights tell; give --base MODEL"
         )
     config, state = from_peft(content.tensors, {k: v for k, v in content.settings.items() if k != MARK})
-    lengths = given.lengths(state)
-    refuse("not in the base model", [name for name in state.layers if name not in lengths])
+    if config.method != "dora":
+        raise DoraError(f"this adapter is {config.method}, which has no divided magnitudes; leave --from out")
+    lengths, named = given.lengths(state), state.layers.items()
+    absent = [f"{name} {layer.shape}: not in the base model" for name, layer in named if name not in lengths]
+    refuse("the TensorRT-LLM adapter", absent)
     layers = {}
-    for name, layer in state.layers.items():
+    for name, layer in named:
         assert layer.m_O is not None
         layers[name] = replace(layer, m_O=layer.m_O * lengths[name].to(layer.m_O))
     return Found(config, replace(state, layers=layers), ("magnitudes are m / n times the rows' lengths in the base",))

@@ -20,7 +20,7 @@ from ..files import check_writable
 from ..formats import FORMATS, Content, Format, Found, Given, tensorrt, to_peft
 from ..formats.components import COMPONENTS
 from ..formats.parts import config_for
-from ..formats.storage import one_part, read_any, write_content
+from ..formats.storage import is_one_file, one_part, read_any, refuse_component, write_content
 from ..gguf import local_base
 from ..lowrank import Approximation, low_rank
 from ..models import load_any
@@ -110,7 +110,10 @@ def convert_adapter(request: Request) -> Conversion:
             given = knowing(given, base)
         source, found = read_any(request.adapter, given, request.source)
         _refuse_shared(found.config, request.to)
-        if request.to not in _OF_PIPELINES or request.given.component:
+        component = request.given.component
+        if component and request.to not in _OF_PIPELINES:
+            refuse_component(found, component)
+        if component or request.to not in _OF_PIPELINES:
             found = one_part(found, given.component)
         if request.to not in _NEED_WEIGHTS:
             writer = FORMATS[request.to]
@@ -127,7 +130,7 @@ def convert_adapter(request: Request) -> Conversion:
 
 
 def _check(request: Request) -> None:
-    check_writable(request.out, "--out")
+    check_writable(request.out, "--out", folder=not is_one_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
         hint = did_you_mean(request.to, TARGETS)

@@ -44,7 +44,7 @@ def run_demo(
     """
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
-    check_writable(out / method, "--out")
+    check_writable(out, "--out", folder=True)
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
     run = _free_folder(out, method)

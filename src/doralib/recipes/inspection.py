@@ -45,17 +45,16 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Given | None 
         UsageError: if there is no adapter or no base of that name.
         DoraError: if a file is damaged or the adapter is not of this base.
     """
-    given = given or Given()
     adapter_file(adapter)
     with ExitStack() as stack:
-        checkpoint = None
+        checkpoint, known = None, Given()
         if base:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"
             folder = stack.enter_context(local_base(base, scratch))
             whole_pipeline(folder)
             checkpoint = Checkpoint.open(folder)
-            given = knowing(given, checkpoint)
-        form, found = read_adapter(adapter, given)
+            known = knowing(known, checkpoint)
+        form, found = read_adapter(adapter, given or Given(), known)
         moved = movements(found.state, checkpoint) if checkpoint else {}
     notes = (*found.notes, *(another_base(found.state.base_model, base) if base else ()))
     state = found.state

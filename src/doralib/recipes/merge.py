@@ -67,7 +67,7 @@ def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: Ex
         with collecting(problems):
             adapter_file(each.path)
     with collecting(problems):
-        check_writable(out, "--out")
+        check_writable(out, "--out", folder=True)
     with collecting(problems):
         named = base or (None if problems else _named(adapters))
         if named:

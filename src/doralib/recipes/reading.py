@@ -1,5 +1,6 @@
 """Recipes from a YAML file or by the name of a packaged one, with `key=value` on top."""
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _value(override: str, text: str) -> Any:
-    """The value as YAML, but a bare text stays as it is: `Review: {text}` is no mapping, and its lines are kept."""
+    """The value as YAML, but a bare text stays as it is: `Review: {text}` is no mapping, `# {text}` no comment."""
     bare = not text.lstrip().startswith(("{", "[", '"', "'"))
-    if bare and "\n" in text:
+    if bare and ("\n" in text or re.search(r"(^|\s)#", text)):
         return text
     try:
         value = yaml.safe_load(text)
@@ -80,4 +81,4 @@ def _value(override: str, text: str) -> Any:
             return text
         hint = "; put quotes around the whole setting, where its value has spaces"
         raise UsageError(f"{override!r}: the value is not YAML: {error}{hint}") from None
-    return text if bare and isinstance(value, dict) else value
+    return text if bare and isinstance(value, (dict, list)) else value

@@ -66,9 +66,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"out: {self.path} is a file; choose another folder")
-        files.check_writable(self.path, "out")
+        files.check_writable(self.path, "out", folder=True)
         there = self.path.is_dir() and any(self.path.iterdir())
         if resume:
             self._check_resume(recipe)

@@ -70,11 +70,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def prune(folder: Path, keep: int | None, best: Path | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best one; None keeps all."""
+    """Delete all but the newest ``keep`` whole checkpoints and the best one; None keeps all."""
     if not keep:
         return
-    for old in _by_step(folder)[:-keep]:
-        if best is None or old.name != best.name:
+    found = _by_step(folder)
+    # one that was cut short may have a later step than the newest whole one, and must not count in its place
+    kept = [path.name for path in found if is_whole(path)][-keep:]
+    for old in found:
+        if old.name not in kept and (best is None or old.name != best.name):
             # a folder killed half-way through its deletion must not look like a checkpoint
             (old / _SEAL).unlink(missing_ok=True)
             files.remove(old)

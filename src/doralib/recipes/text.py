@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..console import console
 from ..data import Sample, Tokenised, samples, tokenise
 from ..encoding import encode
-from ..errors import DoraError, collecting, raise_all
+from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation import evaluate, load_tasks
 from ..generation import continuations
 from ..inject import adapt, disabled, load_adapter, save_adapter
@@ -109,7 +109,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
-    run = RunFolder(Path(recipe.out))
+    run = RunFolder(Path(recipe.out).expanduser())
     problems: list[DoraError] = []
     with collecting(problems):
         run.check(recipe, resume=resume, overwrite=overwrite)
@@ -134,6 +134,9 @@ def _load(plan: _Plan) -> _Job:
     console.print(f"loading {recipe.model.path}")
     model, tokenizer = _model(plan)
     train_rows = tokenise(plan.rows.train, plan.rows.train_numbers, recipe.data, tokenizer)
+    kept, whole = train_rows.report.kept, plan.args.train_batch_size * plan.args.world_size
+    if plan.args.dataloader_drop_last and kept < whole:
+        raise UsageError(f"training.dataloader_drop_last: {kept} rows do not fill one batch of {whole}; none is left")
     held_out = None
     if plan.rows.validation is not None:
         held_out = tokenise(plan.rows.validation, plan.rows.validation_numbers, recipe.data, tokenizer)
@@ -202,7 +205,8 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
 
 def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
     """Optimizer steps in all, and of one epoch."""
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    batches = rows / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
 

@@ -1,6 +1,6 @@
 """`transformers.Trainer` for an adapted model: only the adapter is saved, and a resumed run is the same run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from transformers import (
 from .. import files
 from ..config import DoraConfig
 from ..data import IGNORED, Tokenised, collator
-from ..errors import DoraError
+from ..errors import DoraError, UsageError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
 from .processes import wait_for_all
+from .sampler import SeededSampler
 
 _WEIGHTS = "adapter.safetensors"
 _METER = "meter.json"
-_BATCHES_SORTED_TOGETHER = 50
 
 
 class LossNotFinite(DoraError):
@@ -188,7 +188,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The stock optimizer; what has a learning rate of its own is moved into a group of its own."""
         fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
+        with _made_as_asked("optim, optim_args"):
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
         if not fresh:
             return optimizer
         rates = learning_rates(self.model, self.adapter, self.args.learning_rate)
@@ -199,6 +200,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 own = [p for p in members if rates[p] == rate]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """The stock schedule of learning rates."""
+        with _made_as_asked("lr_scheduler_type, lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         args = self.args
@@ -298,48 +304,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         )
 
 
-class SeededSampler(Sampler[int]):
-    """An order of the rows that follows from seed and epoch alone, so that a resumed epoch is the same epoch.
-
-    Args:
-        lengths: Tokens of each row.
-        batch: Rows of one optimizer step: they have about the same length, and the longest of all come first, so
-            that memory runs out at once or never. None: no grouping.
-        seed: Of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch: int | None, seed: int) -> None:
-        self.lengths, self.batch, self.seed = lengths, batch, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        if self.batch is None:
-            yield from order
-            return
-        window = self.batch * _BATCHES_SORTED_TOGETHER
-        order = [
-            i
-            for start in range(0, len(order), window)
-            for i in sorted(order[start : start + window], key=lambda i: -self.lengths[i])
-        ]
-        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
-        # an incomplete batch stays the last, or every later one would be cut across two groups
-        whole = len(self) // self.batch
-        shuffled = [batches[i] for i in torch.randperm(whole, generator=generator).tolist()] + batches[whole:]
-        longest = max(range(len(batches)), key=lambda k: max(self.lengths[i] for i in shuffled[k]))
-        if longest < whole:
-            shuffled.insert(0, shuffled.pop(longest))
-        for rows in shuffled:
-            yield from rows
+@contextmanager
+def _made_as_asked(settings: str) -> Iterator[None]:
+    """What cannot be made of these settings is the user's to mend; only making it shows it."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"training: {settings}: {error}") from error
 
 
 @contextmanager

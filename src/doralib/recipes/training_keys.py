@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import Recipe
 from ..errors import UsageError, did_you_mean
@@ -117,6 +118,8 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             made = TrainingArguments(**values, **own)
+        for reporter in get_reporting_integration_callbacks(made.report_to):
+            reporter()  # says what is not installed
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"training: {error}") from None
     if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
@@ -149,22 +152,37 @@ def _evaluation(given: Mapping[str, Any], recipe: Recipe, patient: bool) -> dict
 
 _LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon"), 0),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
 }
+_ABOVE_0 = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+# what an evaluation measures besides its own speed
+_METRICS = (None, "loss", "eval_loss")
 
 
 def _out_of_range(values: Mapping[str, Any]) -> list[str]:
-    """Numbers that TrainingArguments takes and the run would fail at, or do nothing with."""
+    """Values that TrainingArguments takes and the run would fail at, or do nothing with."""
     numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    choices = {field.name: field.metadata.get("choices") or () for field in dataclasses.fields(TrainingArguments)}
     problems = [
+        f"training.{key} must be one of {', '.join(choices[key])}, got {value!r}"
+        for key, value in values.items()
+        if choices.get(key) and value not in (None, *choices[key])
+    ]
+    problems += [
         f"training.{key} must be at least {least}, got {numbers[key]:g}"
         for key, least in _LEAST.items()
         if key in numbers and not numbers[key] >= least
     ]
     problems += [
         f"training.{key} must be above 0, got {numbers[key]:g}"
-        for key in ("learning_rate", "num_train_epochs")
+        for key in _ABOVE_0
         if key in numbers and not 0 < numbers[key] < math.inf
+    ]
+    problems += [
+        f"training.{key} must be below 1, got {numbers[key]:g}" for key in _BELOW_1 if numbers.get(key, 0) >= 1
     ]
     if (steps := numbers.get("max_steps", -1)) < 1 and steps != -1:
         problems.append(f"training.max_steps must be at least 1 (or -1: num_train_epochs decides), got {steps}")
@@ -181,8 +199,8 @@ def _impossible(values: Mapping[str, Any], *, has_validation: bool) -> list[str]
     wants = values.get("report_to") or []
     if "tensorboard" in wants and importlib.util.find_spec("tensorboard") is None:
         problems.append("training.report_to: tensorboard is not installed; pip install 'doralib[train]'")
-    if values.get("early_stopping_patience", 1) < 1:
-        problems.append("training.early_stopping_patience must be at least 1")
+    if (metric := values.get("metric_for_best_model")) not in _METRICS:
+        problems.append(f"training.metric_for_best_model: an evaluation measures the loss alone, not {metric!r}")
     return problems
 
 

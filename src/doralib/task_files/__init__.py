@@ -53,7 +53,8 @@ def _load(name: str) -> Task:
 
 
 def _find(name: str) -> Path | None:
-    return Path(name) if Path(name).is_file() else packaged_tasks().get(name)
+    path = Path(name).expanduser()
+    return path if path.is_file() else packaged_tasks().get(name)
 
 
 def read_task(path: Path, data: str | None = None) -> Task:
