@@ -162,11 +162,12 @@ class DoraLinear(Masters):
             W_OI = W_OI.to(dtype)
         factors, m = self.factors, self.lora_magnitude_vector
         if dropout is None and not learning and on_gpu(x) is None:
-            operands = W_OI, self._ready(factors, m, x.dtype), None if bias_O is None else bias_O.to(x.dtype)
+            ready = self._ready(factors, m, x.dtype)
+            bias_O = None if bias_O is None else bias_O.to(x.dtype)
             # not a weight that autocast made: it would be a second copy of every layer's
             if self.kept.held is not None and W_OI.dtype == self.base.dtype:
-                self.kept.held[x.dtype] = operands
-            return infer(x, *operands)
+                self.kept.held[x.dtype] = W_OI, ready, bias_O
+            return infer(x, W_OI, ready, bias_O)
         if m is None or not self._is_prepared(x):
             return dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
         return dora_linear(x, W_OI, *factors, m, self.scale, bias_O, dropout, self._ready(factors, m, x.dtype))

@@ -184,7 +184,8 @@ def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | Non
         if bias_O is not None or dtype != gain_O.dtype:
             rest_O = (gain_O - 1).to(dtype)
             shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
-    wide_OR = b_OR * (s if gs_O1 is None else gs_O1)
+    # by columns: one row's product with it takes half the time
+    wide_OR = (b_OR.T * (s if gs_O1 is None else gs_O1.T)).contiguous().T
     return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O
 
 
