@@ -114,7 +114,7 @@ def tokenise(
 
 
 def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count: int) -> list[Sample]:
-    """The first usable rows of validation (else of train) as prompt and expected answer."""
+    """The first usable rows of validation (else of train) within max_length, as prompt and expected answer."""
     found: list[Sample] = []
     for row in raw.validation if raw.validation is not None else raw.train:
         if len(found) == count:
@@ -122,6 +122,8 @@ def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count:
         try:
             pieces = STYLES[settings.style].pieces(row, settings, tokenizer)
         except BadRow:
+            continue
+        if len(tokenizer("".join(piece.text for piece in pieces))["input_ids"]) > settings.max_length:
             continue
         last = max(i for i, piece in enumerate(pieces) if piece.learned)
         prompt = "".join(piece.text for piece in pieces[:last])
@@ -158,7 +160,9 @@ class _Tally:
 
     def _show(self, kind: str, text: str, count: int) -> None:
         if count <= _SHOWN_PER_REASON:
-            self.shown.append(f"  {text}" + (f" (more rows {kind} not shown)" if count == _SHOWN_PER_REASON else ""))
+            self.shown.append(f"  {text}")
+        elif count == _SHOWN_PER_REASON + 1:
+            self.shown.append(f"  more rows {kind} not shown")
 
 
 def _tokenise_chunk(
