@@ -71,11 +71,14 @@ class Collator:
 
     pad_id: int
     multiple: int = 8
+    most: int | None = None
+    """Positions that the model has, where padding would go beyond them."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Keys input_ids, attention_mask and labels."""
         longest = max(len(row["input_ids"]) for row in rows)
-        longest += -longest % self.multiple
+        padded = longest + -longest % self.multiple
+        longest = padded if self.most is None else max(longest, min(padded, self.most))
         fill = lambda values, value: [*values, *[value] * (longest - len(values))]
         return {
             "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
@@ -240,6 +243,6 @@ def _end_tokens(tokenizer: "Tokenizer") -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
-def collator(tokenizer: "Tokenizer") -> Collator:
+def collator(tokenizer: "Tokenizer", most: int | None = None) -> Collator:
     """Pads with the tokenizer's own token; padding is masked, so any token would do."""
-    return Collator(pad_token(tokenizer))
+    return Collator(pad_token(tokenizer), most=most)

@@ -20,6 +20,7 @@ from transformers import (
 from .. import files
 from ..config import DoraConfig
 from ..data import IGNORED, Tokenised, collator
+from ..encoding import context_length
 from ..errors import DoraError, UsageError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
@@ -70,7 +71,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 model=model,
                 args=args,
                 processing_class=tokenizer,
-                data_collator=collator(tokenizer),
+                data_collator=collator(tokenizer, context_length(model)),
                 train_dataset=train.rows,
                 eval_dataset=None if validation is None else validation.rows,
                 callbacks=[_Bookkeeper(self)],
