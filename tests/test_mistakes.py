@@ -84,6 +84,20 @@ def adapter(run, recipe, here):
     return here / "adapter"
 
 
+def test_an_adapter_is_no_model(run, adapter, recipe):
+    for arguments in (["targets", "adapter"], ["train", recipe, "model.path=adapter", "out=second"]):
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert "adapter is an adapter, and no model: give the model that it adapts" in err
+
+
+def test_a_report_shows_numbers_as_numbers(adapter):
+    told = re.sub(r"<[^>]+>", " ", (adapter / "report.html").read_text())
+    assert re.search(r"lora_dropout\s+0\.0\s", told)
+    assert re.search(r"max_steps\s+1\s", told)
+    assert re.search(r"use_rslora\s+no\s", told)
+
+
 def test_a_hand_written_config_has_pefts_defaults(run, adapter):
     (adapter / "doralib_config.json").unlink()
     settings = json.loads((adapter / "adapter_config.json").read_text())

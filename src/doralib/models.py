@@ -133,6 +133,11 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
         return str(place.parent), {"gguf_file": place.name}
     if place.is_dir():
         if not (place / "config.json").exists():
+            if holds_adapter(place):
+                raise UsageError(
+                    f"model: {path} is an adapter, and no model: give the model that it adapts, or one that it is "
+                    "merged into (doralib merge)"
+                )
             if (place / "config.yaml").is_file() and (place / "checkpoints").is_dir():
                 raise UsageError(
                     f"model: the run {path} has not been trained to its end: doralib train {place / 'config.yaml'} "
