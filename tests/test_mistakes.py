@@ -1,6 +1,7 @@
 """What people do wrong on the command line, each answered with a message and never with a traceback."""
 
 import json
+import re
 
 import pytest
 import yaml
