@@ -266,6 +266,46 @@ def test_words_that_look_like_nothing_stay_words(tmp_path, cache):
     assert rows == [{"text": "x", "label": "None"}, {"text": "NA", "label": None}]
 
 
+def test_csv_is_read_as_it_is_written(tmp_path, cache):
+    (tmp_path / "a.csv").write_text("\ufefftext,label,\n007,true,\n1.10,1,\n12345678901234567890123,,x\n")
+    rows = read(str(tmp_path / "a.csv"), "data.train")
+    assert rows["text"][:] == ["007", "1.10", "12345678901234567890123"]
+    assert rows["label"][:] == ["true", "1", None]
+    assert rows["column 3"][:] == [None, None, "x"]
+    (tmp_path / "long.csv").write_text("text,label\n" + "many words " * 20_000 + ",1\n")
+    assert read(str(tmp_path / "long.csv"), "data.train")["label"][:] == ["1"]
+
+
+def test_csv_of_another_width_than_its_header_is_refused(tmp_path, cache):
+    (tmp_path / "a.csv").write_text("text,label\ngood, very good,positive\nbad, very bad,negative\n")
+    with pytest.raises(DoraError, match=r"header has 2 columns and the first row 3"):
+        read(str(tmp_path / "a.csv"), "data.train")
+    (tmp_path / "a.csv").write_text("text,text\ngood,positive\n")
+    with pytest.raises(DoraError, match=r"two columns of one name, text"):
+        read(str(tmp_path / "a.csv"), "data.train")
+
+
+def test_rows_not_shown_are_announced_only_where_there_are_some(tokenizer):
+    for count, told in ((3, 0), (4, 1)):
+        rows = dataset([{"text": "a", "label": "b"}] + [{"text": "", "label": "b"}] * count)
+        made = tokenise(rows, range(1, 9), DataSettings(train="t", prompt="text", target="label"), tokenizer)
+        assert sum("row " in line for line in made.report.examples) == 3
+        assert sum("not shown" in line for line in made.report.examples) == told
+
+
+def test_samples_are_rows_that_the_model_takes(tokenizer):
+    rows = dataset([{"text": "a " * 60, "label": "b"}, {"text": "a", "label": "b"}])
+    settings = DataSettings(train="t", prompt="text", target="label", max_length=20)
+    found = samples(RawRows(rows, None, (1, 2)), settings, tokenizer, 5)
+    assert [sample.prompt for sample in found] == ["a"]
+
+
+def test_utf_16_is_named(tmp_path, cache):
+    (tmp_path / "a.csv").write_text("text,label\na,b\n", encoding="utf-16")
+    with pytest.raises(DoraError, match=r"UTF-16 text.*iconv -f utf-16"):
+        read(str(tmp_path / "a.csv"), "data.train")
+
+
 def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
     (tmp_path / "rows.txt").write_text("x")
@@ -294,6 +334,7 @@ def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
         ("a.jsonl", '{"text": "a"}\n{"text": "b', "line 2 is not JSON: .*may be cut short"),
         ("a.json", '[{"text": "a"},\n{"text": "b"', "line 2 is not JSON: .*may be cut short"),
         ("a.jsonl", '{"text": "a"}\nnothing\n{"text": "b"}\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "a"}\n"b"\n', 'line 2 is no object with columns, .* but "b"'),
         ("a.parquet", "PAR1 but no more", "cannot be read"),
         ("a.csv", 'text,label\n"a,b\nc', "cannot be read"),
     ],

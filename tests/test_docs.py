@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+
+from doralib.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +32,17 @@ def test_there_are_blocks():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+VERBS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_is_on_its_page(verb):
+    page = ROOT / "docs" / f"{ {'convert': 'formats', 'targets': 'inspect'}.get(verb, verb) }.md"
+    told = set(re.findall(r"--[a-z][a-z-]*", page.read_text()))
+    options = {name for option in VERBS[verb].params for name in option.opts if name.startswith("--")}
+    assert options - told - {"--help"} == set()
 
 
 def test_the_recipe_in_the_docs_is_complete(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import DoraError, UsageError
-from .files import existing, human, names_in, read_json
+from .files import existing, git_lfs_pointer, human, names_in, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -346,8 +346,5 @@ def _cut_short(path: Path, size: int, need: int) -> str:
 
 
 def _not_safetensors(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        return f"{path} is a git-lfs pointer, not the weights; fetch them with: git lfs pull"
-    return f"{path} ({human(path.stat().st_size)}) is not a safetensors file; download or copy it again"
+    not_one = f"{path} ({human(path.stat().st_size)}) is not a safetensors file; download or copy it again"
+    return git_lfs_pointer(path) or not_one

@@ -71,11 +71,14 @@ class Collator:
 
     pad_id: int
     multiple: int = 8
+    most: int | None = None
+    """Positions that the model has, where padding would go beyond them."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Keys input_ids, attention_mask and labels."""
         longest = max(len(row["input_ids"]) for row in rows)
-        longest += -longest % self.multiple
+        padded = longest + -longest % self.multiple
+        longest = padded if self.most is None else max(longest, min(padded, self.most))
         fill = lambda values, value: [*values, *[value] * (longest - len(values))]
         return {
             "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
@@ -114,7 +117,7 @@ def tokenise(
 
 
 def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count: int) -> list[Sample]:
-    """The first usable rows of validation (else of train) as prompt and expected answer."""
+    """The first usable rows of validation (else of train) within max_length, as prompt and expected answer."""
     found: list[Sample] = []
     for row in raw.validation if raw.validation is not None else raw.train:
         if len(found) == count:
@@ -122,6 +125,8 @@ def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count:
         try:
             pieces = STYLES[settings.style].pieces(row, settings, tokenizer)
         except BadRow:
+            continue
+        if len(tokenizer("".join(piece.text for piece in pieces))["input_ids"]) > settings.max_length:
             continue
         last = max(i for i, piece in enumerate(pieces) if piece.learned)
         prompt = "".join(piece.text for piece in pieces[:last])
@@ -158,7 +163,9 @@ class _Tally:
 
     def _show(self, kind: str, text: str, count: int) -> None:
         if count <= _SHOWN_PER_REASON:
-            self.shown.append(f"  {text}" + (f" (more rows {kind} not shown)" if count == _SHOWN_PER_REASON else ""))
+            self.shown.append(f"  {text}")
+        elif count == _SHOWN_PER_REASON + 1:
+            self.shown.append(f"  more rows {kind} not shown")
 
 
 def _tokenise_chunk(
@@ -236,6 +243,6 @@ def _end_tokens(tokenizer: "Tokenizer") -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
-def collator(tokenizer: "Tokenizer") -> Collator:
+def collator(tokenizer: "Tokenizer", most: int | None = None) -> Collator:
     """Pads with the tokenizer's own token; padding is masked, so any token would do."""
-    return Collator(pad_token(tokenizer))
+    return Collator(pad_token(tokenizer), most=most)

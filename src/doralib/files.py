@@ -173,10 +173,19 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
+        if pointer := git_lfs_pointer(path):
+            raise DoraError(pointer) from None
         raise DoraError(
             f"{path} ({human(path.stat().st_size)}) is truncated or not a safetensors file ({error}); "
             "copy or download it again"
         ) from None
+
+
+def git_lfs_pointer(path: Path) -> str:
+    """What to do where git left a pointer in the place of a file; nothing where it did not."""
+    with path.open("rb") as file:
+        found = file.read(40).startswith(b"version https://git-lfs")
+    return f"{path} is a git-lfs pointer, not the weights; fetch them with: git lfs pull" if found else ""
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -190,7 +199,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         seen.add(ready[name].untyped_storage().data_ptr())
     need = sum(tensor.nbytes for tensor in ready.values())
     with replacing(path, need) as part:
+        # safetensors makes files that their owner alone may read
+        part.touch()
+        mode = part.stat().st_mode
         safetensors.torch.save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(mode)
 
 
 def _sweep(final: Path) -> None:

@@ -70,13 +70,19 @@ def load_any(path: str, *, base: str | None = None, dtype: str = "auto", given: 
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantization = None if base else _quantization_of(folder)
         model, tokenizer = load_model(ModelSettings(path=named, dtype=dtype, quantization=quantization))
-        for note in another_base(base_named_by(folder), named):
-            warnings.warn(f"{path} {note}", Note, stacklevel=2)
-        return load_adapter(model, folder, given=given).eval(), tokenizer
+        load_adapter(model, folder, given=given)
+        _note_other_base(path, named)
+        return model.eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_model(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
     return model.eval(), tokenizer
+
+
+def _note_other_base(adapter: str, base: str) -> None:
+    """Said once its names and shapes are known to fit."""
+    for note in another_base(base_named_by(Path(adapter)), base):
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
 def _quantised(settings: ModelSettings) -> BitsAndBytesConfig:
@@ -112,6 +118,7 @@ def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
         raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
     for name, _, path in pairs:
         load_adapter(model, path, name)
+        _note_other_base(path, model.name_or_path)
     if pairs:
         set_adapter(model, pairs[0][0])
     return names
@@ -126,6 +133,16 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
         return str(place.parent), {"gguf_file": place.name}
     if place.is_dir():
         if not (place / "config.json").exists():
+            if holds_adapter(place):
+                raise UsageError(
+                    f"model: {path} is an adapter, and no model: give the model that it adapts, or one that it is "
+                    "merged into (doralib merge)"
+                )
+            if (place / "config.yaml").is_file() and (place / "checkpoints").is_dir():
+                raise UsageError(
+                    f"model: the run {path} has not been trained to its end: doralib train {place / 'config.yaml'} "
+                    f"--resume, or give one of {place / 'checkpoints'}"
+                )
             raise UsageError(f"model: {path} holds no config.json, so it is no model folder: {_listing(place)}")
         return str(place), {}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()

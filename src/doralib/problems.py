@@ -26,6 +26,30 @@ _KINDS = {
 }
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "adapter.r"),
+    "alpha": "adapter.lora_alpha",
+    "dropout": "adapter.lora_dropout",
+    **dict.fromkeys(("lora_target_modules", "lora_target_linear", "lora_attn_modules"), "adapter.target_modules"),
+    **dict.fromkeys(("use_dora", "peft_use_dora"), "adapter.method"),
+    **dict.fromkeys(("base_model", "model_name_or_path", "checkpoint_dir"), "model.path"),
+    **dict.fromkeys(("torch_dtype", "precision"), "model.dtype"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantize"), "model.quantization"),
+    **dict.fromkeys(("sequence_len", "max_seq_length", "max_seq_len", "cutoff_len"), "data.max_length"),
+    **dict.fromkeys(("dataset", "datasets"), "data.train"),
+    "val_set_size": "data.validation",
+    "train_on_inputs": "data.loss_on",
+    **dict.fromkeys(("output_dir", "out_dir"), "out"),
+    **dict.fromkeys(("num_epochs", "epochs"), "training.num_train_epochs"),
+    **dict.fromkeys(("micro_batch_size", "batch_size"), "training.per_device_train_batch_size"),
+    "lr": "training.learning_rate",
+    "optimizer": "training.optim",
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "training.lr_scheduler_type"),
+    "group_by_length": "training.train_sampling_strategy",
+}
+"""What PEFT, axolotl, torchtune, litgpt and older Trainers call a setting, and where it is in a recipe."""
+
+
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
     """All problems of one value, a line each."""
     grouped: dict[tuple[str, ...], list[Any]] = {}
@@ -60,6 +84,11 @@ def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> s
 def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
     """What an unknown key may have meant."""
     name, known = path[-1], _fields_at(cls, path[:-1])
+    group, _, field = ELSEWHERE.get(name, "").rpartition(".")
+    if field in known:
+        return f"; here it is {field!r}"
+    if field and (group or field) in cls.model_fields:
+        return f"; here it is {ELSEWHERE[name]!r}"
     if near := did_you_mean(name, known):
         return near
     listed = f"; known: {', '.join(sorted(known))}"

@@ -203,7 +203,8 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value) or "-"
-    return {None: "-", True: "yes", False: "no"}.get(value, str(value)) if value in (None, True, False) else str(value)
+    # 0 and 1 are numbers here, though they equal false and true
+    return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _at(values: dict[str, Any], group: str, key: str) -> Any:

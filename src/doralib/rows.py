@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -101,10 +102,7 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
     reader = READERS[path.suffix.lower()]
     if reader != "parquet":
         _refuse_other_bytes(path, setting)
-    # pandas would take the words NA, None and null for missing values
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
+    options = _as_text(path, setting) if reader == "csv" else {}
     try:
         with _quiet():
             return datasets.load_dataset(reader, data_files=_literal(path), split="train", **options)
@@ -114,8 +112,44 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
         raise DoraError(f"{setting}: {path} cannot be read: {_why(path, error)}") from error
 
 
+def _as_text(path: Path, setting: str) -> dict[str, Any]:
+    """What makes the reader of CSV take every value as it is written.
+
+    Left alone it makes numbers of 007 and 1.10, True of true, 1.0 of 1 beside an empty cell, nothing of NA; and it
+    drops the first value of rows that are one longer than the header.
+    """
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = (line for line in csv.reader(file, delimiter=separator) if line)
+        header: list[str] = []
+        first: list[str] = []
+        # it takes no field above 128 kB, which a text may well be; the reader of `datasets` does
+        with contextlib.suppress(csv.Error):
+            header = next(lines, [])
+            first = next(lines, [])
+    if not header:
+        raise UsageError(f"{setting}: {path} has no header, a first line with the names of the columns")
+    names = [name or f"column {i}" for i, name in enumerate(header, 1)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DoraError(f"{setting}: {path} has two columns of one name, {', '.join(twice)}; rename one of them")
+    if len(first) > len(names):
+        raise DoraError(
+            f"{setting}: {path} cannot be read: its header has {len(names)} columns and the first row {len(first)}; "
+            "put values that hold the separator in quotes"
+        )
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    missing = {"keep_default_na": False, "na_values": [""]}
+    return {"sep": separator, "names": names, "header": 0, "features": features, **missing}
+
+
 def _refuse_other_bytes(path: Path, setting: str) -> None:
     """The reader of JSON takes bytes that are not UTF-8, and fails later without a name."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DoraError(
+                f"{setting}: {path} is UTF-16 text; save it again as UTF-8, for example with "
+                f"iconv -f utf-16 -t utf-8 {path.name}"
+            )
     decode = codecs.getincrementaldecoder("utf-8")().decode
     done = 0
     with path.open("rb") as file:
@@ -168,7 +202,9 @@ def _bad_line(path: Path) -> str:
         if not line.strip():
             continue
         try:
-            json.loads(line)
+            found = json.loads(line)
+            if not whole and not isinstance(found, dict):
+                return f"line {number} is no object with columns, {{...}}, but {line.strip():.40}"
         except json.JSONDecodeError as error:
             where = error.lineno if whole else number
             end = "; the file ends there, so it may be cut short" if where >= len(lines) else ""

@@ -5,7 +5,7 @@ from ..errors import DoraError, UsageError, did_you_mean
 from ..state import AdapterState
 from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, tensorrt, torchtune
 from .content import Content, Format, Found, Given
-from .peft import from_peft, to_peft
+from .peft import from_peft, to_peft, unsaid_in_peft
 
 __all__ = ["FORMATS", "Content", "Format", "Found", "Given", "detect", "format_named", "from_peft", "to_peft", "unlike"]
 
@@ -17,10 +17,14 @@ def _is_peft(content: Content) -> bool:
     return ours and not any(other(content) for other in others)
 
 
-def _read_peft(content: Content, _given: Given) -> Found:
+def _read_peft(content: Content, given: Given) -> Found:
     if not content.settings:
         raise DoraError("PEFT's adapter_config.json is missing beside the tensors; without it alpha is unknown")
-    return Found(*from_peft(content.tensors, content.settings))
+    lora = content.settings.get("peft_type", "LORA") == "LORA"
+    unsaid = unsaid_in_peft(content.settings, given.alpha) if lora else {}
+    told = {field: value for field, value in unsaid.items() if field != "lora_alpha" or given.alpha is None}
+    notes = tuple(f"the settings do not say {field}: {value:g}, PEFT's default" for field, value in told.items())
+    return Found(*from_peft(content.tensors, {**content.settings, **unsaid}), notes)
 
 
 def _write_peft(config: DoraConfig, state: AdapterState, _given: Given) -> Content:

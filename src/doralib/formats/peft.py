@@ -158,6 +158,12 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
     }
 
 
+def unsaid_in_peft(settings: Mapping[str, Any], alpha: float | None = None) -> dict[str, float]:
+    """What a hand-written ``adapter_config.json`` leaves to PEFT's own defaults, which are not ours."""
+    defaults: dict[str, float] = {"r": 8, "lora_alpha": 8 if alpha is None else alpha}
+    return {field: value for field, value in defaults.items() if settings.get(field) is None}
+
+
 def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
     if (kind := settings.get("peft_type", "LORA")) != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")

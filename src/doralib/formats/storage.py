@@ -175,6 +175,11 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
+    if into.settings_file == "adapter_config.json" and (path.parent / "config.json").is_file():
+        raise UsageError(
+            f"{path.parent} is a model's folder, and transformers would load the model that an adapter in it names "
+            "instead; choose a folder of its own for the adapter"
+        )
     beside = {path.parent / into.settings_file: content.settings} if into.settings_file else {}
     if content.own:
         beside[path.parent / _OWN_SETTINGS] = content.own

@@ -35,6 +35,10 @@ def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
 
 def _read(path_or_name: str) -> dict[str, Any]:
     path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        inside = path / "config.yaml"
+        more = f"; a run's recipe is its {inside}" if inside.is_file() else ", and a recipe is a file"
+        raise UsageError(f"{path_or_name} is a folder{more}")
     if not path.is_file():
         known = packaged()
         if path_or_name not in known:

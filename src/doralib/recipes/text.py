@@ -13,10 +13,10 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from .. import files
-from ..config import Recipe
+from ..config import DataSettings, Recipe
 from ..console import console
 from ..data import Sample, Tokenised, samples, tokenise
-from ..encoding import encode
+from ..encoding import context_length, encode
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation import evaluate, load_tasks
 from ..generation import continuations
@@ -133,15 +133,25 @@ def _load(plan: _Plan) -> _Job:
     recipe = plan.recipe
     console.print(f"loading {recipe.model.path}")
     model, tokenizer = _model(plan)
-    train_rows = tokenise(plan.rows.train, plan.rows.train_numbers, recipe.data, tokenizer)
+    data = _within(recipe.data, model)
+    train_rows = tokenise(plan.rows.train, plan.rows.train_numbers, data, tokenizer)
     kept, whole = train_rows.report.kept, plan.args.train_batch_size * plan.args.world_size
     if plan.args.dataloader_drop_last and kept < whole:
         raise UsageError(f"training.dataloader_drop_last: {kept} rows do not fill one batch of {whole}; none is left")
     held_out = None
     if plan.rows.validation is not None:
-        held_out = tokenise(plan.rows.validation, plan.rows.validation_numbers, recipe.data, tokenizer)
-    shown = samples(plan.rows, recipe.data, tokenizer, _SAMPLES)
+        held_out = tokenise(plan.rows.validation, plan.rows.validation_numbers, data, tokenizer)
+    shown = samples(plan.rows, data, tokenizer, _SAMPLES)
     return _Job(plan, model, tokenizer, train_rows, held_out, shown)
+
+
+def _within(settings: DataSettings, model: nn.Module) -> DataSettings:
+    """With no more tokens a row than the model takes: beyond, learned positions fail and turned ones mean nothing."""
+    limit = context_length(model)
+    if limit is None or settings.max_length <= limit:
+        return settings
+    console.print(f"data.max_length is {settings.max_length}, and the model takes {limit} tokens: {limit} is used")
+    return settings.model_copy(update={"max_length": limit})
 
 
 def _model(plan: _Plan) -> Loaded:
@@ -256,11 +266,13 @@ def _sample(job: _Job, when: str) -> None:
         return
     closed = STYLES[job.plan.recipe.data.style].closed
     longest = max(len(encode(job.tokenizer, sample["expected"], chat=True)) for sample in shown)
+    prompts = [encode(job.tokenizer, sample["prompt"], chat=closed) for sample in shown]
+    room = (context_length(job.model) or math.inf) - max(map(len, prompts))
     texts = continuations(
         job.model,
         job.tokenizer,
-        [encode(job.tokenizer, sample["prompt"], chat=closed) for sample in shown],
-        max_new_tokens=min(longest + 8, _SAMPLE_TOKENS),
+        prompts,
+        max_new_tokens=max(1, int(min(longest + 8, _SAMPLE_TOKENS, room))),
         batch_size=_SAMPLES,
     )
     if is_main():

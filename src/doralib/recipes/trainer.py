@@ -20,9 +20,12 @@ from transformers import (
 from .. import files
 from ..config import DoraConfig
 from ..data import IGNORED, Tokenised, collator
+from ..encoding import context_length
 from ..errors import DoraError, UsageError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
+from ..inject import save_adapter
+from ..live import config_of
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
@@ -70,7 +73,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 model=model,
                 args=args,
                 processing_class=tokenizer,
-                data_collator=collator(tokenizer),
+                data_collator=collator(tokenizer, context_length(model)),
                 train_dataset=train.rows,
                 eval_dataset=None if validation is None else validation.rows,
                 callbacks=[_Bookkeeper(self)],
@@ -264,10 +267,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict
-        files.write_tensors(
-            Path(output_dir or self.args.output_dir) / _WEIGHTS,
-            {name: source[name] for name in sorted(_kept(self.model))},
-        )
+        folder = Path(output_dir or self.args.output_dir)
+        files.write_tensors(folder / _WEIGHTS, {name: source[name] for name in sorted(_kept(self.model))})
+        if hasattr(self.model, "_doralib") and config_of(self.model).method != "full":
+            save_adapter(self.model, folder)  # so that an earlier state can be scored, merged and converted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = files.read_tensors(Path(resume_from_checkpoint) / _WEIGHTS)

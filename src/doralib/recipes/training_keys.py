@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import Recipe
 from ..errors import UsageError, did_you_mean
+from ..problems import ELSEWHERE
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 2e-4,
@@ -79,7 +80,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         if key in _OWNED:
             problems.append(f"training.{key} cannot be set: {_OWNED[key]}")
         elif key not in known:
-            hint = did_you_mean(key, known)
+            group, _, field = ELSEWHERE.get(key, "").rpartition(".")
+            hint = f"; here it is {field!r}" if group == "training" else did_you_mean(key, known)
             problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
         else:
             try:
