@@ -256,7 +256,7 @@ def test_killed_and_resumed_is_the_same_run(recipe, whole, tmp_path):
 
 def test_ctrl_c_saves_and_resumes(recipe, whole):
     wanted = recipe(out="stopped")
-    run = Path(wanted.out)
+    run, before = Path(wanted.out), signal.getsignal(signal.SIGINT)
 
     def interrupt():
         wait_for(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size)
@@ -272,7 +272,7 @@ def test_ctrl_c_saves_and_resumes(recipe, whole):
     assert e.value.exit_status == 130
     assert summary(run)["status"] == "interrupted"
     assert 5 <= saving.step_of(saving.newest(run / "checkpoints")) < 12
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     fine_tune(wanted, resume=True)
     assert_same_run(run, whole)
 
