@@ -19,9 +19,10 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_python_blocks_raise_nothing(code, even_llama_folder, tmp_path, monkeypatch):
+def test_python_blocks_raise_and_warn_nothing(code, even_llama_folder, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     exec(code, {"MODEL": str(even_llama_folder), "BATCH": torch.tensor([[5, 6, 7, 8]])})
+    assert [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)] == []
 
 
 def test_there_are_blocks():

@@ -1,11 +1,16 @@
 """What people do wrong on the command line, each answered with a message and never with a traceback."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import yaml
 from conftest import make_tokenizer
+from transformers import TrainingArguments
+
+from doralib.config import Recipe
+from doralib.problems import ELSEWHERE
 
 LONG = {"text": "wonderful " * 40, "label": "positive"}
 SHORT = {"text": "dull", "label": "negative"}
@@ -161,6 +166,7 @@ def test_a_folder_is_no_recipe(run, adapter):
         ("output_dir=x", "here it is 'out'"),
         ("adapter.lr=1", "here it is 'training.learning_rate'"),
         ("training.lr=1", "training.lr: TrainingArguments has no such field; here it is 'learning_rate'"),
+        ("training.lora_r=8", "training.lora_r: TrainingArguments has no such field; here it is 'adapter.r'"),
         ("training.group_by_length=true", "here it is 'train_sampling_strategy'"),
     ],
 )
@@ -168,3 +174,12 @@ def test_the_names_of_other_tools_are_known(given, said, run, recipe):
     status, _, err = run("train", recipe, given)
     assert status == 2
     assert said in err
+
+
+def test_each_place_of_the_names_of_other_tools_is_there():
+    groups = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    trainers = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for place in ELSEWHERE.values():
+        group, _, field = place.rpartition(".")
+        known = groups if not group else trainers if group == "training" else groups[group].model_fields
+        assert field in known, place

@@ -293,3 +293,21 @@ def test_only_generation_pays_for_columns():
         # d has one row, which is laid out both ways
         strides.append([layer.kept._made.ready.gsb_OR.stride() for layer in (model.a, model.b, model.c)])
     assert strides == [[(1, 7), (1, 6), (1, 7)], [(3, 1), (3, 1), (2, 1)]]
+
+
+def test_a_norm_that_a_kernel_writes_in_place_is_not_kept_as_it_was(monkeypatch):
+    """As Triton's does: one tensor, other values."""
+    layer, place = make().a, torch.empty(7)
+    monkeypatch.setattr(type(layer.base), "triton_weight", lambda _: layer.base.W_OI)
+    monkeypatch.setattr(norm.FreshNorm, "constant", lambda _, a, b, s: place.copy_(fresh_norm(layer)))
+    with torch.no_grad():
+        for _ in range(2):
+            layer.lora_A.data.mul_(1.5)
+            ready = layer.kept(
+                (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector), layer.scale, None, torch.float32
+            )
+            torch.testing.assert_close(ready.gain_O, layer.lora_magnitude_vector / fresh_norm(layer))
+
+
+def fresh_norm(layer):
+    return (layer.base_layer.weight + layer.scale * layer.lora_B @ layer.lora_A).norm(dim=1)

@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -84,13 +84,8 @@ def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> s
 def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
     """What an unknown key may have meant."""
     name, known = path[-1], _fields_at(cls, path[:-1])
-    group, _, field = ELSEWHERE.get(name, "").rpartition(".")
-    if field in known:
-        return f"; here it is {field!r}"
-    if field and (group or field) in cls.model_fields:
-        return f"; here it is {ELSEWHERE[name]!r}"
-    if near := did_you_mean(name, known):
-        return near
+    if hint := in_our_words(name, known, cls.model_fields) or did_you_mean(name, known):
+        return hint
     listed = f"; known: {', '.join(sorted(known))}"
     if len(path) > 1:
         return listed
@@ -99,6 +94,20 @@ def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
         return f"; did you mean {inside[homes[0]]!r}?"
     trainer = f"; a setting of the Trainer is written training.{name}" if "training" in known else ""
     return listed + trainer
+
+
+def in_our_words(name: str, beside: Collection[str], groups: Collection[str]) -> str:
+    """Where the setting of another tool is, as the end of a message; nothing for a name that none of them has.
+
+    Args:
+        beside: The settings that could stand where the name does.
+        groups: Those of the whole recipe.
+    """
+    place = ELSEWHERE.get(name, "")
+    group, _, field = place.rpartition(".")
+    if field in beside:
+        return f"; here it is {field!r}"
+    return f"; here it is {place!r}" if field and (group or field) in groups else ""
 
 
 def _place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:

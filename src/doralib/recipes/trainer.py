@@ -25,7 +25,6 @@ from ..errors import DoraError, UsageError
 from ..formats.parts import MAGNITUDE
 from ..groups import learning_rates
 from ..inject import save_adapter
-from ..live import config_of
 from . import saving
 from .label_loss import LabelLoss
 from .meter import Meter
@@ -49,7 +48,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         tokenizer: Its padding token fills the batches.
         train: Tokenised rows.
         validation: Likewise, or None.
-        adapter: Its learning rates by the kind of a parameter; None: one for all.
+        adapter: Its learning rates by the kind of a parameter, and whether a checkpoint is an adapter.
     """
 
     def __init__(
@@ -59,10 +58,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         tokenizer: PreTrainedTokenizerBase,
         train: Tokenised,
         validation: Tokenised | None,
-        adapter: DoraConfig | None = None,
+        adapter: DoraConfig,
     ) -> None:
         self.meter = Meter()
-        self.adapter = adapter or DoraConfig()
+        self.adapter = adapter
         self.resumed_from: Path | None = None
         self.sampler: SeededSampler | None = None
         self._lengths: list[int] = train.rows["length"][:]
@@ -269,7 +268,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict
         folder = Path(output_dir or self.args.output_dir)
         files.write_tensors(folder / _WEIGHTS, {name: source[name] for name in sorted(_kept(self.model))})
-        if hasattr(self.model, "_doralib") and config_of(self.model).method != "full":
+        if self.adapter.method != "full":
             save_adapter(self.model, folder)  # so that an earlier state can be scored, merged and converted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import Recipe
 from ..errors import UsageError, did_you_mean
-from ..problems import ELSEWHERE
+from ..problems import in_our_words
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 2e-4,
@@ -80,8 +80,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         if key in _OWNED:
             problems.append(f"training.{key} cannot be set: {_OWNED[key]}")
         elif key not in known:
-            group, _, field = ELSEWHERE.get(key, "").rpartition(".")
-            hint = f"; here it is {field!r}" if group == "training" else did_you_mean(key, known)
+            hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
             problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
         else:
             try:
