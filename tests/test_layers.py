@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import doralib
 from doralib.bases import Dense, Opaque, Transposed, open_base
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
@@ -242,6 +243,22 @@ def test_without_gradients_the_numbers_are_the_same_and_never_stale(kind, bias, 
             else:
                 assert torch.equal(got[0], layer(x).detach())
             assert torch.equal(got[0], got[1])
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, I), (I,), (1, 2 * I), (8, I), (9, I), (0, I)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_gradients_few_rows_equal_the_formula(bias, shape, dtype, method):
+    """One row, and few in half precision, have ways of their own."""
+    layer, x = make("linear", dtype, bias, method=method).eval(), torch.randn(shape).to(dtype)[..., :: shape[-1] // I]
+    exact = copy.deepcopy(layer).double()(x.double()).detach()
+    for context in (torch.no_grad(), torch.inference_mode(), doralib.unchanged(layer)):
+        with context, torch.no_grad():
+            got = [layer(x), layer(x)]
+        for y in got:
+            assert (y.dtype, y.shape) == (dtype, exact.shape)
+            assert (y.double() - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()
 
 
 @methods
