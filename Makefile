@@ -32,7 +32,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/doralib bench all --out benchmarks/results
-	$(BIN)/python -c "from pathlib import Path; from doralib.bench.readme import update_readme; update_readme(Path('README.md'), Path('benchmarks/results'))"
+	$(BIN)/python -c "from pathlib import Path; from doralib.experiments.bench.readme import update_readme; update_readme(Path('README.md'), Path('benchmarks/results'))"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

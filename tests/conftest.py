@@ -102,7 +102,7 @@ def even_llama_folder(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `doralib ARGUMENTS`; its exit status and what it printed."""
-    from doralib import cli
+    from doralib.cli import main as cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["doralib", *map(str, arguments)])

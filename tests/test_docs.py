@@ -7,7 +7,7 @@ import pytest
 import torch
 import typer
 
-from doralib.cli import app
+from doralib.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +49,7 @@ def test_every_option_is_on_its_page(verb):
 def test_the_recipe_in_the_docs_is_complete(tmp_path):
     import yaml
 
-    from doralib.config import Recipe
+    from doralib.recipe import Recipe
 
     text = (ROOT / "docs" / "train.md").read_text()
     recipe = Recipe(**yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]))

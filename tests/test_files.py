@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from doralib.checkpoints import Checkpoint, copy_bytes, read_rows, read_whole
+from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, replacing, write_json, write_tensors
 

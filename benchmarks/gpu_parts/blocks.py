@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from doralib.adapters.adapt import adapt
 from doralib.config import DoraConfig
-from doralib.inject import adapt
 
 from .bench import Bench
 from .methods import Autocast, S, TritonLayer, shared_copy

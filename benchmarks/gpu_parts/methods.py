@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from doralib import functional as F
 from doralib.config import DoraConfig
 from doralib.kernels import eager, fused
-from doralib.layers import DoraLinear
+from doralib.layers.linear import DoraLinear
 
 S = 2.0
 

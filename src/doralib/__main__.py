@@ -1,5 +1,5 @@
 """`python -m doralib`, the same as `doralib`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases import Dense, Opaque, open_base
 from .errors import UsageError
-from .kernels import dora_linear, on_gpu
+from .kernels.cache import Kept, meet
+from .kernels.dispatch import dora_linear, on_gpu
 from .kernels.dropout import draw
-from .kernels.inference import infer
+from .kernels.eager import infer
 from .kernels.norm import FreshNorm
-from .kernels.ready import Kept, meet
+from .layers.base.linear import Dense
+from .layers.base.opaque import Opaque
+from .layers.base.registry import open_base
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."

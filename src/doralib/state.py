@@ -9,6 +9,9 @@ from torch import Tensor
 from .errors import DoraError
 from .functional import difference
 
+# PEFT's key, and a live layer's parameter of that name
+MAGNITUDE = "lora_magnitude_vector"
+
 
 @dataclass(frozen=True)
 class LayerAdapter:

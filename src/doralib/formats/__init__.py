@@ -4,10 +4,8 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError, did_you_mean
 from ..state import AdapterState
 from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, tensorrt, torchtune
-from .content import Content, Format, Found, Given
+from .base import Content, Format, Found, Given
 from .peft import from_peft, to_peft, unsaid_in_peft
-
-__all__ = ["FORMATS", "Content", "Format", "Found", "Given", "detect", "format_named", "from_peft", "to_peft", "unlike"]
 
 
 def _is_peft(content: Content) -> bool:

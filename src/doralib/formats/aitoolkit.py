@@ -5,10 +5,9 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..state import AdapterState, LayerAdapter
 from . import kohya
-from .components import component_of
-from .content import Content, Found, Given, only_layers, refuse
+from .base import Content, Found, Given, config_for, gathered, layers_of, number, only_layers, refuse
 from .diffusers import with_components
-from .parts import config_for, gathered, layers_of, number
+from .pipeline import component_of
 
 _UNDERSCORED = {"a": "lora_down.weight", "b": "lora_up.weight", "alpha": "alpha", "m": "magnitude"}
 _DOTTED = {"a": "lora_A.weight", "b": "lora_B.weight", "alpha": "alpha", "m": "magnitude"}

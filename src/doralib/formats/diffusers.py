@@ -9,10 +9,21 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
-from ..state import AdapterState, LayerAdapter
-from .components import COMPONENTS, component_of, guessed
-from .content import Content, Found, Given, only_layers, refuse
-from .parts import MAGNITUDE, alpha_of, commonest, config_for, gathered, layers_of, number
+from ..state import MAGNITUDE, AdapterState, LayerAdapter
+from .base import (
+    Content,
+    Found,
+    Given,
+    alpha_of,
+    commonest,
+    config_for,
+    gathered,
+    layers_of,
+    number,
+    only_layers,
+    refuse,
+)
+from .pipeline import COMPONENTS, component_of, guessed
 
 METADATA = "lora_adapter_metadata"
 _FIELDS = {

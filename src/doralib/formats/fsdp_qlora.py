@@ -5,8 +5,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import UsageError
 from ..state import AdapterState, LayerAdapter
-from .content import Content, Found, Given, only_layers, refuse
-from .parts import config_for, gathered, layers_of
+from .base import Content, Found, Given, config_for, gathered, layers_of, only_layers, refuse
 
 _FIELDS = {"dora_layer.lora_A.weight": "a", "dora_layer.lora_B.weight": "b", "magnitude_layer.magnitude": "m"}
 _KEYS = {field: key for key, field in _FIELDS.items()}

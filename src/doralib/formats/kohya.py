@@ -9,9 +9,8 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, nearest
 from ..state import AdapterState, LayerAdapter
-from .components import component_of, within
-from .content import Content, Found, Given, only_layers, refuse
-from .parts import alpha_of, config_for, gathered, layers_of, number
+from .base import Content, Found, Given, alpha_of, config_for, gathered, layers_of, number, only_layers, refuse
+from .pipeline import component_of, within
 
 _KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
 _FIELDS = {key: field for field, key in _KEYS.items()}

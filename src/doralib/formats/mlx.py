@@ -7,8 +7,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, LayerAdapter
-from .content import Content, Found, Given, only_layers, refuse
-from .parts import config_for, gathered, layers_of, one_rank
+from .base import Content, Found, Given, config_for, gathered, layers_of, one_rank, only_layers, refuse
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
 _FIELDS = {key: field for field, key in _KEYS.items()}

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DoraError, nearest
-from .content import Content, Found, Given, refuse
-from .parts import MAGNITUDE
+from ..state import MAGNITUDE
+from .base import Content, Found, Given, refuse
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
-from . import experts
-from .parts import MAGNITUDE, alpha_of, refuse_missing
-from .vera import TYPES, from_vera, to_vera
+from ..state import MAGNITUDE, AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
+from . import peft_experts as experts
+from .base import alpha_of, refuse_missing
+from .peft_vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}

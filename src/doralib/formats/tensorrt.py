@@ -12,7 +12,7 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..functional import gain
 from ..state import AdapterState, LayerAdapter
-from .content import Content, Found, Given, only_layers, refuse
+from .base import Content, Found, Given, only_layers, refuse
 from .peft import from_peft, to_peft
 
 # nothing else would tell these files from PEFT's, which would then be far off

@@ -12,9 +12,20 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
-from ..state import AdapterState, LayerAdapter
-from .content import Content, Found, Given, only_layers, refuse
-from .parts import MAGNITUDE, alpha_of, commonest, config_for, gathered, layers_of, one_rank
+from ..state import MAGNITUDE, AdapterState, LayerAdapter
+from .base import (
+    Content,
+    Found,
+    Given,
+    alpha_of,
+    commonest,
+    config_for,
+    gathered,
+    layers_of,
+    one_rank,
+    only_layers,
+    refuse,
+)
 from .peft import from_peft
 
 _KEYS = {"a": "lora_a.weight", "b": "lora_b.weight", "m": "magnitude"}

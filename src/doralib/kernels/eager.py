@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from ..functional import effective_weight, sum_dtype
-from .columns import column_dots, scaled_product_and_dots
+from .cache import TINY_GAIN, Ready, ready_from
 from .dropout import Dropout, boost, zero_, zeroed
-from .ready import TINY_GAIN, Ready, ready_from
+from .reductions import column_dots, scaled_product_and_dots
 
 # from this many input rows for each input feature on, a weight that is made twice costs less than the passes it saves
 _ROWS_PER_FEATURE = 1.25
@@ -282,3 +282,42 @@ def _boosted(small, dropout):
 
 def _cast(tensor, dtype):
     return None if tensor is None else tensor.to(dtype)
+
+
+# a half-precision product of so few rows takes a CPU far longer than one in float32
+_FEW_ROWS = 8
+
+
+def infer(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Tensor:
+    """``g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias``, (..., O), with the numbers of `eager.dora_linear`.
+
+    Args:
+        x: (..., I), in evaluation.
+        W_OI: As for `eager.dora_linear`.
+        ready: Of the layer as it is now, for x's dtype.
+        bias_O: In x's dtype. Added once, not scaled.
+    """
+    O, I = W_OI.shape
+    if x.numel() == I:
+        return _one_row(x, W_OI, ready, bias_O)
+    N = x.numel() // max(1, I)
+    if weight_is_cheaper(x, N):
+        return nnf.linear(x, effective_weight(W_OI, ready.a_RI, ready.gsb_OR, ready.gain_O), bias_O)
+    y = nnf.linear(x, W_OI, bias_O)
+    scale_product(y, ready)
+    if N <= _FEW_ROWS and x.is_cpu and x.dtype.itemsize < 4:
+        return y.add_(nnf.linear(nnf.linear(x.to(ready.wide_a_RI.dtype), ready.wide_a_RI), ready.wide_gsb_OR))
+    y.view(N, O).addmm_(x.reshape(N, I) @ ready.a_RI.T, ready.gsb_OR.T)
+    return y
+
+
+def _one_row(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Tensor:
+    """A token by itself: every operator counts."""
+    y = nnf.linear(x, W_OI, bias_O)
+    scale_product(y, ready)
+    x_I, y_O = x.view(-1), y.view(-1)
+    if x.dtype is ready.wide_a_RI.dtype or not x.is_cpu:
+        y_O.addmv_(ready.gsb_OR, ready.a_RI.mv(x_I))
+    else:
+        y_O.add_(ready.wide_gsb_OR.mv(ready.wide_a_RI.mv(x_I.to(ready.wide_a_RI.dtype))))
+    return y

@@ -1,0 +1,1 @@
+"""Adapters on a live model: put on, read, saved, switched, merged, taken off."""

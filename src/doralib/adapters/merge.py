@@ -1,0 +1,287 @@
+"""Merge an adapter into a live model, for good or so that it can be unmerged bit for bit."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..errors import DoraError, UsageError
+from ..layers.base.linear import Dense
+from ..layers.base.opaque import Quantised
+from ..layers.base.registry import open_base
+from ..layers.linear import DoraLinear
+from ..layers.multi_adapter import Switched, Wrapper
+from ..layers.wrapper import original
+from ..quantization.error import Requantised, swallowed, table
+from .adapt import Model, _restore, _unwrap
+from .fsdp import refuse_sharded
+from .registry import Record, adapter_of, free_record_of, put, show_biases, wrapped
+
+# what transformers leaves on a model that it loaded quantised
+_MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+class Merging:
+    """One merge of a live model: what becomes of each layer, and what quantising it again cost.
+
+    Args:
+        dequantise: Put plain layers, in the model's dtype, in the place of all quantised ones, adapted or not; the
+            model then saves and loads as one that never was quantised. Otherwise the adapted ones are quantised again
+            in their own settings, with a warning where that loses most of the change.
+    """
+
+    def __init__(self, model: nn.Module, *, dequantise: bool) -> None:
+        refuse_sharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
+        self.model = model
+        self.dtype = plain_dtype(model) if dequantise else None
+        self.errors: list[Requantised] = []
+
+    def merged(self, name: str, wrapper: Wrapper | Switched) -> nn.Module:
+        """The layer with its adapter, or the active one of several, folded in."""
+        layer = _quantised_layer(wrapper)
+        if layer is None:
+            return wrapper.merged()
+        assert isinstance(layer.base, Quantised)
+        V_OI = layer.merged_weight()
+        if self.dtype is not None:
+            return plain_layer(layer.base, V_OI, self.dtype)
+        module = layer.base.replaced(V_OI)
+        again = open_base(module)
+        assert isinstance(again, Quantised)
+        error = Requantised.measured(name, layer.base.storage.name, layer.base.rows, V_OI, again.rows)
+        self.errors.append(error)
+        return module
+
+    def finish(self) -> None:
+        """Make the layers without an adapter plain too, where that is wanted."""
+        if self.dtype is not None:
+            dequantise(self.model, self.dtype)
+
+    def warn(self) -> None:
+        """Say so where most of the change was lost."""
+        if swallowed(self.errors):
+            remedy = "doralib.merge(model, dequantise=True), or merge the saved adapter into the unquantised model"
+            lost = f"quantising the merged weights again lost most of the change; {remedy}"
+            warnings.warn(f"{lost}\n{table(self.errors)}", stacklevel=3)
+
+
+def merge_report(model: nn.Module) -> list[Requantised]:
+    """What `merge` or `merge_adapter` would do to each quantised layer, in model order; the model is not changed.
+
+    Of several adapters the active one counts.
+    """
+    merging = Merging(model, dequantise=False)
+    for name, wrapper in wrapped(model):
+        if _quantised_layer(wrapper) is not None:
+            merging.merged(name, wrapper)
+    return merging.errors
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put a plain layer in the place of every quantised one that is known, and forget that the model was quantised.
+
+    Args:
+        dtype: By default the model's own.
+    """
+    dtype = dtype or plain_dtype(model)
+    for name, module in list(model.named_modules()):
+        base = open_base(module)
+        if isinstance(base, Quantised):
+            put(model, name, plain_layer(base, base.W_OI, dtype).train(module.training))
+    if any(isinstance(open_base(module), Quantised) for module in model.modules()):
+        return
+    _unmark(model)
+
+
+def plain_layer(base: Dense, W_OI: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """An ``nn.Linear`` with this weight and the base's bias, frozen."""
+    O, I = base.shape
+    with torch.device("meta"):
+        module = nn.Linear(I, O, bias=base.bias is not None)
+    module.weight = nn.Parameter(W_OI.to(dtype), requires_grad=False)
+    if base.bias is not None:
+        module.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
+    return module
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype:
+    """What the model would be in without quantisation: as its config says, else as most of its other parameters are."""
+    named = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    counts = Counter[torch.dtype]()
+    frozen = {id(p) for _, wrapper in wrapped(model) for p in original(wrapper).parameters()}
+    masters = {id(p) for _, wrapper in wrapped(model) for p in wrapper.parameters()} - frozen
+    for module in model.modules():
+        base = open_base(module)
+        if isinstance(base, Quantised):
+            remembered = base.storage.plain_dtype
+            counts.update([remembered] if remembered else [])
+        else:
+            own = [p for p in module.parameters(recurse=False) if id(p) not in masters]
+            counts.update(p.dtype for p in own if p.dtype.is_floating_point)
+    return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _quantised_layer(wrapper: Wrapper | Switched) -> DoraLinear | None:
+    """The layer that a merge folds in here, where its base is quantised."""
+    layer = wrapper.folded if isinstance(wrapper, Switched) else wrapper
+    return layer if isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised) else None
+
+
+def _unmark(model: Any) -> None:
+    """What transformers' `remove_quantization_config` does, and the flags that it leaves."""
+    was_quantised = any(name in model.__dict__ for name in _MARKS)
+    for name in _MARKS:
+        model.__dict__.pop(name, None)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
+    if was_quantised:
+        model.is_quantized = False
+
+
+def merge(model: Model, *, dequantise: bool = False) -> Model:
+    """Fold the adapter in, in place: layers with ``g ∘ (W + s B A)``, summed in float32 and cast once.
+
+    Args:
+        dequantise: What becomes of quantised layers, see `Merging`.
+
+    Raises:
+        UsageError: if the model has other adapters, which would be lost, or none is active.
+    """
+    record, (name, _) = free_record_of(model), adapter_of(model)
+    if others := [other for other in record.adapters if other != name]:
+        raise UsageError(
+            f"merging {name} would throw {', '.join(others)} away: doralib.delete_adapter(model, name) each, or "
+            "fold it in with doralib.merge_adapter(model), which can be undone"
+        )
+    merging = Merging(model, dequantise=dequantise)
+    show_biases(model, name)
+    _unwrap(model, merging.merged)
+    merging.finish()
+    _restore(model, record)
+    merging.warn()
+    return model
+
+
+@dataclass
+class _Merged:
+    """What brings the adapted model back."""
+
+    wrappers: dict[str, Wrapper | Switched]
+    flags: list[tuple[nn.Parameter, bool]]
+    file: Path | None
+    """Where the frozen weights are; None: in the wrappers."""
+
+
+def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
+    """Fold the active adapter in, in place, so that `unmerge_adapter` can take it out again.
+
+    The layers are plain ones until then, and nothing of the model trains. Other adapters stay with the model.
+    Quantised layers are quantised again in their own settings, with a warning where that loses most of the change
+    (`merge_report`).
+
+    Args:
+        keep: "cpu": the frozen weights and the adapters wait in the CPU's memory, quantised weights where they are.
+            Else a file for the frozen weights, which are then in no memory; it must stay where it is.
+
+    Raises:
+        UsageError: if no adapter is active or it is folded in already, if the model is inside adapter_rows, or if
+            the file exists.
+        DoraError: with a file, if a frozen weight is in a storage that safetensors files cannot hold, quantised ones
+            included.
+    """
+    record = free_record_of(model)
+    adapter_of(model)
+    file = None if keep == "cpu" else Path(keep)
+    _refuse(model, record, file)
+    places = dict(wrapped(model))
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    if file is not None:
+        files.write_tensors(file, _frozen(places))
+    merged, merging = _Merged({}, flags, file), Merging(model, dequantise=False)
+    try:
+        for name, wrapper in places.items():
+            plain = merging.merged(name, wrapper).train(wrapper.training)
+            put(model, name, plain)
+            merged.wrappers[name] = wrapper
+            _put_aside(wrapper, plain, emptied=file is not None)
+    except DoraError:
+        _bring_back(model, merged)
+        raise
+    model.requires_grad_(False)
+    record.merged = merged
+    merging.warn()
+    return model
+
+
+def unmerge_adapter(model: Model) -> Model:
+    """Take out the adapter that `merge_adapter` folded in: weights, values and flags as they were, bit for bit.
+
+    Raises:
+        UsageError: if none is folded in.
+        DoraError: if the file of the frozen weights is gone or damaged; the model stays merged.
+    """
+    record = getattr(model, "_doralib", None)
+    merged = record.merged if isinstance(record, Record) else None
+    if not isinstance(record, Record) or merged is None:
+        raise UsageError("no adapter is folded in; doralib.merge_adapter(model) does that")
+    _bring_back(model, merged)
+    record.merged = None
+    return model
+
+
+def _bring_back(model: nn.Module, merged: _Merged) -> None:
+    tensors = {} if merged.file is None else files.read_tensors(merged.file)
+    if tensors and (lost := _frozen(merged.wrappers).keys() - tensors.keys()):
+        raise DoraError(f"{merged.file} is not the file that the frozen weights were written to: no {min(lost)}")
+    for name, wrapper in merged.wrappers.items():
+        for key, p in original(wrapper).named_parameters():
+            if tensors:
+                p.data = tensors[f"{name}.{key}"]
+        plain = model.get_submodule(name)
+        put(model, name, wrapper.to(_device(plain)).train(plain.training))
+    for p, flag in merged.flags:
+        p.requires_grad_(flag)
+
+
+def _refuse(model: nn.Module, record: Record, file: Path | None) -> None:
+    if any(adapter.config.method == "full" for adapter in record.adapters.values()):
+        raise UsageError("full fine-tuning changes the weights themselves; there is nothing to fold in")
+    if not record.enabled:
+        raise UsageError("the adapter is disabled; doralib.enable(model) first")
+    if file is None:
+        return
+    if file.exists():
+        raise UsageError(f"{file} exists already; choose another name")
+    odd = [name for name, p in _frozen(dict(wrapped(model))).items() if type(p) not in (Tensor, nn.Parameter)]
+    if odd:
+        raise DoraError(f"a file cannot hold {', '.join(odd[:5])}: a storage of its own kind; keep it on the cpu")
+
+
+def _frozen(places: dict[str, Wrapper | Switched]) -> dict[str, Tensor]:
+    """The parameters of the frozen modules that a merge replaces, by their name in the base model."""
+    return {f"{name}.{key}": p for name, place in places.items() for key, p in original(place).named_parameters()}
+
+
+def _put_aside(wrapper: Wrapper | Switched, plain: nn.Module, *, emptied: bool) -> None:
+    """Out of the device's memory, or, with a file, out of all memory; what the plain module shares stays."""
+    frozen, staying = original(wrapper), {id(p) for p in plain.parameters()}
+    if isinstance(open_base(frozen), Quantised):  # scales are no parameters, and must not be parted from their numbers
+        staying |= {id(p) for p in frozen.parameters()}
+    for p in frozen.parameters():
+        if id(p) not in staying:
+            p.data = p.data.new_empty(0) if emptied else p.data.cpu()
+    for p in wrapper.parameters():
+        if id(p) not in staying:
+            p.data = p.data.cpu()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

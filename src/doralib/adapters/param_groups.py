@@ -1,0 +1,44 @@
+"""What is trained, as an optimiser's parameter groups: a learning rate by what a parameter is."""
+
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from ..config import DoraConfig
+from ..state import MAGNITUDE
+from .registry import config_of, trainable
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Every trained parameter of an adapted model in one group, for any `torch.optim` optimiser.
+
+    The rates are the configuration's: `magnitude_lr_ratio`, `loraplus_lr_ratio`, `loraplus_lr_embedding`. Weight decay
+    shrinks what turns directions, and whole matrices trained beside it; never a magnitude, bias or norm.
+    """
+    rates = learning_rates(model, config_of(model), learning_rate)
+    decays = {p: weight_decay if _shrinks(name, p) else 0.0 for name, p in trainable(model)}
+    options = lambda p: (rates[p], decays[p])
+    return [
+        {"params": list(group), "lr": rate, "weight_decay": decay}
+        for (rate, decay), group in groupby(sorted(rates, key=options), key=options)
+    ]
+
+
+def learning_rates(model: nn.Module, config: DoraConfig, learning_rate: float) -> dict[nn.Parameter, float]:
+    """The learning rate of every trained parameter."""
+    return {p: _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
+
+
+def _rate(name: str, config: DoraConfig, learning_rate: float) -> float:
+    if name == MAGNITUDE:
+        return learning_rate * config.magnitude_lr_ratio
+    if name in ("lora_B", "lora_fused_B"):
+        return learning_rate * config.loraplus_lr_ratio
+    if name.startswith("lora_embedding_") and config.loraplus_lr_embedding is not None:
+        return config.loraplus_lr_embedding
+    return learning_rate
+
+
+def _shrinks(name: str, p: nn.Parameter) -> bool:
+    return p.dim() > 1 or name.rpartition(".")[2].startswith("vera_lambda_")

@@ -1,0 +1,264 @@
+"""What is known of the adapters on a model: which there are, where their layers sit, what each has trained."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import DoraConfig
+from ..errors import DoraError, UsageError, did_you_mean
+from ..layers.experts import AdaptedExperts, DoraExperts
+from ..layers.linear import DoraLinear
+from ..layers.multi_adapter import Rows, Switched, Wrapper, switched
+from ..layers.wrapper import TrainedCopy, original
+from ..state import AdapterState, LayerAdapter
+
+# the name of the adapter of a model that was given none, as in PEFT
+DEFAULT = "default"
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model."""
+
+    config: DoraConfig
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """What it has made of the biases it trains, by their name in the base model; old while the model holds them."""
+
+
+@dataclass
+class Record:
+    """What was done to a model."""
+
+    frozen: dict[str, bool]
+    """Whether each parameter was trainable before, by its name then."""
+    adapters: dict[str, Adapter]
+    active: str | None
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """The base model's own values of the biases that adapters train."""
+    shown: str | None = None
+    """The adapter whose biases the model holds now."""
+    enabled: bool = True
+    rows: Rows | None = None
+    """Which adapter each row of a batch goes through, while that is set."""
+    merged: Any = None
+    """What undoes a merge, while the active adapter is folded in."""
+
+
+def record_of(model: nn.Module) -> Record:
+    """The model's record.
+
+    Raises:
+        UsageError: if it has no adapter, or has it folded in.
+    """
+    record = getattr(model, "_doralib", None)
+    if not isinstance(record, Record):
+        raise UsageError("this model has no adapter; put one on with doralib.adapt or doralib.load_adapter")
+    if record.merged is not None:
+        raise UsageError("the adapter is folded in; doralib.unmerge_adapter(model) takes it out again")
+    return record
+
+
+def free_record_of(model: nn.Module) -> Record:
+    """The record of a model whose adapters may come, go and switch.
+
+    Raises:
+        UsageError: as `record_of`, and inside a block of adapter_rows.
+    """
+    record = record_of(model)
+    if record.rows is not None:
+        raise UsageError("adapters cannot come, go or switch inside a block of adapter_rows")
+    return record
+
+
+def adapter_of(model: nn.Module, name: str | None = None) -> tuple[str, Adapter]:
+    """An adapter and its name; None: the active one.
+
+    Raises:
+        UsageError: if there is none of this name, or none is active.
+    """
+    record = record_of(model)
+    if name is None and record.active is None:
+        known = ", ".join(record.adapters)
+        raise UsageError(f"no adapter is active; name one of {known}, or doralib.set_adapter(model, name)")
+    known_name = record.active if name is None else name
+    if known_name not in record.adapters:
+        raise UsageError(
+            f"there is no adapter {known_name!r}{did_you_mean(str(known_name), record.adapters)}; "
+            f"this model has {', '.join(record.adapters)}"
+        )
+    return known_name, record.adapters[known_name]
+
+
+def wrapped(model: nn.Module) -> list[tuple[str, Wrapper | Switched]]:
+    """The places where adapters sit, by the replaced module's name; what shares a place is not listed apart."""
+    return list(_places("", model, set()))
+
+
+def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Wrapper | Switched]]:
+    """In model order, without a look inside a place: that is most of a model's modules."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, Wrapper | Switched):
+        yield name, module
+        return
+    for child, inner in module._modules.items():
+        if inner is not None:
+            yield from _places(f"{name}.{child}" if name else child, inner, seen)
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, Wrapper]:
+    """One adapter's layers by place."""
+    found: dict[str, Wrapper] = {}
+    for place, module in wrapped(model):
+        if not isinstance(module, Switched):
+            found[place] = module
+        elif name in module.adapters:
+            found[place] = module.adapters[name]  # type: ignore[assignment]
+    return found
+
+
+def parts_of(model: nn.Module, name: str) -> dict[str, DoraLinear | DoraExperts]:
+    """What holds the values of one adapter, by the names in its state: a layer by its place, a stack of experts by the
+    parameter's name."""
+    parts: dict[str, DoraLinear | DoraExperts] = {}
+    for place, layer in layers_of(model, name).items():
+        if isinstance(layer, AdaptedExperts):
+            parts |= {f"{place}.{field}": stack for field, stack in layer.stacks.items()}
+        elif isinstance(layer, DoraLinear):
+            parts[place] = layer
+    return parts
+
+
+def as_own(parts: Mapping[str, DoraLinear | DoraExperts], state: AdapterState) -> AdapterState:
+    """An adapter with its layers in the form that these give theirs in.
+
+    Raises:
+        DoraError: if a layer has no place for some of the values.
+    """
+    layers = {
+        name: layer.as_own(adapter) if isinstance(layer := parts.get(name), DoraLinear) else adapter
+        for name, adapter in state.layers.items()
+    }
+    return replace(state, layers=layers)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a submodule by its whole name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def make_switched(model: nn.Module) -> list[Switched]:
+    """Every place as one that takes several adapters; parameters stay the same objects and get longer names."""
+    record = record_of(model)
+    places = []
+    for name, module in wrapped(model):
+        if not isinstance(module, Switched):
+            (only,) = record.adapters
+            module = switched(module, name, only)
+            module.active = record.active
+            put(model, name, module)
+        places.append(module)
+    return places
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """The base model as it was, inside a with block: what is chosen on it is what would be chosen without adapters."""
+    record, places = record_of(model), wrapped(model)
+    shown, flags = record.shown, {name: p.requires_grad for name, p in model.named_parameters()}
+    show_biases(model, None)
+    for name, module in places:
+        put(model, name, original(module))
+    try:
+        yield
+    finally:
+        for name, module in places:
+            put(model, name, module)
+        show_biases(model, shown)
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+
+
+def bias_of(model: nn.Module, name: str) -> nn.Parameter:
+    """A bias by its name in the base model."""
+    owner, _, child = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, Wrapper | Switched):
+        module = original(module)
+    return getattr(module, child)
+
+
+def show_the_right_biases(model: nn.Module) -> None:
+    """Let the model hold the biases of the adapter that computes: none where rows have adapters of their own."""
+    record = record_of(model)
+    show_biases(model, record.active if record.enabled and record.rows is None else None)
+
+
+def show_biases(model: nn.Module, name: str | None) -> None:
+    """Let the model hold the biases of an adapter, or its own; tensors change places, nothing is copied."""
+    record = record_of(model)
+    if record.shown == name:
+        return
+    for bias, mine in record.biases.items():
+        p, old = bias_of(model, bias), record.adapters.get(record.shown or "")
+        new = record.adapters.get(name or "")
+        if old is not None and bias in old.biases:
+            old.biases[bias] = p.data
+        value = mine if new is None else new.biases.get(bias, mine)
+        p.data = value.to(p)
+    record.shown = name
+
+
+def config_of(model: nn.Module, name: str | None = None) -> DoraConfig:
+    """The settings of an adapter; None: the active one."""
+    return adapter_of(model, name)[1].config
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What training changes, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
+    """An adapter of a model, None: the active one; views of its parameters, not copies."""
+    name, adapter = adapter_of(model, name)
+    record = record_of(model)
+    extra: dict[str, Tensor] = {}
+    layers: dict[str, LayerAdapter] = {key: layer.state() for key, layer in parts_of(model, name).items()}
+    for place, layer in layers_of(model, name).items():
+        if isinstance(layer, TrainedCopy):
+            extra |= {f"{place}.{key}": p.detach() for key, p in layer.trained.named_parameters()}
+    for bias, value in adapter.biases.items():
+        extra[bias] = bias_of(model, bias).detach() if record.shown == name else value
+    if adapter.config.method == "full":
+        extra = {key: p.detach() for key, p in trainable(model)}
+    return AdapterState(layers, extra, getattr(model, "name_or_path", None) or None)
+
+
+def same_tensors(into: AdapterState, given: AdapterState) -> list[str]:
+    """A line for each tensor that only one of two adapters has, or that has two shapes."""
+    ours, theirs = tensors_of(into), tensors_of(given)
+    problems = [f"{name}: the adapter has no such tensor" for name in ours.keys() - theirs.keys()]
+    problems += [f"{name}: the model has no such tensor" for name in theirs.keys() - ours.keys()]
+    return problems + [
+        f"{name}: {tuple(theirs[name].shape)} in the adapter, {tuple(ours[name].shape)} in the model"
+        for name in ours.keys() & theirs.keys()
+        if theirs[name].shape != ours[name].shape
+    ]
+
+
+def tensors_of(state: AdapterState) -> dict[str, Tensor]:
+    """Everything that is trained, by layer and short name."""
+    parts = {f"{layer}.{part}": t for layer, adapter in state.layers.items() for part, t in adapter.tensors().items()}
+    return {**parts, **state.extra}
+
+
+def listed(what: str, lines: list[str]) -> DoraError:
+    """An error with a line for each problem."""
+    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return DoraError("\n  ".join([f"{what}:", *lines[:20], *more]))

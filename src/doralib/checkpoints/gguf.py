@@ -1,0 +1,73 @@
+"""Bases that are not yet a folder of safetensors: .gguf files and hub names."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import DoraError, UsageError
+from ..files import existing, replacing
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+@contextmanager
+def local_base(base: str | Path, scratch: Path) -> Iterator[Path]:
+    """A folder, or one .safetensors file, that `merging.merge_checkpoint` takes, for whatever names a base model.
+
+    Args:
+        base: such a folder or file itself, a .gguf file, or a hub name, of which the local cache is asked first.
+        scratch: folder beside which a .gguf file is unpacked for the time of the block.
+
+    Raises:
+        UsageError: if it is none of these.
+        DoraError: if a file is damaged.
+    """
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        existing(path)
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.gguf-", dir=scratch.parent) as folder:
+            yield expand_gguf(path, Path(folder) / path.stem)
+    elif path.exists():
+        yield path
+    else:
+        yield _from_hub(str(base))
+
+
+def expand_gguf(path: Path, out: Path) -> Path:
+    """A .gguf file as a plain folder of safetensors, config and tokenizer; returns ``out``.
+
+    transformers dequantises the whole model to float32, so that is what it takes in memory and on the disk.
+    """
+    where, name = existing(path).parent, path.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise DoraError(
+            f"{path} cannot be read, it may be truncated or of an architecture unknown here: {error}"
+        ) from error
+    # what is left of the quantisation are two notes, for which save_pretrained refuses to write plain numbers
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with replacing(out, model.num_parameters() * 4) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return out
+
+
+def _from_hub(name: str) -> Path:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        if looks_local:
+            raise FileNotFoundError(name)
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"there is no model folder or .gguf file {name}"
+            + ("" if looks_local else f", and the hub gave nothing by that name: {str(error).splitlines()[0]}")
+        ) from error

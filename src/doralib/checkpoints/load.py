@@ -1,0 +1,166 @@
+"""Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
+
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from ..adapters.multiple import set_adapter
+from ..adapters.save_load import load_adapter
+from ..errors import DoraError, Note, UsageError
+from ..formats.base import Given
+from ..formats.files import base_named_by, holds_adapter
+from ..recipe import ModelSettings
+from .adapter import another_base
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_base(settings: ModelSettings) -> Loaded:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it is a folder of something else.
+        DoraError: if its files are damaged.
+    """
+    where, extra = _located(settings.path)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # bars of transformers are for a terminal
+    quantised = {"quantization_config": _quantised(settings)} if settings.quantization else {}
+    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=settings.dtype, attn_implementation=settings.attn_implementation, **options, **quantised
+        )
+    except Exception as error:  # safetensors and tokenizers raise bare classes of their own
+        raise _explained(settings.path, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+    """A model for use: a run, an adapter of any format, or whatever `load_base` takes.
+
+    Args:
+        base: the model that an adapter goes on, as it is stored, where it is not the one that it names; that of a run
+            is quantised as it was in training.
+        given: what an adapter's file may not say.
+    """
+    folder = Path(path)
+    if holds_adapter(folder):
+        named = base or base_named_by(folder)
+        if not named:
+            raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+        quantization = None if base else _quantization_of(folder)
+        model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
+        load_adapter(model, folder, given=given)
+        _note_other_base(path, named)
+        return model.eval(), tokenizer
+    if (folder / "model" / "config.json").exists():
+        folder = folder / "model"
+    model, tokenizer = load_base(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
+    return model.eval(), tokenizer
+
+
+def _note_other_base(adapter: str, base: str) -> None:
+    """Said once its names and shapes are known to fit."""
+    for note in another_base(base_named_by(Path(adapter)), base):
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
+
+
+def _quantised(settings: ModelSettings) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"model.quantization: {settings.quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    kind = {"bnb_4bit_quant_type": settings.quantization, "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
+
+
+def _quantization_of(run: Path) -> Any:
+    """How the base of a run was quantised, by its recipe."""
+    if not (run / "config.yaml").is_file():
+        return None
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    return model.get("quantization") if isinstance(model, dict) else None
+
+
+def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+    """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
+
+    Raises:
+        UsageError: if one is not given so, or two have one name.
+    """
+    pairs = [each.partition("=") for each in named]
+    if bad := [each for each, (name, _, path) in zip(named, pairs, strict=True) if not (name and path)]:
+        raise UsageError(f"--adapter {bad[0]}: give a name and a path, NAME=PATH")
+    names = [name for name, _, _ in pairs]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
+    for name, _, path in pairs:
+        load_adapter(model, path, name)
+        _note_other_base(path, model.name_or_path)
+    if pairs:
+        set_adapter(model, pairs[0][0])
+    return names
+
+
+def _located(path: str) -> tuple[str, dict[str, str]]:
+    """What to hand to transformers for a path or a name."""
+    place = Path(path).expanduser()
+    if place.suffix == ".gguf":
+        if not place.is_file():
+            raise UsageError(f"model: there is no file {path}")
+        return str(place.parent), {"gguf_file": place.name}
+    if place.is_dir():
+        if not (place / "config.json").exists():
+            if holds_adapter(place):
+                raise UsageError(
+                    f"model: {path} is an adapter, and no model: give the model that it adapts, or one that it is "
+                    "merged into (doralib merge)"
+                )
+            if (place / "config.yaml").is_file() and (place / "checkpoints").is_dir():
+                raise UsageError(
+                    f"model: the run {path} has not been trained to its end: doralib train {place / 'config.yaml'} "
+                    f"--resume, or give one of {place / 'checkpoints'}"
+                )
+            raise UsageError(f"model: {path} holds no config.json, so it is no model folder: {_listing(place)}")
+        return str(place), {}
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()
+    if looks_local:
+        raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")
+    return path, {}
+
+
+def _explained(path: str, error: Exception) -> DoraError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ImportError):
+        return DoraError(f"model: {path} cannot be loaded as asked: {first}")
+    if Path(path).exists():
+        return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return UsageError(f"model: no folder or file {path}, and the hub gave nothing by that name{offline}: {first}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return json.dumps(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

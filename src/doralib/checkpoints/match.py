@@ -1,0 +1,293 @@
+"""Which tensor of a checkpoint each part of an adapter belongs to; everything that does not fit is told at once."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DoraError, nearest
+from ..functional import swapped_channels
+from ..state import AdapterState, LayerAdapter
+from .experts import transposed_experts, weights_of
+
+
+def as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
+    """A whole stored weight as the matrix (O, I) of the rows that the adapter changes; a view where it can be.
+
+    Of experts the stack, (E, O, I).
+    """
+    if adapter.kind == "experts":
+        return stored.mT if transposed else stored
+    if adapter.kind == "transposed_convolution":
+        return swapped_channels(stored, stored.shape[0] // adapter.shape[1]).flatten(1)
+    return stored.flatten(1).T if transposed else stored.flatten(1)
+
+
+# transformers' models with Conv1D layers, whose weights are stored (in, out), and those layers' names
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+_CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+class Stored(Protocol):
+    """What has to be known of a stored tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def code(self) -> str:
+        """Its dtype's name."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it holds floating-point numbers that mean themselves."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An adapter by the names of a checkpoint's tensors."""
+
+    layers: Mapping[str, LayerAdapter]
+    transposed: frozenset[str]
+    """Those of ``layers`` whose rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions."""
+    values: Mapping[str, Tensor]
+    """Tensors that take the place of the checkpoint's."""
+    sources: Mapping[str, str]
+    """Which of the adapter's layers each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
+
+
+def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> Fit:
+    """Find every adapted weight and every whole tensor among the stored ones.
+
+    Args:
+        stored: the checkpoint's tensors by name.
+        config: the model's config.json, or empty.
+
+    Raises:
+        DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
+    """
+    values = _without_tied_copies(state.extra, stored, config)
+    wanted = weights_of(state.layers, stored)
+    names, missing, problems = _matched([*wanted, *values], stored)
+    layers = {
+        (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
+        for key, (_, adapter) in wanted.items()
+        if key in names
+    }
+    sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
+    values = {names[name]: value for name, value in values.items() if name in names}
+    problems += _missing_lines(missing, stored, config)
+    problems += _misfits(layers, values, stored)
+    problems += _not_finite(layers, values)
+    problems += _untying(
+        [*values, *(name for name in layers if layers[name].kind.endswith("embedding"))], stored, config
+    )
+    transposed, undecided = _transposed(layers, stored, config)
+    problems += undecided
+    if problems:
+        raise DoraError(
+            "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
+        )
+    return Fit(layers, transposed, values, sources)
+
+
+def stores_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether the model's type is one of those with HF Conv1D layers."""
+    return bool(_model_types(config) & _CONV1D_MODELS)
+
+
+def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Stored name by wanted name; the names that are not there; what cannot be decided.
+
+    A checkpoint may spell a prefix differently (`model.`, `transformer.`, `language_model.`): each group of names with
+    a common head is moved as a whole, and only where a single prefix fits every one of them.
+    """
+    groups = defaultdict(list)
+    for name in wanted:
+        groups[_head(name)].append(name)
+    found: dict[str, str] = {}
+    missing, problems = [], []
+    for head, names in groups.items():
+        moves = [("", "")] if any(name in stored for name in names) else _moves(head, names, stored)
+        if len(moves) > 1:
+            choices = " or ".join(repr(add + head.removeprefix(strip)) for strip, add in moves)
+            problems.append(f"{names[0]}: could be under {choices} in the checkpoint; rename one of them")
+            continue
+        strip, add = moves[0] if moves else ("", "")
+        for name in names:
+            target = add + name.removeprefix(strip)
+            if target not in stored:
+                missing.append(name)
+            elif target in found.values():
+                problems.append(f"{name}: another part of the adapter also belongs to {target}")
+            else:
+                found[name] = target
+    return found, missing, problems
+
+
+def _head(name: str) -> str:
+    """The name up to its first number, with the dot: ``"model.layers."``."""
+    parts = name.split(".")
+    end = next((i for i, part in enumerate(parts) if part.isdigit()), max(0, len(parts) - 2))
+    return "".join(part + "." for part in parts[:end])
+
+
+def _moves(head: str, names: list[str], stored: Mapping[str, Stored]) -> list[tuple[str, str]]:
+    """(prefix to take off, prefix to put on) that finds every name; the shortest cut that finds any."""
+    parts = head.split(".")[:-1]
+    for cut in range(len(parts) + 1):
+        strip = "".join(part + "." for part in parts[:cut])
+        rest = names[0].removeprefix(strip)
+        adds = [name.removesuffix(rest) for name in stored if name == rest or name.endswith("." + rest)]
+        fits = [(strip, add) for add in adds if all(add + name.removeprefix(strip) in stored for name in names)]
+        if fits:
+            return fits
+    return []
+
+
+def _without_tied_copies(
+    extra: Mapping[str, Tensor], stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The whole tensors, less an output head that equals the trained embedding of a model that ties the two."""
+    values = dict(extra)
+    embeddings = [value for name, value in extra.items() if name.endswith(_EMBEDDINGS)]
+    for name, value in extra.items():
+        tied = name.endswith(_HEADS) and _is_tied(stored, config)
+        if tied and any(value.shape == other.shape and torch.equal(value, other) for other in embeddings):
+            del values[name]
+    return values
+
+
+def _is_tied(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+    """Whether the output head is not stored because it is the input embedding."""
+    has_head = any(name.endswith(_HEADS) for name in stored)
+    return not has_head and any(name.endswith(_WITH_HEAD) for name in config.get("architectures") or [])
+
+
+def _missing_lines(missing: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+    tied = _is_tied(stored, config)
+    hint = f" (the nearest is {near[0]})" if missing and (near := nearest(missing[0], stored, count=1)) else ""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        hint = f": the base is quantised ({method}); merge into the model in full precision"
+    return [
+        f"{name}: is tied to the input embedding in this model, so changing it would change both; "
+        "save the base with tie_word_embeddings=False first, or train without it"
+        if tied and name.endswith(_HEADS)
+        else f"{name}: the checkpoint has no such tensor" + hint * (i == 0)
+        for i, name in enumerate(missing)
+    ]
+
+
+def _untying(embeddings: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+    """An embedding trained as a copy of its own cannot go where the output head is the same tensor."""
+    return [
+        f"{name}: the output head is tied to this embedding, which was trained apart; replacing it would change both"
+        for name in embeddings
+        if name.endswith(_EMBEDDINGS) and _is_tied(stored, config) and config.get("tie_word_embeddings", True)
+    ]
+
+
+def _misfits(
+    layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor], stored: Mapping[str, Stored]
+) -> list[str]:
+    """Shapes that differ, and stored weights that are not plain numbers."""
+    problems = []
+    for name, adapter in layers.items():
+        shape = stored[name].shape
+        if not stored[name].plain:
+            problems.append(
+                f"{name}: is stored as {stored[name].code}, quantised; merge into the model in full precision"
+            )
+        elif not _fits(adapter, tuple(shape)):
+            problems.append(f"{name}: the adapter needs (out, in) {adapter.shape}, the checkpoint has {shape}")
+    for name, value in values.items():
+        if stored[name].shape != tuple(value.shape):
+            problems.append(f"{name}: the adapter has {tuple(value.shape)}, the checkpoint has {stored[name].shape}")
+        elif not stored[name].plain:
+            problems.append(f"{name}: is stored as {stored[name].code}, quantised; the adapter's cannot take its place")
+    return problems
+
+
+def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
+    if adapter.kind == "experts":
+        E, O, I = adapter.shape
+        return shape in ((E, O, I), (E, I, O))
+    O, I, *taps = adapter.shape
+    if adapter.kind == "token_embedding":
+        return shape == (O, I)
+    if adapter.kind == "linear":
+        return shape in ((O, I), (I, O))
+    if adapter.kind == "embedding":
+        return shape == (I, O)
+    if adapter.kind == "convolution":
+        return shape == adapter.shape
+    # stored (in, out / groups, taps...)
+    return len(shape) > 2 and shape[0] % I == 0 and shape == (shape[0], O // (shape[0] // I), *taps)
+
+
+def _not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name}: the adapter holds NaN or infinite numbers; merge an earlier checkpoint of the run"
+        for name, tensors in _tensors(layers, values)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors)
+    ]
+
+
+def _tensors(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
+    for name, adapter in layers.items():
+        yield name, list(adapter.tensors().values())
+    for name, value in values.items():
+        yield name, [value]
+
+
+def _transposed(
+    layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> tuple[frozenset[str], list[str]]:
+    """The weights whose rows are not stored as rows, and those of which it cannot be known.
+
+    Unequal sizes tell. A square weight is transposed where the model's type is known to use Conv1D and the layer has a
+    name of one, and is not where the type is another and no unequal weight contradicts.
+    """
+    others = {name for name, a in layers.items() if a.kind in ("embedding", "transposed_convolution")}
+    linear = {name: a for name, a in layers.items() if a.kind == "linear"}
+    found, undecided = _transposed_linear(linear, stored, config)
+    stacks = {name: (tuple(stored[name].shape), a.shape) for name, a in layers.items() if a.kind == "experts"}
+    experts, unknown = transposed_experts(stacks, _model_types(config))
+    return frozenset(found | others | experts), undecided + unknown
+
+
+def _transposed_linear(
+    layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> tuple[frozenset[str], list[str]]:
+    by_shape = {name for name, a in layers.items() if a.shape[0] != a.shape[1] and stored[name].shape == a.shape[::-1]}
+    square = [name for name, a in layers.items() if a.shape[0] == a.shape[1]]
+    types = _model_types(config)
+    if stores_transposed(config):
+        return frozenset(by_shape | {name for name in square if name.split(".")[-2] in _CONV1D_NAMES}), []
+    if types and not by_shape:
+        return frozenset(), []
+    why = f"model_type {', '.join(sorted(types))} is not known to store weights so" if types else "no config.json says"
+    others = f" as {min(by_shape)} is" if by_shape else ""
+    return frozenset(by_shape), [
+        f"{name}: is square, and may be stored (in, out){others} or (out, in): {why}" for name in square
+    ]
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """model_type of the model and of the models inside it."""
+    own = {config["model_type"]} if isinstance(config.get("model_type"), str) else set()
+    return own.union(*(_model_types(value) for value in config.values() if isinstance(value, dict)))

@@ -1,0 +1,205 @@
+"""Quantised layers of a checkpoint on disk: which tensors make one, its dense weight, and the tensors of another.
+
+bitsandbytes 4 bit: weight, weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map and, as JSON
+in bytes, weight.quant_state.bitsandbytes__nf4 (or fp4). 8 bit: weight, SCB, weight_format. torchao: _weight_qdata,
+_weight_scale and so on, and what they mean in the file's metadata.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DoraError
+from ..functional import Rows
+from ..quantization.bitsandbytes import Rows4bit, Rows8bit, quantised_4bit, quantised_8bit
+from ..quantization.torchao import dense_torchao, requantised_torchao
+from .match import stores_transposed
+from .safetensors import Checkpoint, Slot, read_whole
+
+Parts = Mapping[str, Tensor]
+_STATE = ".quant_state.bitsandbytes__"
+# JSON of a number, at its longest
+_FLOAT = 24
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One quantised weight: a plain (O, I) one to an adapter, several tensors in the files."""
+
+    name: str
+    """Of the weight that it stands for."""
+    storage: str
+    """E.g. ``"bitsandbytes nf4"``."""
+    shape: tuple[int, ...]
+    slots: Mapping[str, Slot]
+    """The tensors that make it, by name; the first takes the place of the dense weight."""
+    code: str = "F32"
+    plain: bool = True
+
+    def read(self) -> dict[str, Tensor]:
+        """Its tensors, whole."""
+        return {name: read_whole(slot) for name, slot in self.slots.items()}
+
+    def dense(self) -> Tensor:
+        """The dense weight, whole."""
+        return self.rows(self.read())[:]
+
+    def rows(self, parts: Parts) -> Rows:
+        """The dense weight."""
+        raise NotImplementedError
+
+    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+        """The tensors of another weight, in the same settings."""
+        raise NotImplementedError
+
+    def written(self, slot: Slot) -> Slot:
+        """One of its tensors as it will be once the layer is quantised anew."""
+        return slot
+
+
+class Packed4bit(PackedLayer):
+    """bitsandbytes NF4 or FP4."""
+
+    def rows(self, parts: Parts) -> Rows:
+        return Rows4bit.of(parts[self.name], self._state(parts))
+
+    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+        old, weight = self._state(parts), parts[self.name]
+        data, state = quantised_4bit(W_OI, old, nested=old.nested, storage=weight.dtype)
+        made = {f"{self.name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        settings = self._settings(parts)
+        if old.nested:
+            settings["nested_offset"] = state.offset.item()
+            length = self.written(self.slots[self._key]).nbytes
+            text = json.dumps(settings).encode().ljust(length)
+            made[self._key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        else:
+            made[self._key] = parts[self._key]
+        return {**made, self.name: data.view(weight.shape)}
+
+    def written(self, slot: Slot) -> Slot:
+        # another offset has another number of digits, but files are laid out before anything is computed
+        if slot.name != self._key or f"{self.name}.nested_absmax" not in self.slots:
+            return slot
+        length = slot.nbytes + _FLOAT
+        return replace(slot, shape=(length,), nbytes=length)
+
+    @property
+    def _key(self) -> str:
+        return next(name for name in self.slots if _STATE in name)
+
+    def _settings(self, parts: Parts) -> dict[str, Any]:
+        return json.loads(bytes(parts[self._key].tolist()))
+
+    def _state(self, parts: Parts) -> Any:
+        stored = {name.removeprefix(f"{self.name}."): value for name, value in parts.items() if name != self.name}
+        return _package("bitsandbytes.functional", self).QuantState.from_dict(stored, device=torch.device("cpu"))
+
+
+class Packed8bit(PackedLayer):
+    """bitsandbytes int8, one scale a row."""
+
+    def rows(self, parts: Parts) -> Rows:
+        return Rows8bit(parts[self.name], parts[self._scales])
+
+    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+        _package("bitsandbytes.functional", self)
+        CB, SCB = quantised_8bit(W_OI)
+        return {**parts, self.name: CB, self._scales: SCB.to(parts[self._scales].dtype)}
+
+    @property
+    def _scales(self) -> str:
+        return self.name.removesuffix("weight") + "SCB"
+
+
+@dataclass(frozen=True)
+class PackedTorchAO(PackedLayer):
+    """A tensor of torchao's."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the file says of this tensor."""
+
+    def rows(self, parts: Parts) -> Rows:
+        return dense_torchao(self._tensor(parts))
+
+    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+        new = requantised_torchao(self._tensor(parts), W_OI)
+        made, metadata = self._package().flatten_tensor_state_dict({self.name: new})
+        same = json.loads(metadata[self.name]) == json.loads(self.metadata[self.name])
+        if not same or any(made[name].shape != part.shape for name, part in parts.items()):
+            raise DoraError(f"{self.name}: torchao quantises it in other settings now; merge with --dtype bfloat16")
+        return {name: tensor.contiguous() for name, tensor in made.items()}
+
+    def _tensor(self, parts: Parts) -> Any:
+        made, _ = self._package().unflatten_tensor_state_dict(dict(parts), dict(self.metadata))
+        return made[self.name]
+
+    def _package(self) -> Any:
+        return _package("torchao.prototype.safetensors.safetensors_support", self)
+
+
+def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
+    """Every quantised layer whose tensors are understood, by the name of the weight that it stands for.
+
+    Raises:
+        DoraError: if the model has HF Conv1D layers, whose quantised weights may be stored either way.
+    """
+    found: dict[str, PackedLayer] = {}
+    slots = checkpoint.slots
+    for name, slot in slots.items():
+        weight, _, quant_type = name.partition(_STATE)
+        if quant_type and weight in slots:
+            parts = {weight: slots[weight], **{n: s for n, s in slots.items() if n.startswith(f"{weight}.")}}
+            settings = json.loads(bytes(read_whole(slot).tolist()))
+            found[weight] = Packed4bit(weight, f"bitsandbytes {quant_type}", tuple(settings["shape"]), parts)
+        layer, _, last = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if last == "SCB" and weight in slots and slots[weight].code == "I8":
+            parts = {n: slots[n] for n in (weight, name, f"{layer}.weight_format") if n in slots}
+            found[weight] = Packed8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
+    found |= _torchao(checkpoint)
+    if found and stores_transposed(checkpoint.config()):
+        raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; take the model in full precision")
+    return found
+
+
+def plain_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """A file's metadata once none of its tensors is torchao's any more."""
+    return {"format": "pt"} if metadata and "tensor_names" in metadata else metadata
+
+
+def _torchao(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
+    found: dict[str, PackedLayer] = {}
+    metadata = {key: text for shard in checkpoint.shards for key, text in (shard.metadata or {}).items()}
+    for name, text in metadata.items():
+        described = _described(text)
+        module, _, weight = name.rpartition(".")
+        parts = {f"{module}._{weight}_{part}": part for part in described.get("_tensor_data_names", ())}
+        if "qdata" not in parts.values() or not all(part in checkpoint.slots for part in parts):
+            continue
+        slots = {part: checkpoint.slots[part] for part in sorted(parts, key=lambda part: parts[part] != "qdata")}
+        shape = next(iter(slots.values())).shape
+        own = {name: text, "tensor_names": json.dumps([name])}
+        found[name] = PackedTorchAO(name, f"torchao {described['_type']}", shape, slots, metadata=own)
+    return found
+
+
+def _described(text: str) -> dict[str, Any]:
+    try:
+        described = json.loads(text)
+    except ValueError:
+        return {}
+    return described if isinstance(described, dict) else {}
+
+
+def _package(name: str, layer: PackedLayer) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        wanted = name.partition(".")[0]
+        raise DoraError(f"{layer.name} is stored as {layer.storage}; install it first: pip install {wanted}") from error

@@ -1,0 +1,304 @@
+"""Write a merged checkpoint tensor by tensor: what changes is computed, the rest is copied."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DoraError
+from ..files import read_json, write_json
+from ..functional import combined, merge_weight, merged_change, row_blocks, sum_dtype, swapped_channels
+from ..quantization.error import Requantised
+from ..state import LayerAdapter
+from .match import as_rows
+from .quantized import PackedLayer, plain_metadata
+from .safetensors import Checkpoint, Shard, Slot, cast_to, copy_bytes, laid_out, read_rows, write_at
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter does to one tensor of a checkpoint."""
+
+    weight: float
+    """Its share: the tensor moves by this times the adapter's own change."""
+    what: LayerAdapter | Tensor
+    """An adapter of its rows, or the tensor as it was trained whole."""
+    transposed: bool = False
+    """Whether its rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions, some experts."""
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether it takes the tensor at once: blocks of experts have all their rows, blocks of others do not."""
+        return self.transposed and not (isinstance(self.what, LayerAdapter) and self.what.kind == "experts")
+
+
+def changed(block: Tensor, changes: Sequence[Change], rows: slice, shape: tuple[int, ...]) -> Tensor:
+    """The block with every change, before the cast: ``W + Σ w (V - W)``; with one change of weight 1, V itself.
+
+    Args:
+        block: (rows, everything else) of the tensor as stored; all of it where a change needs all. Of a stack of
+            experts each is one row.
+        rows: which rows of the tensor these are.
+        shape: the whole tensor's.
+    """
+    if not changes:
+        return block
+    if len(changes) == 1 and changes[0].weight == 1:
+        change = changes[0]
+        if isinstance(change.what, Tensor):
+            return _matrix(change.what)[rows]
+        return _on_rows(merge_weight, block, change, rows, shape)
+    return combined(block, ((change.weight, _difference(block, change, rows, shape)) for change in changes))
+
+
+def _difference(block: Tensor, change: Change, rows: slice, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(change.what, LayerAdapter):
+        return _on_rows(merged_change, block, change, rows, shape)
+    dtype = sum_dtype(block.dtype)
+    return _matrix(change.what)[rows].to(dtype) - block.to(dtype)
+
+
+def _matrix(value: Tensor) -> Tensor:
+    """As `checkpoints.Slot.matrix` says: the first axis by all others."""
+    return value.reshape(len(value), -1) if value.dim() else value.reshape(1, 1)
+
+
+def _on_rows(
+    formula: Callable[..., Tensor], block: Tensor, change: Change, rows: slice, shape: tuple[int, ...]
+) -> Tensor:
+    """The formula on output rows, put back as the block is stored."""
+    adapter = change.what
+    assert isinstance(adapter, LayerAdapter)
+    (a_RI, b_OR), m_O = adapter.factors, adapter.m_O
+    if adapter.kind == "experts":
+        stored = block.view(-1, *shape[1:])
+        W_EOI = as_rows(stored, adapter, transposed=change.transposed)
+        lengths = [None] * len(W_EOI) if m_O is None else m_O[rows]
+        weights = zip(W_EOI, a_RI[rows], b_OR[rows], lengths, strict=True)
+        new_EOI = torch.stack([formula(*each, adapter.scale) for each in weights])
+        return as_rows(new_EOI, adapter, transposed=change.transposed).flatten(1)
+    if not change.transposed:
+        return formula(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], adapter.scale)
+    stored = block.view(shape)
+    new_OI = formula(as_rows(stored, adapter, transposed=True), a_RI, b_OR, m_O, adapter.scale)
+    if adapter.kind == "transposed_convolution":
+        return swapped_channels(new_OI.view(adapter.shape), stored.shape[0] // adapter.shape[1]).flatten(1)
+    return new_OI.T
+
+
+def write_layer(
+    layer: PackedLayer, changes: Sequence[Change], outs: Mapping[str, Slot], code: str | None
+) -> Requantised | None:
+    """Write one layer with every change, and say what quantising it again cost.
+
+    Args:
+        outs: The places of its tensors in the output, by their names in the base.
+        code: The dtype of the dense weight; None: it is quantised again.
+    """
+    parts = layer.read()
+    W = layer.rows(parts)
+    merged = ((rows, changed(W[rows], changes, rows, layer.shape)) for rows in row_blocks(*layer.shape))
+    if code:
+        out = outs[next(iter(layer.slots))]
+        for rows, block in merged:
+            write_at(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
+        return None
+    V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
+    for rows, block in merged:
+        V_OI[rows] = block
+    made = layer.requantised(parts, V_OI)
+    for name in layer.slots:
+        if made[name].nbytes != outs[name].nbytes:
+            raise DoraError(f"{name}: quantised again it takes {made[name].nbytes} bytes, not {outs[name].nbytes}")
+        write_at(outs[name].file, outs[name].start, made[name].contiguous())
+    return Requantised.measured(layer.name.removesuffix(".weight"), layer.storage, W, V_OI, layer.rows(made))
+
+
+Progress = Callable[[int, int], None]
+_COPY_BYTES = 32 << 20  # copied at once, between two reports of progress
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of the base's tensors."""
+
+    changes: Mapping[str, Sequence[Change]]
+    """By the name of the weight."""
+    code: str | None
+    """The dtype of every floating-point tensor, quantised ones included; None: each keeps its own."""
+    packed: Mapping[str, PackedLayer]
+    """Quantised layers to be written anew, by the name of each of their tensors."""
+
+    def wanted(self, slot: Slot) -> Slot | None:
+        """A tensor as it will be; None where it is left out."""
+        layer = self.packed.get(slot.name)
+        if layer is None:
+            return slot.cast(self.code) if self.code and slot.plain else slot
+        if not self.code:
+            return layer.written(slot)
+        first = next(iter(layer.slots))
+        return replace(slot, name=layer.name, shape=layer.shape).cast(self.code) if slot.name == first else None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the output: where it comes from, where it goes, what is done to it."""
+
+    slot: Slot
+    out: Slot
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def untouched(self) -> bool:
+        return not self.changes and self.slot.code == self.out.code
+
+    @property
+    def blocks(self) -> Iterable[slice]:
+        """Rows that are read, computed and written together."""
+        whole = any(change.needs_all for change in self.changes)
+        return [slice(None)] if whole else row_blocks(*self.slot.matrix)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """One file of the output."""
+
+    path: Path
+    header: bytes
+    pieces: Sequence[_Piece | None]
+    """In the order of the base; None where a part of a quantised layer was."""
+    packed: Mapping[str, Slot]
+    """Parts of quantised layers to be written, by their names in the base."""
+
+    @property
+    def outs(self) -> list[Slot]:
+        """Every tensor."""
+        return [*(piece.out for piece in self.pieces if piece), *self.packed.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(out.nbytes for out in self.outs)
+
+
+def silent(done: int, total: int) -> None:
+    """Nobody asked."""
+
+
+def new_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
+    """What becomes of one file of the base."""
+    path = folder / shard.path.name
+    wanted = {slot.name: new for slot in shard.slots if (new := plan.wanted(slot)) is not None}
+    kept = list(wanted.values())
+    header, placed = laid_out(kept, path, plain_metadata(shard.metadata) if plan.code else shard.metadata)
+    if kept == list(shard.slots):  # the same sizes at the same places: the very same header
+        header, placed = shard.header(), [replace(slot, file=path) for slot in kept]
+    outs = dict(zip(wanted, placed, strict=True))
+    pieces = [
+        None if slot.name in plan.packed else _Piece(slot, outs[slot.name], tuple(plan.changes.get(slot.name, ())))
+        for slot in shard.slots
+    ]
+    return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.packed})
+
+
+def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[Requantised, ...]:
+    """Every file's header, then all tensors, in blocks that do not depend on each other; what quantising again cost."""
+    for file in files:
+        with file.path.open("wb") as handle:
+            handle.write(file.header)
+            handle.truncate(len(file.header) + file.nbytes)
+    total = sum(file.nbytes for file in files)
+    jobs = [job for file in files for job in _jobs(file.pieces)]
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS)
+    done = 0
+    try:
+        # a thread a core, each with blocks of its own: reading, arithmetic and writing overlap without a queue
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for written in pool.map(lambda job: job(), jobs):
+                done += written
+                progress(done, total)
+    finally:
+        torch.set_num_threads(threads)
+    # quantised layers are computed whole: one at a time, on all cores
+    outs = {name: out for file in files for name, out in file.packed.items()}
+    errors = []
+    for layer in {layer.name: layer for layer in plan.packed.values()}.values():
+        error = write_layer(layer, plan.changes.get(layer.name, ()), outs, plan.code)
+        errors.extend([error] if error else [])
+        done += sum(outs[name].nbytes for name in layer.slots if name in outs)
+        progress(done, total)
+    return tuple(errors)
+
+
+def _jobs(pieces: Sequence[_Piece | None]) -> Iterator[Callable[[], int]]:
+    """Calls that write one block each and return its bytes; neighbours that stay as they are go together."""
+    for untouched, group in itertools.groupby(pieces, key=lambda piece: piece is not None and piece.untouched):
+        run = [piece for piece in group if piece]
+        if untouched:
+            first, count = run[0], sum(piece.out.nbytes for piece in run)
+            for offset in range(0, count, _COPY_BYTES):
+                yield partial(_copy, first, offset, min(_COPY_BYTES, count - offset))
+            continue
+        for piece in run:
+            yield from (partial(_write, piece, rows) for rows in piece.blocks)
+
+
+def _copy(piece: _Piece, offset: int, count: int) -> int:
+    copy_bytes(piece.slot.file, piece.slot.start + offset, count, piece.out.file, piece.out.start + offset)
+    return count
+
+
+def _write(piece: _Piece, rows: slice) -> int:
+    block = changed(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
+    cast = cast_to(piece.slot.name, block, piece.out.code)
+    first, _, _ = rows.indices(piece.slot.matrix[0])
+    write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
+    return cast.nbytes
+
+
+def write_companions(
+    folder: Path, checkpoint: Checkpoint, dtype: str | None, files: Sequence[NewFile]
+) -> tuple[str, ...]:
+    """Config, tokenizer and all else that is not weights; dtype, names and sizes brought up to date.
+
+    Returns the files of the base that were left out.
+    """
+    keep, left_out = checkpoint.companions()
+    for name in keep:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, folder / name)
+    if checkpoint.index:
+        shutil.copyfile(checkpoint.index, folder / checkpoint.index.name)
+    total = sum(file.nbytes for file in files)
+    names = {out.name: file.path.name for file in files for out in file.outs}
+    if checkpoint.index and (dtype or total != sum(slot.nbytes for slot in checkpoint.slots.values())):
+        content = read_json(checkpoint.index)
+        content["metadata"] = {**(content.get("metadata") or {}), "total_size": total}
+        if names.keys() != content["weight_map"].keys():
+            content["weight_map"] = dict(sorted(names.items()))
+        write_json(folder / checkpoint.index.name, content)
+    if dtype and (folder / "config.json").is_file():
+        config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
+        write_json(folder / "config.json", _with_dtype({"torch_dtype": dtype, **config}, dtype))
+    return tuple(map(str, left_out))
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The same settings with every dtype in them changed, those of models inside the model too."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and value
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }

@@ -1,0 +1,150 @@
+"""Whether a merged model answers as the base with its adapter does, by the logits of real text."""
+
+import gc
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..adapters.merge import dequantise, merge
+from ..adapters.save_load import load_adapter
+from ..errors import Note
+from ..quantization.error import Requantised
+from .load import load_model
+from .merge import Ingredient
+from .safetensors import DTYPES, Checkpoint
+
+TEXTS = (
+    "The film opens on a quiet street in winter, and for twenty minutes almost nothing happens; then the door opens.",
+    "Question: A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Answer:",
+    "def mean(values):\n    total = 0.0\n    for v in values:\n        total += v\n    return total / len(values)\n",
+    "Water boils at a lower temperature in the mountains, because the pressure of the air is lower there.",
+    "Review: I wanted to like it, but the jokes are tired and the ending makes no sense.\nSentiment:",
+)
+_LONGEST = 256
+# float32 arithmetic in another order, through tens of layers
+_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far two models' logits are apart."""
+
+    tokens: int
+    max_abs: float
+    """Largest difference of a logit."""
+    relative: float
+    """Root mean square of the differences over that of the logits about their mean."""
+    effect: float
+    """The same between the base and the adapted model: what the adapter does."""
+    top1: float
+    """Share of positions whose likeliest next token is the same."""
+    rounding: float
+    """What rounding the merged weights may do to ``relative``."""
+
+    @property
+    def allowed(self) -> float:
+        """No more than rounding explains, nor than half of what the adapter does."""
+        return max(_FLOOR, min(self.rounding, self.effect / 2))
+
+    @property
+    def passed(self) -> bool:
+        """Whether the merged model stands for the adapted one."""
+        return self.relative <= self.allowed
+
+    def text(self) -> str:
+        """For a person."""
+        verdict = "the merged model answers as the adapted one" if self.passed else "NOT the adapted model"
+        apart, allowed, moved = (f"{100 * share:.2g} %" for share in (self.relative, self.allowed, self.effect))
+        lines = [
+            f"{verdict}: logits differ by {apart} (allowed {allowed}; the adapter moves them by {moved}), "
+            f"at most {self.max_abs:.3g}; same likeliest token at {100 * self.top1:.1f} % of {self.tokens} positions"
+        ]
+        if not self.passed and self.relative <= self.rounding:
+            lines.append("rounding explains it, but it swallows what the adapter does; merge with --dtype float32")
+        return "\n  ".join(lines)
+
+
+def verify_merge(
+    merged: Path,
+    adapters: str | Path | Sequence[Ingredient],
+    base: str | Path,
+    requantised: Sequence[Requantised] = (),
+) -> Verification:
+    """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
+
+    Both compute in float32, one after the other, so that only the rounding of the stored weights sets them apart:
+    independent errors of at most eps / 2 in each weight, which add up as the root of the number of matrices that
+    the signal passes. Quantised models compute on their dense weights.
+
+    Args:
+        requantised: What quantising again cost, where the merged model is quantised.
+    """
+    ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
+    model, tokenizer = load_model(str(base), dtype="float32")
+    dequantise(model, torch.float32)
+    ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
+    plain = _logits(model, ids)
+    if len(ingredients) == 1 and ingredients[0].weight == 1:
+        _quietly_loaded(model, ingredients[0]).eval()
+    else:
+        _add(model, ingredients)
+    want = _logits(model, ids)
+    del model
+    gc.collect()  # modules are cycles; two models at once may be more than fits
+    model, _ = load_model(str(merged), dtype="float32")
+    dequantise(model, torch.float32)
+    got = _logits(model, ids)
+    return Verification(
+        tokens=len(want),
+        max_abs=(got - want).abs().max().item(),
+        relative=_relative(got, want),
+        effect=_relative(plain, want),
+        top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
+        rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
+    )
+
+
+@torch.no_grad()
+def _add(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
+    """Put ``W + Σ w (V - W)`` into a model, each V as the adapter's own layers make it."""
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    changes: dict[str, Tensor] = {}
+    for each in ingredients:
+        merge(_quietly_loaded(model, each))
+        for name, p in model.named_parameters():
+            if not torch.equal(p, plain[name]):
+                changes[name] = changes.get(name, torch.zeros_like(p)) + each.weight * (p - plain[name])
+                p.copy_(plain[name])
+    for name, change in changes.items():
+        model.get_parameter(name).add_(change)
+
+
+def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedModel:
+    """With the adapter on; what had to be assumed of it the merge has said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        return load_adapter(model, ingredient.path, given=ingredient.given)
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, ids: Sequence[Tensor]) -> Tensor:
+    """(positions of all texts, vocabulary)."""
+    return torch.cat([model(input_ids=each).logits[0] for each in ids])
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    """Differences in the common level of a position's logits do not count: they change no probability."""
+    got, want = (each - each.mean(1, keepdim=True) for each in (got, want))
+    return ((got - want).norm() / want.norm()).item()
+
+
+def _rounding(folder: Path) -> float:
+    matrices = [slot for slot in Checkpoint.open(folder).slots.values() if slot.plain and len(slot.shape) > 1]
+    eps = max(torch.finfo(DTYPES[slot.code]).eps for slot in matrices)
+    return eps / 2 * len(matrices) ** 0.5

@@ -1,0 +1,1 @@
+"""The `doralib` command: one file a verb."""

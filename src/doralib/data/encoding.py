@@ -1,0 +1,65 @@
+"""Text to tokens: special tokens, the chat template, and how much a model takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, chat: bool = False) -> list[int]:
+    """Tokens of a text; a text made by a chat template already spells its special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    return ids
+
+
+def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+    """The messages in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        UsageError: if the tokenizer has no template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "this model's tokenizer has no chat template; leave chat off and write the whole prompt, "
+            "or use a model tuned for chat"
+        )
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def user_text(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+    """A prompt as the first message of a chat, in the tokenizer's template."""
+    return chat_text(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that stands before any text.
+
+    Raises:
+        UsageError: if the tokenizer has neither a beginning nor an end token.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UsageError("an empty prompt needs a tokenizer with a beginning (or end) token, and this one has neither")
+
+
+def pad_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """A token for the masked places of a batch."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model takes, if its configuration says."""
+    length = getattr(model.config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

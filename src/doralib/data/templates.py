@@ -1,0 +1,33 @@
+"""Templates with {column}: what they name, and what a row makes of them."""
+
+from collections.abc import Mapping
+from string import Formatter
+
+from ..errors import UsageError
+
+
+def columns_in(template: str, setting: str = "template") -> list[str]:
+    """The columns a template names; text without braces is a column's name itself.
+
+    Raises:
+        UsageError: if a brace has no partner or holds more than a name; `setting` says where the template stands.
+    """
+    if not template:
+        return []
+    if not {"{", "}"} & set(template):
+        return [template]
+    try:
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise UsageError(f"{setting} {template!r}: {error}; a brace in the text is written {{{{ or }}}}") from None
+    if any(not name or spec or conversion for name, spec, conversion in parts):
+        raise UsageError(f"{setting} {template!r}: a pair of braces holds a column's name alone, like {{text}}")
+    return [name for name, _, _ in parts if name]
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """The template with these texts in its braces, as they are; without braces the text of that name."""
+    if not {"{", "}"} & set(template):
+        return values[template] if template else ""
+    parts = Formatter().parse(template)
+    return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)

@@ -1,0 +1,248 @@
+"""From rows to batches: tokens, labels, padding; every row left out is counted."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from ..errors import DoraError, UsageError
+from ..recipe import DataSettings
+from .encoding import pad_token
+from .prompts import STYLES, BadRow, Piece, Row
+from .rows import RawRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+IGNORED = -100
+"""The label of a token that does not count in the loss."""
+
+_SHOWN_PER_REASON = 3
+_ROWS_AT_ONCE = 1000
+_TOKENS = datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "length": datasets.Value("int32")})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows."""
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    """Rows left out, by reason."""
+    truncated: int
+    tokens: int
+    label_tokens: int
+    examples: tuple[str, ...]
+    """The first rows of each reason, with their numbers in the file."""
+
+    def lines(self) -> list[str]:
+        """The report for a person, nothing when every row was taken whole."""
+        lost = [f"{count} left out, {reason}" for reason, count in self.dropped.items()]
+        cut = [f"{self.truncated} cut to max_length"] if self.truncated else []
+        return [f"of {self.rows} rows: {'; '.join(lost + cut)}", *self.examples] if lost or cut else []
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Rows as tokens."""
+
+    rows: datasets.Dataset
+    """Columns input_ids, labels and length."""
+    report: Report
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the answer that the data give."""
+
+    prompt: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of one batch as tensors (rows, longest), padded on the right to a multiple."""
+
+    pad_id: int
+    multiple: int = 8
+    most: int | None = None
+    """Positions that the model has, where padding would go beyond them."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Keys input_ids, attention_mask and labels."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = longest + -longest % self.multiple
+        longest = padded if self.most is None else max(longest, min(padded, self.most))
+        fill = lambda values, value: [*values, *[value] * (longest - len(values))]
+        return {
+            "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
+            "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
+            "labels": torch.tensor([fill(row["labels"], IGNORED) for row in rows]),
+        }
+
+
+def tokenise(
+    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: "Tokenizer"
+) -> Tokenised:
+    """The usable rows as tokens and labels; the target's end is marked by the tokenizer's end token.
+
+    Args:
+        rows: not yet tokenised.
+        numbers: the row's place in its file, for messages.
+        settings: style, loss and length.
+        tokenizer: of the model.
+
+    Raises:
+        UsageError: if no row is usable, or the tokenizer cannot do the style.
+        DoraError: if the tokenizer has no token for a target, or a row is bad and bad rows are errors.
+    """
+    tally = _Tally()
+    parts: list[datasets.Dataset] = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        chunk = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
+        parts += _tokenise_chunk(chunk, numbers[start:], settings, tokenizer, tally)
+    report = tally.report(len(rows))
+    told = "\n".join(report.lines())
+    if report.dropped and settings.bad_rows == "error":
+        raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
+    if not report.kept:
+        raise UsageError(f"no row can be used, the data set is empty:\n{told}")
+    return Tokenised(datasets.concatenate_datasets(parts), report)
+
+
+def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count: int) -> list[Sample]:
+    """The first usable rows of validation (else of train) within max_length, as prompt and expected answer."""
+    found: list[Sample] = []
+    for row in raw.validation if raw.validation is not None else raw.train:
+        if len(found) == count:
+            break
+        try:
+            pieces = STYLES[settings.style].pieces(row, settings, tokenizer)
+        except BadRow:
+            continue
+        if len(tokenizer("".join(piece.text for piece in pieces))["input_ids"]) > settings.max_length:
+            continue
+        last = max(i for i, piece in enumerate(pieces) if piece.learned)
+        prompt = "".join(piece.text for piece in pieces[:last])
+        if prompt:
+            found.append(Sample(prompt, pieces[last].text))
+    return found
+
+
+class _Tally:
+    """Counts while the rows go by."""
+
+    def __init__(self) -> None:
+        self.kept = self.truncated = self.tokens = self.label_tokens = 0
+        self.kinds: Counter[str] = Counter()
+        self.shown: list[str] = []
+
+    def drop(self, number: int, bad: BadRow) -> None:
+        self.kinds[bad.kind] += 1
+        self._show(bad.kind, f"row {number}: {bad.detail}", self.kinds[bad.kind])
+
+    def cut(self, number: int, length: int) -> None:
+        self.truncated += 1
+        self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
+
+    def keep(self, labels: Sequence[int]) -> None:
+        self.kept += 1
+        self.tokens += len(labels)
+        self.label_tokens += sum(label != IGNORED for label in labels[1:])
+
+    def report(self, rows: int) -> Report:
+        return Report(
+            rows, self.kept, dict(self.kinds), self.truncated, self.tokens, self.label_tokens, tuple(self.shown)
+        )
+
+    def _show(self, kind: str, text: str, count: int) -> None:
+        if count <= _SHOWN_PER_REASON:
+            self.shown.append(f"  {text}")
+        elif count == _SHOWN_PER_REASON + 1:
+            self.shown.append(f"  more rows {kind} not shown")
+
+
+def _tokenise_chunk(
+    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: "Tokenizer", tally: _Tally
+) -> Iterator[datasets.Dataset]:
+    style, whole = STYLES[settings.style], []
+    for number, row in zip(numbers, rows, strict=False):
+        try:
+            whole.append((number, style.pieces(row, settings, tokenizer)))
+        except BadRow as bad:
+            tally.drop(number, bad)
+        except UsageError as error:
+            raise UsageError(f"row {number}: {error}") from None
+    texts = [piece.text for _, pieces in whole for piece in pieces]
+    tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    start, end = ([], []) if style.closed else (_start_tokens(tokenizer), _end_tokens(tokenizer))
+    columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+    for number, pieces in whole:
+        coded = [(next(tokens), piece) for piece in pieces]
+        try:
+            input_ids, labels = _fit(*_join(coded, start, end, settings, number), number, settings, tally)
+        except BadRow as bad:
+            tally.drop(number, bad)
+            continue
+        tally.keep(labels)
+        for name, value in (("input_ids", input_ids), ("labels", labels), ("length", len(input_ids))):
+            columns[name].append(value)
+    yield datasets.Dataset.from_dict(columns, features=_FEATURES)
+
+
+def _join(
+    coded: Sequence[tuple[list[int], Piece]],
+    start: list[int],
+    end: list[int],
+    settings: DataSettings,
+    number: int,
+) -> tuple[list[int], list[int]]:
+    """Input and labels of one row, both whole."""
+    input_ids, labels = list(start), [IGNORED] * len(start)
+    for tokens, piece in coded:
+        if piece.learned and not tokens:
+            raise DoraError(
+                f"row {number}: the tokenizer maps the target {piece.text!r} to no token at all, so nothing could be "
+                "learned from it; write the labels in characters that the model knows"
+            )
+        learned = piece.learned or settings.loss_on == "all"
+        input_ids += tokens
+        labels += tokens if learned else [IGNORED] * len(tokens)
+    return input_ids + end, labels + end
+
+
+def _fit(
+    input_ids: list[int], labels: list[int], number: int, settings: DataSettings, tally: _Tally
+) -> tuple[list[int], list[int]]:
+    """The row within max_length."""
+    length, limit = len(input_ids), settings.max_length
+    if length > limit and settings.too_long == "skip":
+        raise BadRow(f"longer than {limit} tokens", f"{length} tokens, data.max_length is {limit}")
+    if all(label == IGNORED for label in labels[1:limit]):
+        raise BadRow(f"no target within {limit} tokens", f"{length} tokens, the prompt alone fills data.max_length")
+    if length > limit:
+        tally.cut(number, length)
+    return input_ids[:limit], labels[:limit]
+
+
+def _start_tokens(tokenizer: "Tokenizer") -> list[int]:
+    """What the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return list(whole[: next(places, 0)])
+
+
+def _end_tokens(tokenizer: "Tokenizer") -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def collator(tokenizer: "Tokenizer", most: int | None = None) -> Collator:
+    """Pads with the tokenizer's own token; padding is masked, so any token would do."""
+    return Collator(pad_token(tokenizer), most=most)

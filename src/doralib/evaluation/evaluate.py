@@ -1,0 +1,271 @@
+"""Score a model on tasks: choices by log-likelihood, generated answers, perplexity; with intervals and mistakes."""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ..adapters.inference import unchanged
+from ..console import console
+from ..data.encoding import context_length, encode, pad_token, user_text
+from ..errors import DoraError, UsageError
+from .generation import Sampling, continuations, evaluation_mode
+from .likelihood import Request, log_likelihoods, option_requests, text_requests
+from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
+from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WRONG_KEPT = 20
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one model got on one task."""
+
+    task: str
+    kind: str
+    n: int
+    metrics: Mapping[str, Score]
+    confusion: Mapping[str, Any] | None
+    """``{"labels": [...], "counts": [[...]]}``; a row of counts is a true label."""
+    wrong: tuple[Mapping[str, str], ...]
+    """At most 20 mistakes: prompt, expected, predicted, and for generated answers the whole output."""
+    cut: int
+    """Prompts longer than the model takes, whose beginning was left out."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "task": self.task,
+            "kind": self.kind,
+            "n": self.n,
+            "metrics": {name: score.to_json() for name, score in self.metrics.items()},
+            "confusion": self.confusion,
+            "wrong": list(self.wrong),
+            "cut": self.cut,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Everything a task is scored with."""
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    batch_size: int
+    seed: int
+    tick: Callable[[float], None]
+    """Takes the share of the task done since the last call."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The part of a TaskResult that depends on the kind of task."""
+
+    metrics: Mapping[str, Score]
+    said: Sequence[str] = ()
+    """What was said to each example, where it can be wrong."""
+    right: Sequence[bool] = ()
+    outputs: Sequence[str] = ()
+    """The generated texts that the answers were found in."""
+    cut: int = 0
+    confusion: Mapping[str, Any] | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[Task],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """The result of each task by its name; all data is read and checked before the model is asked anything.
+
+    Args:
+        model: a causal language model of `transformers`, adapted or not; every module gets its mode back.
+        tokenizer: the model's.
+        tasks: what to score; see `load_tasks`.
+        batch_size: texts in one forward; does not change the result beyond rounding.
+        limit: only the first rows of each task.
+        seed: of the bootstrap.
+        progress: show a bar in a terminal.
+
+    Raises:
+        UsageError: if data, columns or labels do not fit, for all tasks at once.
+        DoraError: if the data is damaged or the model gives NaN.
+    """
+    examples = _read_all(tasks, limit)
+    results = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    bar = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not (progress and console.is_terminal)
+    )
+    with bar, evaluation_mode(model), unchanged(model):
+        for task in tasks:
+            line = bar.add_task(task.name, total=1.0)
+            tick = lambda share, line=line: bar.advance(line, share)
+            scorer = _Scorer(model, tokenizer, batch_size, seed, tick)
+            results[task.name] = _result(task, examples[task.name], scorer)
+            bar.update(line, completed=1.0)
+    return results
+
+
+def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Example]]:
+    examples: dict[str, list[Example]] = {}
+    problems: list[DoraError] = []
+    for task in tasks:
+        try:
+            examples[task.name] = read_examples(task, limit)
+        except DoraError as error:
+            problems.append(error)
+    if problems:
+        kind = UsageError if any(isinstance(error, UsageError) for error in problems) else DoraError
+        raise kind("\n".join(str(error) for error in problems))
+    return examples
+
+
+def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
+    start = time.perf_counter()
+    run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
+    outcome = run(task, examples, scorer)
+    wrong = [
+        {"prompt": examples[i].prompt, "expected": examples[i].answer, "predicted": outcome.said[i]}
+        | ({"output": outcome.outputs[i]} if outcome.outputs else {})
+        for i, right in enumerate(outcome.right)
+        if not right
+    ]
+    return TaskResult(
+        task=task.name,
+        kind=task.kind,
+        n=len(examples),
+        metrics=outcome.metrics,
+        confusion=outcome.confusion,
+        wrong=tuple(wrong[:_WRONG_KEPT]),
+        cut=outcome.cut,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _run_choice(task: ChoiceTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    chosen, cut = _choose(task, examples, scorer, task.length_normalise)
+    said = [example.options[index].strip() for index, example in zip(chosen, examples, strict=True)]
+    right = [index == example.truth for index, example in zip(chosen, examples, strict=True)]
+    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, cut=cut)
+
+
+def _run_classification(task: ClassificationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    _check_labels(task, examples[0], scorer)
+    chosen, cut = _choose(task, examples, scorer)
+    names = list(task.labels)
+    counts_LL = confusion_counts([example.truth for example in examples], chosen, len(names))
+    return _Outcome(
+        metrics=classification_scores(counts_LL, scorer.seed),
+        said=[names[index] for index in chosen],
+        right=[index == example.truth for index, example in zip(chosen, examples, strict=True)],
+        cut=cut,
+        confusion={"labels": names, "counts": counts_LL.tolist()},
+    )
+
+
+def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    prompts = [encode(scorer.tokenizer, _prompt(task, example, scorer), chat=task.chat) for example in examples]
+    cut = 0
+    if (limit := context_length(scorer.model)) is not None:
+        room = limit - task.max_new_tokens
+        if room < 1:
+            raise UsageError(
+                f"task {task.name}: max_new_tokens {task.max_new_tokens} leaves no room for a prompt: "
+                f"the model takes {limit} tokens in all"
+            )
+        cut = sum(len(tokens) > room for tokens in prompts)
+        prompts = [tokens[-room:] for tokens in prompts]
+    texts = continuations(
+        scorer.model,
+        scorer.tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        batch_size=scorer.batch_size,
+        sampling=Sampling(num_beams=task.num_beams, stop=task.stop),
+        tick=lambda done: scorer.tick(done / len(examples)),
+    )
+    said = [task.predicted(text) for text in texts]
+    right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
+    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, texts, cut)
+
+
+def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    limit = min(task.window, context_length(scorer.model) or task.window)
+    pieces = [
+        text_requests(scorer.tokenizer, _prompt(task, example, scorer), example.answer, chat=task.chat, limit=limit)
+        for example in examples
+    ]
+    logp = iter(_log_likelihoods(scorer, [request for found, _ in pieces for request in found]))
+    loss_N = [-sum(itertools.islice(logp, len(found))) for found, _ in pieces]
+    tokens_N = [sum(request.length for request in found) for found, _ in pieces]
+    bytes_N = [len(example.answer.encode()) for example in examples]
+    return _Outcome(perplexity_scores(loss_N, tokens_N, bytes_N, scorer.seed), cut=sum(cut for _, cut in pieces))
+
+
+_RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] = {
+    ChoiceTask: _run_choice,
+    ClassificationTask: _run_classification,
+    GenerationTask: _run_generation,
+    PerplexityTask: _run_perplexity,
+}
+
+
+def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise: str = "none") -> tuple[list[int], int]:
+    """The most probable option of each example, and how many prompts were cut."""
+    asked = [_ask(task, row, example, scorer) for row, example in enumerate(examples, 1)]
+    logp = iter(_log_likelihoods(scorer, [request for found, _ in asked for request in found]))
+    chosen = []
+    for example, (found, _) in zip(examples, asked, strict=True):
+        lengths = {
+            "none": [1] * len(found),
+            "tokens": [request.length for request in found],
+            "bytes": [len(option.encode()) for option in example.options],
+        }[normalise]
+        chosen.append(int(np.argmax([next(logp) / length for length in lengths])))
+    return chosen, sum(cut for _, cut in asked)
+
+
+def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[Request], bool]:
+    """The requests for the options of one row."""
+    limit, prompt = context_length(scorer.model), _prompt(task, example, scorer)
+    try:
+        return option_requests(scorer.tokenizer, prompt, example.options, chat=task.chat, limit=limit)
+    except UsageError as error:
+        raise UsageError(f"task {task.name}, row {row}: {error}") from None
+
+
+def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -> None:
+    """Every label must be a text of its own to the tokenizer."""
+    requests, _ = _ask(task, 1, example, scorer)
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for label, request in zip(example.options, requests, strict=True):
+        other = by_tokens.setdefault(request.tokens[request.start :], label)
+        if other != label:
+            raise UsageError(
+                f"task {task.name}: the tokenizer maps {other!r} and {label!r} to the same tokens; choose other labels"
+            )
+
+
+def _log_likelihoods(scorer: _Scorer, requests: Sequence[Request]) -> list[float]:
+    pad = pad_token(scorer.tokenizer)
+    return log_likelihoods(scorer.model, requests, batch_size=scorer.batch_size, pad=pad, tick=scorer.tick)
+
+
+def _prompt(task: Task, example: Example, scorer: _Scorer) -> str:
+    return user_text(scorer.tokenizer, example.prompt) if task.chat else example.prompt

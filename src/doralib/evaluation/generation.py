@@ -1,0 +1,232 @@
+"""Text made by a model: batches of prompts, a stream in the terminal, a chat."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from ..config import Checked
+from ..data.encoding import context_length, encode, first_token, pad_token, user_text
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Sampling(Checked):
+    """How the next token is chosen and where a text ends."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0: always the most probable token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the most probable tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from so many of the most probable tokens; 0: from all."""
+    num_beams: int = Field(default=1, ge=1)
+    """Search with so many beams."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these."""
+    seed: int = Field(default=0, ge=0)
+
+
+GREEDY = Sampling()
+_AS_IT_IS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    chat: bool = False,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """The text that follows each prompt; the same for the same seed, and without sampling for any batch size.
+
+    Args:
+        model: a causal language model of `transformers`; put in eval mode for the time of the call.
+        tokenizer: the model's.
+        prompts: whole texts.
+        max_new_tokens: the most tokens a text gets.
+        batch_size: prompts in one forward.
+        chat: put each prompt into the tokenizer's chat template.
+        sampling: how tokens are chosen.
+
+    Raises:
+        UsageError: if a prompt and its answer are longer than the model takes.
+    """
+    tokens = [encode(tokenizer, user_text(tokenizer, text) if chat else text, chat=chat) for text in prompts]
+    limit = context_length(model)
+    if limit is not None and (long := [i for i, ids in enumerate(tokens) if len(ids) + max_new_tokens > limit]):
+        raise UsageError(
+            f"{len(long)} of {len(tokens)} prompts, first number {long[0] + 1} with {len(tokens[long[0]])} tokens, "
+            f"are too long: the model takes {limit} with the {max_new_tokens} new ones; "
+            "shorten them or lower max_new_tokens"
+        )
+    return continuations(
+        model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling
+    )
+
+
+def continuations(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    tick: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """The text that follows each tokenised prompt.
+
+    Args:
+        model: as for `generate`.
+        tokenizer: the model's.
+        prompts: tokens, each short enough for the model; an empty prompt begins with the first token of any text.
+        max_new_tokens: the most tokens a text gets.
+        batch_size: prompts in one forward.
+        sampling: how tokens are chosen.
+        tick: called with the number of prompts done since the last call.
+    """
+    if getattr(getattr(model, "_doralib", None), "rows", None) is not None:
+        raise UsageError("prompts are sorted into batches here, so adapter_rows cannot follow; call model.generate")
+    # longest first: prompts of like length share a batch, and a batch too large for the memory fails at once
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    texts = [""] * len(prompts)
+    with evaluation_mode(model), _seeded(model, sampling.seed):
+        for begin in range(0, len(order), batch_size):
+            here = order[begin : begin + batch_size]
+            rows = [list(prompts[i]) or [first_token(tokenizer)] for i in here]
+            for i, text in zip(here, _continue(model, tokenizer, rows, max_new_tokens, sampling), strict=True):
+                texts[i] = text
+            tick(len(here))
+    return texts
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    write: Callable[[str], None],
+    *,
+    max_new_tokens: int = 512,
+    chat: bool = False,
+    sampling: Sampling = GREEDY,
+) -> str:
+    """Write what follows a text, piece by piece as it comes, and return it whole.
+
+    Args:
+        model: as for `generate`.
+        tokenizer: the model's.
+        text: the whole prompt, already in the chat template if there is one.
+        write: called with each piece.
+        max_new_tokens: the most tokens the text gets.
+        chat: the text spells its special tokens itself.
+        sampling: how tokens are chosen.
+    """
+    pieces = _Pieces(tokenizer, write)
+    row = encode(tokenizer, text, chat=chat) or [first_token(tokenizer)]
+    with evaluation_mode(model), _seeded(model, sampling.seed):
+        return _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, without gradients; each goes back to its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands whole words to a function as they come."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+        if text:
+            self._write(text)
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]
+    """Says for each row whether the end of its new text holds a stop string."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer, self._stop, self._begin = tokenizer, stop, prompt_length
+        # a token spells at least one byte, and the string may end inside the last one
+        self._window = max(len(text.encode()) for text in stop) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
+        tails = self._tokenizer.batch_decode(input_ids[:, self._begin :][:, -self._window :], **_AS_IT_IS)
+        found = [any(stop in tail for stop in self._stop) for tail in tails]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _continue(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> list[str]:
+    """The new text of one batch, padded at the left."""
+    width, pad = max(map(len, rows)), pad_token(tokenizer)
+    device = next(model.parameters()).device
+    ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    stops = [_Stops(tokenizer, sampling.stop, width)] if sampling.stop else []
+    out_BT = model.generate(  # type: ignore[operator]
+        ids_BT,
+        attention_mask=mask_BT,
+        generation_config=_config(model, pad, max_new_tokens, sampling),
+        stopping_criteria=StoppingCriteriaList(stops),
+        streamer=streamer,
+    )
+    return [_before_stop(text, sampling.stop) for text in tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)]
+
+
+def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
+    """Our settings over the model's own, which may name further end tokens."""
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    drawn = sampling.temperature > 0
+    config.update(
+        do_sample=drawn,
+        temperature=sampling.temperature if drawn else 1.0,
+        top_p=sampling.top_p if drawn else 1.0,
+        top_k=sampling.top_k if drawn else 50,  # the library's own value for "not set"
+        num_beams=sampling.num_beams,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    return config
+
+
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    return text[: min((text.find(word) for word in stop if word in text), default=len(text))]
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers from a seed of our own; the caller's go on afterwards as if nothing had been drawn."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

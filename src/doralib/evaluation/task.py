@@ -1,0 +1,303 @@
+"""What a model is scored on: a table of kinds of task, and examples made from rows."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ..config import Checked
+from ..data.rows import read
+from ..data.templates import columns_in, filled
+from ..errors import DoraError, UsageError, did_you_mean
+
+Row = Mapping[str, Any]
+_SHOWN = 12
+
+
+def plain(value: Any) -> str:
+    """A value of a row or a label as text: true and false, whole numbers without a point, no space around."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _labels(value: Any) -> Any:
+    """A list of texts as a mapping from each text, stripped, to itself; keys of a mapping as plain text."""
+    if isinstance(value, list | tuple):
+        return {plain(text): text for text in value}
+    if isinstance(value, Mapping):
+        return {plain(key): text for key, text in value.items()}
+    return value
+
+
+def _several(value: Mapping[str, str]) -> Mapping[str, str]:
+    if len(value) < 2:
+        raise ValueError("at least two different labels are needed")
+    return value
+
+
+class Task(Checked):
+    """What every kind of task says."""
+
+    kind: str
+    name: str
+    data: str | None = None
+    """A .json, .jsonl, .csv or .parquet file (beside the task file), or a hub name; null: given as `task=DATA`."""
+    split: str = "test"
+    """The split of a hub data set."""
+    prompt: str
+    """A column's name, or a template with {column}."""
+    chat: bool = False
+    """Put the prompt into the tokenizer's chat template."""
+
+    def templates(self) -> list[str]:
+        """Every setting that names columns."""
+        return [self.prompt]
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        """One example a row.
+
+        Raises:
+            DoraError: if an answer is none of those that can be given.
+        """
+        raise NotImplementedError
+
+
+class ChoiceTask(Task):
+    """Multiple choice by log-likelihood; each row has its own choices."""
+
+    kind: Literal["choice"] = "choice"
+    choices: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    """A column that holds a list, or one column or template for each choice."""
+    answer: str
+    """A column or template that gives the right choice's index, its letter (A, B, ...) or its text."""
+    first_index: Literal[0, 1] = 0
+    """The index of the first choice in the answer column."""
+    before_choice: str | None = None
+    """Stands between prompt and choice; null: a space, or nothing after a chat template."""
+    length_normalise: Literal["none", "tokens", "bytes"] = "none"
+    """Divide each log-likelihood by the choice's length."""
+
+    def templates(self) -> list[str]:
+        return [self.prompt, self.answer, *([self.choices] if isinstance(self.choices, str) else self.choices)]
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        """One example a row, with the choices of that row."""
+        made, bad = [], Counter[str]()
+        for row in rows:
+            texts = [str(text) for text in self._choices_of(row)]
+            truth = _index(_value(self.answer, row), texts, self.first_index)
+            if truth is None:
+                bad[f"{plain(_value(self.answer, row))} of {len(texts)} choices"] += 1
+            else:
+                made.append(Example(fill(self.prompt, row), texts[truth].strip(), self._options(texts), truth))
+        _refuse(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
+        return made
+
+    def _choices_of(self, row: Row) -> Sequence[Any]:
+        if not isinstance(self.choices, str):
+            return [fill(choice, row) for choice in self.choices]
+        value = row[self.choices]
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UsageError(f"task {self.name}: choices: column {self.choices!r} must hold lists, found {value!r:.80}")
+        return value
+
+    def _options(self, texts: Sequence[str]) -> tuple[str, ...]:
+        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
+        return tuple(before + text for text in texts)
+
+
+class ClassificationTask(Task):
+    """One of the same few labels for every row, by log-likelihood."""
+
+    kind: Literal["classification"] = "classification"
+    labels: Annotated[dict[str, str], BeforeValidator(_labels)]
+    """Texts that follow the prompt, as a list, or by the value that stands in the answer column."""
+    answer: str
+    """A column or template with the true label: one of the texts (or of the values)."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        _several(self.labels)
+        return self
+
+    def templates(self) -> list[str]:
+        return [self.prompt, self.answer]
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        """One example a row, with the labels as options."""
+        names, options = list(self.labels), tuple(self.labels.values())
+        answers = [plain(_value(self.answer, row)) for row in rows]
+        _refuse(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
+        return [
+            Example(fill(self.prompt, row), answer, options, names.index(answer))
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+
+
+class GenerationTask(Task):
+    """What both kinds with generated text say."""
+
+    answer: str
+    """A column or template with the right answer."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    num_beams: int = Field(default=1, ge=1)
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    lowercase: bool = False
+    """Compare without regard to case."""
+
+    def templates(self) -> list[str]:
+        return [self.prompt, self.answer]
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        """One example a row; nothing to choose from."""
+        return [Example(fill(self.prompt, row), self.normal(plain(_value(self.answer, row)))) for row in rows]
+
+    def predicted(self, text: str) -> str:
+        """The answer in a generated text."""
+        raise NotImplementedError
+
+    def normal(self, text: str) -> str:
+        """The form in which answers are compared."""
+        return text.lower() if self.lowercase else text
+
+
+class ExactMatchTask(GenerationTask):
+    """The generated text must be the answer."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    strip: bool = True
+    """Leave out space around the generated text."""
+
+    def predicted(self, text: str) -> str:
+        return self.normal(text.strip() if self.strip else text)
+
+
+class RegexTask(GenerationTask):
+    """The first match of a regular expression in the generated text must be the answer."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str
+    """The whole match counts, or the first group if there is one; no match gives an empty answer."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        return self
+
+    def predicted(self, text: str) -> str:
+        found = re.search(self.pattern, text, re.IGNORECASE if self.lowercase else 0)
+        if found is None:
+            return ""
+        return self.normal((found[1] if found.re.groups else found[0]) or "")
+
+
+class PerplexityTask(Task):
+    """How well the model foresees a text."""
+
+    kind: Literal["perplexity"] = "perplexity"
+    prompt: str = ""
+    """Comes first and is not scored; may be empty."""
+    text: str
+    """A column or template."""
+    window: int = Field(default=1024, ge=2)
+    """Longer texts are scored in pieces of so many tokens, each with one token of the piece before."""
+
+    def templates(self) -> list[str]:
+        return [self.prompt, self.text]
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        """One example a row; empty texts are an error."""
+        made = [Example(fill(self.prompt, row), fill(self.text, row)) for row in rows]
+        if empty := sum(not example.answer.strip() for example in made):
+            raise DoraError(f"task {self.name}: {empty} of {len(made)} texts are empty; leave those rows out")
+        return made
+
+
+KINDS: dict[str, type[Task]] = {
+    "choice": ChoiceTask,
+    "classification": ClassificationTask,
+    "exact_match": ExactMatchTask,
+    "regex": RegexTask,
+    "perplexity": PerplexityTask,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question."""
+
+    prompt: str
+    answer: str
+    """Text of the right answer, as it is compared and shown."""
+    options: tuple[str, ...] = ()
+    """The texts to choose from, with the space before them."""
+    truth: int = -1
+    """Which option is right."""
+
+
+def fill(template: str, row: Row) -> str:
+    """The template with the row's values as text; braces in values stay as they are."""
+    return filled(template, {name: str(row[name]) for name in columns_in(template)})
+
+
+def read_examples(task: Task, limit: int | None = None) -> list[Example]:
+    """The examples of the task's first rows, all columns checked first.
+
+    Raises:
+        UsageError: if the data is not there, has no rows, or lacks a column.
+        DoraError: if the data is damaged, a value is missing in some rows, or an answer cannot be given.
+    """
+    if task.data is None:
+        raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
+    dataset = read(task.data, f"task {task.name}: data", task.split)
+    rows: list[Row] = dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()
+    known = dataset.column_names
+    wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))
+    if unknown := [column for column in wanted if column not in known]:
+        lines = [f"  there is no column {column!r}{did_you_mean(column, known)}" for column in unknown]
+        raise UsageError("\n".join([f"task {task.name}: {task.data} has the columns {', '.join(known)}", *lines]))
+    absent = {column: sum(row[column] is None for row in rows) for column in wanted}
+    if partly := ", ".join(f"{column!r} in {count}" for column, count in absent.items() if count):
+        raise DoraError(f"task {task.name}: of {len(rows)} rows, a value is missing for {partly}; fill or remove them")
+    return task.examples(rows)
+
+
+def _value(template: str, row: Row) -> Any:
+    """A column's value as it is, or a filled template."""
+    return row[template] if template in row else fill(template, row)
+
+
+def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
+    """Which of the texts an answer means: by its text, else its number, else its letter."""
+    said = plain(answer)
+    stripped = [text.strip() for text in texts]
+    if said in stripped:
+        return stripped.index(said)
+    if said.isdecimal():
+        index = int(said) - first
+    elif len(said) == 1 and said.isalpha() and said.isascii():
+        index = ord(said.upper()) - ord("A")
+    else:
+        return None
+    return index if 0 <= index < len(texts) else None
+
+
+def _refuse(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
+    if not bad:
+        return
+    shown = ", ".join(f"{value!r} ({count})" for value, count in bad.most_common(_SHOWN))
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    raise DoraError(
+        f"task {name}: {bad.total()} of {rows} rows have an answer that cannot be given: {shown}{more}\n"
+        f"  allowed: {allowed}; correct the task or remove those rows"
+    )

@@ -1,0 +1,106 @@
+"""Task files: read, checked, and those that come with doralib."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.rows import READERS
+from ..data.templates import columns_in
+from ..errors import UsageError, did_you_mean
+from .task import KINDS, Task
+
+
+def load_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names; each is a packaged name or a task file, with `=DATA` behind it for other data.
+
+    Raises:
+        UsageError: listing every name, file, key and value that is wrong.
+    """
+    tasks, problems = [], []
+    for name in names:
+        try:
+            tasks.append(_load(name))
+        except UsageError as error:
+            problems.append(str(error))
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    problems += [f"two tasks are called {name!r}; give one of them another name" for name in twice]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return tasks
+
+
+def packaged_tasks() -> dict[str, Path]:
+    """The task files that come with doralib, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "tasks").glob("*.yaml"))}
+
+
+def _load(name: str) -> Task:
+    path, data = _find(name), None
+    if path is None and "=" in name:
+        left, _, data = name.partition("=")
+        path = _find(left)
+    if path is None:
+        known = packaged_tasks()
+        asked = name.partition("=")[0]
+        raise UsageError(
+            f"there is no task {asked!r}, neither a file nor packaged{did_you_mean(asked, known)}\n"
+            f"  packaged: {', '.join(known)}; or give the path of a .yaml file"
+        )
+    return read_task(path, data)
+
+
+def _find(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_file() else packaged_tasks().get(name)
+
+
+def read_task(path: Path, data: str | None = None) -> Task:
+    """The task in a YAML file, on its own data or on others.
+
+    Raises:
+        UsageError: if the file is not a task, with every problem in it.
+    """
+    values = _values(path, ())
+    values.setdefault("name", path.stem)
+    if data is not None:
+        values["data"] = data
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        said = "no kind" if kind is None else f"kind {kind!r}{did_you_mean(str(kind), KINDS)}"
+        raise UsageError(f"{path}: {said}; known kinds: {', '.join(KINDS)}")
+    try:
+        task = KINDS[kind](**values)
+        for template in task.templates():
+            columns_in(template)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return task
+
+
+def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a task file, over those of the task it names in `like`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
+    if isinstance(values.get("data"), str):
+        values["data"] = _beside(path, values["data"])
+    if "like" not in values:
+        return values
+    like = str(values.pop("like"))
+    found = path.parent / like if (path.parent / like).is_file() else packaged_tasks().get(like)
+    if found is None:
+        raise UsageError(f"{path}: like: there is no task {like!r}{did_you_mean(like, packaged_tasks())}")
+    if found in above:
+        raise UsageError(f"{path}: like: {like!r} leads back to itself")
+    return {key: value for key, value in _values(found, (*above, path)).items() if key != "name"} | values
+
+
+def _beside(path: Path, data: str) -> str:
+    """A relative file name as seen from the task file; hub names and whole paths as they are."""
+    return str(path.parent / data) if (path.parent / data).is_file() or Path(data).suffix.lower() in READERS else data

@@ -1,0 +1,1 @@
+"""What compares, measures and explains adapters."""

@@ -1,0 +1,110 @@
+"""Text written token by token with the adapter left unmerged, beside the model without it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.inference import unchanged
+from ...console import console
+from .measure import Turn, interleave, spread
+from .options import GenerateOptions
+from .subjects import REFERENCE, Adapter, PeftNormCache, build, known, nudge
+from .tables import Bar, Bars, Goal, Report, Table, ratio_text
+from .workload import base_model, token_batch
+
+CACHED = "peft-dora-cached"
+HELD = "ours-dora-unchanged"
+SUBJECTS = ("base", REFERENCE, "peft-dora", CACHED, "ours-lora", "ours-dora", HELD)
+
+
+def bench_generate(options: GenerateOptions) -> Report:
+    """Tokens per second of greedy writing with a key-value cache."""
+    names = list(options.subjects or SUBJECTS)
+    known(name for name in names if name not in (CACHED, HELD))
+    cases: list[dict[str, Any]] = []
+    tables = []
+    bars = Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round")
+    for dtype in options.dtype:
+        console.print(f"generate: {dtype}")
+        base, described = base_model(options.model, options.layers, dtype)
+        case = {"name": dtype, "settings": {"dtype": dtype, **described}, **_case(base, names, options)}
+        cases.append(case)
+        tables.append(_table(case))
+        over = {name: case["ratios"].get(f"{name} / base") for name in names}
+        bars.groups[dtype] = [Bar(name, r["median"], r["low"], r["high"]) for name, r in over.items() if r]
+    return Report(
+        "generate",
+        "Unmerged generation",
+        options.model_dump(mode="json"),
+        cases,
+        tables,
+        bars,
+        [
+            Goal(f"{case['name']}: {name} / base", case["ratios"][f"{name} / base"]["median"], 1.1)
+            for case in cases
+            for name in ("ours-dora", HELD)
+            if f"{name} / base" in case["ratios"]
+        ],
+        [
+            f"{options.new} tokens one by one after a prompt of {options.prompt} (not timed), batch {options.batch}",
+            f"{CACHED}: PEFT inside its DoraCaching(), which keeps B A, a dense matrix, of every layer",
+            f"{HELD}: inside doralib.unchanged(model), which promises that no parameter is written to",
+        ],
+    )
+
+
+class Writer:
+    """One model, its prompt read, ready to write; every call goes on from the prompt."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, new: int, context: Callable[[], Any] = nullcontext) -> None:
+        self.model, self.prompt, self.new, self.context = model.eval(), prompt, new, context
+        self.cache: Any = None
+        self.written: list[Tensor] = []
+
+    @torch.no_grad()
+    def read_prompt(self) -> None:
+        """Fill the key-value cache."""
+        with self.context():
+            output = self.model(input_ids=self.prompt, use_cache=True)
+        self.cache = output.past_key_values
+        self.written = [output.logits[:, -1:].argmax(-1)]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The new tokens, one call of the model each."""
+        with self.context():
+            for _ in range(self.new):
+                output = self.model(input_ids=self.written[-1], past_key_values=self.cache, use_cache=True)
+                self.written.append(output.logits[:, -1:].argmax(-1))
+
+
+def _case(base: nn.Module, names: list[str], options: GenerateOptions) -> dict[str, Any]:
+    vocab: int = base.config.vocab_size  # type: ignore[union-attr, assignment]
+    prompt = token_batch(vocab, options.batch, options.prompt)["input_ids"]
+    writers = {}
+    for name in names:
+        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, Adapter(options.r))
+        nudge(model)
+        contexts = {CACHED: PeftNormCache, HELD: partial(unchanged, model)}
+        writers[name] = Writer(model, prompt, options.new, contexts.get(name, nullcontext))
+    turns = {name: Turn(writer.write, writer.read_prompt) for name, writer in writers.items()}
+    rounds = interleave(turns, options.rounds, options.warmup)
+    pairs = [(name, under) for under in ("base", REFERENCE) for name in names if name != under]
+    summary = rounds.summary([pair for pair in pairs if pair[1] in names])
+    count = options.new * options.batch
+    speeds = {name: spread([count / s for s in values]) for name, values in rounds.seconds.items()}
+    return {**summary, "tokens_per_second": speeds}
+
+
+def _table(case: dict[str, Any]) -> Table:
+    table = Table(case["name"], ["subject", "tokens/s", "quartiles", "time / base", f"time / {REFERENCE}"])
+    for name, speed in case["tokens_per_second"].items():
+        ratios = [case["ratios"].get(f"{name} / {under}") for under in ("base", REFERENCE)]
+        shown = [ratio_text(ratio) for ratio in ratios]
+        quartiles = f"{speed['low']:.1f} to {speed['high']:.1f}"
+        table.rows.append([name, f"{speed['median']:.1f}", quartiles, *shown])
+    return table

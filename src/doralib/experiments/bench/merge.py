@@ -1,0 +1,291 @@
+"""Merging a checkpoint in the shape of LLaMA-3-8B: time beside plain copying, memory beside PEFT's route."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.safetensors import Slot, laid_out, write_at
+from ...config import DoraConfig
+from ...console import console
+from ...errors import DoraError
+from ...files import free_bytes, human, replacing, write_json, write_tensors
+from ...formats.peft import to_peft
+from ...functional import BLOCK_ELEMENTS, row_blocks
+from ...state import AdapterState, LayerAdapter
+from .measure import spread
+from .options import MergeOptions
+from .tables import Bar, Bars, Goal, Report, Table
+
+HIDDEN, INNER, KV, VOCAB, LAYERS = 4096, 14336, 1024, 128256, 32
+PROJECTIONS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+SHARD_BYTES = 5 * 10**9
+RANK = 16
+_OURS = """
+import sys
+from pathlib import Path
+from doralib.merging import merge_checkpoint
+merge_checkpoint(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+"""
+_PEFT = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto")
+PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="5GB")
+"""
+_COPY = """
+import shutil, sys
+shutil.copytree(sys.argv[2], sys.argv[3])
+"""
+# a merge waits until its bytes are on the disk, so a copy has to as well; ru_maxrss would count the parent's memory too
+_TIMED = """
+import json, os, re, time
+from pathlib import Path
+start = time.perf_counter()
+{work}
+written = time.perf_counter()
+os.sync()
+seconds, cpu = time.perf_counter() - start, time.process_time()
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps({{"seconds": seconds, "unsynced": written - start, "cpu_seconds": cpu, "peak": peak}}))
+"""
+
+
+def bench_merge(scale_gb: float, out: Path, *, rounds: int = 3, peft_gb: float = 4.0) -> dict[str, Any]:
+    """Time and peak memory of copying, of our merge and of PEFT's, in fresh processes, interleaved.
+
+    Args:
+        scale_gb: size of the checkpoint; 16 is the whole model, less means fewer layers.
+        out: folder for the checkpoint, written once and kept; what is merged there is removed at once.
+        peft_gb: size of the checkpoint for PEFT's route, which holds the model in memory; 0 leaves it out.
+
+    Returns:
+        Medians, each run, ratios to copying, and what was measured on how many layers.
+    """
+    layers = max(1, min(LAYERS, round(scale_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // _layer_numbers()))
+    small = max(1, min(layers, round(peft_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // _layer_numbers()))
+    report: dict[str, Any] = {
+        "shape": "LLaMA-3-8B, bfloat16, random weights",
+        "adapter": f"DoRA r {RANK} on {', '.join(TARGETS)}",
+        "whole": _measured({"copy": _COPY, "doralib": _OURS}, layers, out, rounds),
+        "threads": torch.get_num_threads(),
+    }
+    if peft_gb:
+        report["beside PEFT"] = _measured({"copy": _COPY, "doralib": _OURS, "PEFT": _PEFT}, small, out, rounds)
+    return report
+
+
+def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> dict[str, Any]:
+    base, adapter = write_model(out / f"llama-{layers}-layers", layers)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    if free_bytes(out) < 1.1 * size:
+        raise DoraError(
+            f"merging needs {human(size)} more in {out}, {human(free_bytes(out))} are free; ask for less GB"
+        )
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in routes}
+    for turn in range(rounds):
+        # each goes first in turn: the first to read finds less in the page cache
+        order = list(routes)[turn % len(routes) :] + list(routes)[: turn % len(routes)]
+        for name in order:
+            runs[name].append(_run(routes[name], adapter, base, out / "merged"))
+    medians = {
+        name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()
+    }
+    return {
+        "layers": layers,
+        "of": LAYERS,
+        "bytes": size,
+        "medians": medians,
+        "time_over_copy": {name: value["seconds"] / medians["copy"]["seconds"] for name, value in medians.items()},
+        "unsynced_time_over_copy": {
+            name: value["unsynced"] / medians["copy"]["unsynced"] for name, value in medians.items()
+        },
+        "runs": runs,
+    }
+
+
+def _run(work: str, adapter: Path, base: Path, target: Path) -> dict[str, float]:
+    """One route in a process of its own; its output is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    code = _TIMED.format(work=work.strip())
+    command = [sys.executable, "-W", "ignore", "-c", code, str(adapter), str(base), str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(target, ignore_errors=True)
+    if result.returncode:
+        raise DoraError(f"a measured run failed:\n{result.stderr[-2000:]}")
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def write_model(folder: Path, layers: int) -> tuple[Path, Path]:
+    """A random model and adapter of LLaMA-3-8B's shapes, written unless they are there: (base, adapter) folders."""
+    base, adapter = folder / "base", folder / "adapter"
+    if not (base / "model.safetensors.index.json").is_file():
+        _write_base(base, layers)
+    if not (adapter / "adapter_config.json").is_file():
+        _write_adapter(adapter, layers, base)
+    return base, adapter
+
+
+def _layer_numbers() -> int:
+    return sum(out * in_ for out, in_ in PROJECTIONS.values()) + 2 * HIDDEN
+
+
+def _shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    for i in range(layers):
+        for name, shape in PROJECTIONS.items():
+            yield f"model.layers.{i}.{name}.weight", shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{i}.{name}.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCAB, HIDDEN)
+
+
+def _write_base(base: Path, layers: int) -> None:
+    slots = [Slot(name, "BF16", shape, base, 0, 0).cast("BF16") for name, shape in _shapes(layers)]
+    groups: list[list[Slot]] = [[]]
+    for slot in slots:
+        if groups[-1] and sum(each.nbytes for each in groups[-1]) + slot.nbytes > SHARD_BYTES:
+            groups.append([])
+        groups[-1].append(slot)
+    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    weight_map = {slot.name: file for file, group in zip(files, groups, strict=True) for slot in group}
+    total = sum(slot.nbytes for slot in slots)
+    with replacing(base, total) as part:
+        part.mkdir()
+        for file, group in zip(files, groups, strict=True):
+            _write_shard(part / file, group)
+        write_json(part / "config.json", _config(layers))
+        write_json(part / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, slots: list[Slot]) -> None:
+    header, placed = laid_out(slots, path, {"format": "pt"})
+    path.write_bytes(header)
+    # the same noise in every block: neither copying nor merging looks at the numbers
+    noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()
+    for slot in placed:
+        for rows in row_blocks(*slot.matrix):
+            count = (rows.stop - rows.start) * slot.matrix[1]
+            write_at(path, slot.start + rows.start * slot.row_bytes, noise[:count])
+
+
+def _config(layers: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _write_adapter(adapter: Path, layers: int, base: Path) -> None:
+    adapted = {
+        f"model.layers.{i}.{name}": _layer(*shape)
+        for i in range(layers)
+        for name, shape in PROJECTIONS.items()
+        if name.endswith(TARGETS)
+    }
+    config = DoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
+    tensors, settings = to_peft(config, AdapterState(adapted, {}, str(base)))
+    write_tensors(adapter / "adapter_model.safetensors", tensors)
+    write_json(adapter / "adapter_config.json", settings)
+
+
+def _layer(out: int, in_: int) -> LayerAdapter:
+    a_RI, b_OR = torch.randn(RANK, in_) / in_**0.5, torch.randn(out, RANK) * 0.02
+    m_O: Tensor = torch.full((out,), 0.02 * in_**0.5) * (1 + 0.01 * torch.randn(out))
+    return LayerAdapter(a_RI, b_OR, m_O, 2.0)
+
+
+_COPY, _OURS = "copy", "doralib"
+_PEAK_BYTES = 2e9
+
+
+def report_merge(options: MergeOptions) -> Report:
+    """Merging a checkpoint of LLaMA-3-8B's shapes beside copying it and beside PEFT."""
+    console.print(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
+    if options.work is not None:
+        folder = Path(options.work)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = bench_merge(options.scale_gb, folder, rounds=options.rounds, peft_gb=options.peft_gb)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = bench_merge(options.scale_gb, Path(temporary), rounds=options.rounds, peft_gb=options.peft_gb)
+    cases = [
+        {"name": _name(key, found[key]), "settings": {"part": key}, **found[key]}
+        for key in found
+        if _is_case(found[key])
+    ]
+    whole = cases[0]["medians"][_OURS]
+    bars = Bars("Merging, time over copying the same files", "time / time of copying")
+    bars.groups = {case["name"]: _bars(case) for case in cases}
+    return Report(
+        "merge",
+        "Merging into a checkpoint",
+        {**options.model_dump(mode="json"), "shape": found["shape"], "adapter": found["adapter"]},
+        cases,
+        [_table(case) for case in cases],
+        bars,
+        [
+            Goal(f"{cases[0]['name']}: time of doralib / copying", cases[0]["time_over_copy"][_OURS], 1.5),
+            Goal(f"{cases[0]['name']}: peak bytes of doralib", whole["peak"], _PEAK_BYTES),
+        ],
+        ["fresh processes in turn; time until the bytes are on the disk (sync); peak: resident memory"],
+    )
+
+
+def _is_case(value: Any) -> bool:
+    return isinstance(value, dict) and "medians" in value
+
+
+def _name(part: str, case: dict[str, Any]) -> str:
+    return f"{part}: {case['layers']} of {case['of']} layers, {human(case['bytes'])}"
+
+
+def _bars(case: dict[str, Any]) -> list[Bar]:
+    copies = [run["seconds"] for run in case["runs"][_COPY]]
+    bars = []
+    for name, runs in case["runs"].items():
+        over = spread([run["seconds"] / copy for run, copy in zip(runs, copies, strict=True)])
+        bars.append(Bar(name, over["median"], over["low"], over["high"]))
+    return bars
+
+
+def _table(case: dict[str, Any]) -> Table:
+    table = Table(case["name"], ["route", "median s", "peak memory", "time / copying", "before sync / copying"])
+    for name, medians in case["medians"].items():
+        table.rows.append(
+            [
+                name,
+                f"{medians['seconds']:.1f}",
+                human(round(medians["peak"])),
+                f"{case['time_over_copy'][name]:.2f}",
+                f"{case['unsynced_time_over_copy'][name]:.2f}",
+            ]
+        )
+    return table

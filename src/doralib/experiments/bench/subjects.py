@@ -1,0 +1,149 @@
+"""The methods that are compared: a name, and how a frozen model gets that adapter. The weights are shared by all."""
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ...adapters.adapt import adapt
+from ...config import DoraConfig
+from ...errors import UsageError, did_you_mean
+from ...peft import accelerate
+
+try:
+    import peft
+    from peft.helpers import DoraCaching
+except ImportError:
+    raise UsageError("the benchmarks compare with PEFT, which is not installed: pip install peft==0.21.2") from None
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+REFERENCE = "peft-lora"
+ACCELERATED = "peft-dora-accelerated"
+PeftNormCache = DoraCaching
+FLOOR = "frozen"
+
+
+class Adapter(NamedTuple):
+    """What is the same for every method."""
+
+    r: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+
+    @property
+    def alpha(self) -> int:
+        """s = 2 at every rank."""
+        return 2 * self.r
+
+
+def build(name: str, base: nn.Module, adapter: Adapter) -> nn.Module:
+    """A model of its own with that adapter, around the base's own weight tensors.
+
+    Raises:
+        UsageError: if there is no such subject.
+    """
+    known([name])
+    return SUBJECTS[name](share(base), adapter)
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """The names, if each is a row of `SUBJECTS`.
+
+    Raises:
+        UsageError: naming all that are not.
+    """
+    names = list(names)
+    if wrong := [f"{name!r}{did_you_mean(name, SUBJECTS)}" for name in names if name not in SUBJECTS]:
+        raise UsageError(f"subjects: there is no {', '.join(wrong)}; known: {', '.join(SUBJECTS)}")
+    return names
+
+
+def usual(dtype: str, dropout: float) -> list[str]:
+    """Who takes part in a case unless the user says."""
+    ours = ["ours-dora-adapter", "ours-dora-exact"] if dropout else ["ours-dora"]
+    low = ["peft-lora-bf16"] if dtype == "bfloat16" else []
+    return [FLOOR, REFERENCE, *low, "peft-dora", "ours-lora", *ours]
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Which ratios are reported: each to the reference, and ours to the same method of PEFT."""
+    names = list(names)
+    found = [(name, REFERENCE) for name in names if name != REFERENCE]
+    found += [(name, "peft-dora") for name in names if name.startswith("ours-dora") or name == ACCELERATED]
+    return [(over, under) for over, under in found if under in names]
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimiser gets."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def nudge(model: nn.Module, size: float = 1e-4) -> None:
+    """Move what is trained, as an optimiser would: whatever was computed from it before is stale."""
+    for p in trained(model):
+        p.add_(torch.randn_like(p), alpha=size)
+
+
+def _frozen(model: nn.Module, _: Adapter) -> nn.Module:
+    model.requires_grad_(False)
+    if callable(want_input_gradients := getattr(model, "enable_input_require_grads", None)):
+        want_input_gradients()
+    return model
+
+
+def _base(model: nn.Module, _: Adapter) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def _ours(
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    method: Literal["dora", "lora"],
+    dropout_mode: Literal["adapter", "exact"] = "adapter",
+) -> nn.Module:
+    config = DoraConfig(
+        method=method,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        dropout_mode=dropout_mode,
+        target_modules=adapter.targets,
+    )
+    return adapt(model, config)
+
+
+def _peft(model: nn.Module, adapter: Adapter, *, use_dora: bool, float32_masters: bool = True) -> nn.Module:
+    settings: dict[str, Any] = {
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": list(adapter.targets),
+        "use_dora": use_dora,
+    }
+    wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**settings), autocast_adapter_dtype=float32_masters)
+    return wrapped
+
+
+SUBJECTS: dict[str, Callable[[nn.Module, Adapter], nn.Module]] = {
+    "base": _base,
+    "frozen": _frozen,  # the same with a gradient of its input: no adapter can cost less
+    "peft-lora": partial(_peft, use_dora=False),
+    "peft-lora-bf16": partial(_peft, use_dora=False, float32_masters=False),  # adapters in the model's own dtype
+    "peft-dora": partial(_peft, use_dora=True),
+    ACCELERATED: lambda model, adapter: accelerate(_peft(model, adapter, use_dora=True)),
+    "ours-lora": partial(_ours, method="lora"),
+    "ours-dora": partial(_ours, method="dora"),
+    "ours-dora-adapter": partial(_ours, method="dora", dropout_mode="adapter"),
+    "ours-dora-exact": partial(_ours, method="dora", dropout_mode="exact"),
+}

@@ -1,0 +1,40 @@
+"""The operators a layer computes with, one public function each, and which file's is used where.
+
+`eager` is plain torch, for every device and dtype. On a GPU where Triton's kernels have passed their trial `fused`
+takes its place.
+"""
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_passed: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def on_gpu(tensor: Tensor) -> ModuleType | None:
+    """`fused`, where it takes this tensor: on a GPU, not in float64, once its numbers there were found right."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64:
+        return None
+    key = (tensor.device, tensor.dtype)
+    # a compiler that looks on must not trace the trial
+    if key not in _passed and not torch.compiler.is_compiling():
+        _passed[key] = _try(*key)
+    return importlib.import_module(".fused", __name__) if _passed.get(key, False) else None
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    trial = importlib.import_module(".trial", __name__)
+    return bool(trial.passes(importlib.import_module(".fused", __name__), device, dtype))
+
+
+def dora_linear(x: Tensor, *operands: Any) -> Tensor:
+    """`eager.dora_linear`, by the fastest way there is for x."""
+    module = on_gpu(x) or importlib.import_module(".eager", __name__)
+    y: Tensor = module.dora_linear(x, *operands)
+    return y

@@ -1,0 +1,1 @@
+"""Adapted layers, one kind a file."""

@@ -1,0 +1,1 @@
+"""The frozen layers under adapted ones."""

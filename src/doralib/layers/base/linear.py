@@ -1,0 +1,126 @@
+"""Frozen linear layers whose weight is a plain tensor; every other base answers the same questions."""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional as F
+from ...kernels.dispatch import on_gpu
+
+
+class Dense:
+    """`nn.Linear`: the weight is a plain (O, I) tensor."""
+
+    kind: ClassVar[str] = "linear"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def W_OI(self) -> Tensor:
+        """The weight itself, rows are output features; a view."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def rows(self) -> F.Rows:
+        """W by blocks of its rows."""
+        return self.W_OI
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(O,)."""
+        return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        O, I = self.W_OI.shape
+        return O, I
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(O, I), or (O, I / groups, taps...) of a convolution."""
+        return self.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, or of the products of a storage that hides it."""
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._weight.device
+
+    def key(self) -> tuple[Any, ...]:
+        """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
+        W = self._weight
+        return (W.data_ptr() if not W.is_meta else 0, version(W), W.dtype, W.device)
+
+    def triton_weight(self) -> Tensor | None:
+        """The weight, where Triton's kernels take it."""
+        return self.W_OI if on_gpu(self.W_OI) else None
+
+    def row_norm_sq(self) -> Tensor:
+        return F.row_norm_sq(self.rows)
+
+    def expands(self, R: int) -> bool:
+        return not F.dense_is_cheaper(*self.shape, R)
+
+    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        # with B A = 0 both ways must give the same bits as the row norms of W alone, so a fresh layer takes the first
+        if not self.expands(len(a_RI)) and b_OR.any() and a_RI.any():
+            return F.dense_row_norm(self.rows, a_RI, b_OR, s)
+        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return F.times_transposed(self.rows, a_RI)
+
+    def transposed_times(self, c_OR: Tensor) -> Tensor:
+        return F.transposed_times(self.rows, c_OR)
+
+    def dense_rows(self, index: Tensor) -> Tensor:
+        return self.W_OI.detach()[index]
+
+    def refuse_backward(self, x: Tensor) -> None:
+        """Nothing, where a gradient passes through the layer to its input, or none is asked for.
+
+        Raises:
+            DoraError: if none would, or a wrong one.
+        """
+
+    def replaced(self, W_OI: Tensor) -> nn.Module:
+        """A plain layer of the same kind with this weight, cast once to the old one's dtype."""
+        module = copy.copy(self.module)
+        module._parameters = dict(self.module._parameters)
+        weight = self._stored(W_OI.to(self.W_OI.dtype)).contiguous()
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return module
+
+    @property
+    def _weight(self) -> Tensor:
+        """As stored."""
+        return self.module.weight  # type: ignore[return-value]
+
+    def _stored(self, W_OI: Tensor) -> Tensor:
+        return W_OI
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode keeps no count."""
+    return 0 if t.is_inference() else t._version
+
+
+class Transposed(Dense):
+    """HF ``Conv1D`` (GPT-2): the weight is stored (I, O)."""
+
+    @property
+    def W_OI(self) -> Tensor:
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.t()
+
+    def _stored(self, W_OI: Tensor) -> Tensor:
+        return W_OI.t()

@@ -1,0 +1,140 @@
+"""Frozen layers whose weight is not a plain tensor: quantised storages, and those known by their product alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional as F
+from ...errors import DoraError
+from ...quantization.base import Storage
+from .linear import Dense as Dense
+from .linear import version
+
+
+class Opaque(Dense):
+    """Any storage with `in_features` and `out_features`, by its own module call alone."""
+
+    @property
+    def W_OI(self) -> Tensor:
+        raise DoraError(
+            f"{type(self.module).__qualname__} is a storage that doralib does not know: its dense weight cannot be "
+            "read. It trains as it is; merge the saved adapter into the unquantised model instead"
+        )
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
+
+    def key(self) -> tuple[Any, ...]:
+        return tuple((t.data_ptr(), version(t), t.device) for t in self._tensors() if not t.is_meta)
+
+    def triton_weight(self) -> Tensor | None:
+        return None
+
+    def row_norm_sq(self) -> Tensor:
+        O, I = self.shape
+        sums_O = torch.zeros(O, dtype=F.sum_dtype(self.dtype), device=self.device)
+        for columns in F.row_blocks(I, O):
+            sums_O += self._columns(columns).to(sums_O.dtype).square().sum(0)
+        return sums_O
+
+    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return self._product(a_RI.to(self.dtype)).T.to(F.sum_dtype(self.dtype))
+
+    def transposed_times(self, c_OR: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_RI = torch.zeros(c_OR.shape[1], self.shape[1], dtype=self.dtype, device=self.device)
+            x_RI.requires_grad_()
+            y_RO = self.module(x_RI)
+        (out_RI,) = torch.autograd.grad(y_RO, x_RI, c_OR.T.to(y_RO.dtype))
+        return out_RI.to(c_OR.dtype)
+
+    def dense_rows(self, index: Tensor) -> Tensor:
+        columns = [self._columns(block)[:, index] for block in F.row_blocks(self.shape[1], self.shape[0])]
+        return torch.cat(columns).T
+
+    def replaced(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
+        raise DoraError(
+            f"{type(self.module).__qualname__}: doralib does not know how to put a merged weight back into this "
+            "storage; merge the saved adapter into the unquantised model instead"
+        )
+
+    @torch.no_grad()
+    def _product(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    def _columns(self, block: slice) -> Tensor:
+        """Columns of W as rows, (K, O): what the layer makes of unit vectors."""
+        eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)[block]
+        return self._product(eye)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        named = getattr(self.module, "compute_dtype", None)
+        if isinstance(named, torch.dtype):
+            return named
+        return next((t.dtype for t in self._tensors() if t.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in self._tensors()), torch.device("cpu"))
+
+
+class Quantised(Opaque):
+    """A quantised storage that is known: dense by row blocks; the forward pass is the layer's own."""
+
+    row_norm_sq, adapted_row_norm = Dense.row_norm_sq, Dense.adapted_row_norm
+    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times
+
+    def __init__(self, module: nn.Module, storage: Storage) -> None:
+        super().__init__(module)
+        self.storage = storage
+
+    @property
+    def rows(self) -> F.Rows:
+        return self.storage.rows()
+
+    @property
+    def W_OI(self) -> Tensor:
+        """Dequantised anew, whole."""
+        return self.rows[:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    def key(self) -> tuple[Any, ...]:
+        return tuple((t.data_ptr(), version(t), t.device) for t in self.storage.tensors() if not t.is_meta)
+
+    def dense_rows(self, index: Tensor) -> Tensor:
+        W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
+        for rows in F.row_blocks(*self.shape):
+            inside = (index >= rows.start) & (index < rows.stop)
+            if inside.any():
+                out[inside] = W[rows][index[inside] - rows.start]
+        return out
+
+    def refuse_backward(self, x: Tensor) -> None:
+        if x.requires_grad and (why := self.storage.refuses_backward):
+            raise DoraError(why)
+
+    def replaced(self, W_OI: Tensor) -> nn.Module:
+        """A layer of the same kind and settings, quantised anew from this weight."""
+        return self.storage.requantised(W_OI)

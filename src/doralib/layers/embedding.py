@@ -1,0 +1,132 @@
+"""Adapted embeddings: a length for each dimension over the whole vocabulary, as in PEFT, or each token, as in MLX."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .. import functional as F
+from ..config import DoraConfig
+from ..errors import DoraError
+from .base.embedding import Embedding, TokenEmbedding
+from .base.linear import Dense
+from .base.registry import open_base
+from .init import decomposes
+from .linear import DoraLinear
+from .wrapper import ReadsThrough
+
+
+class DoraEmbedding(ReadsThrough, DoraLinear):
+    """A frozen embedding whose dimensions learn a length (m) and a low-rank turn of direction (B A).
+
+    ``y = f g ∘ (W[:, i] + s B A[:, i])`` for token i with ``g = m / |W + s B A|``, W (dim, vocabulary) and f the factor
+    of a scaled embedding. As in PEFT the start is A = 0, B normal: a padding token's column of A gets no gradient, so
+    a padding row of zeros stays zero. There is no dropout: its input is a token.
+
+    Raises:
+        DoraError: with max_norm, for which torch writes to the frozen weight.
+    """
+
+    base: Embedding
+    lora_embedding_A: nn.Parameter
+    """(R, vocabulary)."""
+    lora_embedding_B: nn.Parameter
+    """(dim, R)."""
+
+    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+        if getattr(base_layer, "max_norm", None) is not None:
+            raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
+        if decomposes(config.init_lora_weights):
+            raise DoraError(
+                f"an embedding has no start {config.init_lora_weights!r}; leave it out of target_modules, or out with "
+                "exclude_modules"
+            )
+        super().__init__(base_layer, r, scale, config)
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
+        """A under the name that all layers share."""
+        return self.lora_embedding_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
+        """B, likewise."""
+        return self.lora_embedding_B
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) to (..., dim), in the dtype that the base layer would return."""
+        y = self.base_layer(tokens)
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        gain_O = self.gain()
+        sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
+        if self.base.factor is not None:
+            sb_OR = sb_OR * self.base.factor.to(sb_OR)
+        a = nnf.embedding(tokens, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        change = a.to(y.dtype) @ sb_OR.to(y.dtype).T
+        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
+        return y + (change if gain_O is None else (gain_O - 1).to(y.dtype) * y + change)
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_embedding_A, self.lora_embedding_B = a, b
+
+    def _start_factors(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+
+class DoraTokenEmbedding(DoraEmbedding):
+    """A frozen embedding whose tokens learn a length (m) and a low-rank turn of direction.
+
+    ``y = f g ∘ (W[i] + s (B A[:, i])ᵀ)`` for token i with ``g = m[i] / |W[i] + s (B A[:, i])ᵀ|``, W (vocabulary, dim).
+    Only the rows that are looked up are computed, and their lengths anew each time. The parameters are those of
+    `DoraEmbedding`, with m (vocabulary,); as rows, A is what `lora_embedding_B` holds, and B `lora_embedding_A`.
+    """
+
+    @staticmethod
+    def opened(base_layer: nn.Module) -> Dense | None:
+        base = open_base(base_layer)
+        return TokenEmbedding(base_layer) if isinstance(base, Embedding) else base
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """A as rows, (R, dim), a view."""
+        return self.lora_embedding_B.T
+
+    @property
+    def lora_B(self) -> Tensor:  # type: ignore[override]
+        """B as rows, (vocabulary, R), a view."""
+        return self.lora_embedding_A.T
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) to (..., dim), in the dtype that the base layer would return."""
+        y = self.base_layer(tokens)
+        return self.around(y, tokens) if self.enabled else y
+
+    def around(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        # autocast would take the lengths in half precision
+        with torch.autocast(y.device.type, enabled=False):
+            return self._turned(y, tokens)
+
+    def _turned(self, y: Tensor, tokens: Tensor) -> Tensor:
+        look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
+        assert self.lora_magnitude_vector is not None
+        a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)
+        m = look_up(self.lora_magnitude_vector[:, None], scale_grad_by_freq=self.scale_grad_by_freq)
+        change = a @ (self.lora_A * self.scale)
+        n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
+        g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
+        turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
+        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
+        return y + ((g - 1).to(y.dtype) * y + turned.to(y.dtype))
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))
+
+    def _start_factors(self) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)

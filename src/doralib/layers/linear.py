@@ -1,0 +1,242 @@
+"""Adapted layers: the parameters, and which formula they go through."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .. import functional as F
+from ..config import DoraConfig
+from ..errors import DoraError
+from ..kernels.cache import Kept, Ready
+from ..kernels.dispatch import dora_linear, on_gpu
+from ..kernels.dropout import Dropout, draw, dropped
+from ..kernels.eager import infer
+from ..kernels.norm import FreshNorm
+from ..state import LayerAdapter, MovedAdapter
+from .base.linear import Dense
+from .base.opaque import Opaque, Quantised
+from .base.registry import open_base
+from .init import DRAWN, decomposed, decomposes
+from .wrapper import Masters, autocast, autocast_dtype
+
+
+class DoraLinear(Masters):
+    """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
+
+    ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
+    B = 0 and m = |W|. Without m (method lora) g is 1. Parameters carry PEFT's names and are float32 masters, whatever
+    the base's dtype.
+
+    Args:
+        base_layer: Frozen here; kept as it is.
+        r: Rank.
+        scale: s.
+
+    Raises:
+        DoraError: if the layer is not linear.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+    start_A: nn.Parameter | None
+    """A and B as they began, frozen, where they began as a part of the weight: the change is ``B A - B0 A0``."""
+    start_B: nn.Parameter | None
+
+    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+        super().__init__()
+        base = self.opened(base_layer)
+        if base is None:
+            raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
+        if isinstance(base, Quantised):
+            base.storage.keep_readable()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.base = base
+        self.scale = scale
+        self.enabled = True
+        self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
+        self.detach_norm = config.detach_norm
+        self.start = config.init_lora_weights
+        self.norm = FreshNorm(base)
+        self.kept = Kept(self.norm)
+        self.out_features, self.in_features = base.shape
+        self.register_parameter("start_A", None)
+        self.register_parameter("start_B", None)
+        dtype, device = F.sum_dtype(base.dtype), base.device
+        _, *row = base.row_shape
+        self._register_factors(
+            nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
+            nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
+        )
+        m_O = nn.Parameter(torch.empty(self.num_lengths, dtype=dtype, device=device)) if config.has_magnitude else None
+        self.register_parameter("lora_magnitude_vector", m_O)
+        self.reset_parameters()
+
+    @staticmethod
+    def opened(base_layer: nn.Module) -> Dense | None:
+        """The frozen layer as rows."""
+        return open_base(base_layer)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the start: A and B as `init_lora_weights` says, with no change of the weight, and m = |W|."""
+        self._start_factors()
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B whose product is the change of the weight; made anew, of rank 2r, where a start is taken off."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
+
+    @property
+    def num_lengths(self) -> int:
+        """How many lengths m holds: one for each output row."""
+        return self.out_features
+
+    @property
+    def a_RI(self) -> Tensor:
+        """The first of the factors, as rows."""
+        return self.factors[0].flatten(1)
+
+    @property
+    def b_OR(self) -> Tensor:
+        """The second of the factors, as rows."""
+        return self.factors[1].flatten(1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight, for model code that reads it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's bias."""
+        return self.base.bias
+
+    def gain(self) -> Tensor | None:
+        """``g = m / |W + s B A|``, (O,), or None for LoRA."""
+        if self.lora_magnitude_vector is None:
+            return None
+        n_O = self.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
+        return self.lora_magnitude_vector / n_O
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O), in the dtype that the base layer would return."""
+        if not self.enabled:
+            return self.base_layer(x)
+        dtype = autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if self.kept.held and not (self.training or learning or compiling):
+            operands = self.kept.held.get(x.dtype)
+            if operands is not None:
+                return infer(x, *operands)
+        dropout = self._draw_dropout(x)
+        if isinstance(self.base, Opaque) or (compiling and on_gpu(x) is None):
+            return self._composed(x, dropout)
+        W_OI, bias_O = self.base.W_OI, self.base.bias
+        if dtype is not None:
+            W_OI = W_OI.to(dtype)
+        factors, m = self.factors, self.lora_magnitude_vector
+        if dropout is None and not learning and on_gpu(x) is None:
+            ready = self._ready(factors, m, x.dtype)
+            bias_O = None if bias_O is None else bias_O.to(x.dtype)
+            # not a weight that autocast made: it would be a second copy of every layer's
+            if self.kept.held is not None and W_OI.dtype == self.base.dtype:
+                self.kept.held[x.dtype] = W_OI, ready, bias_O
+            return infer(x, W_OI, ready, bias_O)
+        if m is None or not self._is_prepared(x):
+            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
+        return dora_linear(x, W_OI, *factors, m, self.scale, bias_O, dropout, self._ready(factors, m, x.dtype))
+
+    def around(self, base: Tensor, x: Tensor) -> Tensor:
+        """The output for x from the base's own output for it, which rows of other adapters may share.
+
+        A class with a forward of its own has one of these too, or is called apart for its rows (`Switched`).
+        """
+        x = autocast(x)
+        return self._around(base, x, self._draw_dropout(x))
+
+    def state(self) -> LayerAdapter:
+        """The trained values; views, not copies."""
+        m_O = self.lora_magnitude_vector
+        values = self.lora_A.detach(), self.lora_B.detach(), None if m_O is None else m_O.detach()
+        if self.start_A is not None and self.start_B is not None:
+            return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
+        return LayerAdapter(*values, self.scale, self.base.kind)
+
+    def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
+        """Values from a file in the form that `state` gives them, so that each can be copied in its place.
+
+        Raises:
+            DoraError: if this layer has no place for some of them.
+        """
+        return adapter
+
+    def merged_weight(self) -> Tensor:
+        """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
+        m_O = self.lora_magnitude_vector
+        return F.merge_weight(self.base.W_OI, self.a_RI, self.b_OR, m_O, self.scale)
+
+    def merged(self) -> nn.Module:
+        """A plain layer of the base's kind with the merged weight."""
+        return self.base.replaced(self.merged_weight())
+
+    def extra_repr(self) -> str:
+        method = "lora" if self.lora_magnitude_vector is None else "dora"
+        return f"{method}, r={self.r}, scale={self.scale:g}, enabled={self.enabled}"
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_A, self.lora_B = a, b
+        if decomposes(self.start):
+            self.start_A, self.start_B = (nn.Parameter(torch.empty_like(p), requires_grad=False) for p in (a, b))
+
+    def _start_factors(self) -> None:
+        if self.start_A is None or self.start_B is None:
+            DRAWN[self.start](self.lora_A)
+            nn.init.zeros_(self.lora_B)
+        elif not self.lora_A.is_meta:
+            rows = torch.arange(self.out_features, device=self.base.device)
+            found = decomposed(self.start, self.base.dense_rows(rows), self.r, self.scale)
+            for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
+                p.copy_(value.view_as(p))
+                start.copy_(p)
+
+    def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
+        """What is kept for these factors and m."""
+        return self.kept(factors if m is None else (*factors, m), self.scale, self.base.bias, dtype)
+
+    def _is_prepared(self, x: Tensor) -> bool:
+        """Whether a training step reads `_ready`, not the gain: on a CPU, with the norm a constant."""
+        return x.is_cpu and self.detach_norm
+
+    def _draw_dropout(self, x: Tensor) -> Dropout | None:
+        if not (self.training and self.dropout):
+            return None
+        return draw(x, self.dropout, exact=self.exact_dropout)
+
+    def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+        """The plain formula around the layer's own call: other storages, and what a compiler can see through."""
+        return self._around(self.base_layer(x), x, dropout)
+
+    def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
+        self.base.refuse_backward(x)
+        x_a = dropped(x, dropout)
+        A, B = self.factors
+        lora = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
+        gain_O = self.gain()
+        if gain_O is None:
+            return base + lora
+        if dropout is not None and dropout.exact:
+            product = self.base_layer(x_a)
+            product = product if self.bias is None else product - self.bias.to(product.dtype)
+            return F.compose_exact(base, product, lora, gain_O)
+        return F.compose(base, lora, gain_O, self.bias)

@@ -1,0 +1,155 @@
+"""The place of a module that several adapters change: the frozen original once, each adapter's layer around it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .experts import AdaptedExperts
+from .linear import DoraLinear
+from .wrapper import TrainedCopy, original
+
+Wrapper = DoraLinear | TrainedCopy | AdaptedExperts
+
+
+class Rows:
+    """Which adapter each row of a batch goes through."""
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        self.names = tuple(names)
+        self.groups = tuple(dict.fromkeys(self.names))
+        """Each adapter once, in the order of its first row."""
+        self._indices: dict[torch.device, tuple[list[Tensor], Tensor]] = {}
+
+    def indices(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """The rows of each group, and where the groups' rows, one group after the other, came from."""
+        if device not in self._indices:
+            rows = [torch.tensor([i for i, n in enumerate(self.names) if n == name]) for name in self.groups]
+            back = torch.argsort(torch.cat(rows))
+            self._indices[device] = [each.to(device) for each in rows], back.to(device)
+        return self._indices[device]
+
+
+class Switched(nn.Module):
+    """A module with several adapters: a call goes to the active one's layer, or to the original where it has none.
+
+    The layers are the very ones that an adapter alone puts here, and share the frozen original; switching changes a
+    name. Model code that reads a weight or a setting reads what the active layer would give it.
+    """
+
+    def __init__(self, base_layer: nn.Module, place: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.place = place
+        self.active: str | None = None
+        self.enabled = True
+        self.rows: Rows | None = None
+
+    def hold(self, name: str, layer: Wrapper) -> None:
+        """Take an adapter's layer; the original stays in the module tree once, as a child of this module."""
+        layer._modules.pop("base_layer")
+        layer.__dict__["base_layer"] = self.base_layer
+        self.adapters[name] = layer
+
+    def current(self) -> nn.Module:
+        """What a call goes to when every row goes the same way."""
+        if self.enabled and self.active is not None and self.active in self.adapters:
+            return self.adapters[self.active]
+        return self.base_layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original takes and returns."""
+        if self.rows is None or not self.enabled:
+            return self.current()(*args, **kwargs)
+        return self._by_rows(self.rows, *args, **kwargs)
+
+    @property
+    def folded(self) -> Wrapper | None:
+        """The active adapter's layer, which a merge folds in; None where it has no layer here."""
+        layer = dict(self.adapters.items()).get(self.active or "")
+        return layer if isinstance(layer, Wrapper) else None
+
+    def merged(self) -> nn.Module:
+        """A plain module with the active adapter folded in; the original where it has no layer here."""
+        return self.base_layer if self.folded is None else self.folded.merged()
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}, enabled={self.enabled}"
+
+    def _by_rows(self, plan: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One product with the frozen weight for the whole batch; the rest by the rows of each adapter."""
+        layers = {name: self.adapters[name] for name in plan.groups if name is not None and name in self.adapters}
+        if not layers:
+            return self.base_layer(x, *args, **kwargs)
+        x = self._fitting(plan, x, layers)
+        if len(plan.groups) == 1:
+            (layer,) = layers.values()
+            return layer(x, *args, **kwargs)
+        if not all(_shares_the_product(layer) for layer in layers.values()):
+            return self._apart(plan, layers, x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        indices, back = plan.indices(x.device)
+        parts = [
+            layers[name].around(y[index], x[index], *args, **kwargs) if name in layers else y[index]  # type: ignore[operator]
+            for name, index in zip(plan.groups, indices, strict=True)
+        ]
+        return torch.cat(parts)[back]
+
+    def _apart(self, plan: Rows, layers: dict[str, nn.Module], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A call for each adapter's rows."""
+        indices, back = plan.indices(x.device)
+        parts = []
+        for name, index in zip(plan.groups, indices, strict=True):
+            part = None if args or kwargs else layers.get(name or "", self.base_layer)(x[index])
+            if not isinstance(part, Tensor):
+                raise UsageError(f"{self.place} takes or returns more than one tensor: it cannot go by rows")
+            parts.append(part)
+        return torch.cat(parts)[back]
+
+    def _fitting(self, plan: Rows, x: Tensor, layers: dict[str, nn.Module]) -> Tensor:
+        """The input, once its first dimension is the batch's rows."""
+        bases = [layer.base for layer in layers.values() if isinstance(layer, DoraLinear)]
+        kind, batched = "", 1
+        if bases:
+            kind = bases[0].kind
+            batched = {"linear": 2, "embedding": 1, "token_embedding": 1}.get(kind, len(bases[0].row_shape))
+        # positions are often given once for all rows
+        if kind.endswith("embedding") and x.dim() > 1 and len(x) == 1:
+            return x.expand(len(plan.names), *x.shape[1:])
+        if x.dim() < batched or len(x) != len(plan.names):
+            raise UsageError(
+                f"{self.place} is called with {tuple(x.shape)}, whose first dimension is not the {len(plan.names)} "
+                "rows that adapters were named for; it cannot go by rows"
+            )
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "adapters" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.current(), name)
+
+
+def shared(model: nn.Module) -> set[int]:
+    """The ids of all modules inside adapters' layers that share a place."""
+    places = [module for module in model.modules() if isinstance(module, Switched)]
+    return {id(inner) for place in places for layer in place.adapters.values() for inner in layer.modules()}
+
+
+def switched(wrapper: Wrapper, place: str, name: str) -> Switched:
+    """The place of one adapter's layer, ready to take others beside it."""
+    place_of = Switched(original(wrapper), place)
+    place_of.active, place_of.enabled, wrapper.enabled = name, wrapper.enabled, True
+    place_of.hold(name, wrapper)
+    return place_of.train(wrapper.training)
+
+
+def _shares_the_product(layer: nn.Module) -> bool:
+    """Whether its `around` belongs to its forward: a subclass with a forward of its own may compute otherwise."""
+    homes = [next((c for c in type(layer).__mro__ if way in vars(c)), None) for way in ("forward", "around")]
+    return homes[0] is homes[1]

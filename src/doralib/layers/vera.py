@@ -1,0 +1,199 @@
+"""VeRA and DVoRA: two random matrices shared by every layer, and vectors for each that scale their rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .. import functional as F
+from ..config import DoraConfig
+from ..errors import DoraError
+from ..kernels.dropout import dropped
+from ..kernels.norm import FreshNorm
+from ..state import AdapterState, BankAdapter, LayerAdapter
+from .base.linear import Dense
+from .base.registry import open_base
+from .linear import DoraLinear
+from .wrapper import autocast
+
+
+class Bank(nn.Module):
+    """Frozen random A (R, I) and B (O, R) of the largest shape; each layer takes as much as it needs.
+
+    Drawn on the CPU from one seed, A first, uniform as PEFT draws them, so that the same seed gives PEFT's matrices.
+    They stay float32 whatever the model is cast to, and are in no state dict: the seed makes them again.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, r: int, num_in: int, num_out: int, seed: int, device: torch.device) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (("A", (r, num_in)), ("B", (num_out, r))):
+            drawn = torch.empty(shape, device="meta" if device.type == "meta" else "cpu")
+            if not drawn.is_meta:
+                bound = math.sqrt(6 / shape[1])
+                drawn.uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bank":
+        kept = {"A": self.A, "B": self.B}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+def bank_for(layers: Sequence[nn.Module], config: DoraConfig) -> Bank | None:
+    """The random matrices for the largest of these layers; None for the methods without."""
+    bases = [base for layer in layers if (base := open_base(layer)) is not None]
+    if not config.has_bank or not bases:
+        return None
+    num_out, num_in = (max(base.shape[axis] for base in bases) for axis in (0, 1))
+    return Bank(config.r, num_in, num_out, config.projection_prng_key, bases[0].device)
+
+
+def other_banks(into: AdapterState, given: AdapterState) -> list[str]:
+    """A line where the random matrices of one adapter are not the other's."""
+    ours, theirs = (
+        next((layer.bank for layer in state.layers.values() if isinstance(layer, BankAdapter)), None)
+        for state in (into, given)
+    )
+    if ours is None or theirs is None or ours[0].is_meta:
+        return []
+    if all(a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True)):
+        return []
+    return ["the random A and B of the adapter are not the model's: another projection_prng_key, or other layers"]
+
+
+class _Scaled:
+    """`kernels.norm.NormBase` of a layer with ``diag(b) B diag(d) A``: remembered by d and b, which are small."""
+
+    def __init__(self, base: Dense, bank: Bank) -> None:
+        self.base, self.bank = base, bank
+
+    def key(self) -> tuple[Any, ...]:
+        return (*self.base.key(), self.bank.A.device)
+
+    def triton_weight(self) -> Tensor | None:
+        return None
+
+    def row_norm_sq(self) -> Tensor:
+        return self.base.row_norm_sq()
+
+    def expands(self, R: int) -> bool:  # noqa: ARG002
+        return False
+
+    def adapted_row_norm(self, W_sq_O: Tensor, d_R: Tensor, b_O: Tensor, s: float) -> Tensor:
+        a_RI, b_OR = _factors(self.base, self.bank, d_R, b_O)
+        return self.base.adapted_row_norm(W_sq_O, a_RI, b_OR, s)
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return self.base.times_transposed(a_RI)
+
+    def transposed_times(self, c_OR: Tensor) -> Tensor:
+        return self.base.transposed_times(c_OR)
+
+
+class DoraBank(DoraLinear):
+    """A frozen linear layer with ``V = W + diag(b) B diag(d) A``: d and b are trained, and m for DVoRA.
+
+    ``y = g ∘ (x Wᵀ + b ∘ (B (d ∘ (A x)))) + bias`` with ``g = m / |V|``, or 1 for VeRA. The start is b = 0 and
+    d = `d_initial`: nothing changes, bit for bit. Sources: arXiv 2310.11454; 2402.09353, section 5.4.
+    """
+
+    vera_lambda_d: nn.Parameter
+    """(R,)."""
+    vera_lambda_b: nn.Parameter
+    """(O,)."""
+
+    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig) -> None:
+        self._parts = bank, config.d_initial
+        super().__init__(base_layer, config.r, 1.0, config)
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """``diag(d) A``, (R, I), made anew."""
+        return self.factors[0]
+
+    @property
+    def lora_B(self) -> Tensor:  # type: ignore[override]
+        """``diag(b) B``, (O, R), made anew."""
+        return self.factors[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Both, made anew."""
+        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return len(self.vera_lambda_d)
+
+    def gain(self) -> Tensor | None:
+        """``g = m / |V|``, (O,), or None for VeRA."""
+        if self.lora_magnitude_vector is None:
+            return None
+        if self.detach_norm:
+            return self.lora_magnitude_vector / self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
+        # not remembered: that would take both factors' memory for each layer
+        return self.lora_magnitude_vector / FreshNorm(self.base)(*self.factors, 1.0, detach=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O), in the dtype that the base layer would return."""
+        y = self.base_layer(x)
+        return self.around(y, x) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        self.base.refuse_backward(x)
+        x = autocast(x)
+        dropout = self._draw_dropout(x)
+        x_a = dropped(x, dropout)
+        a, b = _slices(self.base, self.bank)
+        scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
+        change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)
+        gain_O = self.gain()
+        if gain_O is None:
+            return y + change
+        if dropout is not None and dropout.exact:
+            product = self.base_layer(x_a)
+            product = product if self.bias is None else product - self.bias.to(product.dtype)
+            return F.compose_exact(y, product, change, gain_O)
+        return F.compose(y, change, gain_O, self.bias)
+
+    def state(self) -> LayerAdapter:
+        """The trained values and the whole bank; views, not copies."""
+        m_O = self.lora_magnitude_vector
+        values = self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), None if m_O is None else m_O.detach()
+        return BankAdapter((self.bank.A, self.bank.B), *values, self.in_features)
+
+    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.bank, self.d_initial = self._parts
+        del self._parts
+        if self.base.kind != "linear":
+            raise DoraError(f"{type(self.base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
+        self.norm = FreshNorm(_Scaled(self.base, self.bank))
+        self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
+        self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
+
+    def _start_factors(self) -> None:
+        nn.init.constant_(self.vera_lambda_d, self.d_initial)
+        nn.init.zeros_(self.vera_lambda_b)
+
+
+def _slices(base: Dense, bank: Bank) -> tuple[Tensor, Tensor]:
+    O, I = base.shape
+    return bank.A[:, :I], bank.B[:O]
+
+
+def _factors(base: Dense, bank: Bank, d_R: Tensor, b_O: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = _slices(base, bank)
+    return d_R[:, None] * a.to(d_R.dtype), b_O[:, None] * b.to(b_O.dtype)

@@ -1,1 +1,0 @@
-"""The recipes: whole jobs, each one command."""

@@ -1,0 +1,217 @@
+"""The `training` group of a recipe: fields of `transformers.TrainingArguments`, checked before anything is loaded."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import typing
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..errors import UsageError, did_you_mean
+from ..recipe import Recipe
+from ..validation import in_our_words
+
+DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.05,
+    "optim": "adamw_torch",
+    "logging_steps": 0.02,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 3,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+    "log_level": "error",
+}
+"""Where ours differ from the Trainer's; steps below 1 are shares of the whole run."""
+
+EXTRA: Mapping[str, Any] = {"early_stopping_patience": int}
+"""Keys that are ours and no field of TrainingArguments: stop after so many evaluations without a better loss."""
+
+_OWNED = {
+    "output_dir": "a run's folder is the recipe's `out`",
+    "seed": "it is the recipe's own `seed`",
+    "data_seed": "it follows from the recipe's `seed`",
+    "resume_from_checkpoint": "use --resume, which takes the newest whole checkpoint",
+    "ignore_data_skip": "a resumed run would see other rows",
+    "save_only_model": "a run could not be resumed",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM save a checkpoint already",
+    "remove_unused_columns": "the rows hold tokens, labels and lengths and nothing else",
+    "length_column_name": "the rows' lengths are known",
+    "label_names": "they are `labels`",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "disable_tqdm": "the progress bar shows in a terminal, lines elsewhere",
+    "do_train": "train trains",
+    "do_eval": "set data.validation",
+    "do_predict": "use `doralib eval` or the recipe's `eval`",
+    "prediction_loss_only": "use the recipe's `eval` for more than the loss",
+    "use_liger_kernel": "logits are computed only where there are labels already",
+    "auto_find_batch_size": "the steps, and with them the learning rates, would change during the run",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "upload the run's folder when you are content"),
+    **dict.fromkeys(
+        ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), "nothing is uploaded during training"
+    ),
+}
+_OLD_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def check(recipe: Recipe) -> dict[str, Any]:
+    """The `training` group with numbers for numbers that YAML read as text, such as 1e-3.
+
+    Raises:
+        UsageError: naming every key that is unknown, ours or of the wrong kind, and every combination that cannot be.
+    """
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _OWNED.keys() | EXTRA.keys()
+    problems, values = [], {}
+    for key, value in recipe.training.items():
+        if key in _OWNED:
+            problems.append(f"training.{key} cannot be set: {_OWNED[key]}")
+        elif key not in known:
+            hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
+            problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
+        else:
+            try:
+                # YAML reads a bare no as false
+                plain = "no" if value is False and key.endswith("_strategy") else value
+                values[key] = _of_kind(plain, {**hints, **EXTRA}[key])
+            except ValidationError as error:
+                problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
+    problems += _out_of_range(values)
+    problems += _impossible(values, has_validation=recipe.data.validation is not None)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return values
+
+
+def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for checkpoints in ``folder``.
+
+    Raises:
+        UsageError: as `check`, and for what TrainingArguments itself refuses.
+    """
+    given = check(recipe)
+    patient = given.pop("early_stopping_patience", None) is not None
+    if isinstance(given.get("report_to"), str):
+        given["report_to"] = [given["report_to"]]
+    if "report_to" in given:
+        given["report_to"] = [name for name in given["report_to"] if name != "tensorboard"] or ["none"]
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    given = {(_OLD_NAMES[key] if _OLD_NAMES.get(key) in fields else key): value for key, value in given.items()}
+    values = {**DEFAULTS, **_evaluation(given, recipe, patient), **given}
+    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    values = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, **values}
+    own = {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed, "disable_tqdm": True}
+    own |= {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            made = TrainingArguments(**values, **own)
+        for reporter in get_reporting_integration_callbacks(made.report_to):
+            reporter()  # says what is not installed
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UsageError(f"training: {error}") from None
+    if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise UsageError(
+            "training: FSDP was asked for, and doralib train keeps the whole model in each process: launch it as DDP "
+            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/python.md)"
+        )
+    return made
+
+
+def wants_tensorboard(recipe: Recipe) -> bool:
+    """Whether `report_to` names it."""
+    report_to = recipe.training.get("report_to")
+    return report_to in ("tensorboard", "all") or (isinstance(report_to, list) and "tensorboard" in report_to)
+
+
+def _evaluation(given: Mapping[str, Any], recipe: Recipe, patient: bool) -> dict[str, Any]:
+    """Validate as often as we save, so that the best of the saved can be kept."""
+    if recipe.data.validation is None:
+        return {}
+    steps = given.get("eval_steps", given.get("save_steps", DEFAULTS["save_steps"]))
+    strategy = given.get("eval_strategy", given.get("save_strategy", "steps"))
+    if strategy == "best":
+        strategy = "steps"
+    pair = {"eval_strategy": strategy, "eval_steps": steps}
+    if "save_steps" not in given:
+        pair |= {"save_steps": steps, "save_strategy": strategy if strategy != "no" else "steps"}
+    return {**pair, **({"load_best_model_at_end": True} if patient else {})}
+
+
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
+}
+_ABOVE_0 = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+# what an evaluation measures besides its own speed
+_METRICS = (None, "loss", "eval_loss")
+
+
+def _out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Values that TrainingArguments takes and the run would fail at, or do nothing with."""
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    choices = {field.name: field.metadata.get("choices") or () for field in dataclasses.fields(TrainingArguments)}
+    problems = [
+        f"training.{key} must be one of {', '.join(choices[key])}, got {value!r}"
+        for key, value in values.items()
+        if choices.get(key) and value not in (None, *choices[key])
+    ]
+    problems += [
+        f"training.{key} must be at least {least}, got {numbers[key]:g}"
+        for key, least in _LEAST.items()
+        if key in numbers and not numbers[key] >= least
+    ]
+    problems += [
+        f"training.{key} must be above 0, got {numbers[key]:g}"
+        for key in _ABOVE_0
+        if key in numbers and not 0 < numbers[key] < math.inf
+    ]
+    problems += [
+        f"training.{key} must be below 1, got {numbers[key]:g}" for key in _BELOW_1 if numbers.get(key, 0) >= 1
+    ]
+    if (steps := numbers.get("max_steps", -1)) < 1 and steps != -1:
+        problems.append(f"training.max_steps must be at least 1 (or -1: num_train_epochs decides), got {steps}")
+    return problems
+
+
+def _impossible(values: Mapping[str, Any], *, has_validation: bool) -> list[str]:
+    problems = []
+    if not has_validation:
+        measuring = ("early_stopping_patience", "load_best_model_at_end", "eval_on_start")
+        needing = [key for key in measuring if values.get(key)]
+        needing += ["eval_strategy"] if values.get("eval_strategy", "no") != "no" else []
+        problems += [f"training.{key} needs rows to measure on: set data.validation" for key in needing]
+    wants = values.get("report_to") or []
+    if "tensorboard" in wants and importlib.util.find_spec("tensorboard") is None:
+        problems.append("training.report_to: tensorboard is not installed; pip install 'doralib[train]'")
+    if (metric := values.get("metric_for_best_model")) not in _METRICS:
+        problems.append(f"training.metric_for_best_model: an evaluation measures the loss alone, not {metric!r}")
+    return problems
+
+
+def _of_kind(value: Any, kind: Any) -> Any:
+    """The value, or the number it spells.
+
+    Raises:
+        ValidationError: if it is of another kind than the field.
+    """
+    if value is None:
+        return value
+    read = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    return read if isinstance(value, str) and isinstance(read, (int, float)) else value

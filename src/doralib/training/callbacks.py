@@ -1,0 +1,184 @@
+"""What a person sees of a training run, what its file of metrics keeps, and how it stops when told to."""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .. import files
+from ..console import console
+from .distributed import any_of_all
+from .meter import Meter
+
+_STEPS_BEFORE_ESTIMATE = 3
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """One JSON object a line for every log of the Trainer; a resumed run goes on where its checkpoint was."""
+
+    def __init__(self, path: Path, meter: Meter) -> None:
+        self.path, self.meter = path, meter
+
+    def cut_after(self, step: int) -> None:
+        """Leave out the lines of steps that a resumed run will do again, and a last line cut short."""
+        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        with files.replacing(self.path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:
+        line = self._line(logs, state.global_step)
+        if line and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _line(self, logs: Mapping[str, float], step: int) -> dict[str, Any]:
+        if "loss" in logs:
+            names = ("epoch", "loss", "learning_rate", "grad_norm")
+            speed = {"tokens_per_second": self.meter.rate(), "seconds": self.meter.seconds}
+            return {"kind": "train", "step": step, **{name: logs[name] for name in names if name in logs}, **speed}
+        if any(name.startswith("eval_") for name in logs):
+            shown = {name: value for name, value in logs.items() if name.startswith("eval_")}
+            return {"kind": "eval", "step": step, "epoch": logs.get("epoch"), **shown}
+        return {}
+
+
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """A bar in a terminal, lines elsewhere: step, loss, tokens a second, time to go."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.tokens_before, self.seconds_before = 0, 0.0
+
+    def on_train_begin(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        self.tokens_before, self.seconds_before = self.meter.tokens, self.meter.seconds
+        if console.is_terminal and state.is_world_process_zero:
+            columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+        if self.meter.steps == _STEPS_BEFORE_ESTIMATE and state.is_world_process_zero:
+            console.print(f"expected time: {self._to_go(state)}, at {self._speed():,.0f} tokens a second")
+
+    def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        text = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            speed = f"{self._speed():,.0f} tokens/s"
+            if self.bar is not None:
+                self.bar.update(self.task, description=f"loss {logs['loss']:.4f}, {speed}")
+            else:
+                rate = f"lr {logs['learning_rate']:.2e}"
+                console.print(f"{text}  loss {logs['loss']:.4f}  {rate}  {speed}  {self._to_go(state)} to go")
+        elif "eval_loss" in logs:
+            console.print(f"{text}  validation loss {logs['eval_loss']:.4f}")
+
+    def close(self) -> None:
+        """Take the bar away; again does nothing."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close()
+
+    def _speed(self) -> float:
+        seconds = self.meter.seconds - self.seconds_before
+        return (self.meter.tokens - self.tokens_before) / seconds if seconds else 0.0
+
+    def _to_go(self, state: TrainerState) -> str:
+        each = (self.meter.seconds - self.seconds_before) / max(self.meter.steps, 1)
+        return duration(each * (state.max_steps - state.global_step))
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C (or SIGTERM) ends the run after the step it is in, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals inside the block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
+        # all stop after the same step, whichever process the signal reached first
+        if any_of_all(self.caught is not None):
+            self.caught = signal.SIGTERM if self.caught is None else self.caught
+            control.should_save = control.should_training_stop = True
+
+    def _catch(self, number: int, _: Any) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+        console.print("stopping after this step, with a checkpoint; once more to stop at once")
+
+
+class Tensorboard(TrainerCallback):  # type: ignore[misc]
+    """The metrics as TensorBoard events, in a folder of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        # an optional extra, wanted only by recipes that say report_to: tensorboard
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+        self._make = lambda step: SummaryWriter(str(folder), purge_step=step or None)
+        self.writer: Any = None
+
+    def on_train_begin(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.writer = self._make(state.global_step + 1 if state.global_step else 0)
+
+    def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, Any], **___: Any) -> None:
+        for name, value in logs.items():
+            if isinstance(value, (int, float)) and self.writer is not None:
+                where = name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}"
+                self.writer.add_scalar(where, value, state.global_step)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what matters: ``45 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # only a killed run leaves a line half written, and nothing follows it
+            break
+    return lines

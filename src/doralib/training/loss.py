@@ -1,0 +1,70 @@
+"""The loss of a causal language model with logits only where there are labels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from ..data.tokenize import IGNORED
+
+
+class LabelLoss:
+    """Cross entropy over the labelled tokens; the vocabulary head sees no other position.
+
+    The head is met on its way in: a hook hands it the labelled rows of the hidden states as one sequence, so whatever
+    the model does to its logits afterwards (scaling, soft caps) still happens. A model that never calls its head as a
+    module gets the full logits and the same loss.
+
+    Args:
+        model: A causal language model for which `possible` holds.
+        label_smoothing: Share of the target spread over the vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        self._labelled_BT: Tensor | None = None
+        self._hook = _head(model).register_forward_pre_hook(self._select)
+
+    @staticmethod
+    def possible(model: nn.Module) -> bool:
+        """Whether the loss is plain next-token cross entropy; a router's own loss, say, comes on top of it."""
+        plain = getattr(model, "loss_type", None) == "ForCausalLM"
+        return (
+            plain and isinstance(_head(model), nn.Module) and not getattr(model.config, "output_router_logits", False)
+        )
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the labelled tokens, and their number.
+
+        Args:
+            model: The model, or what wraps it (DDP, autocast).
+            inputs: With labels (B, T) not yet shifted.
+        """
+        labels_BT = inputs["labels"]
+        labelled_BT = nnf.pad(labels_BT[:, 1:] != IGNORED, (0, 1), value=False)
+        self._labelled_BT = labelled_BT
+        try:
+            rest = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**rest, use_cache=False).logits
+        finally:
+            self._labelled_BT = None
+        # the last place of a row never has a next token, so (1, N) of the hook cannot be mistaken for (B, T)
+        logits_NV = logits[labelled_BT] if logits.shape[:2] == labels_BT.shape else logits[0]
+        targets_N = labels_BT[:, 1:][labelled_BT[:, :-1]]
+        loss = nnf.cross_entropy(logits_NV.float(), targets_N, reduction="sum", label_smoothing=self.label_smoothing)
+        return loss, torch.tensor(len(targets_N), device=loss.device)
+
+    def remove(self) -> None:
+        """Take the hook off: the model is as before."""
+        self._hook.remove()
+
+    def _select(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._labelled_BT is None or not args or args[0].shape[:2] != self._labelled_BT.shape:
+            return None
+        return (args[0][self._labelled_BT][None], *args[1:])
+
+
+def _head(model: nn.Module) -> Any:
+    return model.get_output_embeddings()  # type: ignore[operator]  # every transformers model has it

@@ -1,0 +1,360 @@
+"""`transformers.Trainer` for an adapted model: only the adapter is saved, and a resumed run is the same run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .. import files
+from ..adapters.param_groups import learning_rates
+from ..adapters.save_load import save_adapter
+from ..config import DoraConfig
+from ..data.encoding import context_length
+from ..data.tokenize import IGNORED, Tokenised, collator
+from ..errors import DoraError, UsageError
+from ..runs import checkpointing as saving
+from ..state import MAGNITUDE
+from .distributed import wait_for_all
+from .loss import LabelLoss
+from .meter import Meter
+from .sampler import SeededSampler
+
+_WEIGHTS = "adapter.safetensors"
+_METER = "meter.json"
+
+
+class LossNotFinite(DoraError):
+    """The loss or its gradient became NaN or infinite; the step was not taken."""
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
+    """Trains what requires a gradient, and saves nothing else.
+
+    Args:
+        model: Adapted.
+        args: Of the stock Trainer.
+        tokenizer: Its padding token fills the batches.
+        train: Tokenised rows.
+        validation: Likewise, or None.
+        adapter: Its learning rates by the kind of a parameter, and whether a checkpoint is an adapter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Tokenised,
+        validation: Tokenised | None,
+        adapter: DoraConfig,
+    ) -> None:
+        self.meter = Meter()
+        self.adapter = adapter
+        self.resumed_from: Path | None = None
+        self.sampler: SeededSampler | None = None
+        self._lengths: list[int] = train.rows["length"][:]
+        self._staging: Path | None = None
+        self._eval_totals: Tensor | None = None
+        with _known_as_adapted(model):
+            super().__init__(
+                model=model,
+                args=args,
+                processing_class=tokenizer,
+                data_collator=collator(tokenizer, context_length(model)),
+                train_dataset=train.rows,
+                eval_dataset=None if validation is None else validation.rows,
+                callbacks=[_Bookkeeper(self)],
+            )
+        # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
+        possible = LabelLoss.possible(model) and not args.torch_compile and args.n_gpu <= 1
+        self.label_loss = LabelLoss(model, args.label_smoothing_factor) if possible else None
+        if self.label_loss is not None:
+            # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
+            self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+
+    def train(self, resume_from_checkpoint: Path | None = None) -> Any:
+        """Train to the end, from the start or from a whole checkpoint."""
+        self.resumed_from = resume_from_checkpoint
+        return super().train(None if resume_from_checkpoint is None else str(resume_from_checkpoint))
+
+    def take_if_done(self, checkpoint: Path | None) -> bool:
+        """Whether the checkpoint is of the last step; then its weights are taken, or the best ones if they are wanted.
+
+        The stock Trainer would make one step too many.
+        """
+        if checkpoint is None:
+            return False
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self.meter.restore(files.read_json(checkpoint / _METER))
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
+        return True
+
+    def leave(self) -> None:
+        """Take off what training put around the model: hooks and automatic casts."""
+        if self.label_loss is not None:
+            self.label_loss.remove()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean over the labels of all accumulated batches."""
+        if self.label_loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._eval_totals is not None:
+            inputs = self._without_repeats(inputs)
+        loss, count = self.label_loss(model, inputs)
+        if self._eval_totals is not None:
+            self._eval_totals += torch.stack([loss.detach().double(), count.double()])
+        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # the labels were counted over all devices, whose gradients are then averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch.
+
+        Raises:
+            LossNotFinite: before the optimizer could spread it.
+        """
+        self.meter.add_tokens(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise LossNotFinite(self._not_finite(f"the loss became {loss.item()}"))
+        return loss
+
+    def check_gradients(self) -> None:
+        """Nothing, when every gradient is finite.
+
+        Raises:
+            LossNotFinite: otherwise; under float16 the gradient scaler handles it.
+        """
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            raise LossNotFinite(self._not_finite("the gradient became NaN or infinite"))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Metrics of the validation rows; leaves the random numbers of training alone."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, with the loss as a mean over labels, so that it does not depend on the batch size."""
+        self._eval_totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            loss, count = self.accelerator.reduce(self._eval_totals, "sum").tolist()
+        finally:
+            self._eval_totals = None
+        if count:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / count
+        return output
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch, with no labels in the rows that only fill up the last one so that every process has as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = IGNORED
+        return {**inputs, "labels": labels}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """What weight decay shrinks: never a magnitude, norm or bias."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(MAGNITUDE)]
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The stock optimizer; what has a learning rate of its own is moved into a group of its own."""
+        fresh = self.optimizer is None
+        with _made_as_asked("optim, optim_args"):
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
+        if not fresh:
+            return optimizer
+        rates = learning_rates(self.model, self.adapter, self.args.learning_rate)
+        for group in list(optimizer.param_groups):
+            members = group["params"]
+            group["params"] = [p for p in members if rates[p] == self.args.learning_rate]
+            for rate in sorted({rates[p] for p in members} - {self.args.learning_rate}):
+                own = [p for p in members if rates[p] == rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """The stock schedule of learning rates."""
+        with _made_as_asked("lr_scheduler_type, lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        args = self.args
+        if args.train_sampling_strategy not in ("group_by_length", "random"):
+            return super()._get_train_sampler(train_dataset)
+        grouped = args.train_sampling_strategy == "group_by_length"
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.sampler = SeededSampler(self._lengths, batch if grouped else None, args.data_seed or args.seed)
+        return self.sampler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_poisoned()
+        folder = Path(self.args.output_dir)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.world_size > 1:
+            self._write_together(final, model, trial)
+        else:
+            with saving.writing(final) as part:
+                self._write(part, final, model, trial)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            saving.prune(folder, self.args.save_total_limit, Path(best) if best else None)
+
+    def _write_together(self, final: Path, model: nn.Module, trial: Any) -> None:
+        """In its place, where every process puts its random numbers; no checkpoint to anyone before it is sealed."""
+        loss_since_log = float(self.accelerator.reduce(self._tr_loss, "mean"))
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        wait_for_all()
+        if self.args.should_save:
+            files.write_json(final / _METER, self.meter.state(loss_since_log, self._globalstep_last_logged))
+            saving.seal(final)
+        wait_for_all()
+
+    def _write(self, part: Path, final: Path, model: nn.Module, trial: Any) -> None:
+        """What the stock Trainer writes, moved up into ``part``, with the paths it will have."""
+        best = self.state.best_model_checkpoint
+        self._staging = part
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        inner = part / final.name
+        for file in inner.iterdir():
+            file.replace(part / file.name)
+        inner.rmdir()
+        is_best = self.state.best_global_step == self.state.global_step
+        self.state.best_model_checkpoint = str(final) if is_best else best
+        self.state.save_to_json(str(part / "trainer_state.json"))
+        files.write_json(part / _METER, self.meter.state(float(self._tr_loss), self._globalstep_last_logged))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        source = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        files.write_tensors(folder / _WEIGHTS, {name: source[name] for name in sorted(_kept(self.model))})
+        if self.adapter.method != "full":
+            save_adapter(self.model, folder)  # so that an earlier state can be scored, merged and converted
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors = files.read_tensors(Path(resume_from_checkpoint) / _WEIGHTS)
+        into = _kept(model or self.model)
+        wrong = sorted(
+            name
+            for name in into.keys() | tensors.keys()
+            if name not in into or name not in tensors or into[name].shape != tensors[name].shape
+        )
+        if wrong:
+            raise DoraError(
+                f"{resume_from_checkpoint} does not fit this model: {len(wrong)} tensors are missing, too many or of "
+                f"another shape, first {wrong[0]!r}"
+            )
+        with torch.no_grad():
+            for name, p in into.items():
+                p.copy_(tensors[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _refuse_poisoned(self) -> None:
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if bad:
+            raise LossNotFinite(self._not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,"))
+
+    def _not_finite(self, what: str) -> str:
+        last = saving.newest(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        return (
+            f"{what} at step {self.state.global_step + 1}; training stopped there, {kept}\n"
+            f"  a lower training.learning_rate (it is {self.args.learning_rate:g}), a longer training.warmup_steps or "
+            "model.dtype: float32 usually help; start again with --overwrite or another out"
+        )
+
+
+@contextmanager
+def _made_as_asked(settings: str) -> Iterator[None]:
+    """What cannot be made of these settings is the user's to mend; only making it shows it."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"training: {settings}: {error}") from error
+
+
+@contextmanager
+def _known_as_adapted(model: Any) -> Iterator[None]:
+    """The stock Trainer refuses a quantised model without PEFT's mark; with the mark the model could not be saved."""
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+
+
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds: all that is trained, and where A and B began, if that was a part of the weight."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith((".start_A", ".start_B"))}
+
+
+class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
+    """Measures the steps, and brings back after a resume what the stock Trainer forgets."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        trainer = self.trainer
+        if trainer.resumed_from is not None:
+            state = files.read_json(trainer.resumed_from / _METER)
+            trainer.meter.restore(state)
+            # the first log line after a resume is a mean over steps of both sessions
+            trainer._tr_loss += state["loss_since_log"]
+            trainer._globalstep_last_logged = state["last_logged"]
+
+    def on_epoch_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        # accelerate does not reach the sampler of a resumed epoch in several processes
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.meter.start()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.check_gradients()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.meter.stop()
