@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import peft as peft
     from .combination import add_weighted_adapter as add_weighted_adapter
     from .config import DoraConfig as DoraConfig
     from .dequantised import merge_report as merge_report
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .inject import merge as merge
     from .inject import remove as remove
     from .inject import save_adapter as save_adapter
+    from .merging import Ingredient as Ingredient
+    from .merging import merge_checkpoint as merge_checkpoint
+    from .models import load_any
     from .several import active_adapter as active_adapter
     from .several import adapter_names as adapter_names
     from .several import adapter_rows as adapter_rows
@@ -31,11 +35,15 @@ if TYPE_CHECKING:
     from .unmerge import merge_adapter as merge_adapter
     from .unmerge import unmerge_adapter as unmerge_adapter
 
-# where each public name lives: found when it is first used, so that `doralib --help` does not import torch
+    load_model = load_any
+
+# where each public name lives, as module or module:name there; found when it is first used, so that `doralib --help`
+# does not import torch
 _HOMES = {
     "AdapterState": "state",
     "DoraConfig": "config",
     "DoraError": "errors",
+    "Ingredient": "merging",
     "LayerAdapter": "state",
     "UsageError": "errors",
     "active_adapter": "several",
@@ -50,8 +58,10 @@ _HOMES = {
     "enable": "inject",
     "hotswap_adapter": "hotswap",
     "load_adapter": "inject",
+    "load_model": "models:load_any",
     "merge": "inject",
     "merge_adapter": "unmerge",
+    "merge_checkpoint": "merging",
     "merge_report": "dequantised",
     "parameter_groups": "groups",
     "remove": "inject",
@@ -60,15 +70,19 @@ _HOMES = {
     "unchanged": "held",
     "unmerge_adapter": "unmerge",
 }
+_MODULES = ("peft",)
 __all__ = [*_HOMES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'doralib' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    module, _, renamed = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), renamed or name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]
