@@ -219,7 +219,7 @@ BANNED = {
 }
 
 
-@each_page
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_words(page):
     text = re.sub(r"dequantise=True|length_normalise", "", page.read_text())  # names in the code
     for word, better in BANNED.items():
