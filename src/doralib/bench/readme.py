@@ -145,7 +145,7 @@ def _machine(reports: Sequence[dict[str, Any]]) -> str:
 
 def _amount(what: str, value: float) -> str:
     """Bytes or seconds."""
-    return human(value) if "bytes" in what else _seconds(value)
+    return human(round(value)) if "bytes" in what else _seconds(value)
 
 
 def _figure(value: float) -> str:
