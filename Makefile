@@ -8,9 +8,11 @@ METHOD ?= dora
 WORKERS ?= 2
 # remembers what was installed from which files; a second run needs no network
 STAMP := $(VENV)/.installed
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
 # make slow: the tests on the real model, once make demo has fetched it
-.PHONY: demo test slow check format bench clean
+.PHONY: demo test slow check format bench tables docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -32,7 +34,20 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/doralib bench all --out benchmarks/results
-	$(BIN)/python -c "from pathlib import Path; from doralib.experiments.bench.readme import update_readme; update_readme(Path('README.md'), Path('benchmarks/results'))"
+	$(MAKE) tables
+
+# README's and docs/bench.md's figures from the files of the last `make bench`
+tables: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from doralib.experiments.bench.readme import update_pages; update_pages(Path('README.md'), Path('docs/bench.md'), Path('benchmarks/results'))"
+
+# the site, in site/index.html; its tools have an environment of their own, which needs no torch
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_STAMP): constraints-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --requirement constraints-docs.txt
+	touch $(DOCS_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

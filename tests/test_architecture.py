@@ -142,6 +142,11 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+def test_doralib_peft_needs_no_import_of_its_own():
+    done = run("import doralib; doralib.peft.accelerate; assert 'peft' in dir(doralib)")
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys\nfrom doralib.cli import main\n"

@@ -1,8 +1,8 @@
-"""For those who stay with PEFT: its DoRA layers, computed by doralib's kernels in place.
+"""Compute PEFT's DoRA layers with doralib's kernels, in place.
 
-Same parameters, same files, same outputs and gradients within rounding; no second base product without dropout, no
-identity matrix, no NaN on zero rows. Nothing is wrapped: each layer's forward is replaced on the instance, and
-`restore` takes it off again.
+Parameters and files stay the same, and outputs and gradients agree within rounding. There is no second base product
+without dropout, no identity matrix, and no NaN on zero rows. Nothing is wrapped: each layer's forward is replaced on
+the instance, and `restore` puts PEFT's own back.
 """
 
 from typing import Any, TypeVar

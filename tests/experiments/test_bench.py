@@ -487,58 +487,122 @@ def test_a_busy_machine_is_named_in_the_report():
     assert report.to_json(where)["goals"] == [{"what": "a | b", "measured": 2.0, "goal": 1.0, "met": False}]
 
 
-def test_the_readme_table_comes_from_the_json(tmp_path):
-    from doralib.experiments.bench.readme import update_readme
+MARKED = "before\n<!-- measured -->\nold 9.99\n<!-- /measured -->\nafter\n"
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- measured -->\nold 9.99\n<!-- /measured -->\nafter\n")
-    with pytest.raises(UsageError, match="doralib bench all"):
-        update_readme(readme, tmp_path)
+
+def written_results(folder):
+    """Two small measurements as `doralib bench` leaves them."""
     machine = {"cpu": "X", "cores": 2, "versions": {"torch": "2"}, "date": "2026-01-01T00", "cores_busy_elsewhere": 0.1}
     goal = {"measured": 1.23456, "goal": 1.0, "met": False}
-    pair = "ours-dora / peft-dora"
     step = {
         "bench": "step",
         "title": "A training step",
         "machine": machine,
-        "goals": [{"what": f"f32: {pair}", **goal}, {"what": f"f32, dropout 0.05: {pair}", **goal}],
+        "goals": [
+            {"what": "f32: ours-dora / peft-lora", **goal},
+            {"what": "f32, dropout 0.05: ours-dora-exact / peft-dora", **goal, "measured": 9.0},
+            {"what": "bf16: ours-dora / peft-lora", **goal, "measured": 0.5, "met": True},
+        ],
         "settings": {"rounds": 5, "r": 16, "dropout": [0.05]},
         "cases": [
-            {"name": "f32", "seconds": {"ours-dora": {"median": 2.0}, "peft-dora": {"median": 3.0}}},
-            {"name": "f32, dropout 0.05", "seconds": {"ours-dora": {"median": 4.0}, "peft-dora": {"median": 5.0}}},
+            {"name": "f32", "seconds": {"ours-dora": {"median": 2.0}, "peft-lora": {"median": 3.0}}},
+            {
+                "name": "f32, dropout 0.05",
+                "seconds": {"ours-dora-exact": {"median": 4.0}, "peft-dora": {"median": 5.0}},
+            },
+            {"name": "bf16", "seconds": {"ours-dora": {"median": 6.0}, "peft-lora": {"median": 7.0}}},
         ],
     }
-    sizes = {"total_bytes": {"ours-dora": {"median": 2e6}, "peft-dora": {"median": 3e6}}}
-    memory = {
-        "bench": "memory",
-        "title": "Peak memory",
+    rank = {
+        "bench": "rank",
+        "title": "A step by rank",
         "machine": machine,
         "goals": [
-            {"what": f"f32, total bytes: {pair}", **goal},
-            {"what": "f32: bytes saved", **goal, "measured": 2e9, "goal": 1e9},
+            {"what": f"f32: ours-dora r{r} / peft-lora r{r}", **goal, "measured": measured}
+            for r, measured in {8: 0.9, 512: 1.1}.items()
         ],
         "settings": {},
-        "cases": [{"name": "f32", "bytes": sizes}],
+        "cases": [],
     }
-    for report in (step, memory):
-        (tmp_path / f"{report['bench']}.json").write_text(json.dumps(report))
-    update_readme(readme, tmp_path)
-    text = readme.read_text()
-    lines = text.splitlines()
-    at = lines.index("**A training step**: `doralib bench step rounds=5 dropout=0.05`")
-    assert lines[at + 4 : at + 6] == [
-        "| f32 | ours-dora 2 s | peft-dora 3 s | 1.23 | 1 | no |",
-        "| f32, dropout 0.05 | ours-dora 4 s | peft-dora 5 s | 1.23 | 1 | no |",
+    memory = {
+        "bench": "memory",
+        "title": "Peak memory, doralib.x",
+        "machine": {**machine, "cores_busy_elsewhere": 0.25},
+        "goals": [
+            {"what": "f32: bytes saved", **goal, "measured": 2e9, "goal": 1e9},
+            {"what": "f32, total bytes: ours-dora / peft-dora", **goal},
+        ],
+        "settings": {},
+        "cases": [
+            {"name": "f32", "bytes": {"total_bytes": {"ours-dora": {"median": 2e6}, "peft-dora": {"median": 3e6}}}}
+        ],
+    }
+    profile = {"bench": "profile", "title": "No goals", "machine": machine, "goals": [], "settings": {}, "cases": []}
+    for report in (memory, rank, step, profile):
+        (folder / f"{report['bench']}.json").write_text(json.dumps(report))
+
+
+def test_the_pages_tables_come_from_the_json(tmp_path):
+    from doralib.experiments.bench.readme import update_pages
+
+    readme, page = tmp_path / "README.md", tmp_path / "bench.md"
+    written_results(tmp_path)
+    readme.write_text(MARKED)
+    page.write_text(MARKED)
+    update_pages(readme, page, tmp_path)
+
+    assert readme.read_text().splitlines() == [
+        "before",
+        "<!-- measured -->",
+        "| what | result | goals met | reproduce with |",
+        "|---|---|---:|---|",
+        "| [A training step](docs/bench.md#a-training-step) | DoRA / PEFT LoRA: 0.5 to 1.23 | 1 of 3 "
+        "| `doralib bench step rounds=5 dropout=0.05` |",
+        "| [Peak memory, doralib.x](docs/bench.md#peak-memory-doralibx) | bytes saved: 2.0 GB (f32) | 0 of 2 "
+        "| `doralib bench memory` |",
+        "| [A step by rank](docs/bench.md#a-step-by-rank) | DoRA / PEFT LoRA: 0.9 to 1.1 | 0 of 2 "
+        "| `doralib bench rank` |",
+        "",
+        "Measured on X, 2 cores, torch 2, 2026-01-01; other processes kept at most 0.25 cores busy.",
+        "<!-- /measured -->",
+        "after",
     ]
-    second = lines.index("**Peak memory**: `doralib bench memory`")
-    assert second > at  # as `doralib bench all` runs them
-    assert lines[second + 4 : second + 6] == [
-        "| f32, total bytes | ours-dora 2.0 MB | peft-dora 3.0 MB | 1.23 | 1 | no |",
+
+    text = page.read_text()
+    lines = text.splitlines()
+    first, second = lines.index("### A training step"), lines.index("### Peak memory, doralib.x")
+    assert first < second  # as `doralib bench all` runs them
+    assert lines[first + 2] == "`doralib bench step rounds=5 dropout=0.05`"
+    assert lines[first + 6 : first + 9] == [
+        "| f32 | ours-dora 2 s | peft-lora 3 s | 1.23 | 1 | no |",
+        "| f32, dropout 0.05 | ours-dora-exact 4 s | peft-dora 5 s | 9 | 1 | no |",
+        "| bf16 | ours-dora 6 s | peft-lora 7 s | 0.5 | 1 | yes |",
+    ]
+    assert lines[second + 2] == "`doralib bench memory`"
+    assert lines[second + 6 : second + 8] == [
         "| f32: bytes saved | 2.0 GB |  |  | 1.0 GB | no |",
+        "| f32, total bytes | ours-dora 2.0 MB | peft-dora 3.0 MB | 1.23 | 1 | no |",
     ]
     assert "9.99" not in text
+    assert "No goals" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+def test_pages_that_cannot_be_filled_are_named_and_left_alone(tmp_path):
+    from doralib.experiments.bench.readme import update_pages
+
+    readme, page, empty = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "empty"
+    empty.mkdir()
+    readme.write_text(MARKED)
+    page.write_text(MARKED)
+    with pytest.raises(UsageError, match="doralib bench all"):
+        update_pages(readme, page, empty)
+    page.write_text("no marks")
+    written_results(tmp_path)
+    with pytest.raises(UsageError, match=r"bench\.md has no lines"):
+        update_pages(readme, page, tmp_path)
+    assert (readme.read_text(), page.read_text()) == (MARKED, "no marks")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

@@ -126,7 +126,7 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise UsageError(
             "training: FSDP was asked for, and doralib train keeps the whole model in each process: launch it as DDP "
-            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/python.md)"
+            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/distributed.md)"
         )
     return made
 

@@ -1,5 +1,7 @@
-"""The README's tables of measured figures, from the goals in the benchmarks' JSON files."""
+"""The measured figures in README and docs/bench.md, from the goals in the benchmarks' JSON files."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +14,86 @@ _START, _END = "<!-- measured -->", "<!-- /measured -->"
 _LINES = ("| case | ours | compared with | ratio | goal | met |", "|---|---:|---:|---:|---:|---|")
 _WORDS = (
     "A ratio is ours over the other: below 1 is faster, or smaller. Subjects take turns; the ratio is the median of "
-    "the rounds' ratios, not the quotient of the two times, each a median of its own. `ours-lora` and `ours-dora` are "
-    "doralib (`-exact` and `-adapter`: its dropout modes), `peft-lora` and `peft-dora` PEFT's own, `base` is the model "
-    "without an adapter; `4x256` is sequences x tokens."
+    "the rounds' ratios, not the quotient of the two times, each of which is a median of its own. `ours-lora` and "
+    "`ours-dora` are doralib (`-exact` and `-adapter` are its dropout modes), `peft-lora` and `peft-dora` are PEFT's "
+    "own, `base` is the model without an adapter; `4x256` means sequences x tokens."
 )
+_SUMMARY = ("| what | result | goals met | reproduce with |", "|---|---|---:|---|")
+_NAMES = {
+    "ours-dora": "DoRA",
+    "ours-lora": "LoRA",
+    "peft-dora": "PEFT DoRA",
+    "peft-lora": "PEFT LoRA",
+    "peft-dora-accelerated": "accelerated PEFT DoRA",
+    "base": "the base model",
+    "time of doralib": "time",
+}
 
 
-def update_readme(readme: Path, results: Path) -> None:
-    """Replace what stands between the marks in a README by a table for each JSON file in the folder.
+def update_pages(readme: Path, page: Path, results: Path) -> None:
+    """Replace what stands between the marks of two pages by the figures of the JSON files in a folder.
+
+    Args:
+        readme: Gets one row for each benchmark.
+        page: Gets a table for each benchmark, with a row for each goal.
+        results: Where `doralib bench` wrote.
 
     Raises:
-        UsageError: if the README has no marks, or the folder no figures.
+        UsageError: if a page has no marks, or the folder no figures; nothing is written then.
     """
-    text = readme.read_text()
     found = [read_json(path) for path in results.glob("*.json")]
     reports = [report for report in found if isinstance(report, dict) and report.get("goals")]
     reports.sort(key=lambda report: list(BENCHES).index(report["bench"]))
-    if _START not in text or _END not in text:
-        raise UsageError(f"{readme} has no lines {_START} and {_END} to write between")
+    texts = {path: path.read_text() for path in (readme, page)}
+    for path, text in texts.items():
+        if _START not in text or _END not in text:
+            raise UsageError(f"{path} has no lines {_START} and {_END} to write between")
     if not reports:
         raise UsageError(f"there are no figures in {results}; make them with: doralib bench all")
-    head, rest = text.split(_START, 1)
+    rows = "\n".join([*_SUMMARY, *map(_summary, reports)])
     tables = "\n\n".join("\n".join(_table(report)) for report in reports)
-    with replacing(readme) as part:
-        words = f"{_WORDS}\n\n{tables}\n\n{_machines(reports)}"
-        part.write_text(f"{head}{_START}\n{words}\n{_END}{rest.split(_END, 1)[1]}")
+    words = {
+        readme: f"{rows}\n\n{_machine(reports)}.",
+        page: f"{_WORDS}\n\n{tables}\n\n{_machine(reports)}. Settings, spread and figures without a goal are in the "
+        "files that `doralib bench` writes.",
+    }
+    for path, text in texts.items():
+        head, rest = text.split(_START, 1)
+        with replacing(path) as part:
+            part.write_text(f"{head}{_START}\n{words[path]}\n{_END}{rest.split(_END, 1)[1]}")
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """One row: the first goal's comparison in all the cases that make it, or its amount; and how many goals are met."""
+    goals = report["goals"]
+    first, case = _compared(goals[0]["what"]), goals[0]["what"].rpartition(": ")[0]
+    same = [goal["measured"] for goal in goals if _compared(goal["what"]) == first]
+    result = f"{first}: {_span(same)}" if " / " in first else f"{first}: {_amount(goals[0]['what'], same[0])} ({case})"
+    met = sum(goal["met"] for goal in goals)
+    title = f"[{report['title']}](docs/bench.md#{_anchor(report['title'])})"
+    return f"| {title} | {result} | {met} of {len(goals)} | `{_command(report)}` |"
+
+
+def _compared(what: str) -> str:
+    """What a goal compares or measures, in a reader's words: without the case, the rank and the unit."""
+    quantity = re.sub(r" r\d+\b|\b(bytes|seconds) of ", "", what.rpartition(": ")[2])
+    return " / ".join(_NAMES.get(side, side) for side in quantity.split(" / "))
+
+
+def _anchor(title: str) -> str:
+    """Of a heading, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = _figure(min(values)), _figure(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _table(report: dict[str, Any]) -> list[str]:
     """What was measured, the command that does it again, and a row for each goal."""
-    return [f"**{report['title']}**: `{_command(report)}`", "", *_LINES, *(_row(report, g) for g in report["goals"])]
+    rows = [_row(report, goal) for goal in report["goals"]]
+    return [f"### {report['title']}", "", f"`{_command(report)}`", "", *_LINES, *rows]
 
 
 def _row(report: dict[str, Any], goal: dict[str, Any]) -> str:
@@ -52,8 +104,7 @@ def _row(report: dict[str, Any], goal: dict[str, Any]) -> str:
         sides = (f"{ours} {values.get(ours, '')}".strip(), f"{other} {values.get(other, '')}".strip())
         cells = (case, *sides, _figure(goal["measured"]), _figure(goal["goal"]))
     else:
-        show = human if "bytes" in quantity else _seconds
-        cells = (goal["what"], show(goal["measured"]), "", "", show(goal["goal"]))
+        cells = (goal["what"], _amount(quantity, goal["measured"]), "", "", _amount(quantity, goal["goal"]))
     return f"| {' | '.join(cells)} | {'yes' if goal['met'] else 'no'} |"
 
 
@@ -81,15 +132,20 @@ def _command(report: dict[str, Any]) -> str:
     return " ".join(["doralib bench", report["bench"], *(f"{key}={value}" for key, value in texts.items())])
 
 
-def _machines(reports: list[dict[str, Any]]) -> str:
+def _machine(reports: Sequence[dict[str, Any]]) -> str:
     """Where and when, and how busy other processes kept the machine."""
     machine = reports[0]["machine"]
     busy = max(float(report["machine"].get("cores_busy_elsewhere", 0.0)) for report in reports)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {versions}, {machine['date'][:10]}; other processes "
-        f"kept at most {busy:.2f} cores busy. Settings, spread, and what has no goal, are in `benchmarks/results/`."
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, {versions}, {machine['date'][:10]}; other processes "
+        f"kept at most {busy:.2f} cores busy"
     )
+
+
+def _amount(what: str, value: float) -> str:
+    """Bytes or seconds."""
+    return human(round(value)) if "bytes" in what else _seconds(value)
 
 
 def _figure(value: float) -> str:
