@@ -4,13 +4,15 @@
 takes its place.
 """
 
-import importlib
 import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import eager
+from .selfcheck import passes
 
 _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
 
@@ -23,18 +25,23 @@ def on_gpu(tensor: Tensor) -> ModuleType | None:
     # a compiler that looks on must not trace the trial
     if key not in _passed and not torch.compiler.is_compiling():
         _passed[key] = _try(*key)
-    return importlib.import_module(".fused", __name__) if _passed.get(key, False) else None
+    return _fused() if _passed.get(key, False) else None
 
 
 def _try(device: torch.device, dtype: torch.dtype) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    trial = importlib.import_module(".trial", __name__)
-    return bool(trial.passes(importlib.import_module(".fused", __name__), device, dtype))
+    return passes(_fused(), device, dtype)
+
+
+def _fused() -> ModuleType:
+    from . import fused  # noqa: PLC0415  # imports triton, which is optional
+
+    return fused
 
 
 def dora_linear(x: Tensor, *operands: Any) -> Tensor:
     """`eager.dora_linear`, by the fastest way there is for x."""
-    module = on_gpu(x) or importlib.import_module(".eager", __name__)
+    module = on_gpu(x) or eager
     y: Tensor = module.dora_linear(x, *operands)
     return y

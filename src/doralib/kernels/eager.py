@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as nnf
 
 from ..functional import effective_weight, sum_dtype
-from .cache import TINY_GAIN, Ready, ready_from
 from .dropout import Dropout, boost, zero_, zeroed
+from .operands import TINY_GAIN, Ready, ready_from
 from .reductions import column_dots, scaled_product_and_dots
 
 # from this many input rows for each input feature on, a weight that is made twice costs less than the passes it saves

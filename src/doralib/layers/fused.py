@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig, FusedParts
 from ..errors import DoraError, UsageError
-from ..kernels.cache import Ready
 from ..kernels.norm import FreshNorm
+from ..kernels.operands import Ready
 from ..state import FusedAdapter, LayerAdapter, blocks
 from .base.linear import Dense
 from .base.opaque import Opaque

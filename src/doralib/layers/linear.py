@@ -7,11 +7,12 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..kernels.cache import Kept, Ready
+from ..kernels.cache import Kept
 from ..kernels.dispatch import dora_linear, on_gpu
 from ..kernels.dropout import Dropout, draw, dropped
 from ..kernels.eager import infer
 from ..kernels.norm import FreshNorm
+from ..kernels.operands import Ready
 from ..state import LayerAdapter, MovedAdapter
 from .base.linear import Dense
 from .base.opaque import Opaque, Quantised
