@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .. import functional as F
 from . import on_gpu
 from .copies import Copy
+from .together import split_rows
 
 
 class NormBase(Protocol):
@@ -193,7 +194,7 @@ def _renewed(batch: list[Change]) -> list[Seen]:
     copy_OR = torch.cat([b_OR.detach() for _, _, b_OR, _ in batch])
     copies = [
         Change(norm, a_RI.detach().clone(), b_OR, s)
-        for (norm, a_RI, _, s), b_OR in zip(batch, copy_OR.split(rows), strict=True)
+        for (norm, a_RI, _, s), b_OR in zip(batch, split_rows(copy_OR, rows), strict=True)
     ]
     n_O = _lengths(copies, copy_OR)
     n_O.masked_fill_(n_O == 0, float("inf"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .copies import Copy
 from .norm import Change, FreshNorm, Seen, fresh
-from .together import Together, at_hand
+from .together import Together, at_hand, split_rows
 
 # below this gain the product is not read back from the output: the output may have underflowed
 TINY_GAIN = 1e-12
@@ -39,6 +39,9 @@ class Ready(NamedTuple):
     """The norm, where the gain is m / n and the gradient is m's."""
     clear: bool | None = None
     """Whether no gain is below TINY_GAIN; None: not known."""
+    columns_OR: Tensor | None = None
+    """A copy of `wide_gsb_OR` laid out by columns, for products of one row: they take half as long. None until a call
+    without gradients asks. A training step never reads it: another layout can give other bits."""
 
 
 class _Wanted(NamedTuple):
@@ -128,8 +131,9 @@ class Kept:
         wanted, made = _Wanted(self, factors, s, bias_O, dtype, n_O), self._made
         if made is None or not made.still(wanted):
             others = [] if self.together is None else self.together.changed(self)
-            by_columns = not torch.is_grad_enabled()
-            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))], by_columns)
+            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))])
+        if made.ready.columns_OR is None and not torch.is_grad_enabled():
+            made = self._made = made._replace(ready=_with_columns(made.ready))
         if self.together is not None and torch.is_grad_enabled() and wanted.has_own_norm() and _are_parameters(factors):
             self._asked = tuple(map(weakref.ref, wanted.watched())), s, bias_O is not None, dtype
             self.together.remember(self)
@@ -177,19 +181,12 @@ def ready_from(
     s: float,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    by_columns: bool = False,
 ) -> Ready:
-    """The same from a gain that is at hand.
-
-    Args:
-        by_columns: Lay ``s g ∘ B`` out so, which takes time; a product of one row with it then takes half as long.
-    """
-    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype, by_columns), a_RI.to(dtype), a_RI)
+    """The same from a gain that is at hand."""
+    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype), a_RI.to(dtype), a_RI)
 
 
-def _by_rows(
-    b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype, by_columns: bool
-) -> _ByRows:
+def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype) -> _ByRows:
     """The fields of `Ready` that have a row for each output, in their order."""
     gs_O1 = rest_O = shift_O = None
     if gain_O is not None:
@@ -198,9 +195,11 @@ def _by_rows(
             rest_O = (gain_O - 1).to(dtype)
             shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
     wide_OR = b_OR * (s if gs_O1 is None else gs_O1)
-    if by_columns:
-        wide_OR = wide_OR.T.contiguous().T
     return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O
+
+
+def _with_columns(ready: Ready) -> Ready:
+    return ready._replace(columns_OR=ready.wide_gsb_OR.T.contiguous().T)
 
 
 def _are_parameters(tensors: Sequence[Tensor]) -> bool:
@@ -211,7 +210,7 @@ def _are_parameters(tensors: Sequence[Tensor]) -> bool:
 # what is made in inference mode could not be used by a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
-def _make(wanted: Sequence[_Wanted], by_columns: bool) -> _Made:
+def _make(wanted: Sequence[_Wanted]) -> _Made:
     """Make these, DoRA's of one rank, scale and dtype in one go; the first is returned."""
     own = [each for each in wanted if each.has_own_norm()]
     seen = fresh([Change(each.kept.norm, each.factors[0], each.factors[1], each.s) for each in own])
@@ -226,9 +225,9 @@ def _make(wanted: Sequence[_Wanted], by_columns: bool) -> _Made:
     # the first, which is asked for, last
     for batch in reversed(batches.values()):
         if len(batch[0].factors) == 2:
-            made = [_made_lora(batch[0], by_columns)]
+            made = [_made_lora(batch[0])]
         else:
-            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch], by_columns)
+            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch])
         for each, new in zip(batch, made, strict=True):
             each.kept._made = new
     return made[0]
@@ -250,7 +249,7 @@ def _basis(wanted: _Wanted, seen: Seen | None) -> _Basis:
     return _Basis(wanted.factors[1].detach(), wanted.n_O, (), None)
 
 
-def _made_batch(batch: list[_Wanted], bases: list[_Basis], by_columns: bool) -> list[_Made]:
+def _made_batch(batch: list[_Wanted], bases: list[_Basis]) -> list[_Made]:
     first, rows = batch[0], [len(each.b_OR) for each in bases]
     # the copies of m and the bias are what the next call is compared with
     m_O = torch.cat([each.factors[2].detach() for each in batch])
@@ -259,19 +258,19 @@ def _made_batch(batch: list[_Wanted], bases: list[_Basis], by_columns: bool) -> 
     gain_O = m_O / torch.cat([each.n_O for each in bases])
     clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
     b_OR = torch.cat([each.b_OR for each in bases])
-    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype, by_columns), m_O, bias_O)
-    columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
+    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
+    columns = [repeat(None) if t is None else split_rows(t, rows) for t in by_rows]
     made = []
     for each, basis, (*parts, own_m_O, own_bias_O) in zip(batch, bases, zip(*columns, strict=False), strict=True):
         a_RI = each.factors[0].detach()
         copies = (*basis.copies, *(Copy(t) for t in (own_m_O, own_bias_O) if t is not None))
-        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear])
+        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear, None])
         made.append(_Made(ready, copies, basis.key, each.n_O, first.s, first.dtype))
     return made
 
 
-def _made_lora(wanted: _Wanted, by_columns: bool) -> _Made:
+def _made_lora(wanted: _Wanted) -> _Made:
     a_RI, b_OR = (p.detach() for p in wanted.factors)
-    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype, by_columns)
+    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype)
     copies = tuple(Copy(t.detach().clone()) for t in wanted.watched())
     return _Made(ready, copies, None, None, wanted.s, wanted.dtype)

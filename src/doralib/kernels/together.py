@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from ..functional import ALIGNMENT
+
 
 class Member(Protocol):
     """One layer's share."""
@@ -63,3 +65,12 @@ def at_hand(refs: Sequence[weakref.ref[Tensor]]) -> tuple[Tensor, ...] | None:
     """The tensors, where all of them live and hold values: FSDP2 frees the memory of a layer that is not computing."""
     found = tuple(t for ref in refs if (t := ref()) is not None and (t.data_ptr() or not t.numel()))
     return found if len(found) == len(refs) else None
+
+
+def split_rows(t: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Each layer's rows of what was made for all, aligned as a tensor of its own would be.
+
+    A product's last bits may follow from the alignment of its operands. They must not follow from which layers were
+    made together.
+    """
+    return [own.clone() if own.is_cpu and own.data_ptr() % ALIGNMENT else own for own in t.split(list(rows))]
