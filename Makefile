@@ -12,13 +12,17 @@ DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
 # make slow: the tests on the real model, once make demo has fetched it
-.PHONY: demo test slow check format bench tables docs clean
+# make test-cpus: the tests of numbers as other CPU models compute
+.PHONY: demo test test-cpus slow check format bench tables docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m "not slow" --numprocesses $(WORKERS) --dist worksteal
+
+test-cpus: $(STAMP)
+	WORKERS=$(WORKERS) PYTEST=$(BIN)/pytest tests/cpus.sh
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow
