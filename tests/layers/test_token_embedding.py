@@ -87,7 +87,7 @@ def test_merged_equals_adapted(kind, dtype):
     assert type(merged) is type(layer.base_layer)
     torch.testing.assert_close(merged(tokens()), layer(tokens()))
     torch.testing.assert_close(
-        layer.gain(), layer.lora_magnitude_vector / layer.norm.constant(*rows(layer), layer.scale)
+        layer.gain(), layer.lora_magnitude_vector / layer.cache.constant_norm(*rows(layer), layer.scale)
     )
 
 
