@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import DoraError, UsageError, did_you_mean
+from .errors import DoraError, UsageError, did_you_mean, list_some
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HOST = socket.gethostname()
@@ -105,8 +106,7 @@ def human(count: int) -> str:
 def names_in(folder: Path) -> str:
     """What a folder holds, the first twelve names, for a message."""
     names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return (", ".join(names[:12]) or "nothing") + more
+    return list_some(names, 12, ", ") or "nothing"
 
 
 def existing(path: str | Path) -> Path:
@@ -154,6 +154,19 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        UsageError: if there is no such file, or it is not YAML.
+    """
+    path = existing(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:

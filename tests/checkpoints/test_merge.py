@@ -185,7 +185,7 @@ def test_row_blocks_give_the_whole_formula_bit_for_bit_and_stay_small(tmp_path, 
         blocks.append(block.nbytes)
         return block
 
-    monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 32 * in_)
     merge_checkpoint(folder, base, tmp_path / "out")
     same(

@@ -152,13 +152,13 @@ def test_eval_reads_an_mlx_folder(tmp_path, tiny_llama_folder, run):
 def test_only_headers_of_the_base_are_read_for_names(tmp_path, tiny_llama_folder, monkeypatch):
     """The merge still streams: names and shapes come without one weight, and no weight is read but the adapted ones."""
     file = written(adapted(), "kohya", tmp_path / "adapter", tiny_llama_folder)
-    read, real = [], sys.modules["doralib.streaming"].read_rows
+    read, real = [], sys.modules["doralib.checkpoints.stream"].read_rows
 
     def recorded(slot, rows):
         read.append(slot.name)
         return real(slot, rows)
 
-    monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     merge_checkpoint(file, tiny_llama_folder, tmp_path / "out")
     assert set(read) == {f"{name}.weight" for name in live.state_of(adapted()).layers}
 

@@ -5,7 +5,6 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..config import DoraConfig
@@ -22,6 +21,7 @@ from .gguf import local_base
 from .load import load_model
 from .lowrank import Approximation, low_rank
 from .safetensors import Checkpoint
+from .verify import compute_logits, logit_error
 
 LORA = "lora"
 TARGETS = (*(name for name, each in FORMATS.items() if each.write), "tensorrt", LORA)
@@ -191,16 +191,12 @@ def _lora_config(config: DoraConfig, state: AdapterState) -> DoraConfig:
 
 
 def _logit_error(found: Found, other: tuple[DoraConfig, AdapterState], base: Path, texts: tuple[str, ...]) -> float:
-    """Root mean square difference of two adapters' logits over that of the first's about their mean."""
-    want = _logits(found.config, found.state, base, texts)
-    got = _logits(*other, base, texts)
-    want, got = (each - each.mean(1, keepdim=True) for each in (want, got))
-    return ((got - want).norm() / want.norm()).item()
+    """How far another adapter's logits are from those of the one that was found."""
+    return logit_error(_logits(*other, base, texts), _logits(found.config, found.state, base, texts))
 
 
-@torch.inference_mode()
 def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[str, ...]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
-    return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+    return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

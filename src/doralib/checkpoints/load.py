@@ -1,7 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
 import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.multiple import set_adapter
 from ..adapters.save_load import load_adapter
 from ..errors import DoraError, Note, UsageError
+from ..files import names_in, read_yaml
 from ..formats.base import Given
 from ..formats.files import base_named_by, holds_adapter
 from ..recipe import ModelSettings
@@ -99,7 +98,7 @@ def _quantization_of(run: Path) -> Any:
     """How the base of a run was quantised, by its recipe."""
     if not (run / "config.yaml").is_file():
         return None
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run / "config.yaml")
     model = recipe.get("model") if isinstance(recipe, dict) else None
     return model.get("quantization") if isinstance(model, dict) else None
 
@@ -143,7 +142,9 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
                     f"model: the run {path} has not been trained to its end: doralib train {place / 'config.yaml'} "
                     f"--resume, or give one of {place / 'checkpoints'}"
                 )
-            raise UsageError(f"model: {path} holds no config.json, so it is no model folder: {_listing(place)}")
+            raise UsageError(
+                f"model: {path} holds no config.json, so it is no model folder; it holds: {names_in(place)}"
+            )
         return str(place), {}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()
     if looks_local:
@@ -159,8 +160,3 @@ def _explained(path: str, error: Exception) -> DoraError:
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return UsageError(f"model: no folder or file {path}, and the hub gave nothing by that name{offline}: {first}")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return json.dumps(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

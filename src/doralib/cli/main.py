@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import console
-from ..errors import DoraError, Note, UsageError, refuse_twice
+from ..errors import DoraError, Note, UsageError, check_given_once
 
 _FIRST = """
 To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
@@ -87,7 +87,7 @@ def train(
     from ..training.job import train as run
     from ..training.recipe_file import read_recipe
 
-    refuse_twice(changes or [])
+    check_given_once(changes or [])
     run(read_recipe(recipe, changes or []), resume=resume, overwrite=overwrite)
 
 
@@ -288,7 +288,7 @@ def bench(
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
-    refuse_twice(options or [])
+    check_given_once(options or [])
     check_writable(out, "--out", folder=True)
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 
