@@ -374,7 +374,8 @@ def test_torchtunes_order_of_rows_depends_on_the_model():
 def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
     config, state, base = adapter(LANGUAGE)
     norms = {name: dense_row_norm(base[name], a.a_RI, a.b_OR, a.scale) for name, a in state.layers.items()}
-    content = tensorrt.write(config, state, norms)
+    given = Given(lengths=lambda _: norms)
+    content = tensorrt.write(config, state, given)
     for name, layer in state.layers.items():
         divided = content.tensors[f"base_model.model.{name}.lora_magnitude_vector"]
         V = base[name] + layer.scale * content.tensors[f"base_model.model.{name}.lora_B.weight"] @ layer.a_RI
@@ -383,7 +384,7 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
         detect(content).read(content, Given())
     with pytest.raises(DoraError, match=r"q_proj \(\d+, \d+\): not in the base model"):
         detect(content).read(content, Given(lengths=lambda state: {}))
-    back = detect(content).read(content, Given(lengths=lambda _: norms)).state
+    back = detect(content).read(content, given).state
     for name, layer in state.layers.items():
         torch.testing.assert_close(back.layers[name].m_O, layer.m_O)
         assert torch.equal(back.layers[name].a_RI, layer.a_RI)
@@ -391,7 +392,7 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
         from_peft(content.tensors, content.settings)
     mixed = adapter(LANGUAGE, ranks=(2, 3))
     with pytest.raises(UsageError, match="one rank"):
-        tensorrt.write(mixed[0], mixed[1], norms)
+        tensorrt.write(mixed[0], mixed[1], given)
 
 
 # ai-toolkit, diffusers

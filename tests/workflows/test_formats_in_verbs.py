@@ -308,7 +308,7 @@ def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
         load_model(str(tmp_path / "adapter"), base=str(tmp_path / "other-model"))
     arguments = ("--base", tmp_path / "other-model", "--prompt", "a", "--max-new-tokens", 1)
     done = subprocess.run(
-        [sys.executable, "-m", "doralib.cli", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
+        [sys.executable, "-m", "doralib", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -10,12 +11,11 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import UsageError, did_you_mean
 from ..files import check_writable
-from ..formats import FORMATS, tensorrt
+from ..formats import FORMATS
 from ..formats.base import Content, Format, Found, Given, config_for
 from ..formats.files import is_one_file, one_part, read_any, refuse_component, write_content
 from ..formats.peft import to_peft
 from ..formats.pipeline import COMPONENTS
-from ..state import AdapterState
 from .adapter import adapted_lengths, knowing
 from .gguf import local_base
 from .load import load_model
@@ -24,15 +24,13 @@ from .safetensors import Checkpoint
 from .verify import compute_logits, logit_error
 
 LORA = "lora"
-TARGETS = (*(name for name, each in FORMATS.items() if each.write), "tensorrt", LORA)
+TARGETS = (*(name for name, each in FORMATS.items() if each.write), LORA)
 # what the layers themselves say, or what only a fresh adapter needs
 _IN_THE_LAYERS = (
     *("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "magnitude_modules", "modules_to_save", "bias"),
     *("d_initial", "projection_prng_key"),
 )
-_NEED_WEIGHTS = ("tensorrt", LORA)
-_OF_PIPELINES = ("kohya", "ai-toolkit", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -82,30 +80,40 @@ def convert_adapter(request: Request) -> Conversion:
         DoraError: if the adapter is damaged, or anything of it would be lost.
     """
     _check(request)
+    is_lora = request.to == LORA
+    into = FORMATS["peft" if is_lora else request.to]
+    assert into.write is not None
     with contextlib.ExitStack() as stack:
         given, base = request.given, None
         if request.base:
             base = stack.enter_context(local_base(request.base, request.out))
             given = knowing(given, base)
         source, found = read_any(request.adapter, given, request.source)
-        _refuse_shared(found.config, request.to)
-        component = request.given.component
-        if component and request.to not in _OF_PIPELINES:
-            refuse_component(found, component)
-        if component or request.to not in _OF_PIPELINES:
-            found = one_part(found, given.component)
-        if request.to not in _NEED_WEIGHTS:
-            writer = FORMATS[request.to]
-            assert writer.write is not None
-            written = write_content(
-                writer.write(found.config, found.state, given), writer, request.out, overwrite=request.overwrite
+        if found.config.method not in into.methods:
+            raise UsageError(
+                f"{found.config.method} shares its random matrices between layers, and {request.to} has no place for "
+                "that: merge it, or take the nearest LoRA (--to lora)"
             )
-            notes = (*found.notes, *_not_kept(found, writer))
-            return Conversion(written, source.name, len(found.state.layers), notes)
-        if base is None:
-            base = stack.enter_context(local_base(_base_of(found, request), request.out))
-        done = _with_weights(request, found, base)
-        return replace(done, source=source.name, notes=(*found.notes, *done.notes))
+        asked = request.given.component
+        if asked and not into.pipelines:
+            refuse_component(found, asked)
+        if asked or not into.pipelines:
+            found = one_part(found, given.component)
+        written, logits = found, None
+        errors: list[Approximation] = []
+        if is_lora or into.needs_weights:
+            base = base or stack.enter_context(local_base(_base_of(found, request), request.out))
+            checkpoint = Checkpoint.open(base)
+            given = replace(given, lengths=partial(adapted_lengths, checkpoint))
+            if is_lora:
+                written, errors = _nearest_lora(found, checkpoint, request)
+        content = into.write(written.config, written.state, given)
+        out = write_content(content, into, request.out, overwrite=request.overwrite)
+        if base and request.texts:
+            want, got = (_logits(each, base, request.texts) for each in (found, written))
+            logits = logit_error(got, want)
+    notes = (*found.notes, *_not_kept(written, into), *([into.note] if into.note else []))
+    return Conversion(out, source.name, len(found.state.layers), notes, tuple(errors), logits)
 
 
 def _check(request: Request) -> None:
@@ -124,23 +132,11 @@ def _check(request: Request) -> None:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
 
 
-def _refuse_shared(config: DoraConfig, to: str) -> None:
-    if config.method not in ("dora", "lora") and to not in ("peft", LORA):
-        raise UsageError(
-            f"{config.method} shares its random matrices between layers, and {to} has no place for that: "
-            "merge it, or take the nearest LoRA (--to lora)"
-        )
-
-
 def _not_kept(found: Found, into: Format) -> list[str]:
     """What the adapter says and the file it is written to does not, or says elsewhere."""
-    config = found.config
-    lost: list[str] = []
-    values = {name: getattr(config, name) for name in type(config).model_fields if name not in _IN_THE_LAYERS}
-    defaults = DoraConfig()
-    for name, value in values.items():
-        if name != "dropout_mode" and value != getattr(defaults, name) and name not in into.keeps:
-            lost.append(f"{name} {value}")
+    config, defaults = found.config, DoraConfig()
+    told = {*_IN_THE_LAYERS, "dropout_mode", *into.keeps}
+    lost = [f"{name} {value}" for name, value in config if name not in told and value != getattr(defaults, name)]
     if config.lora_dropout and "lora_dropout" in into.keeps and config.dropout_mode != into.dropout_mode:
         lost.append(f"dropout_mode {config.dropout_mode}")
     alone = sum(layer.magnitude_alone for layer in found.state.layers.values())
@@ -148,11 +144,11 @@ def _not_kept(found: Found, into: Format) -> list[str]:
     if lost:
         where = (
             "kept in doralib_config.json, which PEFT itself does not read"
-            if into.name == "peft"
+            if into.own_settings
             else f"{into.title} files have no place for it, and training that goes on does without"
         )
         notes.append(f"{', '.join(lost)}: {where}")
-    if alone and into.name != "peft":
+    if alone and not into.own_settings:
         notes.append(f"{alone} layers of magnitude alone are written with A and B of zeros")
     if found.state.base_model and "base_model" not in into.keeps:
         notes.append(f"{into.title} files do not say which model they adapt: it is {found.state.base_model}")
@@ -167,36 +163,16 @@ def _base_of(found: Found, request: Request) -> str:
     return found.state.base_model
 
 
-def _with_weights(request: Request, found: Found, base: Path) -> Conversion:
-    checkpoint = Checkpoint.open(base)
-    peft, count = FORMATS["peft"], len(found.state.layers)
-    if request.to == "tensorrt":
-        content = tensorrt.write(found.config, found.state, adapted_lengths(checkpoint, found.state))
-        written = write_content(content, FORMATS["tensorrt"], request.out, overwrite=request.overwrite)
-        return Conversion(written, "", count, ("TensorRT-LLM ignores magnitudes without --dora_plugin=enable",))
+def _nearest_lora(found: Found, checkpoint: Checkpoint, request: Request) -> tuple[Found, list[Approximation]]:
     assert request.rank is not None
     state, errors = low_rank(found.state, checkpoint, request.rank)
-    config = _lora_config(found.config, state)
-    assert peft.write is not None
-    content = peft.write(config, replace(state, base_model=request.base or state.base_model), request.given)
-    written = write_content(content, peft, request.out, overwrite=request.overwrite)
-    logits = _logit_error(found, (config, state), base, request.texts) if request.texts else None
-    notes = tuple(_not_kept(replace(found, config=config, state=state), peft))
-    return Conversion(written, "", count, notes, tuple(errors), logits)
-
-
-def _lora_config(config: DoraConfig, state: AdapterState) -> DoraConfig:
     kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
-    return config_for(state.layers, **{name: getattr(config, name) for name in kept})
+    config = config_for(state.layers, **{name: getattr(found.config, name) for name in kept})
+    return Found(config, replace(state, base_model=request.base or state.base_model)), errors
 
 
-def _logit_error(found: Found, other: tuple[DoraConfig, AdapterState], base: Path, texts: tuple[str, ...]) -> float:
-    """How far another adapter's logits are from those of the one that was found."""
-    return logit_error(_logits(*other, base, texts), _logits(found.config, found.state, base, texts))
-
-
-def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[str, ...]) -> Tensor:
+def _logits(adapter: Found, base: Path, texts: tuple[str, ...]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
-        write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
+        write_content(Content(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
     return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from ..config import DoraConfig
+from ..errors import raise_problems
 from ..state import AdapterState, LayerAdapter
 from . import kohya
-from .base import Content, Found, Given, config_for, gathered, layers_of, number, only_layers, refuse
+from .base import Content, Found, Given, config_for, gathered, layers_of, number, only_layers
 from .diffusers import with_components
 from .pipeline import component_of
 
@@ -38,7 +39,7 @@ def read(content: Content, given: Given) -> Found:
         return LayerAdapter(part["a"], part["b"], part["m"].flatten() if "m" in part else None, alpha / rank)
 
     layers = layers_of(parts, layer, _DOTTED, problems)
-    refuse(title, problems)
+    raise_problems(title, problems)
     missing = sum("alpha" not in part for part in parts.values())
     assumed = "the rank" if given.alpha is None else f"{given.alpha:g}, as given"
     notes = (f"{missing} layers have no alpha: taken as {assumed}; linear_alpha of the training says",) * bool(missing)

@@ -12,8 +12,6 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 
-_MOST_LINES = 20
-
 
 @dataclass(frozen=True)
 class Content:
@@ -66,22 +64,23 @@ class Format:
     write: Callable[[DoraConfig, AdapterState, Given], Content] | None
     tensors_file: str = "adapter_model.safetensors"
     settings_file: str | None = None
+    """None: the tensors are all there is, in one file."""
     keeps: tuple[str, ...] = ()
     """What its files say besides the layers: settings of training by our names, and base_model."""
     dropout_mode: str = "adapter"
     """What dropout means to the tool."""
-
-
-def refuse(what: str, problems: list[str]) -> None:
-    """Nothing, if there are no problems.
-
-    Raises:
-        DoraError: listing them.
-    """
-    if problems:
-        more = [f"... and {len(problems) - _MOST_LINES} more"] if len(problems) > _MOST_LINES else []
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise DoraError("\n  ".join([f"{what}: {count}", *problems[:_MOST_LINES], *more]))
+    methods: tuple[str, ...] = ("dora", "lora")
+    """Of the adapters that can be written."""
+    pipelines: bool = False
+    """Whether a file may hold adapters of several parts of a diffusion pipeline."""
+    own_settings: bool = False
+    """Whether doralib_config.json is kept beside it, for all that the files themselves have no word for."""
+    needs_weights: bool = False
+    """Whether writing takes the base model's weights: ``Given.lengths``."""
+    variant_of: str | None = None
+    """The format whose names it has too; a file that both take for theirs is of this one."""
+    note: str = ""
+    """What the user of a written file has to know."""
 
 
 def only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("linear",)) -> None:

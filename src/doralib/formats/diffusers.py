@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, raise_problems
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import (
     Content,
@@ -21,7 +21,6 @@ from .base import (
     layers_of,
     number,
     only_layers,
-    refuse,
 )
 from .pipeline import COMPONENTS, component_of, guessed
 
@@ -80,7 +79,7 @@ def read(content: Content, given: Given) -> Found:
         return LayerAdapter(part["a"], part["b"], m_O, scale)
 
     layers = layers_of(parts, layer, _KEYS, problems)
-    refuse("the diffusers adapter", problems)
+    raise_problems("the diffusers adapter", problems)
     dropout = max((own.lora_dropout for own in settings.values()), default=0.0)
     return Found(config_for(layers, lora_dropout=dropout, dropout_mode="exact"), AdapterState(layers), notes)
 

@@ -58,7 +58,7 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
         if likely := unlike(form, content):
             raise UsageError(f"{file}: {likely}\n  read as {form.name}: {str(error).splitlines()[0]}") from None
         raise
-    if form.name == "peft" and content.own:
+    if form.own_settings and content.own:
         found = _with_own(found, content.own, file.parent)
     return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
 
@@ -174,7 +174,7 @@ def write_content(content: Content, into: Format, out: Path, *, overwrite: bool 
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
-    if into.settings_file == "adapter_config.json" and (path.parent / "config.json").is_file():
+    if into.settings_file == _SETTINGS and (path.parent / "config.json").is_file():
         raise UsageError(
             f"{path.parent} is a model's folder, and transformers would load the model that an adapter in it names "
             "instead; choose a folder of its own for the adapter"

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import UsageError
+from ..errors import UsageError, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, config_for, gathered, layers_of, only_layers, refuse
+from .base import Content, Found, Given, config_for, gathered, layers_of, only_layers
 
 _FIELDS = {"dora_layer.lora_A.weight": "a", "dora_layer.lora_B.weight": "b", "magnitude_layer.magnitude": "m"}
 _KEYS = {field: key for key, field in _FIELDS.items()}
@@ -26,7 +26,7 @@ def read(content: Content, _given: Given) -> Found:
     plain = {key.replace("_fsdp_wrapped_module.", ""): tensor for key, tensor in content.tensors.items()}
     parts, problems = gathered(plain, _FIELDS)
     layers = layers_of(parts, _layer, _KEYS, problems)
-    refuse("the fsdp_qlora adapter", problems)
+    raise_problems("the fsdp_qlora adapter", problems)
     return Found(config_for(layers), AdapterState(layers))
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, nearest
+from ..errors import DoraError, UsageError, nearest, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, alpha_of, config_for, gathered, layers_of, number, only_layers, refuse
+from .base import Content, Found, Given, alpha_of, config_for, gathered, layers_of, number, only_layers
 from .pipeline import component_of, within
 
 _KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
@@ -55,7 +55,7 @@ def read(content: Content, given: Given) -> Found:
 
 def read_fields(content: Content, given: Given, keys: Mapping[str, str], title: str) -> Found:
     """The same, with the keys' endings by our field."""
-    refuse(title, _other_kinds(content.tensors))
+    raise_problems(title, _other_kinds(content.tensors))
     parts, problems = gathered(content.tensors, {key: field for field, key in keys.items()})
     names, unresolved = resolved(list(parts), given)
     problems += unresolved
@@ -71,7 +71,7 @@ def read_fields(content: Content, given: Given, keys: Mapping[str, str], title: 
 
     layers = layers_of(parts, layer, keys, problems)
     problems += _misfits({names[name]: layer for name, layer in layers.items() if name in names}, given)
-    refuse(title, problems)
+    raise_problems(title, problems)
     renamed = {names[name]: layer for name, layer in layers.items()}
     assumed = "the rank" if given.alpha is None else f"{given.alpha:g}, as given"
     notes = [f"{len(without_alpha)} layers have no alpha: taken as {assumed}"] if without_alpha else []

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
+from ..errors import DoraError, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, config_for, gathered, layers_of, one_rank, only_layers, refuse
+from .base import Content, Found, Given, config_for, gathered, layers_of, one_rank, only_layers
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
 _FIELDS = {key: field for field, key in _KEYS.items()}
@@ -40,7 +40,7 @@ def read(content: Content, given: Given) -> Found:
         return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s))
 
     layers = layers_of(parts, layer, _KEYS, problems)
-    refuse("the MLX adapter", problems)
+    raise_problems("the MLX adapter", problems)
     axis = "token" if any(layer.kind == "token_embedding" for layer in layers.values()) else "dimension"
     dropout = float(parameters.get("dropout", 0.0))
     config = config_for(layers, lora_dropout=dropout, dropout_mode="adapter", embedding_axis=axis)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DoraError, nearest
+from ..errors import DoraError, nearest, raise_problems
 from ..state import MAGNITUDE
-from .base import Content, Found, Given, refuse
+from .base import Content, Found, Given
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
@@ -53,7 +53,7 @@ def read(content: Content, given: Given) -> Found:
             problems.append(f"{name}: {error}")
             continue
         tensors |= {name + _A: m_O1.new_zeros(1, num_in), name + _B: m_O1.new_zeros(len(m_O1), 1)}
-    refuse("the NVlabs adapter", problems)
+    raise_problems("the NVlabs adapter", problems)
     settings = _peft_settings(content.settings, given, tensors)
     short, whole = ([_inside(name) for name in names] for names in (alone, layers))
     config, state = from_peft(

@@ -3,16 +3,13 @@
 What its own examples/dora/normalize_weights.py makes. The base model's weights give m back.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, raise_problems
 from ..functional import gain
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, only_layers, refuse
+from .base import Content, Found, Given, only_layers
 from .peft import from_peft, to_peft
 
 # nothing else would tell these files from PEFT's, which would then be far off
@@ -41,7 +38,7 @@ def read(content: Content, given: Given) -> Found:
         raise DoraError(f"this adapter is {config.method}, which has no divided magnitudes; leave --from out")
     lengths, named = given.lengths(state), state.layers.items()
     absent = [f"{name} {layer.shape}: not in the base model" for name, layer in named if name not in lengths]
-    refuse("the TensorRT-LLM adapter", absent)
+    raise_problems("the TensorRT-LLM adapter", absent)
     layers = {}
     for name, layer in named:
         assert layer.m_O is not None
@@ -49,24 +46,23 @@ def read(content: Content, given: Given) -> Found:
     return Found(config, replace(state, layers=layers), ("magnitudes are m / n times the rows' lengths in the base",))
 
 
-def write(config: DoraConfig, state: AdapterState, norms: Mapping[str, Tensor]) -> Content:
-    """The adapter for TensorRT-LLM; needs --dora_plugin=enable there, or the magnitudes are ignored.
-
-    Args:
-        norms: length of each output row of W + s B A, by layer.
+def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
+    """The adapter for TensorRT-LLM, each magnitude divided by the length of its row of W + s B A.
 
     Raises:
         UsageError: for LoRA, whole tensors, or ranks and alphas of several kinds, of which its reader knows one.
+        DoraError: if the adapter does not fit the base.
     """
     only_layers(state, "TensorRT-LLM")
     if config.method != "dora":
         raise UsageError("TensorRT-LLM reads a plain LoRA as PEFT writes it: convert --to peft")
     if config.rank_pattern or config.alpha_pattern:
         raise UsageError("TensorRT-LLM reads one rank and one alpha for all layers; this adapter has patterns")
-    divided = {}
+    assert given.lengths is not None
+    divided, lengths = {}, given.lengths(state)
     for name, layer in state.layers.items():
         assert layer.m_O is not None
-        g_O = gain(layer.m_O.to(norms[name].dtype), norms[name]).to(layer.m_O.dtype)
+        g_O = gain(layer.m_O.to(lengths[name].dtype), lengths[name]).to(layer.m_O.dtype)
         divided[name] = LayerAdapter(layer.a_RI, layer.b_OR, g_O, layer.scale, layer.kind)
     tensors, settings = to_peft(config, AdapterState(divided, {}, state.base_model))
     return Content(tensors, {**settings, MARK: True})

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, raise_problems
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import (
     Content,
@@ -24,7 +24,6 @@ from .base import (
     layers_of,
     one_rank,
     only_layers,
-    refuse,
 )
 from .peft import from_peft
 
@@ -86,7 +85,7 @@ def read_live(content: Content, given: Given) -> Found:
         )
 
     layers = layers_of(turned, layer, _KEYS, problems)
-    refuse("the torchtune adapter", problems)
+    raise_problems("the torchtune adapter", problems)
     dropout = float(content.settings.get("lora_dropout", 0.0) or 0.0)
     return Found(config_for(layers, lora_dropout=dropout, dropout_mode="adapter"), AdapterState(layers))
 

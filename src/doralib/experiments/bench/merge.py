@@ -41,7 +41,7 @@ RANK = 16
 _OURS = """
 import sys
 from pathlib import Path
-from doralib.merging import merge_checkpoint
+from doralib import merge_checkpoint
 merge_checkpoint(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
 """
 _PEFT = """
