@@ -13,7 +13,7 @@ from torch import Tensor
 
 from doralib import functional
 from doralib.checkpoints import safetensors as checkpoints
-from doralib.checkpoints.match import fit
+from doralib.checkpoints.match import match_adapter
 from doralib.checkpoints.merge import RECORD, merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -291,10 +291,10 @@ def test_a_square_weight_is_never_guessed(config, names, message):
     slots = {f"{n}.weight": checkpoints.Slot(f"{n}.weight", "F32", sizes[n][::-1], Path(), 0, 0) for n in names}
     state = AdapterState({name: layer(*sizes[name]) for name in names})
     if message is None:
-        assert not fit(state, slots, config).transposed
+        assert not match_adapter(state, slots, config).transposed
         return
     with pytest.raises(DoraError, match=message):
-        fit(state, slots, config)
+        match_adapter(state, slots, config)
 
 
 def test_tied_weights(tmp_path):

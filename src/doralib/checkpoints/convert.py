@@ -12,14 +12,14 @@ from ..config import DoraConfig
 from ..errors import UsageError, did_you_mean
 from ..files import check_writable
 from ..formats import FORMATS
-from ..formats.base import Content, Format, Found, Given, config_for
-from ..formats.files import is_one_file, one_part, read_any, refuse_component, write_content
+from ..formats.base import Format, Hints, ParsedAdapter, RawAdapter, make_config
+from ..formats.files import check_component, is_tensors_file, read_any_format, take_component, write_raw_adapter
 from ..formats.peft import to_peft
 from ..formats.pipeline import COMPONENTS
-from .adapter import adapted_lengths, knowing
-from .gguf import local_base
+from .adapter import compute_adapted_lengths, describe_base
+from .gguf import open_base_folder
 from .load import load_model
-from .lowrank import Approximation, low_rank
+from .lowrank import Approximation, approximate
 from .safetensors import Checkpoint
 from .verify import compute_logits, logit_error
 
@@ -47,7 +47,7 @@ class Request:
     """The format it is in, where its file could be of several."""
     base: str | None = None
     """The base model, for formats that need its names, its heads or its weights."""
-    given: Given = field(default_factory=Given)
+    given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them."""
     rank: int | None = None
     """Of the LoRA."""
@@ -86,9 +86,9 @@ def convert_adapter(request: Request) -> Conversion:
     with contextlib.ExitStack() as stack:
         given, base = request.given, None
         if request.base:
-            base = stack.enter_context(local_base(request.base, request.out))
-            given = knowing(given, base)
-        source, found = read_any(request.adapter, given, request.source)
+            base = stack.enter_context(open_base_folder(request.base, request.out))
+            given = describe_base(given, base)
+        source, found = read_any_format(request.adapter, given, request.source)
         if found.config.method not in into.methods:
             raise UsageError(
                 f"{found.config.method} shares its random matrices between layers, and {request.to} has no place for "
@@ -96,19 +96,19 @@ def convert_adapter(request: Request) -> Conversion:
             )
         asked = request.given.component
         if asked and not into.pipelines:
-            refuse_component(found, asked)
+            check_component(found, asked)
         if asked or not into.pipelines:
-            found = one_part(found, given.component)
+            found = take_component(found, given.component)
         written, logits = found, None
         errors: list[Approximation] = []
         if is_lora or into.needs_weights:
-            base = base or stack.enter_context(local_base(_base_of(found, request), request.out))
+            base = base or stack.enter_context(open_base_folder(_base_of(found, request), request.out))
             checkpoint = Checkpoint.open(base)
-            given = replace(given, lengths=partial(adapted_lengths, checkpoint))
+            given = replace(given, lengths=partial(compute_adapted_lengths, checkpoint))
             if is_lora:
                 written, errors = _nearest_lora(found, checkpoint, request)
         content = into.write(written.config, written.state, given)
-        out = write_content(content, into, request.out, overwrite=request.overwrite)
+        out = write_raw_adapter(content, into, request.out, overwrite=request.overwrite)
         if base and request.texts:
             want, got = (_logits(each, base, request.texts) for each in (found, written))
             logits = logit_error(got, want)
@@ -117,7 +117,7 @@ def convert_adapter(request: Request) -> Conversion:
 
 
 def _check(request: Request) -> None:
-    check_writable(request.out, "--out", folder=not is_one_file(request.out))
+    check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
         hint = did_you_mean(request.to, TARGETS)
@@ -132,7 +132,7 @@ def _check(request: Request) -> None:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
 
 
-def _not_kept(found: Found, into: Format) -> list[str]:
+def _not_kept(found: ParsedAdapter, into: Format) -> list[str]:
     """What the adapter says and the file it is written to does not, or says elsewhere."""
     config, defaults = found.config, DoraConfig()
     told = {*_IN_THE_LAYERS, "dropout_mode", *into.keeps}
@@ -155,7 +155,7 @@ def _not_kept(found: Found, into: Format) -> list[str]:
     return notes
 
 
-def _base_of(found: Found, request: Request) -> str:
+def _base_of(found: ParsedAdapter, request: Request) -> str:
     if not found.state.base_model:
         raise UsageError(
             f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
@@ -163,16 +163,18 @@ def _base_of(found: Found, request: Request) -> str:
     return found.state.base_model
 
 
-def _nearest_lora(found: Found, checkpoint: Checkpoint, request: Request) -> tuple[Found, list[Approximation]]:
+def _nearest_lora(
+    found: ParsedAdapter, checkpoint: Checkpoint, request: Request
+) -> tuple[ParsedAdapter, list[Approximation]]:
     assert request.rank is not None
-    state, errors = low_rank(found.state, checkpoint, request.rank)
+    state, errors = approximate(found.state, checkpoint, request.rank)
     kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
-    config = config_for(state.layers, **{name: getattr(found.config, name) for name in kept})
-    return Found(config, replace(state, base_model=request.base or state.base_model)), errors
+    config = make_config(state.layers, **{name: getattr(found.config, name) for name in kept})
+    return ParsedAdapter(config, replace(state, base_model=request.base or state.base_model)), errors
 
 
-def _logits(adapter: Found, base: Path, texts: tuple[str, ...]) -> Tensor:
+def _logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
-        write_content(Content(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
+        write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
     return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

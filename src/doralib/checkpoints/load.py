@@ -21,11 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.multiple import set_adapter
 from ..adapters.save_load import load_adapter
 from ..errors import DoraError, Note, UsageError
-from ..files import names_in, read_yaml
-from ..formats.base import Given
-from ..formats.files import base_named_by, holds_adapter
+from ..files import list_folder, read_yaml
+from ..formats.base import Hints
+from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
-from .adapter import another_base
+from .adapter import find_other_base
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -54,7 +54,7 @@ def load_base(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
-def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
     """A model for use: a run, an adapter of any format, or whatever `load_base` takes.
 
     Args:
@@ -63,14 +63,14 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         given: what an adapter's file may not say.
     """
     folder = Path(path)
-    if holds_adapter(folder):
-        named = base or base_named_by(folder)
+    if is_adapter(folder):
+        named = base or find_base_name(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantization = None if base else _quantization_of(folder)
         model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
         load_adapter(model, folder, given=given)
-        _note_other_base(path, named)
+        _warn_other_base(path, named)
         return model.eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
@@ -78,9 +78,9 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
     return model.eval(), tokenizer
 
 
-def _note_other_base(adapter: str, base: str) -> None:
+def _warn_other_base(adapter: str, base: str) -> None:
     """Said once its names and shapes are known to fit."""
-    for note in another_base(base_named_by(Path(adapter)), base):
+    for note in find_other_base(find_base_name(Path(adapter)), base):
         warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
@@ -103,7 +103,7 @@ def _quantization_of(run: Path) -> Any:
     return model.get("quantization") if isinstance(model, dict) else None
 
 
-def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
     """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
 
     Raises:
@@ -117,7 +117,7 @@ def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
         raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
     for name, _, path in pairs:
         load_adapter(model, path, name)
-        _note_other_base(path, model.name_or_path)
+        _warn_other_base(path, model.name_or_path)
     if pairs:
         set_adapter(model, pairs[0][0])
     return names
@@ -132,7 +132,7 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
         return str(place.parent), {"gguf_file": place.name}
     if place.is_dir():
         if not (place / "config.json").exists():
-            if holds_adapter(place):
+            if is_adapter(place):
                 raise UsageError(
                     f"model: {path} is an adapter, and no model: give the model that it adapts, or one that it is "
                     "merged into (doralib merge)"
@@ -143,7 +143,7 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
                     f"--resume, or give one of {place / 'checkpoints'}"
                 )
             raise UsageError(
-                f"model: {path} holds no config.json, so it is no model folder; it holds: {names_in(place)}"
+                f"model: {path} holds no config.json, so it is no model folder; it holds: {list_folder(place)}"
             )
         return str(place), {}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()

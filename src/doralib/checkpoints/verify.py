@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.merge import dequantise, merge
 from ..adapters.save_load import load_adapter
 from ..errors import Note
-from ..quantization.error import Requantised
+from ..quantization.error import QuantizationCost
 from .load import load_model
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
@@ -74,7 +74,7 @@ def verify_merge(
     merged: Path,
     adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
-    requantised: Sequence[Requantised] = (),
+    requantised: Sequence[QuantizationCost] = (),
 ) -> Verification:
     """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
 

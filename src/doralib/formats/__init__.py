@@ -2,7 +2,7 @@
 
 from ..errors import DoraError, UsageError, did_you_mean
 from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, peft, tensorrt, torchtune
-from .base import Content, Format
+from .base import Format, RawAdapter
 
 _CONFIG = "adapter_config.json"
 FORMATS = {
@@ -105,47 +105,47 @@ FORMATS = {
 }
 
 
-def detect(content: Content) -> Format:
+def detect_format(raw: RawAdapter) -> Format:
     """The one format that a file is in, by its keys and settings.
 
     Raises:
         DoraError: if it is none, or several.
     """
-    fits = _fitting(content)
+    fits = _fitting(raw)
     if len(fits) == 1:
         return fits[0]
     if fits:
         names = ", ".join(each.name for each in fits)
         raise DoraError(f"the file could be of several formats ({names}); say which")
-    raise DoraError(f"no known adapter has these tensors {_shown(content)}\n  known: {', '.join(FORMATS)}")
+    raise DoraError(f"no known adapter has these tensors {_shown(raw)}\n  known: {', '.join(FORMATS)}")
 
 
-def unlike(form: Format, content: Content) -> str:
+def explain_mismatch(form: Format, raw: RawAdapter) -> str:
     """What a file looks like instead of this format; nothing, if it does look like it."""
-    fits = _fitting(content)
+    fits = _fitting(raw)
     if form in fits:
         return ""
     others = " or ".join(each.name for each in fits)
     if others:
         return f"the file does not look like {form.name} but like {others}; leave --from out, or give --from {others}"
-    return f"the file does not look like {form.name}, nor like any other known adapter {_shown(content)}"
+    return f"the file does not look like {form.name}, nor like any other known adapter {_shown(raw)}"
 
 
-def _fitting(content: Content) -> list[Format]:
+def _fitting(raw: RawAdapter) -> list[Format]:
     """The formats that a file could be in."""
-    fits = [each for each in FORMATS.values() if each.detect(content)]
+    fits = [each for each in FORMATS.values() if each.detect(raw)]
     shared = {each.variant_of for each in fits}
     return [each for each in fits if each.name not in shared]
 
 
-def _shown(content: Content) -> str:
+def _shown(raw: RawAdapter) -> str:
     """The first tensors of a file, and how many there are."""
-    keys = sorted(content.tensors)
-    shown = "\n  ".join(f"{key} {tuple(content.tensors[key].shape)}" for key in keys[:5]) or "no tensors"
+    keys = sorted(raw.tensors)
+    shown = "\n  ".join(f"{key} {tuple(raw.tensors[key].shape)}" for key in keys[:5]) or "no tensors"
     return f"({len(keys)}):\n  {shown}"
 
 
-def format_named(name: str) -> Format:
+def find_format(name: str) -> Format:
     """The format of this name.
 
     Raises:
