@@ -181,12 +181,12 @@ def test_remove_and_merge(several, alone):
 @pytest.mark.parametrize("name", ["kohya", "mlx", "ai-toolkit", "torchtune", "fsdp-qlora"])
 def test_files_of_any_format(several, name, tmp_path):
     from doralib.formats import FORMATS
-    from doralib.formats.base import Given
-    from doralib.formats.files import write_content
+    from doralib.formats.base import Hints
+    from doralib.formats.files import write_raw_adapter
 
-    given, config = inject._knowing(Given(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
+    given, config = inject._knowing(Hints(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
     state = live.state_of(move(doralib.adapt(make_llama(), config), seed=9))
-    write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
+    write_raw_adapter(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
     doralib.load_adapter(several, tmp_path, "theirs")
     assert torch.equal(doralib.set_adapter(several, "theirs")(ids()).logits, want)

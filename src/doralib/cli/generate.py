@@ -10,7 +10,7 @@ from torch import nn
 from ..data.encoding import chat_text, context_length, encode
 from ..errors import DoraError, UsageError
 from ..evaluation.generation import GREEDY, Sampling, stream
-from ..files import existing, read_json, read_text, replacing
+from ..files import find_file, read_json, read_text, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def read_prompts(path: str | Path) -> list[str]:
         UsageError: if there is no such file, it holds no prompt, or a row has none.
         DoraError: if it is not JSON or not UTF-8.
     """
-    path = existing(path)
+    path = find_file(path)
     if path.suffix == ".txt":
         prompts = [line for line in read_text(path).splitlines() if line.strip()]
     elif path.suffix in {".json", ".jsonl"}:

@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..console import console
-from ..errors import DoraError, Note, UsageError, refuse_twice
+from ..errors import DoraError, Note, UsageError, check_given_once
 
 _FIRST = """
 To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
@@ -87,7 +87,7 @@ def train(
     from ..training.job import train as run
     from ..training.recipe_file import read_recipe
 
-    refuse_twice(changes or [])
+    check_given_once(changes or [])
     run(read_recipe(recipe, changes or []), resume=resume, overwrite=overwrite)
 
 
@@ -108,7 +108,7 @@ def evaluate_command(
     from ..evaluation.evaluate import evaluate
     from ..evaluation.task_file import load_tasks
     from ..files import check_writable, write_json
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .evaluate import results_table, wrong_answers
 
     chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
@@ -116,7 +116,7 @@ def evaluate_command(
         raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
     if out is not None:
         check_writable(out, "--out", folder=False)
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Given(alpha=alpha))
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
     results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed)
     console.print(results_table(results, title=model))
     for name, result in results.items():
@@ -150,10 +150,10 @@ def generate(
     """
     from ..adapters.inference import unchanged
     from ..adapters.multiple import set_adapter
-    from ..checkpoints.load import load_model, load_named
+    from ..checkpoints.load import load_model, load_named_adapters
     from ..evaluation import generation
     from ..files import check_writable
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .generate import chat_loop, read_prompts, write_answers
 
     if prompt is not None and file is not None:
@@ -163,8 +163,8 @@ def generate(
     prompts = [prompt] if prompt is not None else read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Given(alpha=alpha))
-    names = load_named(loaded, adapter or [])
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    names = load_named_adapters(loaded, adapter or [])
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
@@ -202,10 +202,10 @@ def merge(
 ) -> None:
     """Fold adapters into a checkpoint."""
     from ..checkpoints.merge import Ingredient
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .merge import merge_command, with_weights
 
-    each = Ingredient(Path(), given=Given(alpha=alpha, component=component))
+    each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
     merge_command(
         with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
     )
@@ -232,10 +232,10 @@ def convert(
     """
     from ..checkpoints.convert import Request
     from ..checkpoints.verify import TEXTS
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .convert import convert as run
 
-    given = Given(alpha=alpha, component=component)
+    given = Hints(alpha=alpha, component=component)
     run(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
 
 
@@ -252,10 +252,10 @@ def inspect(
 
     Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
     """
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .inspect import inspect_adapter
 
-    console.print(inspect_adapter(adapter, base, Given(alpha=alpha, component=component)))
+    console.print(inspect_adapter(adapter, base, Hints(alpha=alpha, component=component)))
 
 
 @app.command()
@@ -288,7 +288,7 @@ def bench(
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
-    refuse_twice(options or [])
+    check_given_once(options or [])
     check_writable(out, "--out", folder=True)
     run_bench(name, out, quick=quick, **dict(option.split("=", 1) for option in options or []))
 

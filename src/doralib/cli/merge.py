@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ..checkpoints.gguf import local_base
+from ..checkpoints.gguf import open_base_folder
 from ..checkpoints.merge import Ingredient, MergeSummary, merge_checkpoint
 from ..checkpoints.verify import verify_merge
 from ..console import console
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..files import check_writable
-from ..formats.files import adapter_file, base_named_by
+from ..formats.files import find_adapter_file, find_base_name
 
 
 def merge_command(
@@ -65,21 +65,21 @@ def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: Ex
     folder = Path()
     for each in adapters:
         with collecting(problems):
-            adapter_file(each.path)
+            find_adapter_file(each.path)
     with collecting(problems):
         check_writable(out, "--out", folder=True)
     with collecting(problems):
         named = base or (None if problems else _named(adapters))
         if named:
             console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
-            folder = stack.enter_context(local_base(named, out))
+            folder = stack.enter_context(open_base_folder(named, out))
     raise_all(problems)
     return folder
 
 
 def _named(adapters: Sequence[Ingredient]) -> str:
     """The one model that all the adapters name as their own."""
-    names = {str(each.path): base_named_by(each.path) for each in adapters}
+    names = {str(each.path): find_base_name(each.path) for each in adapters}
     if silent := [path for path, name in names.items() if not name]:
         raise UsageError(f"{', '.join(silent)} does not say which model it adapts; name it with --base MODEL")
     if len(set(names.values())) > 1:

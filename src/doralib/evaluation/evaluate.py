@@ -13,7 +13,7 @@ from torch import nn
 from ..adapters.inference import unchanged
 from ..console import console
 from ..data.encoding import context_length, encode, pad_token, user_text
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, collecting, raise_all
 from .generation import Sampling, continuations, evaluation_mode
 from .likelihood import Request, log_likelihoods, option_requests, text_requests
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
@@ -126,13 +126,9 @@ def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Exampl
     examples: dict[str, list[Example]] = {}
     problems: list[DoraError] = []
     for task in tasks:
-        try:
+        with collecting(problems):
             examples[task.name] = read_examples(task, limit)
-        except DoraError as error:
-            problems.append(error)
-    if problems:
-        kind = UsageError if any(isinstance(error, UsageError) for error in problems) else DoraError
-        raise kind("\n".join(str(error) for error in problems))
+    raise_all(problems)
     return examples
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.safetensors import Slot, laid_out, write_at
+from ...checkpoints.safetensors import Slot, lay_out, write_at
 from ...config import DoraConfig
 from ...console import console
 from ...errors import DoraError
-from ...files import free_bytes, human, replacing, write_json, write_tensors
+from ...files import format_bytes, free_bytes, replacing, write_json, write_tensors
 from ...formats.peft import to_peft
 from ...functional import BLOCK_ELEMENTS, row_blocks
 from ...state import AdapterState, LayerAdapter
@@ -41,7 +41,7 @@ RANK = 16
 _OURS = """
 import sys
 from pathlib import Path
-from doralib.merging import merge_checkpoint
+from doralib import merge_checkpoint
 merge_checkpoint(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
 """
 _PEFT = """
@@ -97,9 +97,8 @@ def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> di
     base, adapter = write_model(out / f"llama-{layers}-layers", layers)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if free_bytes(out) < 1.1 * size:
-        raise DoraError(
-            f"merging needs {human(size)} more in {out}, {human(free_bytes(out))} are free; ask for less GB"
-        )
+        need, free = format_bytes(size), format_bytes(free_bytes(out))
+        raise DoraError(f"merging needs {need} more in {out}, {free} are free; ask for less GB")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in routes}
     for turn in range(rounds):
         # each goes first in turn: the first to read finds less in the page cache
@@ -178,7 +177,7 @@ def _write_base(base: Path, layers: int) -> None:
 
 
 def _write_shard(path: Path, slots: list[Slot]) -> None:
-    header, placed = laid_out(slots, path, {"format": "pt"})
+    header, placed = lay_out(slots, path, {"format": "pt"})
     path.write_bytes(header)
     # the same noise in every block: neither copying nor merging looks at the numbers
     noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()
@@ -264,7 +263,7 @@ def _is_case(value: Any) -> bool:
 
 
 def _name(part: str, case: dict[str, Any]) -> str:
-    return f"{part}: {case['layers']} of {case['of']} layers, {human(case['bytes'])}"
+    return f"{part}: {case['layers']} of {case['of']} layers, {format_bytes(case['bytes'])}"
 
 
 def _bars(case: dict[str, Any]) -> list[Bar]:
@@ -283,7 +282,7 @@ def _table(case: dict[str, Any]) -> Table:
             [
                 name,
                 f"{medians['seconds']:.1f}",
-                human(round(medians["peak"])),
+                format_bytes(round(medians["peak"])),
                 f"{case['time_over_copy'][name]:.2f}",
                 f"{case['unsynced_time_over_copy'][name]:.2f}",
             ]
