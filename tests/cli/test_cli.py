@@ -261,7 +261,7 @@ def test_what_the_system_refuses_is_told_with_the_file(run, monkeypatch, tmp_pat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x"))
 
-    monkeypatch.setattr("doralib.cli.inspect.list_targets", refuse)
+    monkeypatch.setattr("doralib.cli.targets.list_targets", refuse)
     status, _, err = run("targets", "x")
     assert status == 1
     assert err.startswith(f"doralib: {tmp_path / 'x'}: Permission denied")
@@ -288,7 +288,7 @@ def test_names_are_printed_as_they_are(run, recipe, tmp_path, tiny_llama_folder)
 
 
 def test_targets_cuts_no_name(run, tiny_llama_folder, monkeypatch):
-    monkeypatch.setattr("doralib.console.console.width", 60)
+    monkeypatch.setattr("doralib.cli.console.console.width", 60)
     status, out, _ = run("targets", tiny_llama_folder, "--every")
     assert status == 0
     assert "…" not in out

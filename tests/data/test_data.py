@@ -7,9 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from doralib.data.prepare import IGNORED
 from doralib.data.prompts import STYLES, check_columns
 from doralib.data.rows import RawRows, read, read_both
-from doralib.data.tokenize import IGNORED, Collator, samples, tokenise
+from doralib.data.tokenize import Collator, find_samples, tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings
 
@@ -57,7 +58,7 @@ def run(rows, tokenizer, **settings):
     chosen = DataSettings(**{**SETTINGS, **settings})
     rows = dataset(rows)
     check_columns(chosen, rows.column_names, "t.jsonl")
-    return tokenise(rows, range(1, len(rows) + 1), chosen, tokenizer)
+    return tokenize_rows(rows, range(1, len(rows) + 1), chosen, tokenizer)
 
 
 def learned(row, tokenizer):
@@ -191,7 +192,7 @@ def test_more_than_a_thousand_rows_keep_their_numbers(tokenizer):
 def test_nested_values_are_malformed(tokenizer):
     made = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [["a"], ["b"]]})
     with pytest.raises(UsageError, match=r"(?s)the data set is empty:.*holds a list"):
-        tokenise(made, [1, 2], DataSettings(**SETTINGS), tokenizer)
+        tokenize_rows(made, [1, 2], DataSettings(**SETTINGS), tokenizer)
 
 
 def test_target_without_tokens_is_an_error():
@@ -225,7 +226,7 @@ def test_every_style_names_its_columns(style):
 
 def test_samples_are_prompt_and_answer(tokenizer):
     raw = RawRows(dataset(BAD[2:] + ROWS), None, (1, 2, 3, 4, 5))
-    found = samples(raw, DataSettings(**SETTINGS), tokenizer, 2)
+    found = find_samples(raw, DataSettings(**SETTINGS), tokenizer, 2)
     assert found[1].prompt == "Review: a good film\nSentiment:"
     assert found[1].expected == " positive"
 
@@ -288,7 +289,7 @@ def test_csv_of_another_width_than_its_header_is_refused(tmp_path, cache):
 def test_rows_not_shown_are_announced_only_where_there_are_some(tokenizer):
     for count, told in ((3, 0), (4, 1)):
         rows = dataset([{"text": "a", "label": "b"}] + [{"text": "", "label": "b"}] * count)
-        made = tokenise(rows, range(1, 9), DataSettings(train="t", prompt="text", target="label"), tokenizer)
+        made = tokenize_rows(rows, range(1, 9), DataSettings(train="t", prompt="text", target="label"), tokenizer)
         assert sum("row " in line for line in made.report.examples) == 3
         assert sum("not shown" in line for line in made.report.examples) == told
 
@@ -296,7 +297,7 @@ def test_rows_not_shown_are_announced_only_where_there_are_some(tokenizer):
 def test_samples_are_rows_that_the_model_takes(tokenizer):
     rows = dataset([{"text": "a " * 60, "label": "b"}, {"text": "a", "label": "b"}])
     settings = DataSettings(train="t", prompt="text", target="label", max_length=20)
-    found = samples(RawRows(rows, None, (1, 2)), settings, tokenizer, 5)
+    found = find_samples(RawRows(rows, None, (1, 2)), settings, tokenizer, 5)
     assert [sample.prompt for sample in found] == ["a"]
 
 
@@ -349,7 +350,7 @@ def test_damaged_files(name, text, said, tmp_path, cache):
 def test_a_row_of_another_kind_is_malformed(tmp_path, cache, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n{"txt": "c"}\n{"text": 4}\n')
     rows = read(str(tmp_path / "a.jsonl"), "data.train")
-    made = tokenise(rows, range(1, 5), DataSettings(train="t", target="text"), tokenizer)
+    made = tokenize_rows(rows, range(1, 5), DataSettings(train="t", target="text"), tokenizer)
     assert made.report.dropped == {"malformed": 1, "empty": 1}
     assert [learned(row, tokenizer) for row in made.rows] == ["a<|end|>", "4<|end|>"]
 

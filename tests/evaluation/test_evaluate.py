@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from doralib.cli.evaluate import results_table, wrong_answers
-from doralib.console import console
+from doralib.cli.console import console
+from doralib.cli.eval import results_table, wrong_answers
 from doralib.data.templates import columns_in
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from doralib.cli.bench import rich_table
 from doralib.errors import UsageError
 from doralib.experiments.bench import figures, memory, workload
 from doralib.experiments.bench.counting import ProductCounter, allocations, peak, saved_bytes
@@ -16,7 +17,7 @@ from doralib.experiments.bench.measure import Neighbours, Rounds, Turn, interlea
 from doralib.experiments.bench.options import LayerOptions, MergeOptions, StepOptions, batch_of
 from doralib.experiments.bench.runner import BENCHES, run_bench
 from doralib.experiments.bench.subjects import SUBJECTS, Adapter, build, nudge, pairs, share, trained, usual
-from doralib.experiments.bench.tables import Bar, Bars, Goal, Report, markdown, rich_table, timing_table
+from doralib.experiments.bench.tables import Bar, Bars, Goal, Report, markdown, timing_table
 from doralib.experiments.bench.workload import TrainingStep, base_model, token_batch
 from doralib.runs import plots
 

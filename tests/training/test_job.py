@@ -27,7 +27,7 @@ import doralib
 from doralib.adapters.adapt import adapt
 from doralib.adapters.registry import trainable
 from doralib.config import DoraConfig
-from doralib.data.tokenize import Collator, tokenise
+from doralib.data.tokenize import Collator, tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.runs import checkpointing as saving
@@ -35,6 +35,8 @@ from doralib.training import arguments as training_keys
 from doralib.training import recipe_file as reading
 from doralib.training.job import Interrupted, fine_tune, train
 from doralib.training.loss import LabelLoss
+from doralib.training.modalities import text
+from doralib.training.modality import Prepared
 from doralib.training.recipe_file import packaged, read_recipe
 from doralib.training.sampler import SeededSampler
 from doralib.training.trainer import AdapterTrainer, LossNotFinite
@@ -113,7 +115,7 @@ def weights(run):
 
 def batch(tokenizer, count=6):
     settings = DataSettings(train="t", prompt="{text}", target=" {label}")
-    made = tokenise(_dataset(count), range(1, count + 1), settings, tokenizer)
+    made = tokenize_rows(_dataset(count), range(1, count + 1), settings, tokenizer)
     return Collator(0)(list(made.rows))
 
 
@@ -241,8 +243,8 @@ def wait_for(condition, seconds=300):
 def test_killed_and_resumed_is_the_same_run(recipe, whole, tmp_path):
     wanted = recipe(out="killed")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
-    code = f"from doralib.recipes.text import *; train(read_recipe({str(tmp_path / 'recipe.yaml')!r}, []))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "doralib", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = Path(wanted.out)
     try:
         # while a checkpoint is being written, or just after
@@ -367,9 +369,10 @@ def make_trainer(recipe, tmp_path, **settings):
     tokenizer, model = make_tokenizer(), make_llama()
     chosen = recipe(**settings)
     adapt(model, chosen.adapter)
-    made = tokenise(_dataset(24), range(1, 25), chosen.data, tokenizer)
+    made = tokenize_rows(_dataset(24), range(1, 25), chosen.data, tokenizer)
     args = training_keys.arguments(chosen, tmp_path / "ck")
-    return AdapterTrainer(model, args, tokenizer, made, made, chosen.adapter)
+    data = Prepared(made, made, [])
+    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer), data, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])

@@ -152,13 +152,13 @@ def test_eval_reads_an_mlx_folder(tmp_path, tiny_llama_folder, run):
 def test_only_headers_of_the_base_are_read_for_names(tmp_path, tiny_llama_folder, monkeypatch):
     """The merge still streams: names and shapes come without one weight, and no weight is read but the adapted ones."""
     file = written(adapted(), "kohya", tmp_path / "adapter", tiny_llama_folder)
-    read, real = [], sys.modules["doralib.streaming"].read_rows
+    read, real = [], sys.modules["doralib.checkpoints.stream"].read_rows
 
     def recorded(slot, rows):
         read.append(slot.name)
         return real(slot, rows)
 
-    monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     merge_checkpoint(file, tiny_llama_folder, tmp_path / "out")
     assert set(read) == {f"{name}.weight" for name in live.state_of(adapted()).layers}
 
@@ -308,7 +308,7 @@ def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
         load_model(str(tmp_path / "adapter"), base=str(tmp_path / "other-model"))
     arguments = ("--base", tmp_path / "other-model", "--prompt", "a", "--max-new-tokens", 1)
     done = subprocess.run(
-        [sys.executable, "-m", "doralib.cli", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
+        [sys.executable, "-m", "doralib", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,

@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.gguf import expand_gguf
-from ..console import console
 from ..errors import DoraError
 from ..files import human, read_json, replacing, write_json
+from .console import console
 
 DEFAULT_CACHE = Path("~/.cache/doralib")
 NUM_TEST_MOVIES = 1000

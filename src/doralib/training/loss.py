@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..data.tokenize import IGNORED
+from ..data.prepare import IGNORED
 
 
 class LabelLoss:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -21,14 +20,14 @@ from .. import files
 from ..adapters.param_groups import learning_rates
 from ..adapters.save_load import save_adapter
 from ..config import DoraConfig
-from ..data.encoding import context_length
-from ..data.tokenize import IGNORED, Tokenised, collator
+from ..data.prepare import IGNORED
 from ..errors import DoraError, UsageError
 from ..runs import checkpointing as saving
 from ..state import MAGNITUDE
 from .distributed import wait_for_all
 from .loss import LabelLoss
 from .meter import Meter
+from .modality import Collate, Prepared
 from .sampler import SeededSampler
 
 _WEIGHTS = "adapter.safetensors"
@@ -45,9 +44,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     Args:
         model: Adapted.
         args: Of the stock Trainer.
-        tokenizer: Its padding token fills the batches.
-        train: Tokenised rows.
-        validation: Likewise, or None.
+        processor: The model's tokenizer or processor, which checkpoints keep.
+        collate: Makes a batch of rows.
+        data: Rows to train on and, if there are some, to measure the loss on.
         adapter: Its learning rates by the kind of a parameter, and whether a checkpoint is an adapter.
     """
 
@@ -55,26 +54,26 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        tokenizer: PreTrainedTokenizerBase,
-        train: Tokenised,
-        validation: Tokenised | None,
+        processor: Any,
+        collate: Collate,
+        data: Prepared,
         adapter: DoraConfig,
     ) -> None:
         self.meter = Meter()
         self.adapter = adapter
         self.resumed_from: Path | None = None
         self.sampler: SeededSampler | None = None
-        self._lengths: list[int] = train.rows["length"][:]
+        self._lengths: list[int] = data.train.rows["length"][:]
         self._staging: Path | None = None
         self._eval_totals: Tensor | None = None
         with _known_as_adapted(model):
             super().__init__(
                 model=model,
                 args=args,
-                processing_class=tokenizer,
-                data_collator=collator(tokenizer, context_length(model)),
-                train_dataset=train.rows,
-                eval_dataset=None if validation is None else validation.rows,
+                processing_class=processor,
+                data_collator=collate,
+                train_dataset=data.train.rows,
+                eval_dataset=data.validation and data.validation.rows,
                 callbacks=[_Bookkeeper(self)],
             )
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
@@ -147,10 +146,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return loss
 
     def check_gradients(self) -> None:
-        """Nothing, when every gradient is finite.
+        """Check that every gradient is finite; under float16 the gradient scaler does.
 
         Raises:
-            LossNotFinite: otherwise; under float16 the gradient scaler handles it.
+            LossNotFinite: if one is not.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):

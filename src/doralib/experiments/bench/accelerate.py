@@ -1,18 +1,20 @@
 """A PEFT user's training step before and after `doralib.peft.accelerate`."""
 
+import logging
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...console import console
 from ...peft import accelerate
 from .options import AccelerateOptions, batch_of, switched
 from .step import case_name, time_steps
 from .subjects import ACCELERATED, REFERENCE, Adapter, build, known, nudge, trained
 from .tables import Bars, Report, Table, ratio_bars, ratio_goal, timing_table
 from .workload import base_model, token_batch
+
+log = logging.getLogger(__name__)
 
 BEFORE = "peft-dora"
 
@@ -28,7 +30,7 @@ def bench_accelerate(options: AccelerateOptions) -> Report:
         for tokens, dropout, checkpointing in product(options.tokens, options.dropout, switched(options.checkpointing)):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
             name = case_name(settings)
-            console.print(f"accelerate: {name}")
+            log.info(f"accelerate: {name}")
             summary = time_steps(base, settings, options, names)
             cases.append({"name": name, "settings": {**settings, **described}, "agreement": agreement, **summary})
             bars.groups[name] = ratio_bars(summary)

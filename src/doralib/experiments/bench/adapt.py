@@ -1,5 +1,6 @@
 """How long it takes to put adapters on a model in the shape of LLaMA-3-8B, beside PEFT's get_peft_model."""
 
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...console import console
 from ...files import human
 from .counting import allocations, peak
 from .measure import Turn, interleave, spread
 from .options import AdaptOptions
 from .subjects import SUBJECTS, TARGETS, Adapter, share
 from .tables import Bar, Bars, Goal, Report, Table, ms
+
+log = logging.getLogger(__name__)
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
 PASS = "one pass"
@@ -26,11 +28,11 @@ _SECONDS = 10.0
 def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
     adapter = Adapter(options.r)
-    console.print("adapt: meta")
+    log.info("adapt: meta")
     cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
     if count:
-        console.print(f"adapt: {count} real layers")
+        log.info(f"adapt: {count} real layers")
         cases.append(_case("real", _llama(options, count, vocab=256, real=True), adapter, options))
     bars = Bars("Putting adapters on", "seconds", line=None)
     bars.groups = {

@@ -1,12 +1,12 @@
 """One adapted layer: time, matrix products, memory kept for the backward pass, largest temporary of a norm refresh."""
 
+import logging
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...console import console
 from ...files import human
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
@@ -15,6 +15,8 @@ from .options import LayerOptions, batch_of, sizes
 from .subjects import Adapter, build, known, nudge, pairs, usual
 from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
 from .tables import ms as milliseconds
+
+log = logging.getLogger(__name__)
 
 _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
@@ -62,7 +64,7 @@ def bench_layer(options: LayerOptions) -> Report:
     for shape, dtype, tokens, dropout in product(options.shapes, options.dtype, options.tokens, options.dropout):
         settings = {"shape": shape, "dtype": dtype, "tokens": tokens, "dropout": dropout, "r": options.r}
         name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        console.print(f"layer: {name}")
+        log.info(f"layer: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)
         bars.groups[name] = ratio_bars(case)

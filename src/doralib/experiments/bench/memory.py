@@ -2,10 +2,11 @@
 
 Two numbers: what torch's CPU allocator held at most over what it held before the step (exact, from the profiler's
 allocation events), and the peak of the process's resident memory, as the kernel counts it (Linux only). Run as
-``python -m doralib.bench.memory REQUEST.json ANSWER.json`` this module measures one subject.
+``python -m doralib.experiments.bench.memory REQUEST.json ANSWER.json`` this module measures one subject.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...console import console
 from ...errors import DoraError
 from ...files import human, read_json, write_json
 from .counting import allocations, peak
@@ -23,6 +23,8 @@ from .options import MemoryOptions, batch_of, switched
 from .subjects import REFERENCE, Adapter, build, known, pairs, usual
 from .tables import Bars, Goal, Report, Table, ratio_bars
 from .workload import TrainingStep, base_model, token_batch
+
+log = logging.getLogger(__name__)
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc otherwise keeps freed blocks of up to 32 MB, and how many depends on the order of calls
@@ -41,7 +43,7 @@ def bench_memory(options: MemoryOptions) -> Report:
         settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
         name = f"{dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
         name += ", checkpointing" * checkpointing
-        console.print(f"memory: {name}")
+        log.info(f"memory: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)
         bars.groups[name] = ratio_bars({"ratios": case["ratios"]["total_bytes"]})
@@ -122,7 +124,7 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         write_json(asked, request)
-        command = [sys.executable, "-W", "ignore", "-m", "doralib.bench.memory", str(asked), str(answered)]
+        command = [sys.executable, "-W", "ignore", "-m", __name__, str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _ALLOCATOR)
         if done.returncode:
             raise DoraError(f"measuring {json.dumps(request)} failed:\n{done.stderr[-2000:]}")

@@ -1,5 +1,6 @@
 """Where a training step's time goes, operator by operator: why a method costs more than another."""
 
+import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ...console import console
 from .measure import spread
 from .options import ProfileOptions, batch_of
 from .step import case_name
 from .subjects import Adapter, build, known
 from .tables import Bar, Bars, Report, Table
 from .workload import TrainingStep, base_model, token_batch
+
+log = logging.getLogger(__name__)
 
 SUBJECTS = ("frozen", "peft-lora", "peft-dora", "ours-lora", "ours-dora")
 # so many operators by name; the rest is one row
@@ -30,7 +32,7 @@ def bench_profile(options: ProfileOptions) -> Report:
         for tokens, dropout in product(options.tokens, options.dropout):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": False}
             name = case_name(settings)
-            console.print(f"profile: {name}")
+            log.info(f"profile: {name}")
             case = _case(base, settings, names, options)
             cases.append({"name": name, "settings": {**settings, **described}, "subjects": case})
             bars.groups[name] = [

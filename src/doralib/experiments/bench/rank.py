@@ -1,15 +1,17 @@
 """How a training step's time grows with the rank."""
 
+import logging
 from typing import Any
 
 from torch import nn
 
-from ...console import console
 from .measure import Turn, interleave
 from .options import RankOptions, batch_of
 from .subjects import REFERENCE, Adapter, build, known
 from .tables import Bar, Bars, Goal, Report, Table, ms, ratio_text
 from .workload import TrainingStep, base_model, token_batch
+
+log = logging.getLogger(__name__)
 
 SUBJECTS = (REFERENCE, "ours-dora")
 
@@ -24,7 +26,7 @@ def bench_rank(options: RankOptions) -> Report:
         base, described = base_model(options.model, options.layers, dtype)
         for tokens in options.tokens:
             name = f"{dtype}, {tokens} tokens"
-            console.print(f"rank: {name}")
+            log.info(f"rank: {name}")
             summary = _case(base, tokens, names, options)
             cases.append({"name": name, "settings": {"dtype": dtype, "tokens": tokens, **described}, **summary})
             tables.append(_table(name, summary, names, options.ranks))

@@ -1,17 +1,19 @@
 """A whole training step of a language model, by every method in turn."""
 
+import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 from torch import nn
 
-from ...console import console
 from .measure import Rounds, Turn, interleave
 from .options import StepOptions, batch_of, switched
 from .subjects import Adapter, build, known, pairs, usual
 from .tables import Bars, Goal, Report, ratio_bars, ratio_goal, timing_table
 from .workload import TrainingStep, base_model, token_batch
+
+log = logging.getLogger(__name__)
 
 
 def bench_step(options: StepOptions) -> Report:
@@ -23,7 +25,7 @@ def bench_step(options: StepOptions) -> Report:
         base, described = base_model(options.model, options.layers, dtype)
         for tokens, dropout, checkpointing in product(options.tokens, options.dropout, switched(options.checkpointing)):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-            console.print(f"step: {case_name(settings)}")
+            log.info(f"step: {case_name(settings)}")
             names = list(options.subjects or usual(dtype, dropout))
             summary = time_steps(base, settings, options, names)
             cases.append({"name": case_name(settings), "settings": {**settings, **described}, **summary})

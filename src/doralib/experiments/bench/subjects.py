@@ -13,16 +13,9 @@ from ...config import DoraConfig
 from ...errors import UsageError, did_you_mean
 from ...peft import accelerate
 
-try:
-    import peft
-    from peft.helpers import DoraCaching
-except ImportError:
-    raise UsageError("the benchmarks compare with PEFT, which is not installed: pip install peft==0.21.2") from None
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 REFERENCE = "peft-lora"
 ACCELERATED = "peft-dora-accelerated"
-PeftNormCache = DoraCaching
 FLOOR = "frozen"
 
 
@@ -37,6 +30,19 @@ class Adapter(NamedTuple):
     def alpha(self) -> int:
         """s = 2 at every rank."""
         return 2 * self.r
+
+
+def import_peft() -> Any:
+    """The package `peft`.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        import peft.helpers  # noqa: PLC0415  only a measurement needs it
+    except ImportError:
+        raise UsageError("the benchmarks compare with PEFT, which is not installed: pip install peft==0.21.2") from None
+    return peft
 
 
 def build(name: str, base: nn.Module, adapter: Adapter) -> nn.Module:
@@ -124,6 +130,7 @@ def _ours(
 
 
 def _peft(model: nn.Module, adapter: Adapter, *, use_dora: bool, float32_masters: bool = True) -> nn.Module:
+    peft = import_peft()
     settings: dict[str, Any] = {
         "r": adapter.r,
         "lora_alpha": adapter.alpha,
