@@ -14,7 +14,7 @@ import doralib
 from doralib.config import DoraConfig
 from doralib.experiments.bench.runner import BENCHES
 from doralib.recipe import Recipe
-from doralib.training.recipe_file import packaged
+from doralib.training.recipe_file import packaged_recipes
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -347,7 +347,7 @@ def test_help_names_every_measurement_and_recipe(run):
     _, out, _ = run("bench", "--help")
     assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
     _, out, _ = run("train", "--help")
-    assert all(name in out for name in packaged())
+    assert all(name in out for name in packaged_recipes())
 
 
 def test_every_setting_is_listed_with_its_default_and_meaning(run):

@@ -3,6 +3,7 @@
 import io
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -640,3 +641,12 @@ def test_the_line_of_the_reference_crosses_no_title(tmp_path, monkeypatch):
     assert len(spans) == len(titles) == 2
     assert not any(low <= at <= high for at in titles for low, high in spans)
     assert not [line for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_without_peft_the_rows_are_there_and_a_measurement_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft.helpers", None)
+    model = OneLayer(4, 3, torch.float32)
+    build("ours-dora", model, Adapter(2, targets=("proj",)))
+    for call in (lambda: build("peft-dora", model, Adapter(2)), lambda: run_bench("layer", tmp_path)):
+        with pytest.raises(UsageError, match="PEFT, which is not installed: pip install peft"):
+            call()

@@ -37,7 +37,7 @@ from doralib.training.job import Interrupted, fine_tune, train
 from doralib.training.loss import LabelLoss
 from doralib.training.modalities import text
 from doralib.training.modality import Prepared
-from doralib.training.recipe_file import packaged, read_recipe
+from doralib.training.recipe_file import packaged_recipes, read_recipe
 from doralib.training.sampler import SeededSampler
 from doralib.training.trainer import AdapterTrainer, LossNotFinite
 
@@ -668,7 +668,7 @@ def test_unusable_data_leave_nothing_behind(recipe, tmp_path):
 
 
 def test_recipes_are_read_and_overridden(tmp_path):
-    assert "sentiment" in packaged()
+    assert "sentiment" in packaged_recipes()
     made = read_recipe("sentiment", ["training.max_steps=3", "adapter.target_modules=[q_proj]", "out=there"])
     assert made.training["max_steps"] == 3
     assert made.adapter.target_modules == ("q_proj",)
@@ -734,7 +734,16 @@ def test_torchs_own_words_for_a_full_disk(tmp_path):
         raise RuntimeError("shapes differ")
 
 
-@pytest.mark.parametrize("name", packaged())
+def test_a_recipe_in_a_folder_has_the_folders_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_FOLDER", tmp_path)
+    (tmp_path / "qdora").mkdir()
+    (tmp_path / "qdora" / "llama.yaml").write_text("model: {path: m}\ndata: {train: t}\nout: there")
+    assert read_recipe("qdora/llama", []).out == "there"
+    with pytest.raises(UsageError, match="did you mean 'qdora/llama'"):
+        read_recipe("qdora/lama", [])
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_are_whole(name):
     recipe = read_recipe(name, [])
     assert training_keys.check(recipe).keys() == recipe.training.keys()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from .. import files
 from ..errors import DoraError, UsageError
 from ..recipe import Recipe
 from . import checkpointing as saving
+from .machine import cpu_name, package_versions
 
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
 
@@ -59,7 +59,7 @@ class RunFolder:
         return whole if whole.exists() else self.path / "adapter_model.safetensors"
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-        """Nothing, when this recipe may write here in this way.
+        """Check that this recipe may write here in this way.
 
         Raises:
             UsageError: if a run stands there and neither was asked for, or what was asked for cannot be.
@@ -128,26 +128,13 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(_PACKAGES),
         "commit": commit,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:
