@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..experiments.bench.tables import Report, Table
 
 
-def bench(
+def bench_command(
     name: Annotated[
         str,
         typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, profile, merge or all."),

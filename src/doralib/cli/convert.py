@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BAD = 0.1
 
 
-def convert(
+def convert_command(
     adapter: Annotated[Path, typer.Argument(help="A file, or a folder that holds one.")],
     to: Annotated[str, typer.Option(help="peft, kohya, ai-toolkit, diffusers, mlx, torchtune, tensorrt, lora ...")],
     out: Annotated[Path, typer.Option(help="A folder, or one .safetensors file.")],
@@ -40,10 +40,10 @@ def convert(
     from ..formats.base import Given
 
     given = Given(alpha=alpha, component=component)
-    convert_command(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
+    convert_and_show(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
 
 
-def convert_command(request: "Request") -> "Conversion":
+def convert_and_show(request: "Request") -> "Conversion":
     """Convert, and tell the user what was done and assumed.
 
     Raises:

@@ -22,7 +22,7 @@ _SEEN = "movies"
 _SENTENCE = "Review: A slow start, but by the end I did not want it to stop.\nSentiment:"
 
 
-def demo(
+def demo_command(
     method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     cache: Annotated[
@@ -56,14 +56,14 @@ def run_demo(
     from ..training import job
     from ..training.recipe_file import read_recipe
     from .demo_assets import DEFAULT_CACHE, demo_assets
-    from .merge import merge_command
+    from .merge import merge_and_show
 
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
     check_writable(out, "--out", folder=True)
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
-    run = _free_folder(out, method)
+    run = _find_free_folder(out, method)
     _announce(method, cache, run, read_recipe("demo", list(changes)).training["max_steps"])
     assets = demo_assets(cache)
     overrides = _overrides(method, assets, run)
@@ -73,11 +73,11 @@ def run_demo(
         job.train(recipe, tick=tick)
     merged = run.with_name(f"{run.name}-merged")
     _step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
-    merge_command([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
+    merge_and_show([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
     seen = str(assets.tasks[_SEEN])
     limit = ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
     _step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])
-    same = _same_answers(run, merged, seen, recipe)
+    same = _check_answers(run, merged, seen, recipe)
     _conclude(run, merged, same, time.perf_counter() - started)
     return run
 
@@ -99,7 +99,7 @@ def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
     )
 
 
-def _free_folder(out: Path, method: str) -> Path:
+def _find_free_folder(out: Path, method: str) -> Path:
     """The first of METHOD, METHOD-2, METHOD-3 ... that neither a run nor its merged model has taken."""
     names = itertools.chain([method], (f"{method}-{i}" for i in itertools.count(2)))
     return next(out / name for name in names if not (out / name).exists() and not (out / f"{name}-merged").exists())
@@ -122,7 +122,7 @@ def _step(number: int, title: str, command: Sequence[str]) -> None:
     console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _same_answers(run: Path, merged: Path, task: str, recipe: "Recipe") -> int:
+def _check_answers(run: Path, merged: Path, task: str, recipe: "Recipe") -> int:
     """How many answers of the merged model were compared with the adapted one's and found equal: all.
 
     Raises:

@@ -20,7 +20,7 @@ _WRONG_SHOWN = 5
 _PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
 
-def score(
+def eval_command(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Names or YAML files, separated by commas.")],
     out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,

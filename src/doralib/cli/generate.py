@@ -10,7 +10,7 @@ from .console import console
 from .options import Alpha, Base, Batch, Dtype, Model, Seed
 
 
-def generate(
+def generate_command(
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt.")] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..state import AdapterState, LayerAdapter
 
 
-def inspect(
+def inspect_command(
     adapter: Annotated[Path, typer.Argument(help="A run, an adapter folder or a file of any format.")],
     base: Annotated[
         str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")

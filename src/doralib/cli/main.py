@@ -12,16 +12,16 @@ import typer
 
 from .. import __version__
 from ..errors import DoraError, Note
-from .bench import bench
+from .bench import bench_command
 from .console import print_log
-from .convert import convert
-from .demo import demo
-from .eval import score
-from .generate import generate
-from .inspect import inspect
-from .merge import merge
-from .targets import targets
-from .train import train
+from .convert import convert_command
+from .demo import demo_command
+from .eval import eval_command
+from .generate import generate_command
+from .inspect import inspect_command
+from .merge import merge_command
+from .targets import targets_command
+from .train import train_command
 
 _FIRST = """
 To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
@@ -58,15 +58,15 @@ def _main(
     """DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file."""
 
 
-app.command()(train)
-app.command("eval")(score)
-app.command()(generate)
-app.command()(merge)
-app.command()(convert)
-app.command()(inspect)
-app.command()(targets)
-app.command()(bench)
-app.command()(demo)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("generate")(generate_command)
+app.command("merge")(merge_command)
+app.command("convert")(convert_command)
+app.command("inspect")(inspect_command)
+app.command("targets")(targets_command)
+app.command("bench")(bench_command)
+app.command("demo")(demo_command)
 
 _python_format = warnings.formatwarning
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
 
 
-def merge(
+def merge_command(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER...", help="Runs, adapter folders or files, of any format.")
     ],
@@ -37,12 +37,12 @@ def merge(
     from ..formats.base import Given
 
     each = Ingredient(Path(), given=Given(alpha=alpha, component=component))
-    merge_command(
+    merge_and_show(
         with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
     )
 
 
-def merge_command(
+def merge_and_show(
     adapters: "Sequence[Ingredient]", base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
 ) -> "MergeSummary":
     """Merge, print the summary, and with `verify` compare logits on real text.

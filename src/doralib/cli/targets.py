@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from .console import console
 
 
-def targets(
+def targets_command(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hub name.")],
     every: Annotated[bool, typer.Option("--every", help="Every layer, not one line a kind.")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ def _show_settings(wanted: bool) -> None:
         raise typer.Exit
 
 
-def train(
+def train_command(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe: sentiment, demo.")],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
 from .prepare import BadRow
-from .templates import columns_in, filled
+from .templates import columns_in, fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -80,7 +80,7 @@ def _fill(template: str, row: Row, setting: str) -> str:
     values = {column: _text(row, column) for column in columns}
     if not any(value.strip() for value in values.values()):
         raise BadRow("empty", f"nothing in {', '.join(columns)}")
-    return filled(template, values)
+    return fill_template(template, values)
 
 
 def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from ..data.encoding import context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick
 from .generation import Sampling, continuations, evaluation_mode
-from .likelihood import Request, log_likelihoods, option_requests, text_requests
+from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
 from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
 
@@ -231,7 +231,7 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise:
     return chosen, sum(cut for _, cut in asked)
 
 
-def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[Request], bool]:
+def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[LikelihoodRequest], bool]:
     """The requests for the options of one row."""
     limit, prompt = context_length(scorer.model), _prompt(task, example, scorer)
     try:
@@ -252,7 +252,7 @@ def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -
             )
 
 
-def _log_likelihoods(scorer: _Scorer, requests: Sequence[Request]) -> list[float]:
+def _log_likelihoods(scorer: _Scorer, requests: Sequence[LikelihoodRequest]) -> list[float]:
     pad = pad_token(scorer.tokenizer)
     return log_likelihoods(scorer.model, requests, batch_size=scorer.batch_size, pad=pad, tick=scorer.tick)
 

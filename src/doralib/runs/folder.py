@@ -16,7 +16,7 @@ import yaml
 from .. import files
 from ..errors import DoraError, UsageError
 from ..recipe import Recipe
-from . import checkpointing as saving
+from . import checkpointing
 from .machine import cpu_name, package_versions
 
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
@@ -108,9 +108,9 @@ class RunFolder:
             )
 
     def _how_far(self) -> str:
-        last = saving.newest(self.checkpoints)
+        last = checkpointing.find_newest(self.checkpoints)
         status = self.read(self.summary, {}).get("status", "not finished")
-        return f"{status}, " + (f"newest checkpoint at step {saving.step_of(last)}" if last else "no checkpoint")
+        return f"{status}, " + (f"newest checkpoint at step {checkpointing.step_of(last)}" if last else "no checkpoint")
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .. import files
 from ..progress import Tick
-from .distributed import any_of_all
+from .distributed import is_set_anywhere
 from .meter import Meter
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
         # all stop after the same step, whichever process the signal reached first
-        if any_of_all(self.caught is not None):
+        if is_set_anywhere(self.caught is not None):
             self.caught = signal.SIGTERM if self.caught is None else self.caught
             control.should_save = control.should_training_stop = True
 

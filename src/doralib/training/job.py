@@ -24,10 +24,10 @@ from ..evaluation.task import Task, read_examples
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick
 from ..recipe import Recipe
-from ..runs import checkpointing as saving
+from ..runs import checkpointing
 from ..runs.folder import RunFolder
 from ..runs.report import write_report
-from . import arguments as training_keys
+from .arguments import make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
 from .modalities import MODALITIES
@@ -118,7 +118,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     with collecting(problems):
         run.check(recipe, resume=resume, overwrite=overwrite)
     with collecting(problems):
-        args = training_keys.arguments(recipe, run.checkpoints)
+        args = make_arguments(recipe, run.checkpoints)
     with collecting(problems):
         tasks = load_tasks(recipe.eval.tasks)
         for task in tasks:
@@ -206,7 +206,7 @@ def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
 def _before(job: _Job) -> None:
     """Scores and samples of the untouched model, unless an earlier session has them."""
     recipe, run = job.plan.recipe, job.plan.run
-    if not recipe.eval.before or run.trained.exists() or saving.newest(run.checkpoints):
+    if not recipe.eval.before or run.trained.exists() or checkpointing.find_newest(run.checkpoints):
         return
     untouched = nullcontext() if recipe.adapter.method == "full" else disabled(job.model)
     with untouched:
@@ -259,16 +259,16 @@ def _train(job: _Job) -> None:
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
     ]
-    for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *_wanted(plan)):
+    for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *_optional_callbacks(plan)):
         trainer.add_callback(callback)
-    checkpoint = saving.newest(plan.run.checkpoints) if plan.resume else None
+    checkpoint = checkpointing.find_newest(plan.run.checkpoints) if plan.resume else None
     if is_main():
-        metrics.cut_after(saving.step_of(checkpoint) if checkpoint else 0)
+        metrics.cut_after(checkpointing.step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         log.info(f"going on from {checkpoint}")
     status = "interrupted"
     try:
-        with stop.listening(), _readable_failures(plan):
+        with stop.listening(), _explain_write_errors(plan):
             _run(trainer, checkpoint)
         status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
     except LossNotFinite:
@@ -282,15 +282,15 @@ def _train(job: _Job) -> None:
     if status == "interrupted":
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
-            f"{saving.newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
+            f"{checkpointing.find_newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
         )
-    _keep(job, trainer)
+    _save_trained(job, trainer)
 
 
-def _wanted(plan: _Plan) -> list[Any]:
+def _optional_callbacks(plan: _Plan) -> list[Any]:
     """Callbacks that the recipe asks for."""
     patience = plan.recipe.training.get("early_stopping_patience")
-    board = [Tensorboard(plan.run.path / "tensorboard")] if training_keys.wants_tensorboard(plan.recipe) else []
+    board = [Tensorboard(plan.run.path / "tensorboard")] if wants_tensorboard(plan.recipe) else []
     return board + ([EarlyStoppingCallback(int(patience))] if patience is not None else [])
 
 
@@ -298,19 +298,19 @@ def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
     """Train to the end; a run killed after its last checkpoint has nothing left to do but read it."""
     use_cache = trainer.model.config.use_cache
     try:
-        if not trainer.take_if_done(checkpoint):
+        if not trainer.load_if_done(checkpoint):
             trainer.train(checkpoint)
     finally:
-        trainer.leave()
+        trainer.unwrap()
         trainer.model.config.use_cache = use_cache
 
 
 @contextmanager
-def _readable_failures(plan: _Plan) -> Iterator[None]:
+def _explain_write_errors(plan: _Plan) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        last = saving.newest(plan.run.checkpoints)
+        last = checkpointing.find_newest(plan.run.checkpoints)
         go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
         raise DoraError(f"training stopped, a file could not be written: {error}; {go_on}") from error
 
@@ -319,7 +319,7 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
     return bool(trainer.state.global_step < trainer.state.max_steps)
 
 
-def _keep(job: _Job, trainer: AdapterTrainer) -> None:
+def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
     if not is_main():

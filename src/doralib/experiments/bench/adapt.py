@@ -14,7 +14,7 @@ from ...files import human
 from .counting import allocations, peak
 from .measure import Turn, interleave, spread
 from .options import AdaptOptions
-from .subjects import SUBJECTS, TARGETS, Adapter, share
+from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
 from .tables import Bar, Bars, Goal, Report, Table, ms
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _SECONDS = 10.0
 
 def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
-    adapter = Adapter(options.r)
+    adapter = AdapterSettings(options.r)
     log.info("adapt: meta")
     cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
@@ -54,7 +54,7 @@ def bench_adapt(options: AdaptOptions) -> Report:
     )
 
 
-def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -> dict[str, Any]:
+def _case(kind: str, base: nn.Module, adapter: AdapterSettings, options: AdaptOptions) -> dict[str, Any]:
     failed: dict[str, str] = {}
     turns: dict[str, Turn] = {PASS: Turn(lambda: _one_pass(base))} if kind == "real" else {}
     workers = {}
@@ -88,13 +88,15 @@ def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -
 class _Worker:
     """One method; each call on modules of its own around the same weights."""
 
-    def __init__(self, base: nn.Module, method: Callable[[nn.Module, Adapter], nn.Module], adapter: Adapter) -> None:
+    def __init__(
+        self, base: nn.Module, method: Callable[[nn.Module, AdapterSettings], nn.Module], adapter: AdapterSettings
+    ) -> None:
         self.base, self.method, self.adapter = base, method, adapter
         self.model: nn.Module | None = None
 
     def prepare(self) -> None:
         """A model without an adapter."""
-        self.model = share(self.base)
+        self.model = share_weights(self.base)
 
     def run(self) -> None:
         """Put it on."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...adapters.inference import unchanged
 from .measure import Turn, interleave, spread
 from .options import GenerateOptions
-from .subjects import REFERENCE, Adapter, build, import_peft, known, nudge
+from .subjects import REFERENCE, AdapterSettings, build, check_subjects, import_peft, nudge
 from .tables import Bar, Bars, Goal, Report, Table, ratio_text
 from .workload import base_model, token_batch
 
@@ -26,7 +26,7 @@ SUBJECTS = ("base", REFERENCE, "peft-dora", CACHED, "ours-lora", "ours-dora", HE
 def bench_generate(options: GenerateOptions) -> Report:
     """Tokens per second of greedy writing with a key-value cache."""
     names = list(options.subjects or SUBJECTS)
-    known(name for name in names if name not in (CACHED, HELD))
+    check_subjects(name for name in names if name not in (CACHED, HELD))
     cases: list[dict[str, Any]] = []
     tables = []
     bars = Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round")
@@ -89,7 +89,7 @@ def _case(base: nn.Module, names: list[str], options: GenerateOptions) -> dict[s
     prompt = token_batch(vocab, options.batch, options.prompt)["input_ids"]
     writers = {}
     for name in names:
-        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, Adapter(options.r))
+        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, AdapterSettings(options.r))
         nudge(model)
         contexts = {CACHED: import_peft().helpers.DoraCaching, HELD: partial(unchanged, model)}
         writers[name] = Writer(model, prompt, options.new, contexts.get(name, nullcontext))

@@ -86,7 +86,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "low": low, "high": high, "min": min(values), "all": list(values)}
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     return {
         "cpu": cpu_name(),

@@ -19,8 +19,8 @@ from ...errors import DoraError
 from ...files import human, read_json, write_json
 from .counting import allocations, peak
 from .measure import order_of, spread
-from .options import MemoryOptions, batch_of, switched
-from .subjects import REFERENCE, Adapter, build, known, pairs, usual
+from .options import MemoryOptions, batch_of, switch_values
+from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars
 from .workload import TrainingStep, base_model, token_batch
 
@@ -34,11 +34,11 @@ _MEASURES = ("total_bytes", "step_bytes", "resident_bytes")
 
 def bench_memory(options: MemoryOptions) -> Report:
     """Peak bytes of a training step: dtype x tokens x dropout x checkpointing, a process for each subject."""
-    known(options.subjects or [])
+    check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("Peak memory of a training step over PEFT LoRA", "total bytes / total bytes of PEFT LoRA")
     for dtype, tokens, dropout, checkpointing in product(
-        options.dtype, options.tokens, options.dropout, switched(options.checkpointing)
+        options.dtype, options.tokens, options.dropout, switch_values(options.checkpointing)
     ):
         settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
         name = f"{dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
@@ -68,7 +68,7 @@ def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     """Bytes of one subject, in this process."""
     base, described = base_model(request["model"], request["layers"], request["dtype"])
     batch = token_batch(described["vocab_size"], *batch_of(request["tokens"]))
-    model = build(request["subject"], base, Adapter(request["r"], request["dropout"]))
+    model = build(request["subject"], base, AdapterSettings(request["r"], request["dropout"]))
     step = TrainingStep(model, batch, checkpointing=request["checkpointing"])
     step()
     cleared = _clear_peak()
@@ -93,7 +93,7 @@ def _tensors(model: Any) -> list[Any]:
 
 
 def _case(settings: dict[str, Any], options: MemoryOptions) -> dict[str, Any]:
-    names = list(options.subjects or usual(settings["dtype"], settings["dropout"]))
+    names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
     shared = {"model": options.model, "layers": options.layers, "r": options.r, **settings}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     orders = [order_of(names, number) for number in range(options.rounds)]

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from .measure import spread
 from .options import ProfileOptions, batch_of
 from .step import case_name
-from .subjects import Adapter, build, known
+from .subjects import AdapterSettings, build, check_subjects
 from .tables import Bar, Bars, Report, Table
 from .workload import TrainingStep, base_model, token_batch
 
@@ -24,7 +24,7 @@ _SHOWN = 14
 
 def bench_profile(options: ProfileOptions) -> Report:
     """Milliseconds and calls of each operator in a training step, without those it calls: dtype x tokens x dropout."""
-    names = known(options.subjects or SUBJECTS)
+    names = check_subjects(options.subjects or SUBJECTS)
     cases: list[dict[str, Any]] = []
     bars = Bars("A training step by operators", "milliseconds a step, under the profiler", line=None)
     for dtype in options.dtype:
@@ -55,7 +55,9 @@ def bench_profile(options: ProfileOptions) -> Report:
 
 def _case(base: nn.Module, settings: dict[str, Any], names: Sequence[str], options: ProfileOptions) -> dict[str, Any]:
     batch = token_batch(base.config.vocab_size, *batch_of(settings["tokens"]))  # type: ignore[union-attr, arg-type]
-    steps = {name: TrainingStep(build(name, base, Adapter(options.r, settings["dropout"])), batch) for name in names}
+    steps = {
+        name: TrainingStep(build(name, base, AdapterSettings(options.r, settings["dropout"])), batch) for name in names
+    }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     operators: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for step in steps.values():

@@ -13,7 +13,7 @@ from .adapt import bench_adapt
 from .figures import write_bars
 from .generate import bench_generate
 from .layer import bench_layer
-from .measure import Neighbours, machine
+from .measure import Neighbours, describe_machine
 from .memory import bench_memory
 from .merge import report_merge
 from .profile import bench_profile
@@ -66,7 +66,7 @@ def run_bench(
     import_peft()
     chosen = {name: BENCHES[name]} if name != EVERYTHING else BENCHES
     _refuse_unknown(chosen, options)
-    checked = {key: _checked(bench, options, quick=quick) for key, bench in chosen.items()}
+    checked = {key: _check_options(bench, options, quick=quick) for key, bench in chosen.items()}
     values = {}
     for key, bench in chosen.items():
         report, values[key] = _run(bench, checked[key], Path(out))
@@ -84,14 +84,14 @@ def _refuse_unknown(chosen: dict[str, Bench], options: dict[str, Any]) -> None:
         )
 
 
-def _checked(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
+def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
     own = {key: value for key, value in options.items() if key in bench.options.model_fields}
     return bench.options(**({**bench.options.QUICK, **own} if quick else own))
 
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:
     # asked before the measurement, which loads the machine itself
-    where, neighbours = machine(), Neighbours()
+    where, neighbours = describe_machine(), Neighbours()
     report = bench.measure(options)
     where["cores_busy_elsewhere"] = neighbours.cores()
     value = report.to_json(where)
