@@ -9,7 +9,7 @@ import yaml
 
 from ..data.rows import READERS
 from ..data.templates import columns_in
-from ..errors import UsageError, did_you_mean
+from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from .task import KINDS, Task
 
 
@@ -19,16 +19,14 @@ def load_tasks(names: Sequence[str]) -> list[Task]:
     Raises:
         UsageError: listing every name, file, key and value that is wrong.
     """
-    tasks, problems = [], []
+    tasks: list[Task] = []
+    problems: list[DoraError] = []
     for name in names:
-        try:
+        with collecting(problems):
             tasks.append(_load(name))
-        except UsageError as error:
-            problems.append(str(error))
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
-    problems += [f"two tasks are called {name!r}; give one of them another name" for name in twice]
-    if problems:
-        raise UsageError("\n".join(problems))
+    problems += [UsageError(f"two tasks are called {name!r}; give one of them another name") for name in twice]
+    raise_all(problems)
     return tasks
 
 
