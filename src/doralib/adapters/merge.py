@@ -17,7 +17,7 @@ from ..layers.base.registry import open_base
 from ..layers.linear import DoraLinear
 from ..layers.multi_adapter import Switched, Wrapper
 from ..layers.wrapper import original
-from ..quantization.error import Requantised, swallowed, table
+from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from .adapt import Model, _restore, _unwrap
 from .fsdp import refuse_sharded
 from .registry import Record, adapter_of, free_record_of, put, show_biases, wrapped
@@ -39,7 +39,7 @@ class Merging:
         refuse_sharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
         self.model = model
         self.dtype = plain_dtype(model) if dequantise else None
-        self.errors: list[Requantised] = []
+        self.errors: list[QuantizationCost] = []
 
     def merged(self, name: str, wrapper: Wrapper | Switched) -> nn.Module:
         """The layer with its adapter, or the active one of several, folded in."""
@@ -53,7 +53,7 @@ class Merging:
         module = layer.base.replaced(V_OI)
         again = open_base(module)
         assert isinstance(again, Quantised)
-        error = Requantised.measured(name, layer.base.storage.name, layer.base.rows, V_OI, again.rows)
+        error = QuantizationCost.measure(name, layer.base.storage.name, layer.base.rows, V_OI, again.rows)
         self.errors.append(error)
         return module
 
@@ -64,13 +64,13 @@ class Merging:
 
     def warn(self) -> None:
         """Say so where most of the change was lost."""
-        if swallowed(self.errors):
+        if is_change_lost(self.errors):
             remedy = "doralib.merge(model, dequantise=True), or merge the saved adapter into the unquantised model"
             lost = f"quantising the merged weights again lost most of the change; {remedy}"
-            warnings.warn(f"{lost}\n{table(self.errors)}", stacklevel=3)
+            warnings.warn(f"{lost}\n{format_costs(self.errors)}", stacklevel=3)
 
 
-def merge_report(model: nn.Module) -> list[Requantised]:
+def merge_report(model: nn.Module) -> list[QuantizationCost]:
     """What `merge` or `merge_adapter` would do to each quantised layer, in model order; the model is not changed.
 
     Of several adapters the active one counts.
@@ -244,7 +244,8 @@ def _bring_back(model: nn.Module, merged: _Merged) -> None:
     for name, wrapper in merged.wrappers.items():
         for key, p in original(wrapper).named_parameters():
             if tensors:
-                p.data = tensors[f"{name}.{key}"]
+                # in memory of its own: the file is mapped, and a product may differ with a tensor's alignment
+                p.data = tensors[f"{name}.{key}"].clone()
         plain = model.get_submodule(name)
         put(model, name, wrapper.to(_device(plain)).train(plain.training))
     for p, flag in merged.flags:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..config import DoraConfig
 from ..errors import DoraError, Note, UsageError
 from ..formats import FORMATS
-from ..formats.base import Given
-from ..formats.files import one_part, read_any, refuse_component, write_content
+from ..formats.base import Hints
+from ..formats.files import check_component, read_any_format, take_component, write_raw_adapter
 from ..layers.base.registry import open_base
 from ..layers.magnitude import DoraMagnitude
 from ..layers.multi_adapter import Switched, Wrapper
@@ -119,11 +119,11 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
     assert peft.write is not None
     state = gathered(state_of(model, adapter_name))
     if writes(model):
-        write_content(peft.write(config, state, Given()), peft, folder, overwrite=True)
+        write_raw_adapter(peft.write(config, state, Hints()), peft, folder, overwrite=True)
 
 
 def read_adapter(
-    path: str | Path, model: nn.Module | None = None, given: Given | None = None
+    path: str | Path, model: nn.Module | None = None, given: Hints | None = None
 ) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
@@ -135,17 +135,17 @@ def read_adapter(
         UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    given = given or Given()
-    _, found = read_any(path, given if model is None else _knowing(given, model))
+    given = given or Hints()
+    _, found = read_any_format(path, given if model is None else _knowing(given, model))
     if given.component:
-        refuse_component(found, given.component)
-    found = one_part(found, given.component)
+        check_component(found, given.component)
+    found = take_component(found, given.component)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
     return found.config, found.state
 
 
-def _knowing(given: Given, model: nn.Module) -> Given:
+def _knowing(given: Hints, model: nn.Module) -> Hints:
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
     shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
     return replace(given, shapes=shapes, config=to_dict(), lengths=partial(_lengths_in, model))
@@ -162,7 +162,7 @@ def _lengths_in(model: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     return lengths
 
 
-def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Given | None = None) -> Model:
+def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Hints | None = None) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
     The file may be of any format that ``doralib convert`` reads; ``given`` is what it may not say.

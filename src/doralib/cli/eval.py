@@ -36,14 +36,14 @@ def eval_command(
     from ..evaluation.evaluate import evaluate
     from ..evaluation.task_file import load_tasks
     from ..files import check_writable, write_json
-    from ..formats.base import Given
+    from ..formats.base import Hints
 
     chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     if not chosen:
         raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
     if out is not None:
         check_writable(out, "--out", folder=False)
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Given(alpha=alpha))
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
     with bars() as tick:
         results = evaluate(loaded, tokenizer, chosen, batch_size=batch_size, limit=limit, seed=seed, tick=tick)
     console.print(results_table(results, title=model))

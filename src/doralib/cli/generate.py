@@ -33,10 +33,10 @@ def generate_command(
     """
     from ..adapters.inference import unchanged
     from ..adapters.multiple import set_adapter
-    from ..checkpoints.load import load_model, load_named
+    from ..checkpoints.load import load_model, load_named_adapters
     from ..evaluation import generation
     from ..files import check_writable
-    from ..formats.base import Given
+    from ..formats.base import Hints
     from .chat import chat_loop
     from .prompt_file import read_prompts, write_answers
 
@@ -47,8 +47,8 @@ def generate_command(
     prompts = [prompt] if prompt is not None else read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Given(alpha=alpha))
-    names = load_named(loaded, adapter or [])
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    names = load_named_adapters(loaded, adapter or [])
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:

@@ -17,7 +17,7 @@ from .options import Alpha, Component
 
 if TYPE_CHECKING:
     from ..experiments.analyze import Movement
-    from ..formats.base import Found, Given
+    from ..formats.base import Hints, ParsedAdapter
     from ..state import AdapterState, LayerAdapter
 
 
@@ -33,12 +33,12 @@ def inspect_command(
 
     Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
     """
-    from ..formats.base import Given
+    from ..formats.base import Hints
 
-    console.print(inspect_adapter(adapter, base, Given(alpha=alpha, component=component)))
+    console.print(inspect_adapter(adapter, base, Hints(alpha=alpha, component=component)))
 
 
-def inspect_adapter(adapter: Path, base: str | None = None, given: "Given | None" = None) -> Group:
+def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None" = None) -> Group:
     """Format, settings, what had to be assumed; then a line a layer: shape, rank, scale, sizes.
 
     Against a base also how far each layer moved, a layer in memory at a time; formats that need a base's names or heads
@@ -48,25 +48,25 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Given | None
         UsageError: if there is no adapter or no base of that name.
         DoraError: if a file is damaged or the adapter is not of this base.
     """
-    from ..checkpoints.adapter import another_base, knowing, read_adapter, whole_pipeline
-    from ..checkpoints.gguf import local_base
+    from ..checkpoints.adapter import check_one_model, describe_base, find_other_base, read_for_base
+    from ..checkpoints.gguf import open_base_folder
     from ..checkpoints.safetensors import Checkpoint
     from ..experiments.analyze import movements
-    from ..formats.base import Given
-    from ..formats.files import adapter_file
+    from ..formats.base import Hints
+    from ..formats.files import find_adapter_file
 
-    adapter_file(adapter)
+    find_adapter_file(adapter)
     with ExitStack() as stack:
-        checkpoint, known = None, Given()
+        checkpoint, known = None, Hints()
         if base:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"
-            folder = stack.enter_context(local_base(base, scratch))
-            whole_pipeline(folder)
+            folder = stack.enter_context(open_base_folder(base, scratch))
+            check_one_model(folder)
             checkpoint = Checkpoint.open(folder)
-            known = knowing(known, checkpoint)
-        form, found = read_adapter(adapter, given or Given(), known)
+            known = describe_base(known, checkpoint)
+        form, found = read_for_base(adapter, given or Hints(), known)
         moved = movements(found.state, checkpoint) if checkpoint else {}
-    notes = (*found.notes, *(another_base(found.state.base_model, base) if base else ()))
+    notes = (*found.notes, *(find_other_base(found.state.base_model, base) if base else ()))
     state = found.state
     # in a narrow terminal names and numbers go on in a second line; none is cut
     table = Table(Column("layer", overflow="fold", min_width=8), pad_edge=False)
@@ -81,7 +81,7 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Given | None
     return Group(_summary(adapter, form, found, notes), table)
 
 
-def _summary(adapter: Path, form: str, found: "Found", notes: Sequence[str]) -> Text:
+def _summary(adapter: Path, form: str, found: "ParsedAdapter", notes: Sequence[str]) -> Text:
     config, state = found.config, found.state
     tensors = [t for layer in state.layers.values() for t in layer.tensors().values()]
     count = sum(t.numel() for t in [*tensors, *state.extra.values()])

@@ -34,9 +34,9 @@ def merge_command(
 ) -> None:
     """Fold adapters into a checkpoint."""
     from ..checkpoints.merge import Ingredient
-    from ..formats.base import Given
+    from ..formats.base import Hints
 
-    each = Ingredient(Path(), given=Given(alpha=alpha, component=component))
+    each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
     merge_and_show(
         with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
     )
@@ -90,31 +90,31 @@ def with_weights(paths: Sequence[Path], weights: Sequence[float], each: "Ingredi
 
 def _base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: ExitStack) -> Path:
     """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
-    from ..checkpoints.gguf import local_base
+    from ..checkpoints.gguf import open_base_folder
     from ..files import check_writable
-    from ..formats.files import adapter_file
+    from ..formats.files import find_adapter_file
 
     problems: list[DoraError] = []
     folder = Path()
     for each in adapters:
         with collecting(problems):
-            adapter_file(each.path)
+            find_adapter_file(each.path)
     with collecting(problems):
         check_writable(out, "--out", folder=True)
     with collecting(problems):
         named = base or (None if problems else _named(adapters))
         if named:
             console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
-            folder = stack.enter_context(local_base(named, out))
+            folder = stack.enter_context(open_base_folder(named, out))
     raise_all(problems)
     return folder
 
 
 def _named(adapters: "Sequence[Ingredient]") -> str:
     """The one model that all the adapters name as their own."""
-    from ..formats.files import base_named_by
+    from ..formats.files import find_base_name
 
-    names = {str(each.path): base_named_by(each.path) for each in adapters}
+    names = {str(each.path): find_base_name(each.path) for each in adapters}
     if silent := [path for path, name in names.items() if not name]:
         raise UsageError(f"{', '.join(silent)} does not say which model it adapts; name it with --base MODEL")
     if len(set(names.values())) > 1:

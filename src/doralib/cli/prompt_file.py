@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DoraError, UsageError
-from ..files import existing, read_json, read_text, replacing
+from ..files import find_file, read_json, read_text, replacing
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -16,7 +16,7 @@ def read_prompts(path: str | Path) -> list[str]:
         UsageError: if there is no such file, it holds no prompt, or a row has none.
         DoraError: if it is not JSON or not UTF-8.
     """
-    path = existing(path)
+    path = find_file(path)
     if path.suffix == ".txt":
         prompts = [line for line in read_text(path).splitlines() if line.strip()]
     elif path.suffix in {".json", ".jsonl"}:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import refuse_twice
+from ..errors import check_given_once
 from .console import bars, console
 
 
@@ -36,7 +36,7 @@ def train_command(
     from ..training import job
     from ..training.recipe_file import read_recipe
 
-    refuse_twice(changes or [])
+    check_given_once(changes or [])
     chosen = read_recipe(recipe, changes or [])
     with bars() as tick:
         job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)

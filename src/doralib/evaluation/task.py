@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..config import Checked
 from ..data.rows import read_rows
 from ..data.templates import columns_in, fill_template
-from ..errors import DoraError, UsageError, did_you_mean
+from ..errors import DoraError, UsageError, did_you_mean, list_some
 
 Row = Mapping[str, Any]
 _SHOWN = 12
@@ -295,9 +295,8 @@ def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
 def _check_answers(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
     if not bad:
         return
-    shown = ", ".join(f"{value!r} ({count})" for value, count in bad.most_common(_SHOWN))
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    shown = list_some([f"{value!r} ({count})" for value, count in bad.most_common()], _SHOWN, ", ")
     raise DoraError(
-        f"task {name}: {bad.total()} of {rows} rows have an answer that cannot be given: {shown}{more}\n"
+        f"task {name}: {bad.total()} of {rows} rows have an answer that cannot be given: {shown}\n"
         f"  allowed: {allowed}; correct the task or remove those rows"
     )

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..data.rows import READERS
 from ..data.templates import columns_in
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
+from ..files import read_yaml
 from .task import KINDS, Task
 
 
@@ -80,10 +79,7 @@ def read_task(path: Path, data: str | None = None) -> Task:
 
 def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a task file, over those of the task it names in `like`."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
     if isinstance(values.get("data"), str):

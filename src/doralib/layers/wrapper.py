@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..errors import DoraError
-from ..quantization import storage_of
+from ..quantization import find_storage
 
 
 class Masters(nn.Module):
@@ -40,7 +40,7 @@ class TrainedCopy(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        if names := [type(m).__name__ for m in original.modules() if storage_of(m) is not None]:
+        if names := [type(m).__name__ for m in original.modules() if find_storage(m) is not None]:
             raise DoraError(f"modules_to_save: a {names[0]} is quantised and cannot be trained whole; adapt it instead")
         self.base_layer = original.requires_grad_(False)
         self.trained = _master_copy(original)

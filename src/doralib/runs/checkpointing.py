@@ -32,7 +32,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
             raise
         last = find_newest(final.parent)
         kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
-        free = files.human(files.free_bytes(final.parent))
+        free = files.format_bytes(files.free_bytes(final.parent))
         raise DoraError(
             f"the checkpoint {final} could not be written: {str(error).splitlines()[0]}\n"
             f"  {free} are free there; {kept}; make room, then go on with --resume"

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from .. import files
-from ..errors import DoraError, UsageError
+from ..errors import UsageError
 from ..recipe import Recipe
 from . import checkpointing
 from .machine import cpu_name, package_versions
@@ -95,11 +95,7 @@ class RunFolder:
     def _check_resume(self, recipe: Recipe) -> None:
         if not self.config.is_file():
             raise UsageError(f"--resume: there is no run at {self.path}; leave it out to start one")
-        try:
-            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise DoraError(f"{self.config} is damaged: {error}") from None
-        other = sorted(_differences(before, recipe.model_dump(mode="json")))
+        other = sorted(_differences(files.read_yaml(self.config), recipe.model_dump(mode="json")))
         other = [key for key in other if not key.startswith("eval.") and key != "out"]
         if other:
             raise UsageError(

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, did_you_mean
+from ..files import read_yaml
 from ..recipe import Recipe
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
@@ -50,10 +51,7 @@ def _read(path_or_name: str) -> dict[str, Any]:
                 f"{path.absolute()}, and among the packaged recipes: {', '.join(known) or 'none'})"
             )
         path = known[path_or_name]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"{path} is no recipe: it should hold the groups model, data, adapter, training, ...")
     return {str(key): value for key, value in values.items()}

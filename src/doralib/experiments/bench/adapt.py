@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...files import human
+from ...files import format_bytes
 from .counting import allocations, peak
 from .measure import Turn, interleave, spread
 from .options import AdaptOptions
@@ -141,7 +141,9 @@ def _one_pass(base: nn.Module) -> None:
 
 
 def _table(case: dict[str, Any]) -> Table:
-    title = f"{case['name']}, {human(case['settings']['bytes'])} in {case['settings']['adapted']} adapted weights"
+    title = (
+        f"{case['name']}, {format_bytes(case['settings']['bytes'])} in {case['settings']['adapted']} adapted weights"
+    )
     table = Table(title, ["subject", "median ms", "quartiles", "peak of new memory", "/ the same of PEFT"])
     for name, seconds in case["seconds"].items():
         ratio = case["ratios"].get(f"{name} / {name.replace('ours', 'peft')}")
@@ -151,7 +153,7 @@ def _table(case: dict[str, Any]) -> Table:
                 name,
                 ms(seconds["median"]),
                 f"{ms(seconds['low'])} to {ms(seconds['high'])}",
-                "" if memory is None else human(memory),
+                "" if memory is None else format_bytes(memory),
                 f"{ratio['median']:.3f}" if ratio else "",
             ]
         )

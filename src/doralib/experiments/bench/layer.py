@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import human
+from ...files import format_bytes
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
 from .measure import Turn, interleave
@@ -132,9 +132,9 @@ def _count_table(case: dict[str, Any]) -> Table:
                 milliseconds(case["seconds"][name]["median"]),
                 f"{fresh['calls']} / {again['calls']}",
                 f"{fresh['flops'] / 1e9:.3g} / {again['flops'] / 1e9:.3g}",
-                human(saved["with_output"]),
-                human(saved["without_output"]),
-                human(found["largest temporary"]),
+                format_bytes(saved["with_output"]),
+                format_bytes(saved["without_output"]),
+                format_bytes(found["largest temporary"]),
             ]
         )
     return table

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.safetensors import Slot, laid_out, write_at
+from ...checkpoints.safetensors import Slot, lay_out, write_at
 from ...config import DoraConfig
 from ...files import replacing, write_json, write_tensors
 from ...formats.peft import to_peft
@@ -74,7 +74,7 @@ def _write_base(base: Path, layers: int) -> None:
 
 
 def _write_shard(path: Path, slots: list[Slot]) -> None:
-    header, placed = laid_out(slots, path, {"format": "pt"})
+    header, placed = lay_out(slots, path, {"format": "pt"})
     path.write_bytes(header)
     # the same noise in every block: neither copying nor merging looks at the numbers
     noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()

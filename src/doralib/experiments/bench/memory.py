@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DoraError
-from ...files import human, read_json, write_json
+from ...files import format_bytes, read_json, write_json
 from .counting import allocations, peak
 from .measure import order_of, spread
 from .options import MemoryOptions, batch_of, switch_values
@@ -154,7 +154,7 @@ def _table(case: dict[str, Any]) -> Table:
         table.rows.append(
             [
                 name,
-                *(human(round(size["median"])) if size else "" for size in sizes.values()),
+                *(format_bytes(round(size["median"])) if size else "" for size in sizes.values()),
                 *(f"{ratio['median']:.3f}" if ratio else "" for ratio in ratios),
             ]
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import DoraError
-from ...files import free_bytes, human
+from ...files import format_bytes, free_bytes
 from .llama_files import HIDDEN, LAYERS, RANK, VOCAB, layer_numbers, write_model
 from .measure import spread
 from .options import MergeOptions
@@ -83,9 +83,8 @@ def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> di
     base, adapter = write_model(out / f"llama-{layers}-layers", layers)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if free_bytes(out) < 1.1 * size:
-        raise DoraError(
-            f"merging needs {human(size)} more in {out}, {human(free_bytes(out))} are free; ask for less GB"
-        )
+        need, free = format_bytes(size), format_bytes(free_bytes(out))
+        raise DoraError(f"merging needs {need} more in {out}, {free} are free; ask for less GB")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in routes}
     for turn in range(rounds):
         # each goes first in turn: the first to read finds less in the page cache
@@ -158,7 +157,7 @@ def _is_case(value: Any) -> bool:
 
 
 def _name(part: str, case: dict[str, Any]) -> str:
-    return f"{part}: {case['layers']} of {case['of']} layers, {human(case['bytes'])}"
+    return f"{part}: {case['layers']} of {case['of']} layers, {format_bytes(case['bytes'])}"
 
 
 def _bars(case: dict[str, Any]) -> list[Bar]:
@@ -177,7 +176,7 @@ def _table(case: dict[str, Any]) -> Table:
             [
                 name,
                 f"{medians['seconds']:.1f}",
-                human(round(medians["peak"])),
+                format_bytes(round(medians["peak"])),
                 f"{case['time_over_copy'][name]:.2f}",
                 f"{case['unsynced_time_over_copy'][name]:.2f}",
             ]
