@@ -1,7 +1,6 @@
 """One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
 
 import datetime
-import importlib.resources
 import shlex
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
 
 
 def _page(record: RunRecord, notes: list[str]) -> str:
-    style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    now = datetime.datetime.now().astimezone()
     body = el(
         "main",
         _header(record),
@@ -55,11 +55,11 @@ def _page(record: RunRecord, notes: list[str]) -> str:
         confusion_section(record),
         _samples(record),
         wrong_section(record),
-        use_section(record),
+        _use_section(record),
         _rows_section(record),
         _configuration(record),
         _environment(record),
-        el("footer", f"Written by doralib {_now()} from the files in {record.path.resolve()}"),
+        el("footer", f"Written by doralib {now:on %Y-%m-%d at %H:%M} from the files in {record.path.resolve()}"),
     )
     head = el(
         "head",
@@ -104,7 +104,7 @@ def _tiles(record: RunRecord) -> Markup | None:
     share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
-        "time": _duration(s["seconds"]) if _is_number(s.get("seconds")) else None,
+        "time": _time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
         "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
         "parameters trained": _big(trained) + share if trained and _is_number(trained) else None,
         "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
@@ -148,6 +148,16 @@ def _sample(sample: dict[str, Any]) -> Markup:
         if sample.get(when) is not None
     ]
     return el("div", el("p", sample.get("prompt"), class_="text"), el("div", *said, class_="said"), class_="sample")
+
+
+def _use_section(record: RunRecord) -> Markup | None:
+    """Commands and code with this run's own paths in them."""
+    base = record.summary.get("base_model")
+    if not base:
+        return None
+    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
+    content = [each for title, code in parts.items() for each in (el("h3", title), el("pre", code))]
+    return _section("Use it", "", *content)
 
 
 def _rows_section(record: RunRecord) -> Markup | None:
@@ -220,7 +230,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _duration(seconds: float) -> str:
+def _time_text(seconds: float) -> str:
     """E.g. ``3 min 12 s``."""
     whole = round(seconds)
     if whole < 60:
@@ -235,22 +245,6 @@ def _big(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:,}"
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().strftime("on %Y-%m-%d at %H:%M")
-
-
-def use_section(record: RunRecord) -> Markup | None:
-    """Commands and code with this run's own paths in them."""
-    base = record.summary.get("base_model")
-    if not base:
-        return None
-    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
-    content: list[Child] = []
-    for title, code in parts.items():
-        content += [el("h3", title), el("pre", code)]
-    return el("section", el("h2", "Use it"), *content)
 
 
 def _adapter(record: RunRecord, base: str) -> dict[str, str]:

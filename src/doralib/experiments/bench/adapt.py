@@ -1,6 +1,5 @@
 """How long it takes to put adapters on a model in the shape of LLaMA-3-8B, beside PEFT's get_peft_model."""
 
-import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ...files import format_bytes
 from .counting import allocations, peak
-from .measure import Turn, interleave, spread
+from .measure import Turn, interleave, log, spread
 from .options import AdaptOptions
 from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
 from .tables import Bar, Bars, Goal, Report, Table, ms
-
-log = logging.getLogger(__name__)
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
 PASS = "one pass"

@@ -5,6 +5,7 @@ the ratio of two medians.
 """
 
 import gc
+import logging
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ import torch
 
 from ...runs.machine import cpu_name, package_versions
 
+log = logging.getLogger(__name__)
 PACKAGES = ("doralib", "torch", "transformers", "peft")
 
 

@@ -1,7 +1,6 @@
 """Merging a checkpoint in the shape of LLaMA-3-8B: time beside plain copying, memory beside PEFT's route."""
 
 import json
-import logging
 import shutil
 import statistics
 import subprocess
@@ -15,12 +14,10 @@ import torch
 from ...errors import DoraError
 from ...files import format_bytes, free_bytes
 from .llama_files import HIDDEN, LAYERS, RANK, VOCAB, layer_numbers, write_model
-from .measure import spread
+from .measure import log, spread
 from .options import MergeOptions
 from .subjects import TARGETS
 from .tables import Bar, Bars, Goal, Report, Table
-
-log = logging.getLogger(__name__)
 
 _PEAK_BYTES = 2e9
 _COPY, _OURS = "copy", "doralib"
