@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked
+from ..data.prepare import Row
 from ..data.rows import read_rows
 from ..data.templates import columns_in, fill_template
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
-Row = Mapping[str, Any]
 _SHOWN = 12
 
 

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
-from ..data.prepare import PreparedRows, Sample
-from ..data.prompts import Row
+from ..data.prepare import PreparedRows, Row, Sample
 from ..data.rows import RawRows
 from ..recipe import DataSettings, ModelSettings
 
