@@ -72,8 +72,8 @@ def _page(record: RunRecord, notes: list[str]) -> str:
 
 
 def _title(record: RunRecord) -> str:
-    model = record.summary.get("base_model") or _at(record.config, "model", "path")
-    method = record.summary.get("method") or _at(record.config, "adapter", "method")
+    model = record.summary.get("base_model") or _find_setting(record.config, "model", "path")
+    method = record.summary.get("method") or _find_setting(record.config, "adapter", "method")
     name = Path(str(model)).name if model else "A model"
     return f"{name}, tuned by {METHODS.get(str(method), method) if method else 'doralib'}"
 
@@ -81,8 +81,8 @@ def _title(record: RunRecord) -> str:
 def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
     text, color = _STATUS.get(str(status), (str(status), "bad"))
-    train = _at(record.config, "data", "train")
-    r = _at(record.config, "adapter", "r")
+    train = _find_setting(record.config, "data", "train")
+    r = _find_setting(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
     parts = [
         f"on {_source(train)}" if train else "",
@@ -106,7 +106,7 @@ def _tiles(record: RunRecord) -> Markup | None:
     shown = {
         "time": _time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
         "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
-        "parameters trained": _big(trained) + share if trained and _is_number(trained) else None,
+        "parameters trained": _count_text(trained) + share if trained and _is_number(trained) else None,
         "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
         "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
     }
@@ -185,7 +185,7 @@ def _configuration(record: RunRecord) -> Markup | None:
 def _environment(record: RunRecord) -> Markup | None:
     if not record.environment:
         return None
-    return _section("Environment", "", el("details", el("summary", "show"), _key_table(_flat(record.environment))))
+    return _section("Environment", "", el("details", el("summary", "show"), _key_table(_flatten(record.environment))))
 
 
 def _section(title: str, intro: str, *content: Child) -> Markup:
@@ -193,31 +193,31 @@ def _section(title: str, intro: str, *content: Child) -> Markup:
 
 
 def _key_table(values: dict[str, Any]) -> Markup:
-    lines = [el("tr", el("th", key, scope="row"), el("td", _plain(value))) for key, value in values.items()]
+    lines = [el("tr", el("th", key, scope="row"), el("td", _value_text(value))) for key, value in values.items()]
     return el("div", el("table", el("tbody", *lines), class_="plain"), class_="scroll")
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Nested keys joined by points."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{key}.")
+            flat |= _flatten(value, f"{above}{key}.")
         else:
             flat[f"{above}{key}"] = value
     return flat
 
 
-def _plain(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) or "-"
+        return ", ".join(f"{key}: {_value_text(inner)}" for key, inner in value.items()) or "-"
     if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value) or "-"
+        return ", ".join(_value_text(item) for item in value) or "-"
     # 0 and 1 are numbers here, though they equal false and true
     return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def _at(values: dict[str, Any], group: str, key: str) -> Any:
+def _find_setting(values: dict[str, Any], group: str, key: str) -> Any:
     inner = values.get(group)
     return inner.get(key) if isinstance(inner, dict) else None
 
@@ -240,7 +240,7 @@ def _time_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _big(count: float) -> str:
+def _count_text(count: float) -> str:
     for size, unit in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

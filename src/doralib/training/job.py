@@ -264,7 +264,7 @@ def _train(job: _Job) -> None:
         log.info(f"going on from {checkpoint}")
     status = "interrupted"
     try:
-        with stop.listening(), _explain_write_errors(plan):
+        with stop.listen(), _explain_write_errors(plan):
             _run(trainer, checkpoint)
         status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
     except LossNotFinite:

@@ -26,11 +26,11 @@ def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
     adapter = AdapterSettings(options.r)
     log.info("adapt: meta")
-    cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
+    cases = [_case("meta", _build_llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
     if count:
         log.info(f"adapt: {count} real layers")
-        cases.append(_case("real", _llama(options, count, vocab=256, real=True), adapter, options))
+        cases.append(_case("real", _build_llama(options, count, vocab=256, real=True), adapter, options))
     bars = Bars("Putting adapters on", "seconds", line=None)
     bars.groups = {
         case["name"]: [Bar(name, s["median"], s["low"], s["high"]) for name, s in case["seconds"].items()]
@@ -101,7 +101,7 @@ class _Worker:
         self.model = self.method(self.model, self.adapter)
 
 
-def _llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
+def _build_llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=4096 // options.divide,

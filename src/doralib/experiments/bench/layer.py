@@ -54,7 +54,7 @@ class Pass:
 
 
 def bench_layer(options: LayerOptions) -> Report:
-    """Forward and backward after an optimiser step, for every shape, dtype, number of tokens and dropout."""
+    """Forward and backward after an optimizer step, for every shape, dtype, number of tokens and dropout."""
     check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("One layer, forward and backward, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
