@@ -255,6 +255,30 @@ def test_the_packaged_recipe_asks_as_the_tasks_do():
     assert recipe.adapter.target_modules == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
+def test_the_path_of_the_demo_on_a_tiny_model(tmp_path, monkeypatch, capsys, tiny_llama_folder):
+    monkeypatch.setattr(assets, "NUM_TEST_MOVIES", 8)
+    monkeypatch.setattr(assets, "NUM_TUNING", 2)
+    rows = [Rated(f"film {i}", (-1) ** i * 2.0) for i in range(40)]
+    write_sentences({"movies": rows, "products": rows[:6], "tweets": rows[:6]}, tmp_path)
+    tasks = {name: tmp_path / f"{name}.yaml" for name in ("movies", "products", "tweets")}
+    made = assets.Assets(tiny_llama_folder, tmp_path / "movies-train.jsonl", tasks)
+    monkeypatch.setattr(assets, "demo_assets", lambda cache: made)
+    changes = ["training.max_steps=2", "training.per_device_train_batch_size=4", "training.eval_steps=2"]
+    run = run_demo("lora", tmp_path / "demo", cache=tmp_path / "cache", changes=changes)
+    told = " ".join(capsys.readouterr().out.split())
+    assert run == tmp_path / "demo" / "lora"
+    for said in (
+        "doralib train demo model.path=",
+        "1. score, fine-tune",
+        "2. merge",
+        "same answers (6 of 6)",
+        "points",
+    ):
+        assert said in told
+    assert (run / "report.html").is_file()
+    assert (run.with_name("lora-merged") / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not assets.are_cached(), reason="the demo's assets are not in ~/.cache/doralib: run `make demo`")
 def test_the_whole_demo(tmp_path, capsys):
