@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .kernels import eager
 from .kernels.cache import Group, LayerCache
-from .kernels.dispatch import dora_linear, on_gpu
+from .kernels.dispatch import on_gpu
 from .kernels.dropout import draw
-from .kernels.eager import apply_operands, infer
 from .layers.base.linear import Dense
 from .layers.base.opaque import Opaque
 from .layers.base.registry import open_base
@@ -101,11 +101,13 @@ class _Fast:
         W_OI = W_OI.to(x.dtype)
         bias_O, dropout = self.base.bias, draw(x, p, exact=True) if p else None
         if not x.is_cpu:
-            return dora_linear(x, W_OI, A, B, m / self.cache.norm(A, B, s, detach=True), s, bias_O, dropout)
+            return (on_gpu(x) or eager).dora_linear(
+                x, W_OI, A, B, m / self.cache.norm(A, B, s, detach=True), s, bias_O, dropout
+            )
         operands = self.cache.operands(A, B, m, s, bias_O, x.dtype)
         if dropout is None and not torch.is_grad_enabled():
-            return infer(x, W_OI, operands, None if bias_O is None else bias_O.to(x.dtype))
-        return apply_operands(x, W_OI, (A, B, m), operands, bias_O, dropout)
+            return eager.infer(x, W_OI, operands, None if bias_O is None else bias_O.to(x.dtype))
+        return eager.apply_operands(x, W_OI, (A, B, m), operands, bias_O, dropout)
 
 
 def _is_dora(module: nn.Module) -> bool:

@@ -1,7 +1,6 @@
-"""The operators a layer computes with, one public function each, and which file's is used where.
+"""Which file's operators are used where: `eager` is plain torch, for every device and dtype.
 
-`eager` is plain torch, for every device and dtype. On a GPU where Triton's kernels have passed their trial `fused`
-takes its place.
+On a GPU where Triton's kernels have passed their trial `fused` takes its place.
 """
 
 import importlib.util
@@ -10,8 +9,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager
-from .dropout import Dropout
 from .selfcheck import passes
 
 _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -38,19 +35,3 @@ def _fused() -> ModuleType:
     from . import fused  # noqa: PLC0415  # imports triton, which is optional
 
     return fused
-
-
-def dora_linear(
-    x: Tensor,
-    W_OI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    gain_O: Tensor | None,
-    s: float,
-    bias_O: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """`eager.dora_linear`, by the fastest way there is for x."""
-    way = on_gpu(x) or eager
-    y: Tensor = way.dora_linear(x, W_OI, a_RI, b_OR, gain_O, s, bias_O, dropout)
-    return y

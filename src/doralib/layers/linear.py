@@ -7,10 +7,10 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
+from ..kernels import eager
 from ..kernels.cache import LayerCache
-from ..kernels.dispatch import dora_linear, on_gpu
+from ..kernels.dispatch import on_gpu
 from ..kernels.dropout import Dropout, draw, dropped
-from ..kernels.eager import apply_operands, infer
 from ..kernels.operands import Operands
 from ..state import LayerAdapter, MovedAdapter
 from .base.linear import Dense
@@ -134,7 +134,7 @@ class DoraLinear(Masters):
         dtype, compiling, learning = autocast_dtype(x), torch.compiler.is_compiling(), torch.is_grad_enabled()
         x = x if dtype is None else x.to(dtype)
         if self.cache.trusted and not (self.training or learning or compiling) and x.dtype in self.cache.trusted:
-            return infer(x, *self.cache.trusted[x.dtype])
+            return eager.infer(x, *self.cache.trusted[x.dtype])
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or (compiling and on_gpu(x) is None):
             # the plain formula around the layer's own call: other storages, and what a compiler can see through
@@ -142,16 +142,17 @@ class DoraLinear(Masters):
         W_OI, bias_O = self.base.W_OI if dtype is None else self.base.W_OI.to(dtype), self.base.bias
         factors, m = self.factors, self.lora_magnitude_vector
         infers = dropout is None and not learning
-        if on_gpu(x) is not None or not (infers or (m is not None and self._trains_by_cache(x))):
-            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
+        fused = on_gpu(x)
+        if fused is not None or not (infers or (m is not None and self._trains_by_cache(x))):
+            return (fused or eager).dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
         operands = self._operands(factors, m, x.dtype)
         if not infers:
-            return apply_operands(x, W_OI, (*factors, m), operands, bias_O, dropout)
+            return eager.apply_operands(x, W_OI, (*factors, m), operands, bias_O, dropout)
         bias_O = None if bias_O is None else bias_O.to(x.dtype)
         # not a weight that autocast made: it would be a second copy of every layer's
         if self.cache.trusted is not None and W_OI.dtype == self.base.dtype:
             self.cache.trusted[x.dtype] = W_OI, operands, bias_O
-        return infer(x, W_OI, operands, bias_O)
+        return eager.infer(x, W_OI, operands, bias_O)
 
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.
