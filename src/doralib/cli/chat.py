@@ -47,7 +47,7 @@ def chat_loop(
             write(f"there is no command {line.split()[0]}; there are /reset and /quit\n")
         elif line:
             messages.append({"role": "user", "content": line})
-            text = _fitting(model, tokenizer, messages, max_new_tokens, write)
+            text = _fit(model, tokenizer, messages, max_new_tokens, write)
             answer = None
             if text:
                 answer = _answer(model, tokenizer, text, write, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -67,7 +67,7 @@ def _line(read: Callable[[str], str]) -> str | None:
         return None
 
 
-def _fitting(
+def _fit(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict[str, str]],
@@ -76,7 +76,8 @@ def _fitting(
 ) -> str | None:
     """The conversation as text, without its oldest turns where it is too long; None if even the last message is."""
     limit, kept = context_length(model), list(messages)
-    too_long = lambda: limit is not None and _length(tokenizer, kept) + max_new_tokens > limit
+    length = lambda: len(encode(tokenizer, chat_text(tokenizer, kept), chat=True)) + max_new_tokens
+    too_long = lambda: limit is not None and length() > limit
     while too_long() and len(kept) > 1:
         del kept[:2]  # a question and its answer
     if too_long():
@@ -86,10 +87,6 @@ def _fitting(
         write(f"(the oldest turns are forgotten: the model takes {limit} tokens)\n")
         messages[:] = kept
     return chat_text(tokenizer, messages)
-
-
-def _length(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> int:
-    return len(encode(tokenizer, chat_text(tokenizer, messages), chat=True))
 
 
 def _answer(

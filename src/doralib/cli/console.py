@@ -48,17 +48,23 @@ def bars() -> Iterator[Tick | None]:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, Task] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
 
-        def tick(what: str, amount: float, total: float, note: str = "") -> None:
-            if what not in tasks:
-                progress.add_task(what, total=total, note="")
-                tasks[what] = progress.tasks[-1]
-            task = tasks[what]
-            if task.finished and amount:
-                progress.reset(task.id)
-            progress.update(task.id, advance=amount, note=note or task.fields["note"])
-            progress.update(task.id, visible=not task.finished)
+    def tick(what: str, amount: float, total: float, note: str = "") -> None:
+        if what not in tasks:
+            # not before: bars of transformers show while a model is loaded
+            progress.start()
+            progress.add_task(what, total=total, note="")
+            tasks[what] = progress.tasks[-1]
+        task = tasks[what]
+        if task.finished and amount:
+            # scored again after training
+            progress.reset(task.id)
+        progress.update(task.id, advance=amount, note=note or task.fields["note"])
+        progress.update(task.id, visible=not task.finished)
 
+    try:
         yield tick
+    finally:
+        progress.stop()

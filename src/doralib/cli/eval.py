@@ -64,8 +64,8 @@ def results_table(results: Mapping[str, "TaskResult"], title: str) -> Table:
     for result in results.values():
         first = [result.task, str(result.n)]
         for name, score in result.metrics.items():
-            interval = f"{_shown(name, score.low)} to {_shown(name, score.high)}"
-            table.add_row(*first, name.replace("_", " "), _shown(name, score.value), interval)
+            interval = f"{_score_text(name, score.low)} to {_score_text(name, score.high)}"
+            table.add_row(*first, name.replace("_", " "), _score_text(name, score.value), interval)
             first = ["", ""]
     return table
 
@@ -87,6 +87,6 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     return Group(table)
 
 
-def _shown(metric: str, value: float) -> str:
+def _score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
     return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1"} else f"{value:.3f}"

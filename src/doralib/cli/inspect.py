@@ -112,11 +112,10 @@ def _shape(layer: "LayerAdapter") -> str:
 
 
 def _sizes(layer: "LayerAdapter") -> tuple[str, str]:
-    # |B A|² = tr((BᵀB)(A Aᵀ)): no (O, I) product; of experts the sum
-    a, b = (factor.float() for factor in layer.factors)
-    size = layer.scale * ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt().item()
+    from ..experiments.analyze import change_norm
+
     span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
-    return f"{size:.4g}", span
+    return f"{change_norm(layer):.4g}", span
 
 
 def _moved(movement: "Movement | None") -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def merge_and_show(
     from ..checkpoints.verify import verify_merge
 
     with ExitStack() as stack:
-        folder = _base(adapters, base, out, stack)
+        folder = _open_base(adapters, base, out, stack)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
@@ -88,7 +88,7 @@ def with_weights(paths: Sequence[Path], weights: Sequence[float], each: "Ingredi
     return [replace(each, path=path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
 
 
-def _base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: ExitStack) -> Path:
+def _open_base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: ExitStack) -> Path:
     """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
     from ..checkpoints.gguf import open_base_folder
     from ..files import check_writable
@@ -102,7 +102,7 @@ def _base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: 
     with collecting(problems):
         check_writable(out, "--out", folder=True)
     with collecting(problems):
-        named = base or (None if problems else _named(adapters))
+        named = base or (None if problems else _find_base(adapters))
         if named:
             console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
             folder = stack.enter_context(open_base_folder(named, out))
@@ -110,7 +110,7 @@ def _base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: 
     return folder
 
 
-def _named(adapters: "Sequence[Ingredient]") -> str:
+def _find_base(adapters: "Sequence[Ingredient]") -> str:
     """The one model that all the adapters name as their own."""
     from ..formats.files import find_base_name
 

@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 
+Row = Mapping[str, Any]
 IGNORED = -100
 """The label of a place that does not count in the loss."""
 

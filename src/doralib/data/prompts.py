@@ -1,7 +1,7 @@
 """Prompt styles: how a row of data becomes text, piece by piece, with the pieces to learn marked."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,11 @@ from jinja2 import TemplateError
 
 from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
-from .prepare import BadRow
+from .prepare import BadRow, Row
 from .templates import columns_in, fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

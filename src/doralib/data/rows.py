@@ -34,10 +34,10 @@ class RawRows:
 
 
 def check_source(source: str, setting: str) -> None:
-    """Nothing, when the file is there and of a known kind, or the name could be one of the hub.
+    """Check that the file is there and of a known kind, or the name could be one of the hub.
 
     Raises:
-        UsageError: saying what was looked for.
+        UsageError: if not, with what was looked for.
     """
     path = Path(source).expanduser()
     known = ", ".join(sorted(READERS))

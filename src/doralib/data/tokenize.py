@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import DoraError, UsageError
 from ..recipe import DataSettings
-from .prepare import IGNORED, BadRow, PreparedRows, Sample, Tally
-from .prompts import STYLES, Piece, Row
+from .prepare import IGNORED, BadRow, PreparedRows, Row, Sample, Tally
+from .prompts import STYLES, Piece
 from .rows import RawRows
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,16 +42,7 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
-        return {
-            "task": self.task,
-            "kind": self.kind,
-            "n": self.n,
-            "metrics": {name: score.to_json() for name, score in self.metrics.items()},
-            "confusion": self.confusion,
-            "wrong": list(self.wrong),
-            "cut": self.cut,
-            "seconds": self.seconds,
-        }
+        return {**asdict(self), "wrong": list(self.wrong)}
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked
+from ..data.prepare import Row
 from ..data.rows import read_rows
 from ..data.templates import columns_in, fill_template
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
-Row = Mapping[str, Any]
 _SHOWN = 12
 
 
@@ -96,7 +96,7 @@ class ChoiceTask(Task):
                 bad[f"{plain_text(_value(self.answer, row))} of {len(texts)} choices"] += 1
             else:
                 made.append(Example(fill(self.prompt, row), texts[truth].strip(), self._options(texts), truth))
-        _refuse(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
+        _check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
         return made
 
     def _choices_of(self, row: Row) -> Sequence[Any]:
@@ -133,7 +133,7 @@ class ClassificationTask(Task):
         """One example a row, with the labels as options."""
         names, options = list(self.labels), tuple(self.labels.values())
         answers = [plain_text(_value(self.answer, row)) for row in rows]
-        _refuse(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
+        _check_answers(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
         return [
             Example(fill(self.prompt, row), answer, options, names.index(answer))
             for row, answer in zip(rows, answers, strict=True)
@@ -292,7 +292,7 @@ def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
     return index if 0 <= index < len(texts) else None
 
 
-def _refuse(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
+def _check_answers(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
     if not bad:
         return
     shown = list_some([f"{value!r} ({count})" for value, count in bad.most_common()], _SHOWN, ", ")

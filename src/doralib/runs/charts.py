@@ -95,7 +95,7 @@ def _path(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
 
 
 def _running_mean(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the mean of its neighbours, a twentieth of the line to either side."""
+    """Each value replaced by the mean of its neighbors, a twentieth of the line to either side."""
     reach = max(2, len(points) // 20)
     means = []
     for i, (at, _) in enumerate(points):

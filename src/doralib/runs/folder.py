@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,35 +21,18 @@ from .machine import cpu_name, package_versions
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run's files."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.samples = path / "samples.json"
+        self.summary = path / "summary.json"
 
     @property
     def trained(self) -> Path:
@@ -86,7 +68,7 @@ class RunFolder:
         if not self.config.is_file():
             with files.replacing(self.config) as part:
                 part.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        files.write_json(self.path / "environment.json", environment())
+        files.write_json(self.environment, describe_environment())
 
     def read(self, path: Path, otherwise: Any) -> Any:
         """A JSON file of an earlier session, if there is one."""
@@ -109,7 +91,7 @@ class RunFolder:
         return f"{status}, " + (f"newest checkpoint at step {checkpointing.step_of(last)}" if last else "no checkpoint")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions, hardware and, in a git repository, the commit."""
     commit = None
     try:

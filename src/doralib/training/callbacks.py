@@ -102,7 +102,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self.caught: int | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Catch the signals inside the block; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -6,7 +6,7 @@ from torch import distributed
 
 
 def is_distributed() -> bool:
-    """Whether there are others."""
+    """Whether there are other processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -16,13 +16,13 @@ def is_main() -> bool:
 
 
 def wait_for_all() -> None:
-    """Nothing before every process has come here."""
+    """Wait until every process has come here."""
     if is_distributed():
         PartialState().wait_for_everyone()
 
 
 def is_set_anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process; each asks at the same time."""
+    """Whether the flag is set in any process; all ask at the same time."""
     if not is_distributed():
         return flag
     counted = torch.tensor(int(flag), device=PartialState().device)

@@ -105,10 +105,11 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
         plan.run.open(recipe, overwrite=overwrite)
     wait_for_all()
     _describe(job)
-    _before(job)
+    _score_before(job)
     if not plan.run.trained.exists():
         _train(job)
-    _after(job)
+    _score(job, "after")
+    _sample(job, "after")
     return plan.run.path
 
 
@@ -203,7 +204,7 @@ def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
 
 
-def _before(job: _Job) -> None:
+def _score_before(job: _Job) -> None:
     """Scores and samples of the untouched model, unless an earlier session has them."""
     recipe, run = job.plan.recipe, job.plan.run
     if not recipe.eval.before or run.trained.exists() or checkpointing.find_newest(run.checkpoints):
@@ -212,11 +213,6 @@ def _before(job: _Job) -> None:
     with untouched:
         _score(job, "before")
         _sample(job, "before")
-
-
-def _after(job: _Job) -> None:
-    _score(job, "after")
-    _sample(job, "after")
 
 
 def _score(job: _Job, when: str) -> None:
@@ -268,7 +264,7 @@ def _train(job: _Job) -> None:
         log.info(f"going on from {checkpoint}")
     status = "interrupted"
     try:
-        with stop.listening(), _explain_write_errors(plan):
+        with stop.listen(), _explain_write_errors(plan):
             _run(trainer, checkpoint)
         status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
     except LossNotFinite:

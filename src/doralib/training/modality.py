@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
-from ..data.prepare import PreparedRows, Sample
-from ..data.prompts import Row
+from ..data.prepare import PreparedRows, Row, Sample
 from ..data.rows import RawRows
 from ..recipe import DataSettings, ModelSettings
 
@@ -29,27 +28,13 @@ class Modality(Protocol):
     """The functions of a file in `modalities`."""
 
     def check_rows(self, settings: DataSettings, seed: int) -> RawRows:
-        """The rows of training and validation, found fit as far as can be said without the model.
-
-        Raises:
-            UsageError: if they are missing, or the settings do not fit them.
-            DoraError: if a file is damaged.
-        """
+        """The rows of training and validation; raises what can be said against them without the model."""
 
     def load(self, settings: ModelSettings) -> Loaded:
-        """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor.
-
-        Raises:
-            UsageError: if there is no such model.
-            DoraError: if its files are damaged.
-        """
+        """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor."""
 
     def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
-        """The rows as this model takes them.
-
-        Raises:
-            UsageError: if no row is usable.
-        """
+        """The rows as this model takes them; raises if none is left."""
 
     def collate(self, model: nn.Module, processor: Any) -> Collate:
         """The function that makes one batch of rows: `labels`, and the arguments of the model's forward."""

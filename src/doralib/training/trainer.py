@@ -105,7 +105,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return True
 
     def unwrap(self) -> None:
-        """Take off what training put around the model: hooks and automatic casts."""
+        """Remove what training put around the model: hooks and automatic casts."""
         if self.label_loss is not None:
             self.label_loss.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -142,7 +142,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.meter.add_tokens(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise LossNotFinite(self._explain_not_finite(f"the loss became {loss.item()}"))
+            raise self._not_finite(f"the loss became {loss.item()}")
         return loss
 
     def check_gradients(self) -> None:
@@ -153,7 +153,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise LossNotFinite(self._explain_not_finite("the gradient became NaN or infinite"))
+            raise self._not_finite("the gradient became NaN or infinite")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics of the validation rows; leaves the random numbers of training alone."""
@@ -295,14 +295,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def _check_weights(self) -> None:
         bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if bad:
-            raise LossNotFinite(
-                self._explain_not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,")
-            )
+            raise self._not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,")
 
-    def _explain_not_finite(self, what: str) -> str:
+    def _not_finite(self, what: str) -> LossNotFinite:
         last = checkpointing.find_newest(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-        return (
+        return LossNotFinite(
             f"{what} at step {self.state.global_step + 1}; training stopped there, {kept}\n"
             f"  a lower training.learning_rate (it is {self.args.learning_rate:g}), a longer training.warmup_steps or "
             "model.dtype: float32 usually help; start again with --overwrite or another out"
@@ -311,7 +309,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
 @contextmanager
 def _blame_settings(settings: str) -> Iterator[None]:
-    """What cannot be made of these settings is the user's to mend; only making it shows it."""
+    """Name the settings in an error inside the block: only making a thing of them shows that it cannot be made."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
@@ -320,7 +318,7 @@ def _blame_settings(settings: str) -> Iterator[None]:
 
 @contextmanager
 def _mark_as_adapted(model: Any) -> Iterator[None]:
-    """The stock Trainer refuses a quantised model without PEFT's mark; with the mark the model could not be saved."""
+    """Give a model PEFT's mark inside the block: Trainer wants it on a quantized one, and saving must not see it."""
     model._hf_peft_config_loaded = True
     try:
         yield

@@ -1,6 +1,5 @@
 """A PEFT user's training step before and after `doralib.peft.accelerate`."""
 
-import logging
 from itertools import product
 from typing import Any
 
@@ -8,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ...peft import accelerate
+from .measure import log
 from .options import AccelerateOptions, batch_of, switch_values
 from .step import case_name, time_steps
 from .subjects import ACCELERATED, REFERENCE, AdapterSettings, build, check_subjects, nudge, trained_parameters
 from .tables import Bars, Report, Table, ratio_bars, ratio_goal, timing_table
 from .workload import base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 BEFORE = "peft-dora"
 

@@ -1,6 +1,5 @@
 """How long it takes to put adapters on a model in the shape of LLaMA-3-8B, beside PEFT's get_peft_model."""
 
-import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ...files import format_bytes
 from .counting import allocations, peak
-from .measure import Turn, interleave, spread
+from .measure import Turn, interleave, log, spread
 from .options import AdaptOptions
 from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
 from .tables import Bar, Bars, Goal, Report, Table, ms
-
-log = logging.getLogger(__name__)
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
 PASS = "one pass"
@@ -29,11 +26,11 @@ def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
     adapter = AdapterSettings(options.r)
     log.info("adapt: meta")
-    cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
+    cases = [_case("meta", _build_llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
     if count:
         log.info(f"adapt: {count} real layers")
-        cases.append(_case("real", _llama(options, count, vocab=256, real=True), adapter, options))
+        cases.append(_case("real", _build_llama(options, count, vocab=256, real=True), adapter, options))
     bars = Bars("Putting adapters on", "seconds", line=None)
     bars.groups = {
         case["name"]: [Bar(name, s["median"], s["low"], s["high"]) for name, s in case["seconds"].items()]
@@ -104,7 +101,7 @@ class _Worker:
         self.model = self.method(self.model, self.adapter)
 
 
-def _llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
+def _build_llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=4096 // options.divide,

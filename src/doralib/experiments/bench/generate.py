@@ -1,6 +1,5 @@
 """Text written token by token with the adapter left unmerged, beside the model without it."""
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.inference import unchanged
-from .measure import Turn, interleave, spread
+from .measure import Turn, interleave, log, spread
 from .options import GenerateOptions
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects, import_peft, nudge
 from .tables import Bar, Bars, Goal, Report, Table, ratio_text
 from .workload import base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 CACHED = "peft-dora-cached"
 HELD = "ours-dora-unchanged"

@@ -1,6 +1,5 @@
 """One adapted layer: time, matrix products, memory kept for the backward pass, largest temporary of a norm refresh."""
 
-import logging
 from itertools import product
 from typing import Any
 
@@ -10,13 +9,11 @@ from torch import Tensor, nn
 from ...files import format_bytes
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
-from .measure import Turn, interleave
+from .measure import Turn, interleave, log
 from .options import LayerOptions, batch_of, sizes
 from .subjects import AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
 from .tables import ms as milliseconds
-
-log = logging.getLogger(__name__)
 
 _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
@@ -57,7 +54,7 @@ class Pass:
 
 
 def bench_layer(options: LayerOptions) -> Report:
-    """Forward and backward after an optimiser step, for every shape, dtype, number of tokens and dropout."""
+    """Forward and backward after an optimizer step, for every shape, dtype, number of tokens and dropout."""
     check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("One layer, forward and backward, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")

@@ -1,10 +1,11 @@
 """Interleaved timing: subjects take turns in one process, and ratios are taken within a round.
 
-A neighbour on the machine slows whole rounds, so the median over rounds of a ratio within one round is steadier than
+A neighbor on the machine slows whole rounds, so the median over rounds of a ratio within one round is steadier than
 the ratio of two medians.
 """
 
 import gc
+import logging
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ import torch
 
 from ...runs.machine import cpu_name, package_versions
 
+log = logging.getLogger(__name__)
 PACKAGES = ("doralib", "torch", "transformers", "peft")
 
 
@@ -44,7 +46,7 @@ class Rounds:
         return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
 
     def _ratio(self, over: str, under: str) -> dict[str, Any]:
-        """The spread; and as a neighbour on the machine only ever adds time, the ratio of the fastest rounds."""
+        """The spread; and as a neighbor on the machine only ever adds time, the ratio of the fastest rounds."""
         of_minima = min(self.seconds[over]) / min(self.seconds[under])
         return {**spread(self.ratios(over, under)), "of_minima": of_minima}
 
@@ -74,7 +76,7 @@ def interleave(turns: Mapping[str, Turn], rounds: int, warmup: int = 1) -> Round
 
 
 def order_of(names: list[str], number: int) -> list[str]:
-    """The order of one round: rotated by one each round and reversed every other cycle, so that neighbours change."""
+    """The order of one round: rotated by one each round and reversed every other cycle, so that neighbors change."""
     start = number % len(names)
     order = names[start:] + names[:start]
     return order[::-1] if number // len(names) % 2 else order
@@ -101,7 +103,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-class Neighbours:
+class Neighbors:
     """How much of the machine other processes take while this one measures."""
 
     def __init__(self) -> None:

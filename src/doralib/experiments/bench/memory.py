@@ -6,7 +6,6 @@ allocation events), and the peak of the process's resident memory, as the kernel
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,13 +17,12 @@ from typing import Any
 from ...errors import DoraError
 from ...files import format_bytes, read_json, write_json
 from .counting import allocations, peak
-from .measure import order_of, spread
+from .measure import log, order_of, spread
 from .options import MemoryOptions, batch_of, switch_values
+from .step import case_name
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars
 from .workload import TrainingStep, base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc otherwise keeps freed blocks of up to 32 MB, and how many depends on the order of calls
@@ -41,8 +39,7 @@ def bench_memory(options: MemoryOptions) -> Report:
         options.dtype, options.tokens, options.dropout, switch_values(options.checkpointing)
     ):
         settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-        name = f"{dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        name += ", checkpointing" * checkpointing
+        name = case_name(settings)
         log.info(f"memory: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)

@@ -1,6 +1,5 @@
 """Where a training step's time goes, operator by operator: why a method costs more than another."""
 
-import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -8,14 +7,12 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import spread
+from .measure import log, spread
 from .options import ProfileOptions, batch_of
 from .step import case_name
 from .subjects import AdapterSettings, build, check_subjects
 from .tables import Bar, Bars, Report, Table
 from .workload import TrainingStep, base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 SUBJECTS = ("frozen", "peft-lora", "peft-dora", "ours-lora", "ours-dora")
 # so many operators by name; the rest is one row

@@ -1,17 +1,14 @@
 """How a training step's time grows with the rank."""
 
-import logging
 from typing import Any
 
 from torch import nn
 
-from .measure import Turn, interleave
+from .measure import Turn, interleave, log
 from .options import RankOptions, batch_of
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects
 from .tables import Bar, Bars, Goal, Report, Table, ms, ratio_text
 from .workload import TrainingStep, base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 SUBJECTS = (REFERENCE, "ours-dora")
 

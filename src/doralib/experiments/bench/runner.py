@@ -13,7 +13,7 @@ from .adapt import bench_adapt
 from .figures import write_bars
 from .generate import bench_generate
 from .layer import bench_layer
-from .measure import Neighbours, describe_machine
+from .measure import Neighbors, describe_machine
 from .memory import bench_memory
 from .merge import report_merge
 from .profile import bench_profile
@@ -91,7 +91,7 @@ def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> set
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:
     # asked before the measurement, which loads the machine itself
-    where, neighbours = describe_machine(), Neighbours()
+    where, neighbours = describe_machine(), Neighbors()
     report = bench.measure(options)
     where["cores_busy_elsewhere"] = neighbours.cores()
     value = report.to_json(where)

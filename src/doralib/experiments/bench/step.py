@@ -1,19 +1,16 @@
 """A whole training step of a language model, by every method in turn."""
 
-import logging
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 from torch import nn
 
-from .measure import Rounds, Turn, interleave
+from .measure import Rounds, Turn, interleave, log
 from .options import StepOptions, batch_of, switch_values
 from .subjects import AdapterSettings, build, check_subjects, default_subjects, pairs
 from .tables import Bars, Goal, Report, ratio_bars, ratio_goal, timing_table
 from .workload import TrainingStep, base_model, token_batch
-
-log = logging.getLogger(__name__)
 
 
 def bench_step(options: StepOptions) -> Report:

@@ -89,13 +89,13 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimiser gets."""
+    """What an optimizer gets."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def nudge(model: nn.Module, size: float = 1e-4) -> None:
-    """Move what is trained, as an optimiser would: whatever was computed from it before is stale."""
+    """Move what is trained, as an optimizer would: whatever was computed from it before is stale."""
     for p in trained_parameters(model):
         p.add_(torch.randn_like(p), alpha=size)
 

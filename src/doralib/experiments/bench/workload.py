@@ -80,7 +80,7 @@ class TrainingStep:
         return float(loss.detach())
 
     def state_bytes(self) -> int:
-        """Memory of the optimiser between steps."""
+        """Memory of the optimizer between steps."""
         states = self.optimizer.state.values() if self.optimizer is not None else []
         return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
 
