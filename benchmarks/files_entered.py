@@ -1,4 +1,4 @@
-"""How many of doralib's files and rooms a reader meets who follows one training step, load_adapter, merge --verify and train.
+"""How many files and rooms a reader meets who follows one training step, load_adapter, merge --verify and train.
 
     PYTHONPATH=tests python benchmarks/files_entered.py
 
@@ -42,7 +42,8 @@ def command(*arguments):
     try:
         run_command()
     except SystemExit as stop:
-        assert not stop.code, stop.code
+        if stop.code:
+            raise
 
 
 def main():
@@ -61,7 +62,9 @@ def main():
         trips = {
             "one training step": lambda: model(ids, labels=ids).loss.backward(),
             "load_adapter": lambda: doralib.load_adapter(make_llama(), adapter),
-            "merge --verify": lambda: command("merge", adapter, "--base", base, "--out", Path(folder) / "m", "--verify"),
+            "merge --verify": lambda: command(
+                "merge", adapter, "--base", base, "--out", Path(folder) / "m", "--verify"
+            ),
             "train": lambda: command("train", "sentiment", *settings, "adapter.target_modules=[q_proj]"),
         }
         found = {name: files_of(call) for name, call in trips.items()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
-from doralib.errors import DoraError, UsageError
-from doralib.files import read_json, read_tensors, replacing, write_json, write_tensors
+from doralib.errors import DoraError, UsageError, list_some, raise_problems
+from doralib.files import read_json, read_tensors, read_yaml, replacing, write_json, write_tensors
 
 TENSORS = {
     "b.weight": torch.arange(21, dtype=torch.bfloat16).view(7, 3),
@@ -268,3 +268,29 @@ def test_no_weights(tmp_path):
         Checkpoint.open(tmp_path)
     with pytest.raises(UsageError, match="no model folder"):
         Checkpoint.open(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", [b"a: [", b"a: \xff"])
+def test_yaml_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "a.yaml").write_bytes(text)
+    with pytest.raises(UsageError, match=r"a\.yaml is not YAML"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UsageError, match=r"no file b\.yaml.*did you mean 'a\.yaml'"):
+        read_yaml(tmp_path / "b.yaml")
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    (tmp_path / "a.yaml").write_text("!!python/object/apply:os.getcwd []")
+    with pytest.raises(UsageError, match="is not YAML"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_long_list_says_how_many_more_there_are():
+    assert list_some([], 2, ", ") == ""
+    assert list_some(["a", "b"], 2, ", ") == "a, b"
+    assert list_some(["a", "b", "c"], 2, ", ") == "a, b, ... and 1 more"
+    raise_problems("it", [])
+    with pytest.raises(DoraError, match=r"^it: 1 problem\n  a$"):
+        raise_problems("it", ["a"])
+    with pytest.raises(DoraError, match=r"^it: 22 problems\n  0\n(?s:.*)\n  19\n  \.\.\. and 2 more$"):
+        raise_problems("it", [str(i) for i in range(22)])

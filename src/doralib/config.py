@@ -60,7 +60,7 @@ class FusedParts(Checked):
         return dict(self.parts) if isinstance(self.parts, dict) else dict.fromkeys(self.parts, 1)
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check(self) -> Self:
         problems = [f"adapt: there is no part {name!r}" for name in self.adapt if name not in self.shares]
         if len(set(self.adapt)) < len(self.adapt):
             problems.append("adapt names a part twice")
@@ -76,7 +76,7 @@ class FusedParts(Checked):
 _STARTS = ("kaiming", "gaussian", "pissa", "pissa_niter_16", "olora")
 
 
-def _known_start(name: str) -> str:
+def _check_start(name: str) -> str:
     if name not in _STARTS and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
         raise ValueError(f"there is no start {name!r}{did_you_mean(name, _STARTS)}; known: {', '.join(_STARTS)}")
     return name
@@ -112,7 +112,7 @@ class DoraConfig(Checked):
     """vera, dvora: where the vector between A and B starts."""
     projection_prng_key: int = Field(default=0, ge=0)
     """vera, dvora: the seed of A and B."""
-    init_lora_weights: Annotated[str, AfterValidator(_known_start)] = "kaiming"
+    init_lora_weights: Annotated[str, AfterValidator(_check_start)] = "kaiming"
     """Where A and B of linear layers and convolutions start; nothing changes by it. kaiming, gaussian: A drawn, B zero.
     pissa: the weight's principal directions, pissa_niter_N: found by N rounds of power iteration; olora: by Q R."""
     use_rslora: bool = False
@@ -137,8 +137,8 @@ class DoraConfig(Checked):
     """Learning rate of an embedding's A and B; null: as A's of the other layers."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
-        problems = self._bad_patterns() + self._bank_problems()
+    def _check(self) -> Self:
+        problems = self._find_bad_patterns() + self._find_bank_problems()
         if self.target_modules == "" or (self.target_modules == () and not self.target_parameters):
             problems.insert(0, "target_modules is empty: nothing would be adapted")
         if self.loraplus_lr_ratio != 1 and self.method not in ("dora", "lora"):
@@ -147,34 +147,33 @@ class DoraConfig(Checked):
             problems.append(f"magnitude_modules go with method dora, not with {self.method!r}")
         if self.target_parameters and self.method not in ("dora", "lora"):
             problems.append(f"target_parameters go with methods dora and lora, not with {self.method!r}")
-        problems += self._layer_problems()
+        problems += self._find_layer_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
-    def _bad_patterns(self) -> list[str]:
+    def _find_bad_patterns(self) -> list[str]:
         """A line for each regular expression that is none."""
         patterns = [
             (field, key) for field in ("rank_pattern", "alpha_pattern", "fused_modules") for key in getattr(self, field)
         ]
         names = [(field, getattr(self, field)) for field in ("target_modules", "exclude_modules", "magnitude_modules")]
         patterns += [(field, pattern) for field, pattern in names if isinstance(pattern, str)]
-        return [f"{field}: {why}" for field, pattern in patterns if (why := _bad_regex(pattern))]
+        return [f"{field}: {why}" for field, pattern in patterns if (why := _explain_regex(pattern))]
 
-    def _bank_problems(self) -> list[str]:
+    def _find_bank_problems(self) -> list[str]:
         """What does not go with random matrices that all layers share."""
         if not self.has_bank:
             return []
         no_place = f"method {self.method!r} has no place for"
-        problems = []
-        if self.moves_start:
-            problems.append(f"init_lora_weights: {no_place} {self.init_lora_weights!r}")
+        start = f"init_lora_weights: {no_place} {self.init_lora_weights!r}"
+        problems = [start] if self.moves_start else []
         problems += [f"{field}: {no_place} it" for field in _NOT_WITH_A_BANK if getattr(self, field)]
         if self.bias != "none":
             problems.append(f"bias: method {self.method!r} trains none")
         return problems
 
-    def _layer_problems(self) -> list[str]:
+    def _find_layer_problems(self) -> list[str]:
         """What does not go with parts of layers and stacks of weights."""
         problems = []
         if self.moves_start and (self.fused_modules or self.target_parameters):
@@ -219,17 +218,17 @@ class DoraConfig(Checked):
 
     def rank_of(self, layer: str) -> int:
         """r of the layer of this name."""
-        return _by_pattern(self.rank_pattern, layer, self.r)
+        return _find_by_pattern(self.rank_pattern, layer, self.r)
 
     def fused_parts(self, layer: str) -> FusedParts | None:
         """The parts of the layer of this name, where it is a fused projection."""
-        return _by_pattern(self.fused_modules, layer, None)
+        return _find_by_pattern(self.fused_modules, layer, None)
 
     def scale_of(self, layer: str) -> float:
         """The factor s of ``s B A`` in the layer of this name."""
         if self.has_bank:
             return 1.0
-        r, alpha = self.rank_of(layer), _by_pattern(self.alpha_pattern, layer, self.lora_alpha)
+        r, alpha = self.rank_of(layer), _find_by_pattern(self.alpha_pattern, layer, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
@@ -241,7 +240,7 @@ def matches(pattern: str, layer: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
 
 
-def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
+def _find_by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
     """The value of the first key that the layer's name ends with or matches."""
     for key, value in patterns.items():
         if matches(key, layer):
@@ -249,7 +248,7 @@ def _by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> 
     return otherwise
 
 
-def _bad_regex(pattern: str) -> str:
+def _explain_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:

@@ -1,4 +1,4 @@
-"""What a user can do wrong, and what the message must carry.
+"""Errors that a user can mend, and how their messages are made.
 
     DoraError          something failed: a file is truncated, a loss is NaN          exit status 1
     └── UsageError     the request itself is wrong: a misspelt key, a missing file   exit status 2
@@ -24,7 +24,7 @@ class UsageError(DoraError):
 
 
 class Note(UserWarning):
-    """What had to be assumed, and no error; the command line prints it as a note."""
+    """A warning of what had to be assumed; the command line prints it as a note."""
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -33,7 +33,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'r'?"``, or nothing when no known word is near."""
+    """``"; did you mean 'r'?"``; empty if no known word is near."""
     near = nearest(word, known, count=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -63,7 +63,7 @@ def check_given_once(given: Sequence[str]) -> None:
 
 @contextmanager
 def collecting(problems: list[DoraError]) -> Iterator[None]:
-    """Keep what goes wrong inside the block for `raise_all`, and go on after it."""
+    """Keep an error raised inside the block for `raise_all`, and go on after the block."""
     try:
         yield
     except DoraError as problem:

@@ -40,16 +40,16 @@ def replacing(path: str | Path, need: int = 0) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final)
     if need > free_bytes(final.parent):
-        raise DoraError(_disk_full(final, need))
+        raise DoraError(_explain_disk_full(final, need))
     part = final.with_name(f".{final.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
         _sync(part)
-        _put(part, final)
+        _replace(part, final)
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
-        raise DoraError(_disk_full(final, max(need, count_bytes(part)))) from error
+        raise DoraError(_explain_disk_full(final, max(need, count_bytes(part)))) from error
     finally:
         remove(part)
 
@@ -77,7 +77,7 @@ def free_bytes(path: Path) -> int:
 
 
 def check_writable(path: str | Path, setting: str, *, folder: bool) -> None:
-    """Nothing, when a folder (or a file) may be written at ``path``, asked before the work is done.
+    """Check that a folder (or a file) may be written at ``path``, before the work is done.
 
     Raises:
         UsageError: if a file stands where a folder is needed or a folder where a file is, or the folder above may not
@@ -110,10 +110,10 @@ def list_folder(folder: Path) -> str:
 
 
 def find_file(path: str | Path) -> Path:
-    """The path, if a file is there.
+    """The path of a file that is there.
 
     Raises:
-        UsageError: otherwise, with what the folder holds instead.
+        UsageError: if none is, with what the folder holds instead.
     """
     path = Path(path)
     if path.is_file():
@@ -186,7 +186,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        if pointer := git_lfs_pointer(path):
+        if pointer := explain_git_lfs(path):
             raise DoraError(pointer) from None
         raise DoraError(
             f"{path} ({format_bytes(path.stat().st_size)}) is truncated or not a safetensors file ({error}); "
@@ -194,8 +194,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         ) from None
 
 
-def git_lfs_pointer(path: Path) -> str:
-    """What to do where git left a pointer in the place of a file; nothing where it did not."""
+def explain_git_lfs(path: Path) -> str:
+    """What to do about a pointer that git left in the place of a file; empty if the file is none."""
     with path.open("rb") as file:
         found = file.read(40).startswith(b"version https://git-lfs")
     return f"{path} is a git-lfs pointer, not the weights; fetch them with: git lfs pull" if found else ""
@@ -220,18 +220,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _sweep(final: Path) -> None:
-    """Remove what earlier runs on this machine left behind when they were killed; bring back what they set aside."""
-    aside = _aside(final)
+    """Remove what killed runs on this machine left behind, and bring back what they had set aside."""
+    aside = _set_aside_name(final)
     if aside.exists() and not final.exists():
         aside.replace(final)
     remove(aside)
     for part in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(_HOST)}-*.part"):
         pid = part.name.removesuffix(".part").rsplit("-", 2)[-2]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not _is_alive(int(pid)):
             remove(part)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -255,9 +255,9 @@ def _sync_one(file: Path) -> None:
         os.close(handle)
 
 
-def _put(part: Path, final: Path) -> None:
+def _replace(part: Path, final: Path) -> None:
     """Rename onto ``final``; a folder in the way is set aside first and deleted last."""
-    aside = _aside(final)
+    aside = _set_aside_name(final)
     if final.is_dir():
         if not part.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder stands where the file is to be", str(final))
@@ -272,7 +272,7 @@ def _put(part: Path, final: Path) -> None:
     remove(aside)
 
 
-def _aside(final: Path) -> Path:
+def _set_aside_name(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
@@ -282,7 +282,7 @@ def _is_disk_full(error: Exception) -> bool:
     return any(f"os error {code}" in str(error) for code in _FULL)
 
 
-def _disk_full(final: Path, need: int) -> str:
+def _explain_disk_full(final: Path, need: int) -> str:
     kept = "what stood there before is untouched" if final.exists() else "nothing was left behind"
     wanted = f" needs {format_bytes(need)} or more" if need else ""
     return (

@@ -83,7 +83,7 @@ class Recipe(Checked):
     """Of A, of the order of rows, and of everything else that is drawn."""
 
     @model_validator(mode="after")
-    def _trainable(self) -> Self:
+    def _check_trainable(self) -> Self:
         if self.model.quantization and self.adapter.method == "full":
             raise ValueError("method full trains the weights themselves, which model.quantization freezes")
         return self

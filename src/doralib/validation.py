@@ -51,18 +51,18 @@ ELSEWHERE = {
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """All problems of one value, a line each."""
+    """All that is wrong with one value's settings, a line each."""
     grouped: dict[tuple[str, ...], list[Any]] = {}
     for problem in error.errors():
-        grouped.setdefault(_place(cls, [str(part) for part in problem["loc"]]), []).append(problem)
+        grouped.setdefault(_find_place(cls, [str(part) for part in problem["loc"]]), []).append(problem)
     lines = [f"{cls.__name__}: {len(grouped)} problem{'s' * (len(grouped) > 1)}"]
-    return "\n".join(lines + [f"  {_line(cls, path, found)}" for path, found in grouped.items()])
+    return "\n".join(lines + [f"  {_explain_setting(cls, path, found)}" for path, found in grouped.items()])
 
 
-def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> str:
+def _explain_setting(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> str:
     where = ".".join(path)
     if problems[0]["type"] == "extra_forbidden":
-        return f"{where}: there is no such setting{_hint(cls, path)}"
+        return f"{where}: there is no such setting{_find_hint(cls, path)}"
     if problems[0]["type"] == "missing":
         return f"{where}: is missing"
     got = problems[0]["input"]
@@ -73,7 +73,7 @@ def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> s
         text = text[0].lower() + text[1:]
     else:
         text = f"should be {' or '.join(dict.fromkeys(_KINDS[problem['type']] for problem in problems))}"
-        if inside := _fields_at(cls, path):
+        if inside := _list_fields(cls, path):
             text += f" ({', '.join(inside[:3])} ...)"
         if isinstance(got, str) and any(problem["type"] in ("tuple_type", "list_type") for problem in problems):
             text += f", such as [{got}]"
@@ -81,15 +81,15 @@ def _line(cls: type[BaseModel], path: tuple[str, ...], problems: list[Any]) -> s
     return f"{where or 'together'}: {text}{shown}"
 
 
-def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
+def _find_hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
     """What an unknown key may have meant."""
-    name, known = path[-1], _fields_at(cls, path[:-1])
+    name, known = path[-1], _list_fields(cls, path[:-1])
     if hint := in_our_words(name, known, cls.model_fields) or did_you_mean(name, known):
         return hint
     listed = f"; known: {', '.join(sorted(known))}"
     if len(path) > 1:
         return listed
-    inside = {field: f"{group}.{field}" for group in known for field in _fields_at(cls, (group,))}
+    inside = {field: f"{group}.{field}" for group in known for field in _list_fields(cls, (group,))}
     if homes := nearest(name, inside, count=1):
         return f"; did you mean {inside[homes[0]]!r}?"
     trainer = f"; a setting of the Trainer is written training.{name}" if "training" in known else ""
@@ -97,7 +97,7 @@ def _hint(cls: type[BaseModel], path: tuple[str, ...]) -> str:
 
 
 def in_our_words(name: str, beside: Collection[str], groups: Collection[str]) -> str:
-    """Where the setting of another tool is, as the end of a message; nothing for a name that none of them has.
+    """Where the setting of another tool is, as the end of a message; empty for a name that none of them has.
 
     Args:
         beside: The settings that could stand where the name does.
@@ -110,7 +110,7 @@ def in_our_words(name: str, beside: Collection[str], groups: Collection[str]) ->
     return f"; here it is {place!r}" if field and (group or field) in groups else ""
 
 
-def _place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
+def _find_place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
     """The path of the setting; pydantic adds the kind that it tried where there are several."""
     for i, part in enumerate(path):
         field = cls.model_fields.get(part)
@@ -120,18 +120,18 @@ def _place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             cls = inner
             continue
-        return (*path[: i + 1], *(part for part in path[i + 1 + (_kinds(inner) > 1) :] if "[" not in part))
+        return (*path[: i + 1], *(part for part in path[i + 1 + (_count_kinds(inner) > 1) :] if "[" not in part))
     return tuple(path)
 
 
-def _kinds(annotation: Any) -> int:
+def _count_kinds(annotation: Any) -> int:
     """Of how many kinds a setting may be, without null."""
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return 1
     return sum(each is not type(None) for each in typing.get_args(annotation))
 
 
-def _fields_at(cls: type[BaseModel], path: Iterable[str]) -> list[str]:
+def _list_fields(cls: type[BaseModel], path: Iterable[str]) -> list[str]:
     for part in path:
         fields: Mapping[str, Any] = cls.model_fields
         inner = fields[part].annotation if part in fields else None

@@ -249,7 +249,7 @@ def test_several_into_one_quantised_checkpoint(kind, bases, adapter, second, tmp
         V = want[row.layer]
         assert row.of_weight == pytest.approx(((Q[row.layer].double() - V).norm() / V.norm()).item(), rel=1e-3)
     if kind == "int8":
-        check = verify_merge(tmp_path / "again", parts, base, requantised=summary.requantised)
+        check = verify_merge(tmp_path / "again", parts, base, costs=summary.requantised)
         assert check.passed, check.text()
         assert verify_merge(tmp_path / "dense", parts, base).relative < 1e-5
         assert not verify_merge(tmp_path / "dense", parts[:1], base).passed
@@ -389,10 +389,10 @@ def test_experts_that_are_quantised_one_by_one(special, tmp_path):
     for e in range(3):
         share = state.layers["model.layers.1.mlp.experts.down_proj"]
         name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
-        V = before[name].dense().double() + share.scale * share.b_OR[e].double() @ share.a_RI[e].double()
+        V = before[name].dequantize().double() + share.scale * share.b_OR[e].double() @ share.a_RI[e].double()
         V *= share.m_O[e].double()[:, None] / V.norm(dim=1, keepdim=True)
         torch.testing.assert_close(dense[name].double(), V, rtol=1e-5, atol=1e-5)
-        error = (after[name].dense().double() - V).norm() / V.norm()
+        error = (after[name].dequantize().double() - V).norm() / V.norm()
         row = next(row for row in summary.requantised if f"{row.layer}.weight" == name)
         assert row.of_weight == pytest.approx(error.item(), rel=1e-3)
         assert error < 0.2

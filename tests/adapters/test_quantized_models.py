@@ -202,11 +202,11 @@ def test_the_median_layer_decides(shares, verdict):
 
 def test_measured_by_hand():
     W, V, Q = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 4.5]])
-    row = QuantizationCost.measured("l.q_proj", "x", W, V, Q)
+    row = QuantizationCost.measure("l.q_proj", "x", W, V, Q)
     assert row.of_change == pytest.approx(0.5)
     assert row.of_weight == pytest.approx(0.5 / 34**0.5)
-    assert QuantizationCost.measured("l", "x", W, W, W).of_change == 0
-    assert QuantizationCost.measured("l", "x", W, W, Q).of_change == float("inf")
+    assert QuantizationCost.measure("l", "x", W, W, W).of_change == 0
+    assert QuantizationCost.measure("l", "x", W, W, Q).of_change == float("inf")
     lines = format_costs([row, QuantizationCost("m.q_proj", "x", 0.75, 0.1)]).splitlines()
     assert "x2" in lines[1]
     assert "worst m.q_proj, 75.0%" in lines[1]

@@ -165,11 +165,11 @@ def test_verify(kind, bases, adapter, tmp_path):
     assert right.relative < 1e-5
     assert right.effect > 0.05
     summary = merge_checkpoint(adapter, base, tmp_path / "again")
-    again = verify_merge(tmp_path / "again", adapter, base, requantised=summary.requantised)
+    again = verify_merge(tmp_path / "again", adapter, base, costs=summary.requantised)
     assert again.relative > right.relative
     if "int8" in kind:
         assert again.passed, again.text()
-    plain = verify_merge(base, adapter, base, requantised=summary.requantised)
+    plain = verify_merge(base, adapter, base, costs=summary.requantised)
     assert not plain.passed, plain.text()
 
 

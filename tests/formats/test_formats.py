@@ -10,9 +10,10 @@ from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors
 from doralib.formats import FORMATS, detect_format, tensorrt
-from doralib.formats.base import Hints, RawAdapter, make_config
+from doralib.formats.base import Hints, RawAdapter
 from doralib.formats.files import read_any_format, write_raw_adapter
 from doralib.formats.peft import from_peft
+from doralib.formats.tensors import make_config
 from doralib.functional import dense_row_norm, merge_weight
 from doralib.state import AdapterState, LayerAdapter
 

@@ -10,8 +10,9 @@ import torch
 
 from doralib.files import read_tensors
 from doralib.formats import FORMATS
-from doralib.formats.base import Hints, make_config
+from doralib.formats.base import Hints
 from doralib.formats.files import read_any_format, write_raw_adapter
+from doralib.formats.tensors import make_config
 from doralib.functional import merge_weight
 from doralib.state import AdapterState, LayerAdapter
 

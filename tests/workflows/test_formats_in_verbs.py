@@ -23,8 +23,9 @@ from doralib.config import DoraConfig as Config
 from doralib.errors import DoraError, Note, UsageError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.formats import FORMATS
-from doralib.formats.base import Hints, make_config
+from doralib.formats.base import Hints
 from doralib.formats.files import read_any_format, write_raw_adapter
+from doralib.formats.tensors import make_config
 from doralib.state import AdapterState, LayerAdapter
 
 TARGETS = ("q_proj", "k_proj", "up_proj")

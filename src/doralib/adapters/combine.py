@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import UsageError
-from ..formats.base import make_config
+from ..formats.tensors import make_config
 from ..layers.experts import AdaptedExperts
 from ..layers.linear import DoraLinear
 from ..layers.wrapper import TrainedCopy

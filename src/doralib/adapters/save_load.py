@@ -14,7 +14,8 @@ from ..config import DoraConfig
 from ..errors import DoraError, Note, UsageError
 from ..formats import FORMATS
 from ..formats.base import Hints
-from ..formats.files import check_component, read_any_format, take_component, write_raw_adapter
+from ..formats.files import read_any_format, write_raw_adapter
+from ..formats.pipeline import check_component, take_component
 from ..layers.base.registry import open_base
 from ..layers.magnitude import DoraMagnitude
 from ..layers.multi_adapter import Switched, Wrapper

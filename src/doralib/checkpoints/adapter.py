@@ -1,8 +1,7 @@
 """An adapter and the stored model it belongs to."""
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, list_some
 from ..formats.base import Hints, ParsedAdapter
-from ..formats.files import check_component, read_any_format, take_component
-from ..formats.pipeline import COMPONENTS
+from ..formats.files import read_any_format
+from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..functional import dense_row_norm
 from ..state import AdapterState, LayerAdapter
-from .match import match_adapter, view_as_rows
-from .quantized import QuantizedWeight, find_quantized
+from .match import MatchedAdapter, Stored, match_adapter, view_as_rows
+from .quantized import find_quantized
 from .safetensors import Checkpoint, read_whole
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
@@ -28,63 +27,59 @@ _SINGLE_FILE = {
 }
 
 
-def read_for_base(path: Path, asked: Hints, known: Hints) -> tuple[str, ParsedAdapter]:
-    """The adapter of one model, by its names inside it, and the name of its format.
+def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAdapter]:
+    """Read the adapter of one model, with the names inside that model; also the name of its format.
 
     Args:
-        asked: the caller's alpha and component.
-        known: what the base tells, as `describe_base` says it.
+        asked: the user's alpha and component.
+        base: what `describe_base` says of the base.
 
     Raises:
         UsageError: if there is no adapter, it is empty, it has no parts and one is asked for, or what it leaves open
             has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
-    given = replace(known, alpha=asked.alpha, component=asked.component or known.component)
-    form, found = read_any_format(path, given)
-    if not found.state.layers and not found.state.extra:
+    hints = replace(base, alpha=asked.alpha, component=asked.component or base.component)
+    form, adapter = read_any_format(path, hints)
+    if not adapter.state.layers and not adapter.state.extra:
         raise UsageError(f"the adapter in {path} is empty")
     if asked.component:
-        check_component(found, asked.component)
-    return form.name, take_component(found, given.component)
+        check_component(adapter, asked.component)
+    return form.name, take_component(adapter, hints.component)
 
 
-def describe_base(given: Hints, base: Path | Checkpoint, packed: Mapping[str, QuantizedWeight] | None = None) -> Hints:
-    """With names and shapes of a base's modules, and its config; a pipeline's parts under their own names.
+def describe_base(hints: Hints, base: Path | Checkpoint) -> Hints:
+    """Add the names and shapes of a base's modules, and its config; a pipeline's parts go by their own names.
 
-    Only headers are read; ``lengths`` reads weights when a format asks. With a folder that is one part of a pipeline,
+    Only headers are read; ``lengths`` reads weights when a format asks. Of a folder that is one part of a pipeline,
     that part is the component.
-
-    Args:
-        packed: the quantised layers of a checkpoint, where they have been looked for already.
 
     Raises:
         UsageError: if there are no weights.
         DoraError: if they are damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
     folder = base if isinstance(base, Path) else base.folder
     if folder.name in COMPONENTS and _is_pipeline(folder.parent):
         # other parts' layers are told from unknown ones by the whole pipeline's names
-        return describe_base(replace(given, component=given.component or folder.name), folder.parent)
+        hints, base = replace(hints, component=hints.component or folder.name), folder.parent
     if isinstance(base, Path) and _is_pipeline(base):
-        for part in COMPONENTS:
-            if (base / part).is_dir():
-                shapes |= {f"{part}.{name}": shape for name, shape in _modules(Checkpoint.open(base / part)).items()}
-        return replace(given, shapes=shapes)
+        parts = {part: Checkpoint.open(base / part) for part in COMPONENTS if (base / part).is_dir()}
+        named = {part: _read_shapes(checkpoint) for part, checkpoint in parts.items()}
+        return replace(hints, shapes={f"{part}.{name}": s for part in named for name, s in named[part].items()})
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    for name, shape in _modules(checkpoint, packed).items():
+    shapes = {}
+    for name, shape in _read_shapes(checkpoint).items():
         head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
         shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
-    lengths = partial(compute_adapted_lengths, checkpoint, packed=packed)
-    return replace(given, shapes=shapes, config=checkpoint.config(), lengths=lengths)
+    lengths = partial(compute_adapted_lengths, checkpoint)
+    return replace(hints, shapes=shapes, config=checkpoint.config(), lengths=lengths)
 
 
 def check_one_model(base: str | Path) -> None:
-    """Nothing, unless the folder is a diffusion pipeline, which is several models.
+    """Check that the folder is no diffusion pipeline, which is several models.
 
     Raises:
-        UsageError: naming its parts.
+        UsageError: if it is, naming its parts.
     """
     if _is_pipeline(Path(base)):
         parts = " or ".join(str(Path(base) / part) for part in COMPONENTS if (Path(base) / part).is_dir())
@@ -92,8 +87,8 @@ def check_one_model(base: str | Path) -> None:
 
 
 def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
-    """A line where an adapter names another model than the one it is put on, by name as far as names can tell."""
-    if not named or _short(named) == _short(base):
+    """A line if an adapter names another model than the one it is put on, as far as names can tell."""
+    if not named or _shorten_name(named) == _shorten_name(base):
         return ()
     return (
         f"was trained on {named}, and is put on {base}: its names and shapes fit; if the weights are not the same, "
@@ -101,7 +96,7 @@ def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
     )
 
 
-def _short(model: str | Path) -> str:
+def _shorten_name(model: str | Path) -> str:
     """A model's name without its place: the last part of a path or hub name."""
     path = Path(model)
     if path.is_file():
@@ -115,53 +110,56 @@ def _is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def _modules(checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight] | None = None) -> dict[str, tuple[int, ...]]:
-    """A quantised layer has the shape of the weight that it stands for."""
-    stored = {name: slot.shape for name, slot in checkpoint.slots.items()}
-    packed = find_quantized(checkpoint) if packed is None else packed
-    stored |= {name: layer.shape for name, layer in packed.items()}
+def _list_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Everything stored by name; in the place of a quantized layer's own tensor stands the weight that it means."""
+    return {**checkpoint.slots, **find_quantized(checkpoint)}
+
+
+def _read_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights by module name."""
     return {
-        re.sub(r"\.weight$", "", name): shape
-        for name, shape in stored.items()
-        if name.endswith(".weight") and len(shape) > 1
+        name.removesuffix(".weight"): stored.shape
+        for name, stored in _list_stored(checkpoint).items()
+        if name.endswith(".weight") and len(stored.shape) > 1
     }
 
 
-def compute_adapted_lengths(
-    checkpoint: Checkpoint, state: AdapterState, packed: Mapping[str, QuantizedWeight] | None = None
-) -> dict[str, Tensor]:
+def match_checkpoint(state: AdapterState, checkpoint: Checkpoint) -> MatchedAdapter:
+    """Match an adapter's names with a checkpoint's.
+
+    Raises:
+        DoraError: if the adapter does not fit the checkpoint: everything, at once.
+    """
+    return match_adapter(state, _list_stored(checkpoint), checkpoint.config())
+
+
+def compute_adapted_lengths(checkpoint: Checkpoint, state: AdapterState) -> dict[str, Tensor]:
     """Length of each output row of ``W + s B A``, (O,), by layer.
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint.
     """
     if stacks := [name for name, layer in state.layers.items() if layer.kind == "experts"]:
-        raise DoraError(f"stacks of experts have no such form: {', '.join(stacks[:5])}; merge the adapter")
+        raise DoraError(f"stacks of experts have no such form: {list_some(stacks, 5, ', ')}; merge the adapter")
     return {
         name: dense_row_norm(W_OI, *layer.factors, layer.scale)
-        for name, layer, W_OI in read_base_rows(state, checkpoint, packed)
+        for name, layer, W_OI in read_base_rows(state, checkpoint)
     }
 
 
-def read_base_rows(
-    state: AdapterState, checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight] | None = None
-) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
-    """Each layer with the rows of its base weight, (O, I), one at a time; of experts the stack, (E, O, I).
-
-    Args:
-        packed: the checkpoint's quantised layers, where they have been looked for already.
+def read_base_rows(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tuple[str, LayerAdapter, Tensor]]:
+    """Read each layer's base weight as rows, (O, I), one at a time; of experts the stack, (E, O, I).
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    packed = find_quantized(checkpoint) if packed is None else packed
-    fitted = match_adapter(state, {**checkpoint.slots, **packed}, checkpoint.config())
+    quantized, matched = find_quantized(checkpoint), match_checkpoint(state, checkpoint)
     # in the same order, by the checkpoint's names, and as wide as its weights
-    for name, slots in itertools.groupby(fitted.layers.items(), key=lambda item: fitted.sources[item[0]]):
+    for name, slots in itertools.groupby(matched.layers.items(), key=lambda item: matched.sources[item[0]]):
         rows, layer = [], state.layers[name]
         for slot, part in slots:
-            stored = packed[slot].dense() if slot in packed else read_whole(checkpoint.slots[slot])
-            rows.append(view_as_rows(stored, part, transposed=slot in fitted.transposed))
+            stored = quantized[slot].dequantize() if slot in quantized else read_whole(checkpoint.slots[slot])
+            rows.append(view_as_rows(stored, part, transposed=slot in matched.transposed))
             layer = part if layer.kind != "experts" else layer
         # experts that are kept apart come one after the other
         yield name, layer, rows[0] if len(rows) == 1 else torch.cat(rows).view(layer.shape)

@@ -1,4 +1,4 @@
-"""`doralib convert`: an adapter of any known format as any other, or as the nearest plain LoRA."""
+"""Convert an adapter of any known format into any other, or into the nearest plain LoRA."""
 
 import contextlib
 import tempfile
@@ -12,16 +12,17 @@ from ..config import DoraConfig
 from ..errors import UsageError, did_you_mean
 from ..files import check_writable
 from ..formats import FORMATS
-from ..formats.base import Format, Hints, ParsedAdapter, RawAdapter, make_config
-from ..formats.files import check_component, is_tensors_file, read_any_format, take_component, write_raw_adapter
+from ..formats.base import Format, Hints, ParsedAdapter, RawAdapter
+from ..formats.files import is_tensors_file, read_any_format, write_raw_adapter
 from ..formats.peft import to_peft
-from ..formats.pipeline import COMPONENTS
+from ..formats.pipeline import COMPONENTS, check_component, take_component
+from ..formats.tensors import make_config
 from .adapter import compute_adapted_lengths, describe_base
 from .gguf import open_base_folder
 from .load import load_model
 from .lowrank import Approximation, approximate
 from .safetensors import Checkpoint
-from .verify import compute_logits, logit_error
+from .verify import compute_logit_error, compute_logits
 
 LORA = "lora"
 TARGETS = (*(name for name, each in FORMATS.items() if each.write), LORA)
@@ -50,7 +51,7 @@ class Request:
     given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them."""
     rank: int | None = None
-    """Of the LoRA."""
+    """With ``lora``: its rank."""
     texts: tuple[str, ...] = ()
     """With ``lora``: compare the logits on these."""
     overwrite: bool = False
@@ -65,11 +66,11 @@ class Conversion:
     """The format it was in."""
     layers: int
     notes: tuple[str, ...]
-    """What had to be assumed."""
+    """What had to be assumed, and what the written file does not say."""
     errors: tuple[Approximation, ...] = ()
-    """Of each layer, where a LoRA was put in place of DoRA."""
+    """How well the LoRA stands for each layer, with ``lora``."""
     logits: float | None = None
-    """Relative error of the logits, if it was asked for."""
+    """Relative error of the logits, where texts were given."""
 
 
 def convert_adapter(request: Request) -> Conversion:
@@ -84,39 +85,49 @@ def convert_adapter(request: Request) -> Conversion:
     into = FORMATS["peft" if is_lora else request.to]
     assert into.write is not None
     with contextlib.ExitStack() as stack:
-        given, base = request.given, None
+        hints, base = request.given, None
         if request.base:
             base = stack.enter_context(open_base_folder(request.base, request.out))
-            given = describe_base(given, base)
-        source, found = read_any_format(request.adapter, given, request.source)
-        if found.config.method not in into.methods:
+            hints = describe_base(hints, base)
+        source, adapter = read_any_format(request.adapter, hints, request.source)
+        if adapter.config.method not in into.methods:
             raise UsageError(
-                f"{found.config.method} shares its random matrices between layers, and {request.to} has no place for "
+                f"{adapter.config.method} shares its random matrices between layers, and {request.to} has no place for "
                 "that: merge it, or take the nearest LoRA (--to lora)"
             )
         asked = request.given.component
         if asked and not into.pipelines:
-            check_component(found, asked)
+            check_component(adapter, asked)
         if asked or not into.pipelines:
-            found = take_component(found, given.component)
-        written, logits = found, None
+            adapter = take_component(adapter, hints.component)
+        written, logits = adapter, None
         errors: list[Approximation] = []
         if is_lora or into.needs_weights:
-            base = base or stack.enter_context(open_base_folder(_base_of(found, request), request.out))
+            named = request.base or adapter.state.base_model
+            if not named:
+                raise UsageError(
+                    f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
+                )
+            base = base or stack.enter_context(open_base_folder(named, request.out))
             checkpoint = Checkpoint.open(base)
-            given = replace(given, lengths=partial(compute_adapted_lengths, checkpoint))
+            hints = replace(hints, lengths=partial(compute_adapted_lengths, checkpoint))
             if is_lora:
-                written, errors = _nearest_lora(found, checkpoint, request)
-        content = into.write(written.config, written.state, given)
-        out = write_raw_adapter(content, into, request.out, overwrite=request.overwrite)
+                written, errors = _approximate(adapter, checkpoint, request)
+        raw = into.write(written.config, written.state, hints)
+        out = write_raw_adapter(raw, into, request.out, overwrite=request.overwrite)
         if base and request.texts:
-            want, got = (_logits(each, base, request.texts) for each in (found, written))
-            logits = logit_error(got, want)
-    notes = (*found.notes, *_not_kept(written, into), *([into.note] if into.note else []))
-    return Conversion(out, source.name, len(found.state.layers), notes, tuple(errors), logits)
+            want, got = (_read_logits(each, base, request.texts) for each in (adapter, written))
+            logits = compute_logit_error(got, want)
+    notes = (*adapter.notes, *_describe_losses(written, into), *([into.note] if into.note else []))
+    return Conversion(out, source.name, len(adapter.state.layers), notes, tuple(errors), logits)
 
 
 def _check(request: Request) -> None:
+    """Check what the request alone can tell.
+
+    Raises:
+        UsageError: if it cannot be right.
+    """
     check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
@@ -132,14 +143,14 @@ def _check(request: Request) -> None:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
 
 
-def _not_kept(found: ParsedAdapter, into: Format) -> list[str]:
+def _describe_losses(adapter: ParsedAdapter, into: Format) -> list[str]:
     """What the adapter says and the file it is written to does not, or says elsewhere."""
-    config, defaults = found.config, DoraConfig()
+    config, defaults = adapter.config, DoraConfig()
     told = {*_IN_THE_LAYERS, "dropout_mode", *into.keeps}
     lost = [f"{name} {value}" for name, value in config if name not in told and value != getattr(defaults, name)]
     if config.lora_dropout and "lora_dropout" in into.keeps and config.dropout_mode != into.dropout_mode:
         lost.append(f"dropout_mode {config.dropout_mode}")
-    alone = sum(layer.magnitude_alone for layer in found.state.layers.values())
+    alone = sum(layer.magnitude_alone for layer in adapter.state.layers.values())
     notes = []
     if lost:
         where = (
@@ -150,30 +161,23 @@ def _not_kept(found: ParsedAdapter, into: Format) -> list[str]:
         notes.append(f"{', '.join(lost)}: {where}")
     if alone and not into.own_settings:
         notes.append(f"{alone} layers of magnitude alone are written with A and B of zeros")
-    if found.state.base_model and "base_model" not in into.keeps:
-        notes.append(f"{into.title} files do not say which model they adapt: it is {found.state.base_model}")
+    if adapter.state.base_model and "base_model" not in into.keeps:
+        notes.append(f"{into.title} files do not say which model they adapt: it is {adapter.state.base_model}")
     return notes
 
 
-def _base_of(found: ParsedAdapter, request: Request) -> str:
-    if not found.state.base_model:
-        raise UsageError(
-            f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
-        )
-    return found.state.base_model
-
-
-def _nearest_lora(
-    found: ParsedAdapter, checkpoint: Checkpoint, request: Request
+def _approximate(
+    adapter: ParsedAdapter, checkpoint: Checkpoint, request: Request
 ) -> tuple[ParsedAdapter, list[Approximation]]:
     assert request.rank is not None
-    state, errors = approximate(found.state, checkpoint, request.rank)
+    state, errors = approximate(adapter.state, checkpoint, request.rank)
     kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
-    config = make_config(state.layers, **{name: getattr(found.config, name) for name in kept})
+    config = make_config(state.layers, **{name: getattr(adapter.config, name) for name in kept})
     return ParsedAdapter(config, replace(state, base_model=request.base or state.base_model)), errors
 
 
-def _logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
+def _read_logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
+    """The logits of the base with this adapter, (positions of all texts, vocabulary)."""
     with tempfile.TemporaryDirectory() as folder:
         write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")

@@ -25,34 +25,34 @@ def find_weights(layers: Mapping[str, LayerAdapter], stored: Collection[str]) ->
     for name, adapter in layers.items():
         found = {f"{name}.weight": adapter}
         if adapter.kind == "experts":
-            found = _apart(name, adapter, stored) or {name: adapter}
+            found = _split_experts(name, adapter, stored) or {name: adapter}
         weights |= {weight: (name, each) for weight, each in found.items()}
     return weights
 
 
-def _apart(name: str, adapter: LayerAdapter, stored: Collection[str]) -> dict[str, LayerAdapter]:
+def _split_experts(name: str, adapter: LayerAdapter, stored: Collection[str]) -> dict[str, LayerAdapter]:
     holder, _, field = name.rpartition(".")
     E, O, _ = adapter.shape
     for before, after in _PLACES:
         for parts in _PARTS.get(field, ()):
             place = holder.replace(before, after)
-            if not any(each.endswith(f"{_from_first_number(place)}.0.{parts[0]}.weight") for each in stored):
+            if not any(each.endswith(f"{_strip_prefix(place)}.0.{parts[0]}.weight") for each in stored):
                 continue
             size = O // len(parts)
             return {
-                f"{place}.{e}.{part}.weight": _share(adapter, e, slice(i * size, (i + 1) * size))
+                f"{place}.{e}.{part}.weight": _take_share(adapter, e, slice(i * size, (i + 1) * size))
                 for e in range(E)
                 for i, part in enumerate(parts)
             }
     return {}
 
 
-def _share(adapter: LayerAdapter, e: int, rows: slice) -> LayerAdapter:
+def _take_share(adapter: LayerAdapter, e: int, rows: slice) -> LayerAdapter:
     m = adapter.m_O
     return LayerAdapter(adapter.a_RI[e], adapter.b_OR[e, rows], None if m is None else m[e, rows], adapter.scale)
 
 
-def _from_first_number(name: str) -> str:
+def _strip_prefix(name: str) -> str:
     """Without the prefix, which a checkpoint may spell differently."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)

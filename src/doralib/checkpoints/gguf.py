@@ -16,11 +16,11 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 @contextmanager
 def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
-    """A folder, or one .safetensors file, that `merging.merge_checkpoint` takes, for whatever names a base model.
+    """The folder, or the one .safetensors file, of whatever names a base model, for as long as the block runs.
 
     Args:
         base: such a folder or file itself, a .gguf file, or a hub name, of which the local cache is asked first.
-        scratch: folder beside which a .gguf file is unpacked for the time of the block.
+        scratch: folder beside which a .gguf file is unpacked, and removed after the block.
 
     Raises:
         UsageError: if it is none of these.
@@ -35,13 +35,13 @@ def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
     elif path.exists():
         yield path
     else:
-        yield _from_hub(str(base))
+        yield _fetch_from_hub(str(base))
 
 
 def expand_gguf(path: Path, out: Path) -> Path:
-    """A .gguf file as a plain folder of safetensors, config and tokenizer; returns ``out``.
+    """Write a .gguf file as a plain folder of safetensors, config and tokenizer; returns ``out``.
 
-    transformers dequantises the whole model to float32, so that is what it takes in memory and on the disk.
+    transformers dequantizes the whole model to float32, so that is what it takes in memory and on the disk.
     """
     where, name = find_file(path).parent, path.name
     try:
@@ -51,7 +51,7 @@ def expand_gguf(path: Path, out: Path) -> Path:
         raise DoraError(
             f"{path} cannot be read, it may be truncated or of an architecture unknown here: {error}"
         ) from error
-    # what is left of the quantisation are two notes, for which save_pretrained refuses to write plain numbers
+    # what is left of the quantization are two notes, for which save_pretrained refuses to write plain numbers
     model.hf_quantizer = None
     del model.config.quantization_config
     with replacing(out, model.num_parameters() * 4) as part:
@@ -60,14 +60,18 @@ def expand_gguf(path: Path, out: Path) -> Path:
     return out
 
 
-def _from_hub(name: str) -> Path:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+def is_local(name: str) -> bool:
+    """Whether a name is a path, and not one of the hub's, by its form alone."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _fetch_from_hub(name: str) -> Path:
     try:
-        if looks_local:
+        if is_local(name):
             raise FileNotFoundError(name)
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"there is no model folder or .gguf file {name}"
-            + ("" if looks_local else f", and the hub gave nothing by that name: {str(error).splitlines()[0]}")
+            + ("" if is_local(name) else f", and the hub gave nothing by that name: {str(error).splitlines()[0]}")
         ) from error

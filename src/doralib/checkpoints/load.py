@@ -26,48 +26,56 @@ from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
 from .adapter import find_other_base
+from .gguf import is_local
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_base(settings: ModelSettings) -> Loaded:
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer, which pads with its end token if it has no other.
 
     Raises:
         UsageError: if there is nothing of that name, or it is a folder of something else.
         DoraError: if its files are damaged.
     """
-    where, extra = _located(settings.path)
+    where, extra = _locate(settings.path)
     if not sys.stderr.isatty():
         disable_progress_bar()  # bars of transformers are for a terminal
-    quantised = {"quantization_config": _quantised(settings)} if settings.quantization else {}
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
+    for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    if settings.quantization:
+        for_model["quantization_config"] = _make_quantization(settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=settings.dtype, attn_implementation=settings.attn_implementation, **options, **quantised
-        )
+        model = AutoModelForCausalLM.from_pretrained(where, **options, **for_model)
     except Exception as error:  # safetensors and tokenizers raise bare classes of their own
-        raise _explained(settings.path, error) from error
+        raise _explain(settings.path, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
 def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
-    """A model for use: a run, an adapter of any format, or whatever `load_base` takes.
+    """Load a model for use, in evaluation mode, and its tokenizer.
+
+    The base of an adapter is loaded as it is stored; the base that a run names is quantized as it was in training.
 
     Args:
-        base: the model that an adapter goes on, as it is stored, where it is not the one that it names; that of a run
-            is quantised as it was in training.
-        given: what an adapter's file may not say.
+        path: a run, an adapter of any format (a file or a folder), a model's folder, a .gguf file or a hub name.
+        base: the model that an adapter goes on, where it is not the one that the adapter names.
+        dtype: of the base's weights: float32, bfloat16 or float16; auto: as stored. An adapter's own are float32.
+        given: alpha and component, which an adapter's file may not say.
+
+    Raises:
+        UsageError: if there is nothing of that name, or an adapter names no base and none is given.
+        DoraError: if a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(path)
     if is_adapter(folder):
         named = base or find_base_name(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantization = None if base else _quantization_of(folder)
+        quantization = None if base else _read_quantization(folder)
         model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
         load_adapter(model, folder, given=given)
         _warn_other_base(path, named)
@@ -79,12 +87,12 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
 
 
 def _warn_other_base(adapter: str, base: str) -> None:
-    """Said once its names and shapes are known to fit."""
+    """Warn if an adapter names another base; only once its names and shapes are known to fit."""
     for note in find_other_base(find_base_name(Path(adapter)), base):
         warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
-def _quantised(settings: ModelSettings) -> BitsAndBytesConfig:
+def _make_quantization(settings: ModelSettings) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"model.quantization: {settings.quantization!r} needs bitsandbytes: pip install bitsandbytes")
     if settings.quantization == "int8":
@@ -94,8 +102,8 @@ def _quantised(settings: ModelSettings) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
 
 
-def _quantization_of(run: Path) -> Any:
-    """How the base of a run was quantised, by its recipe."""
+def _read_quantization(run: Path) -> Any:
+    """How the base of a run was quantized, by its recipe."""
     if not (run / "config.yaml").is_file():
         return None
     recipe = read_yaml(run / "config.yaml")
@@ -104,7 +112,7 @@ def _quantization_of(run: Path) -> Any:
 
 
 def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
-    """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
+    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns their names.
 
     Raises:
         UsageError: if one is not given so, or two have one name.
@@ -123,7 +131,7 @@ def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[st
     return names
 
 
-def _located(path: str) -> tuple[str, dict[str, str]]:
+def _locate(path: str) -> tuple[str, dict[str, str]]:
     """What to hand to transformers for a path or a name."""
     place = Path(path).expanduser()
     if place.suffix == ".gguf":
@@ -146,13 +154,12 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
                 f"model: {path} holds no config.json, so it is no model folder; it holds: {list_folder(place)}"
             )
         return str(place), {}
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()
-    if looks_local:
+    if is_local(path) or place.exists():
         raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")
     return path, {}
 
 
-def _explained(path: str, error: Exception) -> DoraError:
+def _explain(path: str, error: Exception) -> DoraError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, ImportError):
         return DoraError(f"model: {path} cannot be loaded as asked: {first}")

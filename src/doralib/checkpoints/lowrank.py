@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DoraError
+from ..errors import DoraError, list_some
 from ..functional import merged_change
 from ..state import AdapterState, ExpertsAdapter, LayerAdapter
 from .adapter import read_base_rows
@@ -31,42 +31,39 @@ class Approximation:
 
 
 def approximate(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[AdapterState, list[Approximation]]:
-    """For each layer the LoRA of this rank that is nearest to its change of the base weight, with s = 1.
+    """Find for each layer the LoRA of this rank that is nearest to its change of the base weight, with s = 1.
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once.
     """
     if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
-        raise DoraError(f"a transposed convolution has no LoRA in PEFT: {', '.join(turned[:5])}; merge the adapter")
+        raise DoraError(
+            f"a transposed convolution has no LoRA in PEFT: {list_some(turned, 5, ', ')}; merge the adapter"
+        )
     layers, errors = {}, []
     for name, layer, W_OI in read_base_rows(state, checkpoint):
-        layers[name], error, size = _in_place_of(layer, W_OI, rank)
+        layers[name], error, size = _approximate_layer(layer, W_OI, rank)
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
     return AdapterState(layers, state.extra, state.base_model), errors
 
 
-def _in_place_of(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAdapter, float, float]:
+def _approximate_layer(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAdapter, float, float]:
     """The nearest LoRA in the form of the layer, and the Frobenius norms of what it misses and of the change."""
     if layer.kind == "experts":
         m = [None] * len(W_OI) if layer.m_O is None else layer.m_O
         experts = zip(W_OI, layer.a_RI, layer.b_OR, m, strict=True)
-        found = [_in_place_of(LayerAdapter(a, b, m_O, layer.scale), W, rank) for W, a, b, m_O in experts]
+        found = [_approximate_layer(LayerAdapter(a, b, m_O, layer.scale), W, rank) for W, a, b, m_O in experts]
         loras, errors, sizes = zip(*found, strict=True)
         stacked = (torch.stack([lora.a_RI for lora in loras]), torch.stack([lora.b_OR for lora in loras]))
         return ExpertsAdapter(*stacked, None, 1.0), math.hypot(*errors), math.hypot(*sizes)
-    change_OI = compute_change(W_OI, layer)
+    change_OI = merged_change(W_OI, *layer.factors, layer.m_O, layer.scale)
     lora, error = find_nearest_lora(change_OI, rank)
     a, b, kind = lora.a_RI.reshape(-1, *layer.shape[1:]), lora.b_OR, layer.kind
     if kind == "token_embedding":  # without lengths there is one form of embeddings
         a, b, kind = lora.b_OR.T.contiguous(), lora.a_RI.T.contiguous(), "embedding"
     b = b.reshape(b.shape + (1,) * len(layer.kernel))
     return LayerAdapter(a, b, None, 1.0, kind), error, change_OI.norm().item()
-
-
-def compute_change(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
-    """What the adapter adds to the weight, (O, I): `merged_change`."""
-    return merged_change(W_OI, *layer.factors, layer.m_O, layer.scale)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint each part of an adapter belongs to; everything that does not fit is told at once."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,9 +79,9 @@ def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Map
     Raises:
         DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
     """
-    values = _without_tied_copies(state.extra, stored, config)
+    values = _drop_tied_copies(state.extra, stored, config)
     wanted = find_weights(state.layers, stored)
-    names, missing, problems = _matched([*wanted, *values], stored)
+    names, missing, problems = _match_names([*wanted, *values], stored)
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
         for key, (_, adapter) in wanted.items()
@@ -89,13 +89,13 @@ def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Map
     }
     sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
     values = {names[name]: value for name, value in values.items() if name in names}
-    problems += _missing_lines(missing, stored, config)
-    problems += _misfits(layers, values, stored)
-    problems += _not_finite(layers, values)
-    problems += _untying(
+    problems += _explain_missing(missing, stored, config)
+    problems += _find_misfits(layers, values, stored)
+    problems += _find_not_finite(layers, values)
+    problems += _find_untied(
         [*values, *(name for name in layers if layers[name].kind.endswith("embedding"))], stored, config
     )
-    transposed, undecided = _transposed(layers, stored, config)
+    transposed, undecided = _find_transposed(layers, stored, config)
     problems += undecided
     if problems:
         raise DoraError(
@@ -106,10 +106,10 @@ def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Map
 
 def is_conv1d_model(config: Mapping[str, Any]) -> bool:
     """Whether the model's type is one of those with HF Conv1D layers."""
-    return bool(_model_types(config) & _CONV1D_MODELS)
+    return bool(_list_model_types(config) & _CONV1D_MODELS)
 
 
-def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
+def _match_names(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
     """Stored name by wanted name; the names that are not there; what cannot be decided.
 
     A checkpoint may spell a prefix differently (`model.`, `transformer.`, `language_model.`): each group of names with
@@ -117,11 +117,11 @@ def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str,
     """
     groups = defaultdict(list)
     for name in wanted:
-        groups[_head(name)].append(name)
+        groups[_find_prefix(name)].append(name)
     found: dict[str, str] = {}
     missing, problems = [], []
     for head, names in groups.items():
-        moves = [("", "")] if any(name in stored for name in names) else _moves(head, names, stored)
+        moves = [("", "")] if any(name in stored for name in names) else _find_moves(head, names, stored)
         if len(moves) > 1:
             choices = " or ".join(repr(add + head.removeprefix(strip)) for strip, add in moves)
             problems.append(f"{names[0]}: could be under {choices} in the checkpoint; rename one of them")
@@ -138,14 +138,14 @@ def _matched(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str,
     return found, missing, problems
 
 
-def _head(name: str) -> str:
+def _find_prefix(name: str) -> str:
     """The name up to its first number, with the dot: ``"model.layers."``."""
     parts = name.split(".")
     end = next((i for i, part in enumerate(parts) if part.isdigit()), max(0, len(parts) - 2))
     return "".join(part + "." for part in parts[:end])
 
 
-def _moves(head: str, names: list[str], stored: Mapping[str, Stored]) -> list[tuple[str, str]]:
+def _find_moves(head: str, names: list[str], stored: Mapping[str, Stored]) -> list[tuple[str, str]]:
     """(prefix to take off, prefix to put on) that finds every name; the shortest cut that finds any."""
     parts = head.split(".")[:-1]
     for cut in range(len(parts) + 1):
@@ -158,7 +158,7 @@ def _moves(head: str, names: list[str], stored: Mapping[str, Stored]) -> list[tu
     return []
 
 
-def _without_tied_copies(
+def _drop_tied_copies(
     extra: Mapping[str, Tensor], stored: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The whole tensors, less an output head that equals the trained embedding of a model that ties the two."""
@@ -177,7 +177,7 @@ def _is_tied(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
     return not has_head and any(name.endswith(_WITH_HEAD) for name in config.get("architectures") or [])
 
 
-def _missing_lines(missing: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
     tied = _is_tied(stored, config)
     hint = f" (the nearest is {near[0]})" if missing and (near := nearest(missing[0], stored, count=1)) else ""
     if "quantization_config" in config:
@@ -192,7 +192,7 @@ def _missing_lines(missing: list[str], stored: Mapping[str, Stored], config: Map
     ]
 
 
-def _untying(embeddings: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+def _find_untied(embeddings: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
     """An embedding trained as a copy of its own cannot go where the output head is the same tensor."""
     return [
         f"{name}: the output head is tied to this embedding, which was trained apart; replacing it would change both"
@@ -201,7 +201,7 @@ def _untying(embeddings: list[str], stored: Mapping[str, Stored], config: Mappin
     ]
 
 
-def _misfits(
+def _find_misfits(
     layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor], stored: Mapping[str, Stored]
 ) -> list[str]:
     """Shapes that differ, and stored weights that are not plain numbers."""
@@ -239,22 +239,17 @@ def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[0] % I == 0 and shape == (shape[0], O // (shape[0] // I), *taps)
 
 
-def _not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> list[str]:
+def _find_not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> list[str]:
+    tensors = {name: tuple(adapter.tensors().values()) for name, adapter in layers.items()}
+    tensors |= {name: (value,) for name, value in values.items()}
     return [
         f"{name}: the adapter holds NaN or infinite numbers; merge an earlier checkpoint of the run"
-        for name, tensors in _tensors(layers, values)
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors)
+        for name, each in tensors.items()
+        if not all(bool(tensor.isfinite().all()) for tensor in each)
     ]
 
 
-def _tensors(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
-    for name, adapter in layers.items():
-        yield name, list(adapter.tensors().values())
-    for name, value in values.items():
-        yield name, [value]
-
-
-def _transposed(
+def _find_transposed(
     layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[frozenset[str], list[str]]:
     """The weights whose rows are not stored as rows, and those of which it cannot be known.
@@ -264,18 +259,18 @@ def _transposed(
     """
     others = {name for name, a in layers.items() if a.kind in ("embedding", "transposed_convolution")}
     linear = {name: a for name, a in layers.items() if a.kind == "linear"}
-    found, undecided = _transposed_linear(linear, stored, config)
+    found, undecided = _find_transposed_linear(linear, stored, config)
     stacks = {name: (tuple(stored[name].shape), a.shape) for name, a in layers.items() if a.kind == "experts"}
-    experts, unknown = find_transposed_experts(stacks, _model_types(config))
+    experts, unknown = find_transposed_experts(stacks, _list_model_types(config))
     return frozenset(found | others | experts), undecided + unknown
 
 
-def _transposed_linear(
+def _find_transposed_linear(
     layers: Mapping[str, LayerAdapter], stored: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[frozenset[str], list[str]]:
     by_shape = {name for name, a in layers.items() if a.shape[0] != a.shape[1] and stored[name].shape == a.shape[::-1]}
     square = [name for name, a in layers.items() if a.shape[0] == a.shape[1]]
-    types = _model_types(config)
+    types = _list_model_types(config)
     if is_conv1d_model(config):
         return frozenset(by_shape | {name for name in square if name.split(".")[-2] in _CONV1D_NAMES}), []
     if types and not by_shape:
@@ -287,7 +282,7 @@ def _transposed_linear(
     ]
 
 
-def _model_types(config: Mapping[str, Any]) -> set[str]:
+def _list_model_types(config: Mapping[str, Any]) -> set[str]:
     """model_type of the model and of the models inside it."""
     own = {config["model_type"]} if isinstance(config.get("model_type"), str) else set()
-    return own.union(*(_model_types(value) for value in config.values() if isinstance(value, dict)))
+    return own.union(*(_list_model_types(value) for value in config.values() if isinstance(value, dict)))

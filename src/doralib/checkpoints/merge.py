@@ -1,4 +1,4 @@
-"""Fold adapters into a checkpoint on disk: a stream of row blocks in, a stream out.
+"""Merge adapters into a checkpoint on disk: a stream of row blocks in, a stream out.
 
 The output has the base's files, order of tensors, dtypes and metadata. No model is built, and what the adapter does not
 touch is copied as bytes.
@@ -22,9 +22,9 @@ from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from ..state import LayerAdapter
-from .adapter import check_one_model, describe_base, find_other_base, read_for_base
-from .match import MatchedAdapter, match_adapter
-from .quantized import QuantizedWeight, find_quantized
+from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
+from .match import MatchedAdapter
+from .quantized import find_quantized
 from .safetensors import CODES, Checkpoint
 from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
 
@@ -37,9 +37,9 @@ class Ingredient:
     """One adapter of a merge."""
 
     path: Path
-    """A file or folder of any format."""
+    """A file or folder of any format that ``doralib convert`` reads."""
     weight: float = 1.0
-    """Its change of the base is multiplied by this."""
+    """Its change of the base is multiplied by this; any finite number, 1 is the adapter as it was trained."""
     given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them; the base's names are added."""
 
@@ -68,7 +68,7 @@ class MergeSummary:
     out: Path
     adapters: tuple[MergedAdapter, ...]
     layers: int
-    """Weights that an adapter was folded into."""
+    """Weights that an adapter was merged into."""
     replaced: int
     """Tensors trained whole (modules_to_save, biases) that took the place of the base's."""
     tensors: int
@@ -83,7 +83,7 @@ class MergeSummary:
     notes: tuple[str, ...] = ()
     """What had to be assumed of the adapters, and what looks wrong."""
     requantised: tuple[QuantizationCost, ...] = ()
-    """What quantising again cost, for each adapted layer of a base that stays quantised."""
+    """What quantizing again cost, for each adapted layer of a base that stays quantized."""
 
     def text(self) -> str:
         """For a person."""
@@ -112,18 +112,21 @@ def merge_checkpoint(
     overwrite: bool = False,
     progress: Progress = ignore_progress,
 ) -> MergeSummary:
-    """Write the base with adapters folded in, as a folder that plain transformers loads.
+    """Write the base with adapters merged in, as a folder that plain transformers loads.
 
-    Holds the adapters and one row block a thread (a whole tensor of HF Conv1D, embeddings and transposed convolutions,
-    whose rows are not stored as rows). Several are summed as `functional.combined` says: each brings its own change of
-    the base, whatever its rank, method, layers and file.
+    Sums are in float32 (in float64 for float64 weights) and rounded once, to the dtype that is stored. Quantized layers
+    are quantized again in their own settings, or made dense where ``dtype`` is given. Memory holds the adapters and one
+    row block a thread (whole tensors of HF Conv1D, embeddings and transposed convolutions, whose rows are not stored as
+    rows, and one quantized layer at a time). Several adapters are summed as `functional.combined` says: each brings its
+    own change of the base, whatever its rank, method, layers and file.
 
     Args:
         adapters: a file or folder of any format that ``doralib convert`` reads, e.g. a run; or several, with weights.
-        base: folder of model.safetensors or shards with an index, or one .safetensors file. For a hub name or a .gguf
-            file see `gguf.open_base_folder`.
+        base: a folder with model.safetensors or with shards and an index, or one .safetensors file. For a hub name or a
+            .gguf file see `doralib.checkpoints.gguf.open_base_folder`.
         out: made whole or not at all; an existing model there is refused unless ``overwrite``.
-        dtype: float32, bfloat16 or float16 for every floating-point tensor; by default each keeps its own.
+        dtype: float32, bfloat16 or float16 for every floating-point tensor, quantized ones included; by default each
+            keeps its own.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -133,23 +136,23 @@ def merge_checkpoint(
     """
     started = time.perf_counter()
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else list(adapters)
-    code = _code_of(dtype)
+    code = _find_code(dtype)
     checkpoint = open_checkpoint(base, ingredients)
     _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
-    packed = _packed(checkpoint, dtype)
-    folded, changes, notes = _changes(ingredients, checkpoint, packed)
-    plan = _plan(changes, packed, code)
+    _check_dtype_change(checkpoint, dtype)
+    merged, changes, notes = _collect_changes(ingredients, checkpoint)
+    plan = _make_plan(changes, checkpoint, code)
     need = sum(plan_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
         files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
         errors = write_weights(files, plan, progress)
         left_out = write_companions(part, checkpoint, dtype, files)
-        write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in folded]})
+        write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
         out=Path(out),
-        adapters=tuple(folded),
+        adapters=tuple(merged),
         layers=len(adapted),
         replaced=len(changes.keys() - adapted),
         tensors=len(checkpoint.slots),
@@ -163,10 +166,10 @@ def merge_checkpoint(
 
 
 def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
-    """The base's headers; if they cannot be read, or an adapter is not there, all of that at once.
+    """Read the base's headers, and see that every adapter is there.
 
     Raises:
-        DoraError: as `raise_all` does.
+        DoraError: with everything that is missing or damaged, as `raise_all` does.
     """
     problems: list[DoraError] = []
     if not ingredients:
@@ -183,65 +186,60 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
     return checkpoint
 
 
-def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, QuantizedWeight]:
-    """The base's quantised layers, once it is one that can be merged into."""
-    config, packed = checkpoint.config(), find_quantized(checkpoint)
-    if dtype and "quantization_config" in config and not packed:
+def _check_dtype_change(checkpoint: Checkpoint, dtype: str | None) -> None:
+    config = checkpoint.config()
+    if dtype and "quantization_config" in config and not find_quantized(checkpoint):
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise DoraError(
             f"{checkpoint.folder} is quantised ({method}): its dtype cannot be changed to {dtype}; leave dtype out, or "
             "merge into the model in full precision"
         )
-    return packed
 
 
-def _plan(
-    changes: Mapping[str, Sequence[TensorChange]], packed: Mapping[str, QuantizedWeight], code: str | None
-) -> Plan:
-    parts = {name: changes[name] for name in changes.keys() & packed.keys()}
+def _make_plan(changes: Mapping[str, Sequence[TensorChange]], checkpoint: Checkpoint, code: str | None) -> Plan:
+    quantized = find_quantized(checkpoint)
+    parts = {name: changes[name] for name in changes.keys() & quantized.keys()}
     if whole := sorted(name for name in parts if any(isinstance(part.what, Tensor) for part in parts[name])):
         raise DoraError(f"{', '.join(whole)}: trained whole, but quantised in the base; merge into the plain model")
-    anew = [layer for name, layer in packed.items() if code or name in parts]
+    anew = [layer for name, layer in quantized.items() if code or name in parts]
     return Plan(changes, code, {name: layer for layer in anew for name in layer.slots})
 
 
-def _changes(
-    ingredients: Sequence[Ingredient], checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight]
+def _collect_changes(
+    ingredients: Sequence[Ingredient], checkpoint: Checkpoint
 ) -> tuple[list[MergedAdapter], dict[str, list[TensorChange]], list[str]]:
-    """What was read of each adapter, every change by the tensor's name, and what there is to note."""
+    """Read every adapter; what it is, its changes by the tensor's name, and what there is to note."""
     changes: dict[str, list[TensorChange]] = defaultdict(list)
-    folded: list[MergedAdapter] = []
+    merged: list[MergedAdapter] = []
     notes: list[str] = []
     problems: list[DoraError] = []
-    known = describe_base(Hints(), checkpoint, packed)
+    base = describe_base(Hints(), checkpoint)
     for each in ingredients:
-        with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
-            form, found = read_for_base(each.path, each.given, known)
-            other = find_other_base(found.state.base_model, checkpoint.folder)
-            fitted = _fitted(found, checkpoint, packed, other)
-            for name, adapter in fitted.layers.items():
-                changes[name].append(TensorChange(each.weight, adapter, name in fitted.transposed))
-            for name, value in fitted.values.items():
+        with collecting(problems), _name_adapter(each.path, alone=len(ingredients) == 1):
+            form, adapter = read_for_base(each.path, each.given, base)
+            other = find_other_base(adapter.state.base_model, checkpoint.folder)
+            matched = _match(adapter, checkpoint, other)
+            for name, layer in matched.layers.items():
+                changes[name].append(TensorChange(each.weight, layer, name in matched.transposed))
+            for name, value in matched.values.items():
                 changes[name].append(TensorChange(each.weight, value))
-            folded.append(MergedAdapter(str(each.path), form, each.weight, len(fitted.layers), len(fitted.values)))
-            notes += [f"{each.path}: {note}" for note in (*found.notes, *other)]
+            merged.append(MergedAdapter(str(each.path), form, each.weight, len(matched.layers), len(matched.values)))
+            notes += [f"{each.path}: {note}" for note in (*adapter.notes, *other)]
     raise_all(problems)
-    return folded, changes, notes
+    return merged, changes, notes
 
 
-def _fitted(
-    found: ParsedAdapter, checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight], other: Sequence[str]
-) -> MatchedAdapter:
+def _match(adapter: ParsedAdapter, checkpoint: Checkpoint, other: Sequence[str]) -> MatchedAdapter:
     try:
-        return match_adapter(found.state, {**checkpoint.slots, **packed}, checkpoint.config())
+        return match_checkpoint(adapter.state, checkpoint)
     except DoraError as error:
         if not other:
             raise
-        raise DoraError(f"{error}\n  it was trained on another model, {found.state.base_model}") from None
+        raise DoraError(f"{error}\n  it was trained on another model, {adapter.state.base_model}") from None
 
 
 @contextmanager
-def _named(path: Path, *, alone: bool) -> Iterator[None]:
+def _name_adapter(path: Path, *, alone: bool) -> Iterator[None]:
     """Of several adapters, say which one a problem is with."""
     try:
         yield
@@ -251,7 +249,7 @@ def _named(path: Path, *, alone: bool) -> Iterator[None]:
         raise type(problem)(f"{path}: {problem}") from None
 
 
-def _code_of(dtype: str | None) -> str | None:
+def _find_code(dtype: str | None) -> str | None:
     if dtype is None:
         return None
     if dtype not in DTYPE_NAMES:
@@ -261,7 +259,7 @@ def _code_of(dtype: str | None) -> str | None:
 
 
 def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) -> None:
-    """Refuse every place where writing would take something away that is not a model to be overwritten."""
+    """Refuse every place where writing would destroy something that is not a model to be overwritten."""
     final, base = Path(out).resolve(), base.resolve()
     for what, source in [("base", base), *(("adapter", adapter.resolve()) for adapter in adapters)]:
         if final == source or final in source.parents:

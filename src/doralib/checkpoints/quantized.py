@@ -1,10 +1,11 @@
-"""Quantised layers of a checkpoint on disk: which tensors make one, its dense weight, and the tensors of another.
+"""Quantized layers of a checkpoint on disk: which tensors make one, its dense weight, and the tensors of another.
 
 bitsandbytes 4 bit: weight, weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map and, as JSON
 in bytes, weight.quant_state.bitsandbytes__nf4 (or fp4). 8 bit: weight, SCB, weight_format. torchao: _weight_qdata,
 _weight_scale and so on, and what they mean in the file's metadata.
 """
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ _FLOAT = 24
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One quantised weight: a plain (O, I) one to an adapter, several tensors in the files."""
+    """One quantized weight: a plain (O, I) one to an adapter, several tensors in the files."""
 
     name: str
     """Of the weight that it stands for."""
@@ -42,11 +43,11 @@ class QuantizedWeight:
     plain: bool = True
 
     def read(self) -> dict[str, Tensor]:
-        """Its tensors, whole."""
+        """Read its tensors, whole."""
         return {name: read_whole(slot) for name, slot in self.slots.items()}
 
-    def dense(self) -> Tensor:
-        """The dense weight, whole."""
+    def dequantize(self) -> Tensor:
+        """Read the dense weight, whole."""
         return self.rows(self.read())[:]
 
     def rows(self, parts: Parts) -> Rows:
@@ -57,8 +58,8 @@ class QuantizedWeight:
         """The tensors of another weight, in the same settings."""
         raise NotImplementedError
 
-    def written(self, slot: Slot) -> Slot:
-        """One of its tensors as it will be once the layer is quantised anew."""
+    def plan_slot(self, slot: Slot) -> Slot:
+        """One of its tensors as it will be once the layer is quantized anew."""
         return slot
 
 
@@ -75,14 +76,14 @@ class Quantized4bit(QuantizedWeight):
         settings = self._settings(parts)
         if old.nested:
             settings["nested_offset"] = state.offset.item()
-            length = self.written(self.slots[self._key]).nbytes
+            length = self.plan_slot(self.slots[self._key]).nbytes
             text = json.dumps(settings).encode().ljust(length)
             made[self._key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         else:
             made[self._key] = parts[self._key]
         return {**made, self.name: data.view(weight.shape)}
 
-    def written(self, slot: Slot) -> Slot:
+    def plan_slot(self, slot: Slot) -> Slot:
         # another offset has another number of digits, but files are laid out before anything is computed
         if slot.name != self._key or f"{self.name}.nested_absmax" not in self.slots:
             return slot
@@ -98,7 +99,7 @@ class Quantized4bit(QuantizedWeight):
 
     def _state(self, parts: Parts) -> Any:
         stored = {name.removeprefix(f"{self.name}."): value for name, value in parts.items() if name != self.name}
-        return _package("bitsandbytes.functional", self).QuantState.from_dict(stored, device=torch.device("cpu"))
+        return _import_package("bitsandbytes.functional", self).QuantState.from_dict(stored, device=torch.device("cpu"))
 
 
 class Quantized8bit(QuantizedWeight):
@@ -108,7 +109,7 @@ class Quantized8bit(QuantizedWeight):
         return Rows8bit(parts[self.name], parts[self._scales])
 
     def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
-        _package("bitsandbytes.functional", self)
+        _import_package("bitsandbytes.functional", self)
         CB, SCB = quantize_8bit(W_OI)
         return {**parts, self.name: CB, self._scales: SCB.to(parts[self._scales].dtype)}
 
@@ -129,25 +130,26 @@ class QuantizedTorchAO(QuantizedWeight):
 
     def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
         new = quantize_torchao(self._tensor(parts), W_OI)
-        made, metadata = self._package().flatten_tensor_state_dict({self.name: new})
+        made, metadata = self._support().flatten_tensor_state_dict({self.name: new})
         same = json.loads(metadata[self.name]) == json.loads(self.metadata[self.name])
         if not same or any(made[name].shape != part.shape for name, part in parts.items()):
             raise DoraError(f"{self.name}: torchao quantises it in other settings now; merge with --dtype bfloat16")
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
     def _tensor(self, parts: Parts) -> Any:
-        made, _ = self._package().unflatten_tensor_state_dict(dict(parts), dict(self.metadata))
+        made, _ = self._support().unflatten_tensor_state_dict(dict(parts), dict(self.metadata))
         return made[self.name]
 
-    def _package(self) -> Any:
-        return _package("torchao.prototype.safetensors.safetensors_support", self)
+    def _support(self) -> Any:
+        return _import_package("torchao.prototype.safetensors.safetensors_support", self)
 
 
-def find_quantized(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
-    """Every quantised layer whose tensors are understood, by the name of the weight that it stands for.
+@functools.lru_cache(maxsize=8)
+def find_quantized(checkpoint: Checkpoint) -> Mapping[str, QuantizedWeight]:
+    """Find every quantized layer whose tensors are understood, by the name of the weight that it stands for.
 
     Raises:
-        DoraError: if the model has HF Conv1D layers, whose quantised weights may be stored either way.
+        DoraError: if the model has HF Conv1D layers, whose quantized weights may be stored either way.
     """
     found: dict[str, QuantizedWeight] = {}
     slots = checkpoint.slots
@@ -162,7 +164,7 @@ def find_quantized(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
         if last == "SCB" and weight in slots and slots[weight].code == "I8":
             parts = {n: slots[n] for n in (weight, name, f"{layer}.weight_format") if n in slots}
             found[weight] = Quantized8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
-    found |= _torchao(checkpoint)
+    found |= _find_torchao(checkpoint)
     if found and is_conv1d_model(checkpoint.config()):
         raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; take the model in full precision")
     return found
@@ -173,11 +175,11 @@ def drop_torchao_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, st
     return {"format": "pt"} if metadata and "tensor_names" in metadata else metadata
 
 
-def _torchao(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
+def _find_torchao(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
     found: dict[str, QuantizedWeight] = {}
     metadata = {key: text for shard in checkpoint.shards for key, text in (shard.metadata or {}).items()}
     for name, text in metadata.items():
-        described = _described(text)
+        described = _parse_description(text)
         module, _, weight = name.rpartition(".")
         parts = {f"{module}._{weight}_{part}": part for part in described.get("_tensor_data_names", ())}
         if "qdata" not in parts.values() or not all(part in checkpoint.slots for part in parts):
@@ -189,7 +191,7 @@ def _torchao(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
     return found
 
 
-def _described(text: str) -> dict[str, Any]:
+def _parse_description(text: str) -> dict[str, Any]:
     try:
         described = json.loads(text)
     except ValueError:
@@ -197,7 +199,7 @@ def _described(text: str) -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
-def _package(name: str, layer: QuantizedWeight) -> Any:
+def _import_package(name: str, layer: QuantizedWeight) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DoraError, UsageError
-from ..files import find_file, format_bytes, git_lfs_pointer, list_folder, read_json
+from ..files import explain_git_lfs, find_file, format_bytes, list_folder, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -96,9 +96,9 @@ class Shard:
             return file.read(self.data_start)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model's weights in one safetensors file, or in shards with an index."""
+    """A model's weights in one safetensors file, or in shards with an index; what was read when it was opened."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -116,7 +116,7 @@ class Checkpoint:
                 short.
         """
         path = Path(path)
-        weights = path if path.is_file() else _weights_in(path)
+        weights = path if path.is_file() else _find_weights_file(path)
         if not weights.name.endswith(".index.json"):
             shard = read_shard(weights)
             return cls(weights.parent, (shard,), None, {slot.name: slot for slot in shard.slots})
@@ -124,7 +124,7 @@ class Checkpoint:
 
     @classmethod
     def _open_index(cls, index: Path) -> Self:
-        weight_map = _weight_map(index)
+        weight_map = _read_weight_map(index)
         shards, problems = {}, []
         for name in sorted(set(weight_map.values())):
             try:
@@ -171,13 +171,15 @@ def read_shard(path: Path) -> Shard:
         length = int.from_bytes(file.read(8), "little")
         data_start = 8 + length
         if size < 8 or length > _LONGEST_HEADER:
-            raise DoraError(_not_safetensors(path))
+            raise DoraError(_explain_not_safetensors(path))
         if data_start > size:
-            raise DoraError(_cut_short(path, size, data_start))
-        header = _parsed(path, file.read(length))
+            raise DoraError(_explain_cut(path, size, data_start))
+        header = _parse_header(path, file.read(length))
     metadata = header.pop("__metadata__", None)
     try:
-        slots = sorted((_slot(path, data_start, name, entry) for name, entry in header.items()), key=lambda s: s.start)
+        slots = sorted(
+            (_make_slot(path, data_start, name, entry) for name, entry in header.items()), key=lambda s: s.start
+        )
     except (KeyError, TypeError, ValueError):
         raise DoraError(f"{path} has a header that is not safetensors'; download it again") from None
     _check_sizes(path, size, data_start, slots)
@@ -240,7 +242,7 @@ def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> N
     with source.open("rb", buffering=0) as src, target.open("r+b", buffering=0) as dst:
         done = 0
         while done < count:
-            done += _copied(src.fileno(), dst.fileno(), count - done, start + done, at + done)
+            done += _copy_some(src.fileno(), dst.fileno(), count - done, start + done, at + done)
 
 
 def write_at(target: Path, at: int, block: Tensor) -> None:
@@ -252,7 +254,7 @@ def write_at(target: Path, at: int, block: Tensor) -> None:
             done += os.pwrite(file.fileno(), view[done:], at + done)
 
 
-def _copied(src: int, dst: int, count: int, start: int, at: int) -> int:
+def _copy_some(src: int, dst: int, count: int, start: int, at: int) -> int:
     """Bytes copied, at least one."""
     try:
         got = os.copy_file_range(src, dst, count, start, at) if hasattr(os, "copy_file_range") else -1
@@ -283,7 +285,7 @@ def _fill(block: Tensor, slot: Slot, at: int) -> None:
             done += got
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights_file(folder: Path) -> Path:
     """The file that transformers would read; else the only one there is."""
     if not folder.is_dir():
         raise UsageError(f"there is no model folder {folder}")
@@ -300,7 +302,7 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     whole = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
@@ -311,17 +313,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except ValueError:
         header = None
     if not isinstance(header, dict):
-        raise DoraError(_not_safetensors(path))
+        raise DoraError(_explain_not_safetensors(path))
     return header
 
 
-def _slot(path: Path, data_start: int, name: str, entry: Mapping[str, Any]) -> Slot:
+def _make_slot(path: Path, data_start: int, name: str, entry: Mapping[str, Any]) -> Slot:
     start, end = entry["data_offsets"]
     return Slot(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), path, data_start + start, end - start)
 
@@ -335,16 +337,16 @@ def _check_sizes(path: Path, size: int, data_start: int, slots: list[Slot]) -> N
             raise DoraError(f"{path} has a header that contradicts itself at {slot.name}; download it again")
         end = slot.start + slot.nbytes
     if size < end:
-        raise DoraError(_cut_short(path, size, end))
+        raise DoraError(_explain_cut(path, size, end))
     if size > end:
         raise DoraError(f"{path} has {format_bytes(size - end)} after its last tensor; download it again")
 
 
-def _cut_short(path: Path, size: int, need: int) -> str:
+def _explain_cut(path: Path, size: int, need: int) -> str:
     missing = f"{size:,} bytes of {need:,} or more, {need - size:,} are missing"
     return f"{path} is cut short: {missing}; download or copy it again"
 
 
-def _not_safetensors(path: Path) -> str:
+def _explain_not_safetensors(path: Path) -> str:
     not_one = f"{path} ({format_bytes(path.stat().st_size)}) is not a safetensors file; download or copy it again"
-    return git_lfs_pointer(path) or not_one
+    return explain_git_lfs(path) or not_one

@@ -40,7 +40,7 @@ class TensorChange:
 
 
 def apply_changes(block: Tensor, changes: Sequence[TensorChange], rows: slice, shape: tuple[int, ...]) -> Tensor:
-    """The block with every change, before the cast: ``W + Σ w (V - W)``; with one change of weight 1, V itself.
+    """Apply every change to a block, before the cast: ``W + Σ w (V - W)``; with one change of weight 1, V itself.
 
     Args:
         block: (rows, everything else) of the tensor as stored; all of it where a change needs all. Of a stack of
@@ -53,27 +53,27 @@ def apply_changes(block: Tensor, changes: Sequence[TensorChange], rows: slice, s
     if len(changes) == 1 and changes[0].weight == 1:
         change = changes[0]
         if isinstance(change.what, Tensor):
-            return _matrix(change.what)[rows]
-        return _on_rows(merge_weight, block, change, rows, shape)
-    return combined(block, ((change.weight, _difference(block, change, rows, shape)) for change in changes))
+            return _view_matrix(change.what)[rows]
+        return _apply_to_rows(merge_weight, block, change, rows, shape)
+    return combined(block, ((change.weight, _compute_difference(block, change, rows, shape)) for change in changes))
 
 
-def _difference(block: Tensor, change: TensorChange, rows: slice, shape: tuple[int, ...]) -> Tensor:
+def _compute_difference(block: Tensor, change: TensorChange, rows: slice, shape: tuple[int, ...]) -> Tensor:
     if isinstance(change.what, LayerAdapter):
-        return _on_rows(merged_change, block, change, rows, shape)
+        return _apply_to_rows(merged_change, block, change, rows, shape)
     dtype = sum_dtype(block.dtype)
-    return _matrix(change.what)[rows].to(dtype) - block.to(dtype)
+    return _view_matrix(change.what)[rows].to(dtype) - block.to(dtype)
 
 
-def _matrix(value: Tensor) -> Tensor:
-    """As `checkpoints.Slot.matrix` says: the first axis by all others."""
+def _view_matrix(value: Tensor) -> Tensor:
+    """A tensor in the shape of `Slot.matrix`: the first axis by all others."""
     return value.reshape(len(value), -1) if value.dim() else value.reshape(1, 1)
 
 
-def _on_rows(
+def _apply_to_rows(
     formula: Callable[..., Tensor], block: Tensor, change: TensorChange, rows: slice, shape: tuple[int, ...]
 ) -> Tensor:
-    """The formula on output rows, put back as the block is stored."""
+    """Apply the formula to output rows, and put them back as the block is stored."""
     adapter = change.what
     assert isinstance(adapter, LayerAdapter)
     (a_RI, b_OR), m_O = adapter.factors, adapter.m_O
@@ -96,11 +96,11 @@ def _on_rows(
 def write_quantized(
     layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None
 ) -> QuantizationCost | None:
-    """Write one layer with every change, and say what quantising it again cost.
+    """Write one layer with every change, and say what quantizing it again cost.
 
     Args:
         outs: The places of its tensors in the output, by their names in the base.
-        code: The dtype of the dense weight; None: it is quantised again.
+        code: The dtype of the dense weight; None: it is quantized again.
     """
     parts = layer.read()
     W = layer.rows(parts)
@@ -128,22 +128,22 @@ _MOST_WORKERS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to become of the base's tensors."""
+    """What becomes of the base's tensors."""
 
     changes: Mapping[str, Sequence[TensorChange]]
     """By the name of the weight."""
     code: str | None
-    """The dtype of every floating-point tensor, quantised ones included; None: each keeps its own."""
-    packed: Mapping[str, QuantizedWeight]
-    """Quantised layers to be written anew, by the name of each of their tensors."""
+    """The dtype of every floating-point tensor, quantized ones included; None: each keeps its own."""
+    quantized: Mapping[str, QuantizedWeight]
+    """Quantized layers to be written anew, by the name of each of their tensors."""
 
-    def wanted(self, slot: Slot) -> Slot | None:
+    def plan_slot(self, slot: Slot) -> Slot | None:
         """A tensor as it will be; None where it is left out."""
-        layer = self.packed.get(slot.name)
+        layer = self.quantized.get(slot.name)
         if layer is None:
             return slot.cast(self.code) if self.code and slot.plain else slot
         if not self.code:
-            return layer.written(slot)
+            return layer.plan_slot(slot)
         first = next(iter(layer.slots))
         return replace(slot, name=layer.name, shape=layer.shape).cast(self.code) if slot.name == first else None
 
@@ -174,14 +174,14 @@ class NewFile:
     path: Path
     header: bytes
     pieces: Sequence[_Piece | None]
-    """In the order of the base; None where a part of a quantised layer was."""
-    packed: Mapping[str, Slot]
-    """Parts of quantised layers to be written, by their names in the base."""
+    """In the order of the base; None where a part of a quantized layer was."""
+    quantized: Mapping[str, Slot]
+    """Parts of quantized layers to be written, by their names in the base."""
 
     @property
     def outs(self) -> list[Slot]:
         """Every tensor."""
-        return [*(piece.out for piece in self.pieces if piece), *self.packed.values()]
+        return [*(piece.out for piece in self.pieces if piece), *self.quantized.values()]
 
     @property
     def nbytes(self) -> int:
@@ -190,33 +190,36 @@ class NewFile:
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """Nobody asked."""
+    """Report to nobody."""
 
 
 def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
-    """What becomes of one file of the base."""
+    """Plan what one file of the base becomes: its header, and the place of every tensor."""
     path = folder / shard.path.name
-    wanted = {slot.name: new for slot in shard.slots if (new := plan.wanted(slot)) is not None}
+    wanted = {slot.name: new for slot in shard.slots if (new := plan.plan_slot(slot)) is not None}
     kept = list(wanted.values())
     header, placed = lay_out(kept, path, drop_torchao_metadata(shard.metadata) if plan.code else shard.metadata)
     if kept == list(shard.slots):  # the same sizes at the same places: the very same header
         header, placed = shard.header(), [replace(slot, file=path) for slot in kept]
     outs = dict(zip(wanted, placed, strict=True))
     pieces = [
-        None if slot.name in plan.packed else _Piece(slot, outs[slot.name], tuple(plan.changes.get(slot.name, ())))
+        None if slot.name in plan.quantized else _Piece(slot, outs[slot.name], tuple(plan.changes.get(slot.name, ())))
         for slot in shard.slots
     ]
-    return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.packed})
+    return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.quantized})
 
 
 def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[QuantizationCost, ...]:
-    """Every file's header, then all tensors, in blocks that do not depend on each other; what quantising again cost."""
+    """Write every file's header, then all tensors in blocks that do not depend on each other.
+
+    Returns what quantizing again cost, a layer each.
+    """
     for file in files:
         with file.path.open("wb") as handle:
             handle.write(file.header)
             handle.truncate(len(file.header) + file.nbytes)
     total = sum(file.nbytes for file in files)
-    jobs = [job for file in files for job in _jobs(file.pieces)]
+    jobs = [job for file in files for job in _make_jobs(file.pieces)]
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS)
     done = 0
@@ -228,10 +231,10 @@ def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> t
                 progress(done, total)
     finally:
         torch.set_num_threads(threads)
-    # quantised layers are computed whole: one at a time, on all cores
-    outs = {name: out for file in files for name, out in file.packed.items()}
+    # quantized layers are computed whole: one at a time, on all cores
+    outs = {name: out for file in files for name, out in file.quantized.items()}
     errors = []
-    for layer in {layer.name: layer for layer in plan.packed.values()}.values():
+    for layer in {layer.name: layer for layer in plan.quantized.values()}.values():
         error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan.code)
         errors.extend([error] if error else [])
         done += sum(outs[name].nbytes for name in layer.slots if name in outs)
@@ -239,8 +242,8 @@ def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> t
     return tuple(errors)
 
 
-def _jobs(pieces: Sequence[_Piece | None]) -> Iterator[Callable[[], int]]:
-    """Calls that write one block each and return its bytes; neighbours that stay as they are go together."""
+def _make_jobs(pieces: Sequence[_Piece | None]) -> Iterator[Callable[[], int]]:
+    """Calls that write one block each and return its size in bytes; neighbors that stay as they are go together."""
     for untouched, group in itertools.groupby(pieces, key=lambda piece: piece is not None and piece.untouched):
         run = [piece for piece in group if piece]
         if untouched:
@@ -268,7 +271,7 @@ def _write(piece: _Piece, rows: slice) -> int:
 def write_companions(
     folder: Path, checkpoint: Checkpoint, dtype: str | None, files: Sequence[NewFile]
 ) -> tuple[str, ...]:
-    """Config, tokenizer and all else that is not weights; dtype, names and sizes brought up to date.
+    """Copy config, tokenizer and all else that is not weights, with dtype, names and sizes brought up to date.
 
     Returns the files of the base that were left out.
     """
@@ -288,16 +291,16 @@ def write_companions(
         write_json(folder / checkpoint.index.name, content)
     if dtype and (folder / "config.json").is_file():
         config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
-        write_json(folder / "config.json", _with_dtype({"torch_dtype": dtype, **config}, dtype))
+        write_json(folder / "config.json", _replace_dtype({"torch_dtype": dtype, **config}, dtype))
     return tuple(map(str, left_out))
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _replace_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The same settings with every dtype in them changed, those of models inside the model too."""
     return {
         key: dtype
         if key in ("dtype", "torch_dtype") and value
-        else _with_dtype(value, dtype)
+        else _replace_dtype(value, dtype)
         if isinstance(value, dict)
         else value
         for key, value in config.items()

@@ -74,16 +74,16 @@ def verify_merge(
     merged: Path,
     adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
-    requantised: Sequence[QuantizationCost] = (),
+    costs: Sequence[QuantizationCost] = (),
 ) -> Verification:
-    """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
+    """Compare the logits of the merged folder with those of base and adapter, or of the sum of several adapters.
 
     Both compute in float32, one after the other, so that only the rounding of the stored weights sets them apart:
     independent errors of at most eps / 2 in each weight, which add up as the root of the number of matrices that
-    the signal passes. Quantised models compute on their dense weights.
+    the signal passes. Quantized models compute on their dense weights.
 
     Args:
-        requantised: What quantising again cost, where the merged model is quantised.
+        costs: what quantizing again cost, where the merged model is quantized.
     """
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     model, tokenizer = load_model(str(base), dtype="float32")
@@ -91,9 +91,9 @@ def verify_merge(
     inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
-        _quietly_loaded(model, ingredients[0]).eval()
+        _load_quietly(model, ingredients[0]).eval()
     else:
-        _add(model, ingredients)
+        _add_adapters(model, ingredients)
     want = compute_logits(model, inputs)
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
@@ -103,20 +103,20 @@ def verify_merge(
     return Verification(
         tokens=len(want),
         max_abs=(got - want).abs().max().item(),
-        relative=logit_error(got, want),
-        effect=logit_error(plain, want),
+        relative=compute_logit_error(got, want),
+        effect=compute_logit_error(plain, want),
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
-        rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
+        rounding=math.hypot(*(layer.of_weight for layer in costs)) if costs else _estimate_rounding(merged),
     )
 
 
 @torch.no_grad()
-def _add(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
+def _add_adapters(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
     """Put ``W + Σ w (V - W)`` into a model, each V as the adapter's own layers make it."""
     plain = {name: p.detach().clone() for name, p in model.named_parameters()}
     changes: dict[str, Tensor] = {}
     for each in ingredients:
-        merge(_quietly_loaded(model, each))
+        merge(_load_quietly(model, each))
         for name, p in model.named_parameters():
             if not torch.equal(p, plain[name]):
                 changes[name] = changes.get(name, torch.zeros_like(p)) + each.weight * (p - plain[name])
@@ -125,8 +125,8 @@ def _add(model: PreTrainedModel, ingredients: Sequence[Ingredient]) -> None:
         model.get_parameter(name).add_(change)
 
 
-def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedModel:
-    """With the adapter on; what had to be assumed of it the merge has said."""
+def _load_quietly(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedModel:
+    """Put the adapter on, without the notes that the merge has given already."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
         return load_adapter(model, ingredient.path, given=ingredient.given)
@@ -134,11 +134,11 @@ def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTraine
 
 @torch.inference_mode()
 def compute_logits(model: PreTrainedModel, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """(positions of all texts, vocabulary)."""
+    """The logits of every text, (positions of all texts, vocabulary)."""
     return torch.cat([model(**each).logits[0] for each in inputs])
 
 
-def logit_error(got: Tensor, want: Tensor) -> float:
+def compute_logit_error(got: Tensor, want: Tensor) -> float:
     """Root mean square of the differences over that of the wanted logits about their mean.
 
     A difference in the common level of a position's logits does not count: it changes no probability.
@@ -147,7 +147,8 @@ def logit_error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-def _rounding(folder: Path) -> float:
+def _estimate_rounding(folder: Path) -> float:
+    """How far rounding every stored matrix may move the logits, relative to them."""
     matrices = [slot for slot in Checkpoint.open(folder).slots.values() if slot.plain and len(slot.shape) > 1]
     eps = max(torch.finfo(DTYPES[slot.code]).eps for slot in matrices)
     return eps / 2 * len(matrices) ** 0.5

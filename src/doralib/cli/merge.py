@@ -68,7 +68,7 @@ def merge_and_show(
             )
         console.print(summary.text())
         if verify:
-            check = verify_merge(out, adapters, folder, requantised=summary.requantised)
+            check = verify_merge(out, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:
                 raise DoraError(f"{out}: the merged model does not answer as the adapted one does")

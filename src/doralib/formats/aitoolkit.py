@@ -3,21 +3,11 @@
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import raise_problems
 from ..state import AdapterState, LayerAdapter
 from . import kohya
-from .base import (
-    Hints,
-    ParsedAdapter,
-    RawAdapter,
-    build_layers,
-    check_only_layers,
-    group_by_layer,
-    make_config,
-    read_number,
-)
-from .diffusers import add_component
-from .pipeline import find_component
+from .base import Format, Hints, ParsedAdapter, RawAdapter
+from .pipeline import add_component, find_component
+from .tensors import check_only_layers, group_by_layer, name_tensors, note_missing_alpha, parse_layers, read_alpha
 
 _UNDERSCORED = {"a": "lora_down.weight", "b": "lora_up.weight", "alpha": "alpha", "m": "magnitude"}
 _DOTTED = {"a": "lora_A.weight", "b": "lora_B.weight", "alpha": "alpha", "m": "magnitude"}
@@ -40,40 +30,37 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     title = "the ai-toolkit adapter"
     if any(key.endswith(".lora_down.weight") for key in raw.tensors):
         return kohya.read_fields(raw, hints, _UNDERSCORED, title)
-    parts, problems = group_by_layer(raw.tensors, {key: field for field, key in _DOTTED.items()})
+    parts, problems = group_by_layer(raw.tensors, _DOTTED)
 
     def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
         rank = part["a"].shape[0]
-        alpha = read_number(part["alpha"]) if "alpha" in part else hints.alpha or rank
-        return LayerAdapter(part["a"], part["b"], part["m"].flatten() if "m" in part else None, alpha / rank)
+        m_O = part["m"].flatten() if "m" in part else None
+        return LayerAdapter(part["a"], part["b"], m_O, read_alpha(part, hints, rank) / rank)
 
-    layers = build_layers(parts, layer, _DOTTED, problems)
-    raise_problems(title, problems)
-    missing = sum("alpha" not in part for part in parts.values())
-    assumed = "the rank" if hints.alpha is None else f"{hints.alpha:g}, as given"
-    notes = (f"{missing} layers have no alpha: taken as {assumed}; linear_alpha of the training says",) * bool(missing)
-    return ParsedAdapter(make_config(layers, dropout_mode="adapter"), AdapterState(layers), notes)
+    notes = note_missing_alpha(parts, hints, "; linear_alpha of the training says")
+    return parse_layers(title, parts, layer, _DOTTED, problems, notes=notes)
 
 
 def write(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter for ai-toolkit: PEFT's names for a pipeline's transformer, kohya's for the others.
 
-    Where its reader takes alpha for the rank the change must not shrink: s is folded into B, and alpha is the rank.
+    Its reader takes alpha for the rank, so s goes into B, and alpha is the rank.
 
     Raises:
         UsageError: if whole tensors were trained.
     """
     check_only_layers(state, "ai-toolkit")
-    folded = {
+    scaled = {
         name: LayerAdapter(layer.a_RI, layer.b_OR * layer.scale, layer.m_O, 1.0, layer.kind)
         for name, layer in state.layers.items()
     }
-    parts = {find_component(name) or hints.component for name in folded}
+    parts = {find_component(name) or hints.component for name in scaled}
     if parts != {"transformer"}:
-        return kohya.write_fields(AdapterState(folded), hints, _UNDERSCORED)
+        return kohya.write_fields(AdapterState(scaled), hints, _UNDERSCORED)
     tensors: dict[str, Tensor] = {}
-    for name, layer in add_component(AdapterState(folded), hints).items():
-        tensors |= {f"{name}.{_DOTTED['a']}": layer.a_RI, f"{name}.{_DOTTED['b']}": layer.b_OR}
-        if layer.m_O is not None:
-            tensors[f"{name}.{_DOTTED['m']}"] = layer.m_O
+    for name, layer in add_component(AdapterState(scaled), hints).items():
+        tensors |= name_tensors(name, _DOTTED, layer.a_RI, layer.b_OR, layer.m_O)
     return RawAdapter(tensors, {}, {"format": "pt"})
+
+
+FORMAT = Format("ai-toolkit", "ai-toolkit", detect, read, write, "lora.safetensors", pipelines=True)

@@ -8,35 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, raise_problems
+from ..errors import DoraError
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
-from .base import (
-    Hints,
-    ParsedAdapter,
-    RawAdapter,
-    build_layers,
+from .base import Format, Hints, ParsedAdapter, RawAdapter
+from .peft import shape_magnitude
+from .pipeline import COMPONENTS, add_component, find_component
+from .tensors import (
     check_only_layers,
     compute_alpha,
     find_commonest,
     group_by_layer,
-    make_config,
-    read_number,
+    name_tensors,
+    parse_layers,
+    read_alpha,
 )
-from .pipeline import COMPONENTS, find_component, guess_component
 
 METADATA = "lora_adapter_metadata"
-_FIELDS = {
-    "lora.down.weight": "a",
-    "lora.up.weight": "b",
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_linear_layer.down.weight": "a",
-    "lora_linear_layer.up.weight": "b",
-    MAGNITUDE: "m",
-    f"{MAGNITUDE}.weight": "m",
-    "alpha": "alpha",
-}
 _KEYS = {"a": "lora.down.weight", "b": "lora.up.weight", "m": MAGNITUDE}
+_OLD_KEYS = {"a": "lora_linear_layer.down.weight", "b": "lora_linear_layer.up.weight", "alpha": "alpha"}
 _PEFT_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": MAGNITUDE}
 # a unet's keys are diffusers' own. transformers, which loads text encoders, looks for the magnitude as a module's
 # weight: by PEFT's own key it is dropped (seen with diffusers 0.42.1 and transformers 5.23), and PEFT takes both
@@ -57,31 +46,29 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     Raises:
         DoraError: listing everything that does not belong.
     """
-    parts, problems = group_by_layer(raw.tensors, _FIELDS)
+    parts, problems = group_by_layer(raw.tensors, _KEYS, _OLD_KEYS, _PEFT_KEYS, _TEXT_ENCODER)
     problems += [
         f"{name}: begins with no part of a pipeline ({', '.join(COMPONENTS)})"
         for name in parts
         if find_component(name) is None
     ]
-    settings, notes = _settings(raw.metadata, parts, hints)
-    problems += _without_magnitude(parts, settings)
+    settings, notes = _read_settings(raw.metadata, parts, hints)
+    problems += _find_without_magnitude(parts, settings)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
         own = settings.get(find_component(name) or "")
         rank = part["a"].shape[0]
-        if own is not None and own.rank_of(_inside(name)) != rank:
-            raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(_inside(name))}")
-        if "alpha" in part:
-            scale = read_number(part["alpha"]) / rank
-        else:
-            scale = (hints.alpha or rank) / rank if own is None else own.scale_of(_inside(name))
+        if own is not None and own.rank_of(_strip_part(name)) != rank:
+            raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(_strip_part(name))}")
+        scale = (
+            read_alpha(part, hints, rank) / rank if own is None or "alpha" in part else own.scale_of(_strip_part(name))
+        )
         m_O = part["m"].flatten() if "m" in part else None
         return LayerAdapter(part["a"], part["b"], m_O, scale)
 
-    layers = build_layers(parts, layer, _KEYS, problems)
-    raise_problems("the diffusers adapter", problems)
     dropout = max((own.lora_dropout for own in settings.values()), default=0.0)
-    return ParsedAdapter(make_config(layers, lora_dropout=dropout, dropout_mode="exact"), AdapterState(layers), notes)
+    said: dict[str, Any] = {"notes": notes, "lora_dropout": dropout, "dropout_mode": "exact"}
+    return parse_layers("the diffusers adapter", parts, layer, _KEYS, problems, **said)
 
 
 def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
@@ -98,36 +85,12 @@ def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
         layers = {name: layer for name, layer in named.items() if find_component(name) == part}
         keys = _WRITTEN.get(part, _TEXT_ENCODER)
         for name, layer in layers.items():
-            tensors |= {f"{name}.{keys['a']}": layer.a_RI, f"{name}.{keys['b']}": layer.b_OR}
-            if layer.m_O is not None:
-                tensors[f"{name}.{keys['m']}"] = layer.m_O.reshape(magnitude_shape(layer))
-        metadata |= {f"{part}.{field}": value for field, value in _lora_config(layers, config).items()}
+            tensors |= name_tensors(name, keys, layer.a_RI, layer.b_OR, shape_magnitude(layer))
+        metadata |= {f"{part}.{field}": value for field, value in _make_lora_config(layers, config).items()}
     return RawAdapter(tensors, {}, {METADATA: json.dumps(metadata, indent=2, sort_keys=True)})
 
 
-def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
-    """Layers by names with their part of a pipeline in front.
-
-    Raises:
-        UsageError: if it cannot be told.
-    """
-    if all(find_component(name) for name in state.layers):
-        return dict(state.layers)
-    part = hints.component or guess_component(list(state.layers))
-    if part not in COMPONENTS:
-        raise UsageError(
-            f"which part of a pipeline is {next(iter(state.layers))}? Give --component, one of {', '.join(COMPONENTS)}"
-        )
-    return {f"{part}.{name}": layer for name, layer in state.layers.items()}
-
-
-def magnitude_shape(layer: LayerAdapter) -> tuple[int, ...]:
-    """PEFT's: (O,) for a linear layer, (1, O, 1...) for a convolution."""
-    spatial = layer.a_RI.dim() - 2
-    return (1, -1, *[1] * spatial) if spatial else (-1,)
-
-
-def _settings(
+def _read_settings(
     metadata: Mapping[str, str], parts: Mapping[str, Any], hints: Hints
 ) -> tuple[dict[str, DoraConfig], tuple[str, ...]]:
     """Settings of each part, and what is assumed of parts that have none."""
@@ -151,8 +114,8 @@ def _settings(
     return configs, ()
 
 
-def _without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, DoraConfig]) -> list[str]:
-    """Parts said to be DoRA that have no magnitude, which `build_layers` does not know."""
+def _find_without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, DoraConfig]) -> list[str]:
+    """A line for each part that is said to be DoRA and has no magnitude, which `parse_layers` cannot know."""
     return [
         f"{part}: use_dora is set, but there is not one {MAGNITUDE}"
         for part, config in settings.items()
@@ -160,9 +123,9 @@ def _without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapp
     ]
 
 
-def _lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict[str, Any]:
+def _make_lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict[str, Any]:
     """What PEFT's LoraConfig needs to make these layers again."""
-    inner = {_inside(name): layer for name, layer in layers.items()}
+    inner = {_strip_part(name): layer for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in inner.items()}
     alphas = {name: compute_alpha(layer) for name, layer in inner.items()}
     r, alpha = find_commonest(ranks), find_commonest(alphas)
@@ -178,5 +141,18 @@ def _lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict
     }
 
 
-def _inside(name: str) -> str:
+def _strip_part(name: str) -> str:
     return name.partition(".")[2]
+
+
+FORMAT = Format(
+    "diffusers",
+    "diffusers",
+    detect,
+    read,
+    write,
+    "pytorch_lora_weights.safetensors",
+    keeps=("lora_dropout",),
+    dropout_mode="exact",
+    pipelines=True,
+)

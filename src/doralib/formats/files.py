@@ -1,4 +1,4 @@
-"""Adapters of any format on disk: which file of a folder, what is in it, and files written whole or not at all."""
+"""Adapters of any format on disk: which file of a folder it is, what is in it, and how it is written."""
 
 import math
 import pickle
@@ -14,10 +14,9 @@ from torch import Tensor
 from .. import files
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
-from ..state import AdapterState
 from . import detect_format, explain_mismatch, find_format
-from .base import Format, Hints, ParsedAdapter, RawAdapter, check_alpha, make_config
-from .pipeline import find_component, strip_component
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .tensors import check_alpha
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -30,17 +29,16 @@ _NAMES = (
     "model_state_dict.safetensors",
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_SETTINGS = "adapter_config.json"
 _OWN_SETTINGS = "doralib_config.json"
 # what PEFT's settings say too: where the two differ, the adapter was written again by another tool
 _SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
 
 
 def read_any_format(path: str | Path, hints: Hints, named: str | None = None) -> tuple[Format, ParsedAdapter]:
-    """The adapter in a file or folder, in whichever format it is.
+    """Read the adapter in a file or folder, in whichever format it is; also the format.
 
     Args:
-        named: its format, where the file could be of several.
+        named: the format's name, where the file could be of several.
 
     Raises:
         UsageError: if there is no adapter, or what it leaves open has to be given.
@@ -52,15 +50,15 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
     raw = read_raw_adapter(file)
     form = find_format(named) if named else detect_format(raw)
     try:
-        found = form.read(raw, hints)
+        adapter = form.read(raw, hints)
     except DoraError as error:
         # the details of a format that the file is not in would lead astray
         if likely := explain_mismatch(form, raw):
             raise UsageError(f"{file}: {likely}\n  read as {form.name}: {str(error).splitlines()[0]}") from None
         raise
     if form.own_settings and raw.own:
-        found = _with_own(found, raw.own, file.parent)
-    return form, found if hints.alpha is None else check_alpha(found, hints.alpha)
+        adapter = _add_own_settings(adapter, raw.own, file.parent)
+    return form, adapter if hints.alpha is None else check_alpha(adapter, hints.alpha)
 
 
 def is_tensors_file(path: Path) -> bool:
@@ -72,58 +70,23 @@ def is_adapter(path: Path) -> bool:
     """Whether a path means an adapter and not a model: a file of tensors, or a folder with an adapter's files."""
     if path.is_file():
         return is_tensors_file(path)
-    if (path / _SETTINGS).is_file():
+    if (path / SETTINGS_FILE).is_file():
         return True
     whole = (path / "config.json").is_file() or (path / "model_index.json").is_file()
-    return not whole and (any((path / name).is_file() for name in _NAMES) or bool(_lone(path)))
+    return not whole and (any((path / name).is_file() for name in _NAMES) or bool(_list_unnamed(path)))
 
 
 def find_base_name(path: Path) -> str | None:
-    """The base model that the settings beside an adapter name, without reading the adapter.
+    """The base model that the settings beside an adapter name; the adapter itself is not read.
 
     Raises:
         UsageError: if there is no adapter.
     """
     file = find_adapter_file(path)
     # beside a file of another name they may be another adapter's
-    settings = _beside(file, _SETTINGS) if file.name in _NAMES else {}
+    settings = _read_beside(file, SETTINGS_FILE) if file.name in _NAMES else {}
     named = settings.get("base_model_name_or_path") or settings.get("model")  # the latter is MLX's
     return str(named) if named else None
-
-
-def take_component(found: ParsedAdapter, component: str | None) -> ParsedAdapter:
-    """For what knows one model and no pipelines: the layers of one part, by their names inside it.
-
-    Raises:
-        UsageError: if the adapter is of several parts and none is named, or of others.
-    """
-    parts = {find_component(name) for name in found.state.layers}
-    if parts <= {None}:
-        return found
-    names = ", ".join(sorted(part for part in parts if part))
-    if component is None and len(parts) > 1:
-        raise UsageError(f"the adapter is of several parts of a pipeline ({names}); give --component, one of them")
-    part = component or next(iter(parts))
-    if part not in parts:
-        raise UsageError(f"--component {part}: the adapter is of {names}")
-    layers = {
-        strip_component(name, part): layer for name, layer in found.state.layers.items() if find_component(name) == part
-    }
-    left = len(found.state.layers) - len(layers)
-    notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
-    kept = ("lora_dropout", "dropout_mode", "detach_norm")
-    config = make_config(layers, **{name: getattr(found.config, name) for name in kept})
-    return ParsedAdapter(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
-
-
-def check_component(found: ParsedAdapter, component: str) -> None:
-    """Nothing, if the layers' names begin with parts of a pipeline, one of which was asked for.
-
-    Raises:
-        UsageError: if there are none to choose from.
-    """
-    if not any(map(find_component, found.state.layers)):
-        raise UsageError(f"--component {component}: no layer of this adapter is named by a part; leave --component out")
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -137,7 +100,7 @@ def find_adapter_file(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
-    lone = _lone(path)
+    lone = _list_unnamed(path)
     if len(lone) == 1:
         return lone[0]
     if lone:
@@ -147,19 +110,19 @@ def find_adapter_file(path: Path) -> Path:
     raise UsageError(f"{path} holds no adapter: {files.list_folder(path)}")
 
 
-def _lone(folder: Path) -> list[Path]:
+def _list_unnamed(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("model")]
 
 
 def read_raw_adapter(path: Path) -> RawAdapter:
-    """The tensors of one file, the words in it and the settings beside it.
+    """Read the tensors and metadata of one file, and the settings beside it.
 
     Raises:
         DoraError: if either is damaged.
     """
-    settings, own = (_beside(path, name) for name in (_SETTINGS, _OWN_SETTINGS))
+    settings, own = (_read_beside(path, name) for name in (SETTINGS_FILE, _OWN_SETTINGS))
     if path.suffix in _PICKLED:
-        return RawAdapter(_unpickled(path), settings, own=own)
+        return RawAdapter(_read_pickled(path), settings, own=own)
     tensors = files.read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -176,7 +139,7 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
-    if into.settings_file == _SETTINGS and (path.parent / "config.json").is_file():
+    if into.settings_file == SETTINGS_FILE and (path.parent / "config.json").is_file():
         raise UsageError(
             f"{path.parent} is a model's folder, and transformers would load the model that an adapter in it names "
             "instead; choose a folder of its own for the adapter"
@@ -197,25 +160,27 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     return path
 
 
-def _beside(path: Path, name: str) -> dict[str, Any]:
+def _read_beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
     return dict(files.read_json(file)) if file.is_file() else {}
 
 
-def _with_own(found: ParsedAdapter, own: Mapping[str, Any], folder: Path) -> ParsedAdapter:
-    """With the settings that PEFT's file has no word for, if they are this adapter's."""
+def _add_own_settings(adapter: ParsedAdapter, own: Mapping[str, Any], folder: Path) -> ParsedAdapter:
+    """Add the settings that PEFT's file has no word for, if they are this adapter's."""
     try:
         ours = DoraConfig(**own)
     except UsageError as error:
         raise DoraError(f"{folder / _OWN_SETTINGS}: {error}") from None
     said_twice = _SAID_TWICE[: 2 if ours.has_bank else None]
-    if other := [field for field in said_twice if _said(ours, field, ours) != _said(found.config, field, ours)]:
+    if other := [
+        field for field in said_twice if _get_setting(ours, field, ours) != _get_setting(adapter.config, field, ours)
+    ]:
         note = f"{_OWN_SETTINGS} is of another adapter (it differs in {', '.join(other)}) and is left aside"
-        return replace(found, notes=(*found.notes, note))
-    return replace(found, config=ours.model_copy(update={"lora_dropout": found.config.lora_dropout}))
+        return replace(adapter, notes=(*adapter.notes, note))
+    return replace(adapter, config=ours.model_copy(update={"lora_dropout": adapter.config.lora_dropout}))
 
 
-def _said(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
+def _get_setting(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
     """A setting; of fused projections PEFT's file has an alpha of all ranks together, which ours does not say."""
     value = getattr(config, field)
     if field != "alpha_pattern":
@@ -223,8 +188,8 @@ def _said(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
     return {name: alpha for name, alpha in value.items() if ours.fused_parts(name) is None}
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Tensors of a torch.save file, which may run nothing while it is read."""
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a torch.save file, of which nothing may run while it is read."""
     files.find_file(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)

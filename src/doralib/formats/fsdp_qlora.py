@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import UsageError, raise_problems
+from ..errors import UsageError
 from ..state import AdapterState, LayerAdapter
-from .base import Hints, ParsedAdapter, RawAdapter, build_layers, check_only_layers, group_by_layer, make_config
+from .base import Format, Hints, ParsedAdapter, RawAdapter
+from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers
 
-_FIELDS = {"dora_layer.lora_A.weight": "a", "dora_layer.lora_B.weight": "b", "magnitude_layer.magnitude": "m"}
-_KEYS = {field: key for key, field in _FIELDS.items()}
+_KEYS = {"a": "dora_layer.lora_A.weight", "b": "dora_layer.lora_B.weight", "m": "magnitude_layer.magnitude"}
 
 
 def detect(raw: RawAdapter) -> bool:
@@ -24,14 +24,12 @@ def read(raw: RawAdapter, _hints: Hints) -> ParsedAdapter:
     """
     # FSDP puts its wrapper's name into the path where a layer was a unit of its own
     plain = {key.replace("_fsdp_wrapped_module.", ""): tensor for key, tensor in raw.tensors.items()}
-    parts, problems = group_by_layer(plain, _FIELDS)
-    layers = build_layers(parts, _layer, _KEYS, problems)
-    raise_problems("the fsdp_qlora adapter", problems)
-    return ParsedAdapter(make_config(layers), AdapterState(layers))
+    parts, problems = group_by_layer(plain, _KEYS)
+    return parse_layers("the fsdp_qlora adapter", parts, _make_layer, _KEYS, problems)
 
 
 def write(_config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
-    """The adapter for fsdp_qlora, s folded into B.
+    """The adapter for fsdp_qlora; s goes into B.
 
     Raises:
         UsageError: for LoRA or whole tensors, which it has no place for.
@@ -41,10 +39,12 @@ def write(_config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter
     for name, layer in state.layers.items():
         if layer.m_O is None:
             raise UsageError("fsdp_qlora's file is DoRA's; this adapter is LoRA")
-        scaled = {"a": layer.a_RI, "b": layer.b_OR * layer.scale, "m": layer.m_O}
-        tensors |= {f"{name}.{key}": scaled[field] for key, field in _FIELDS.items()}
+        tensors |= name_tensors(name, _KEYS, layer.a_RI, layer.b_OR * layer.scale, layer.m_O)
     return RawAdapter(tensors)
 
 
-def _layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
+def _make_layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
     return LayerAdapter(part["a"], part["b"], part["m"].flatten(), 1.0)
+
+
+FORMAT = Format("fsdp-qlora", "fsdp_qlora", detect, read, write, "model_state_dict.safetensors", variant_of="peft")

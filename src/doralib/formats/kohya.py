@@ -9,23 +9,21 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, nearest, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import (
-    Hints,
-    ParsedAdapter,
-    RawAdapter,
-    build_layers,
+from .base import Format, Hints, ParsedAdapter, RawAdapter
+from .pipeline import find_component, strip_component
+from .tensors import (
     check_only_layers,
     compute_alpha,
     group_by_layer,
-    make_config,
-    read_number,
+    name_tensors,
+    note_missing_alpha,
+    parse_layers,
+    read_alpha,
 )
-from .pipeline import find_component, strip_component
 
 _KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
-_FIELDS = {key: field for field, key in _KEYS.items()}
 # prefix of a key to the parts of a pipeline that it may mean; none: the model itself
-PREFIXES: dict[str, tuple[str, ...]] = {
+_PREFIXES: dict[str, tuple[str, ...]] = {
     "lora_unet": ("unet", "transformer"),
     "lora_transformer": ("transformer",),
     "lora_te": ("text_encoder",),
@@ -48,7 +46,7 @@ _OTHER_KINDS = ("hada_", "lokr_", "oft_", "boft_", "glora_", "on_input", "diff",
 def detect(raw: RawAdapter) -> bool:
     """Whether keys are paths with underscores, as kohya's and LyCORIS'; ai-toolkit's say magnitude for dora_scale."""
     heads = {key.split(".")[0] for key in raw.tensors}
-    ours = any(head.startswith(f"{prefix}_") for head in heads for prefix in PREFIXES)
+    ours = any(head.startswith(f"{prefix}_") for head in heads for prefix in _PREFIXES)
     return ours and not any(key.endswith(".magnitude") for key in raw.tensors)
 
 
@@ -64,28 +62,25 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
 
 
 def read_fields(raw: RawAdapter, hints: Hints, keys: Mapping[str, str], title: str) -> ParsedAdapter:
-    """The same, with the keys' endings by our field."""
-    raise_problems(title, _other_kinds(raw.tensors))
-    parts, problems = group_by_layer(raw.tensors, {key: field for field, key in keys.items()})
-    names, unresolved = resolve_names(list(parts), hints)
+    """Read an adapter as `read` does, with other endings of its keys, by our field."""
+    raise_problems(title, _list_other_kinds(raw.tensors))
+    parts, problems = group_by_layer(raw.tensors, keys)
+    names, unresolved = _resolve_names(list(parts), hints)
     problems += unresolved
-    without_alpha = [name for name, part in parts.items() if "alpha" not in part]
 
-    def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        a, b = _expanded(part)
-        alpha = read_number(part["alpha"]) if "alpha" in part else hints.alpha or a.shape[0]
+    def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
+        a, b = _expand(part)
         m_O = part.get("m")
         if m_O is not None and keys["m"] == "dora_scale":  # a `magnitude` has one axis
-            m_O = read_lengths(m_O, b.shape[0], a.shape[1])
-        return LayerAdapter(a, b, m_O, alpha / a.shape[0])
+            m_O = _read_lengths(m_O, b.shape[0], a.shape[1])
+        adapter = LayerAdapter(a, b, m_O, read_alpha(part, hints, a.shape[0]) / a.shape[0])
+        shape = tuple(hints.shapes.get(name, adapter.shape))
+        if adapter.shape != shape:
+            raise DoraError(f"(out, in) {adapter.shape} in the adapter, {shape} in the base model")
+        return adapter
 
-    layers = build_layers(parts, layer, keys, problems)
-    problems += _misfits({names[name]: layer for name, layer in layers.items() if name in names}, hints)
-    raise_problems(title, problems)
-    renamed = {names[name]: layer for name, layer in layers.items()}
-    assumed = "the rank" if hints.alpha is None else f"{hints.alpha:g}, as given"
-    notes = [f"{len(without_alpha)} layers have no alpha: taken as {assumed}"] if without_alpha else []
-    return ParsedAdapter(make_config(renamed, dropout_mode="adapter"), AdapterState(renamed), tuple(notes))
+    named = {names.get(key, key): part for key, part in parts.items()}
+    return parse_layers(title, named, layer, keys, problems, notes=note_missing_alpha(parts, hints))
 
 
 def write(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
@@ -98,37 +93,34 @@ def write(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
 
 
 def write_fields(state: AdapterState, hints: Hints, keys: Mapping[str, str]) -> RawAdapter:
-    """The same, with the keys' endings by our field."""
+    """Write an adapter as `write` does, with other endings of its keys, by our field."""
     check_only_layers(state, "kohya / LyCORIS", ("linear", "convolution"))
     tensors: dict[str, Tensor] = {}
     # SD 1.5 and 2, of one text encoder, say lora_te; all later models lora_te1
     parts = {find_component(name) for name in (*state.layers, *hints.shapes)}
     alone = not parts & {"text_encoder_2", "text_encoder_3", "transformer"}
     for name, layer in state.layers.items():
-        key = underscore_name(name, hints.component)
+        key = _underscore_name(name, hints.component)
         key = key.replace("lora_te1_", "lora_te_", 1) if alone and key.startswith("lora_te1_") else key
         if f"{key}.{keys['a']}" in tensors:
             raise UsageError(f"{name} and another layer are both {key} in a file with underscores for dots")
-        tensors[f"{key}.{keys['a']}"] = layer.a_RI
-        tensors[f"{key}.{keys['b']}"] = layer.b_OR
-        tensors[f"{key}.{keys['alpha']}"] = torch.tensor(compute_alpha(layer))
-        if layer.m_O is not None:
-            shape = (-1, *[1] * (layer.a_RI.dim() - 1))
-            tensors[f"{key}.{keys['m']}"] = layer.m_O.reshape(shape if keys["m"] == "dora_scale" else (-1,))
-    ranks = {layer.rank for layer in state.layers.values()}
-    alphas = {compute_alpha(layer) for layer in state.layers.values()}
-    metadata = {"ss_network_module": "lycoris.kohya", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
-    return RawAdapter(tensors, {}, metadata)
+        shape = (-1, *[1] * (layer.a_RI.dim() - 1)) if keys["m"] == "dora_scale" else (-1,)
+        m = None if layer.m_O is None else layer.m_O.reshape(shape)
+        tensors |= name_tensors(key, keys, layer.a_RI, layer.b_OR, m, alpha=torch.tensor(compute_alpha(layer)))
+    said: dict[str, set[float]] = {"ss_network_dim": {layer.rank for layer in state.layers.values()}}
+    said["ss_network_alpha"] = {compute_alpha(layer) for layer in state.layers.values()}
+    metadata = {key: f"{min(values):g}" if len(values) == 1 else "Dynamic" for key, values in said.items()}
+    return RawAdapter(tensors, {}, {"ss_network_module": "lycoris.kohya", **metadata})
 
 
-def underscore_name(name: str, component: str | None) -> str:
+def _underscore_name(name: str, component: str | None) -> str:
     """A module's key in a file of this kind."""
     part = find_component(name) or component
     prefix = _PREFIX_OF.get(part or "", "lycoris")
     return f"{prefix}_{strip_component(name, part)}".replace(".", "_")
 
 
-def resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[str]]:
+def _resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[str]]:
     """Module names by keys with underscores, and a line for each that has none or several.
 
     Raises:
@@ -144,7 +136,7 @@ def resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[s
         known[module.replace(".", "_")].append(module)
     names, problems = {}, []
     for key in keys:
-        found = _candidates(key, known)
+        found = _find_candidates(key, known)
         if len(found) == 1:
             names[key] = found[0]
         elif found:
@@ -161,7 +153,7 @@ def resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[s
     return names, problems
 
 
-def read_lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
+def _read_lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
     """dora_scale as one length per output, (O,).
 
     Raises:
@@ -183,9 +175,9 @@ def read_lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
     raise DoraError(f"dora_scale {shape} fits neither the {num_out} outputs nor the {num_in} inputs")
 
 
-def _candidates(key: str, known: Mapping[str, list[str]]) -> list[str]:
+def _find_candidates(key: str, known: Mapping[str, list[str]]) -> list[str]:
     found: list[str] = []
-    for prefix, parts in PREFIXES.items():
+    for prefix, parts in _PREFIXES.items():
         if not key.startswith(f"{prefix}_"):
             continue
         rest = key.removeprefix(f"{prefix}_")
@@ -196,7 +188,7 @@ def _candidates(key: str, known: Mapping[str, list[str]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _expanded(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _expand(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A and B; Tucker's middle (R, R, k...) goes into A exactly: both only mix channels before the kernel."""
     a, b = part["a"], part["b"]
     if "mid" not in part:
@@ -209,18 +201,9 @@ def _expanded(part: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.einsum("ij...,jc->ic...", mid, a.flatten(1)), b
 
 
-def _other_kinds(tensors: Mapping[str, Tensor]) -> list[str]:
+def _list_other_kinds(tensors: Mapping[str, Tensor]) -> list[str]:
     found = sorted({key for key in tensors if key.partition(".")[2].startswith(_OTHER_KINDS)})
     return [f"{key}: LoHa, LoKr, OFT and full differences are not A and B of a LoRA" for key in found]
 
 
-def _misfits(layers: Mapping[str, LayerAdapter], hints: Hints) -> list[str]:
-    return [
-        f"{name}: (out, in) {layer.shape} in the adapter, {tuple(hints.shapes[name])} in the base model"
-        for name, layer in layers.items()
-        if tuple(hints.shapes[name]) != layer.shape
-    ]
-
-
-def _one(values: set[int] | set[float]) -> str:
-    return f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"
+FORMAT = Format("kohya", "kohya / LyCORIS", detect, read, write, "lora.safetensors", pipelines=True)

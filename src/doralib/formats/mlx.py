@@ -5,21 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, raise_problems
+from ..errors import DoraError
 from ..state import AdapterState, LayerAdapter
-from .base import (
-    Hints,
-    ParsedAdapter,
-    RawAdapter,
-    build_layers,
-    check_only_layers,
-    group_by_layer,
-    make_config,
-    unify_rank,
-)
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers, unify_rank
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
-_FIELDS = {key: field for field, key in _KEYS.items()}
 
 
 def detect(raw: RawAdapter) -> bool:
@@ -39,8 +30,8 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     problems = [] if kind in ("dora", "lora") else [f"fine_tune_type is {kind!r}, which is no adapter"]
     if scale is None and hints.alpha is None:
         problems.append("adapter_config.json says no lora_parameters.scale; give --alpha (scale x rank)")
-    parts, unknown = group_by_layer(raw.tensors, _FIELDS)
-    problems += unknown + _not_as_said(kind, parts)
+    parts, unknown = group_by_layer(raw.tensors, _KEYS)
+    problems += unknown + _find_contradictions(kind, parts)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
         s = scale if scale is not None else (hints.alpha or 0) / part["b"].shape[0]
@@ -48,16 +39,12 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
             return LayerAdapter(part["b"], part["a"], part["m"], float(s), "token_embedding")
         return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s))
 
-    layers = build_layers(parts, layer, _KEYS, problems)
-    raise_problems("the MLX adapter", problems)
-    axis = "token" if any(layer.kind == "token_embedding" for layer in layers.values()) else "dimension"
-    dropout = float(parameters.get("dropout", 0.0))
-    config = make_config(layers, lora_dropout=dropout, dropout_mode="adapter", embedding_axis=axis)
-    return ParsedAdapter(config, AdapterState(layers, base_model=raw.settings.get("model")))
+    dropout, base = float(parameters.get("dropout", 0.0)), raw.settings.get("model")
+    return parse_layers("the MLX adapter", parts, layer, _KEYS, problems, base_model=base, lora_dropout=dropout)
 
 
 def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
-    """The adapter for MLX-LM, which has one rank for all layers; a scale of its own is folded into B.
+    """The adapter for MLX-LM, which has one rank and one scale for all layers; a layer's own scale goes into B.
 
     Raises:
         UsageError: if the ranks differ, or whole tensors were trained.
@@ -72,9 +59,8 @@ def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
             a_IR, b_RO = layer.b_OR, layer.a_RI
         if layer.scale != scale:
             b_RO = b_RO * (layer.scale / scale)
-        tensors |= {f"{name}.lora_a": a_IR.contiguous(), f"{name}.lora_b": b_RO.contiguous()}
-        if layer.m_O is not None:
-            tensors[f"{name}.m"] = layer.m_O.float()
+        m_O = None if layer.m_O is None else layer.m_O.float()
+        tensors |= name_tensors(name, _KEYS, a_IR.contiguous(), b_RO.contiguous(), m_O)
     settings: dict[str, Any] = {
         "fine_tune_type": "dora" if config.method == "dora" else "lora",
         "model": state.base_model,
@@ -83,13 +69,13 @@ def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
             "rank": rank,
             "scale": scale,
             "dropout": config.lora_dropout,
-            "keys": sorted({_within_block(name) for name in state.layers}),
+            "keys": sorted({_strip_block(name) for name in state.layers}),
         },
     }
     return RawAdapter(tensors, settings)
 
 
-def _not_as_said(kind: str, parts: dict[str, dict[str, Tensor]]) -> list[str]:
+def _find_contradictions(kind: str, parts: dict[str, dict[str, Tensor]]) -> list[str]:
     with_m = sum("m" in part for part in parts.values())
     if kind == "dora" and not with_m:
         return ["fine_tune_type is 'dora', but there is not one magnitude (.m)"]
@@ -109,8 +95,13 @@ def _is_embedding(name: str, part: dict[str, Tensor]) -> bool:
     return per_input and not per_output
 
 
-def _within_block(name: str) -> str:
+def _strip_block(name: str) -> str:
     """MLX's keys are names inside a block; a layer outside the blocks goes by its whole name."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[0] + 1 :]) if numbers else name
+
+
+FORMAT = Format(
+    "mlx", "MLX-LM", detect, read, write, "adapters.safetensors", SETTINGS_FILE, keeps=("lora_dropout", "base_model")
+)

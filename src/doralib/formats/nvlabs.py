@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import DoraError, nearest, raise_problems
 from ..state import MAGNITUDE
-from .base import Hints, ParsedAdapter, RawAdapter
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
@@ -32,12 +32,12 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         DoraError: listing missing magnitudes (one of the forks' savers drops them), magnitude-only modules whose inputs
             no base model tells, and all else that does not belong.
     """
-    tensors = _plain_names(raw.tensors)
+    tensors = _drop_adapter_name(raw.tensors)
     layers = {key.removesuffix(_A) for key in tensors if key.endswith(_A)}
     magnitudes = {key.removesuffix(_MAGNITUDE) for key in tensors if key.endswith(_MAGNITUDE)}
     alone = sorted(magnitudes - layers)
     problems = [f"{name}: lacks weight_m_wdecomp.weight; it cannot be guessed" for name in sorted(layers - magnitudes)]
-    problems += _dropped(raw.settings, alone)
+    problems += _find_dropped(raw.settings, alone)
     problems += [
         f"{name}: its magnitude is {tuple(shape)}, not (out, 1)"
         for name in sorted(magnitudes)
@@ -48,47 +48,47 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     for name in alone:
         m_O1 = tensors[name + _MAGNITUDE]
         try:
-            num_in = _num_in(_inside(name), len(m_O1), hints)
+            num_in = _find_num_in(_strip(name), len(m_O1), hints)
         except DoraError as error:
             problems.append(f"{name}: {error}")
             continue
         tensors |= {name + _A: m_O1.new_zeros(1, num_in), name + _B: m_O1.new_zeros(len(m_O1), 1)}
     raise_problems("the NVlabs adapter", problems)
-    settings = _peft_settings(raw.settings, hints, tensors)
-    short, whole = ([_inside(name) for name in names] for names in (alone, layers))
+    settings = _rename_settings(raw.settings, hints, tensors)
+    short, whole = ([_strip(name) for name in names] for names in (alone, layers))
     config, state = from_peft(
-        {_peft_key(key): tensor.flatten() if key.endswith(_MAGNITUDE) else tensor for key, tensor in tensors.items()},
+        {_rename(key): tensor.flatten() if key.endswith(_MAGNITUDE) else tensor for key, tensor in tensors.items()},
         {**settings, "rank_pattern": dict.fromkeys(short, 1)},
     )
     own = {
         "detach_norm": bool(raw.settings.get("dora_simple", True)),
-        "magnitude_modules": _endings(raw.settings, short, whole),
+        "magnitude_modules": _choose_endings(raw.settings, short, whole),
         "rank_pattern": {},
     }
     return ParsedAdapter(config.model_copy(update=own), state)
 
 
-def _dropped(settings: Mapping[str, Any], alone: list[str]) -> list[str]:
+def _find_dropped(settings: Mapping[str, Any], alone: list[str]) -> list[str]:
     """Modules that the settings call magnitude-only, of which the file has no magnitude."""
     return [
         f"{ending}: is magnitude-only in the settings, and the file has no weight_m_wdecomp.weight of such a module"
-        for ending in _said(settings)
+        for ending in _list_magnitude_only(settings)
         if not any(name == ending or name.endswith("." + ending) for name in alone)
     ]
 
 
-def _said(settings: Mapping[str, Any]) -> list[str]:
+def _list_magnitude_only(settings: Mapping[str, Any]) -> list[str]:
     return [ending for field in _MAGNITUDE_ONLY for ending in settings.get(field) or []]
 
 
-def _endings(settings: Mapping[str, Any], alone: list[str], layers: list[str]) -> tuple[str, ...]:
+def _choose_endings(settings: Mapping[str, Any], alone: list[str], layers: list[str]) -> tuple[str, ...]:
     """The settings' own words for the modules of magnitude alone, where they name just these; else whole names."""
-    said = tuple(f".{ending}" for ending in _said(settings))
+    said = tuple(f".{ending}" for ending in _list_magnitude_only(settings))
     just = all(f".{name}".endswith(said) for name in alone) and not any(f".{name}".endswith(said) for name in layers)
-    return tuple(_said(settings)) if said and just else tuple(alone)
+    return tuple(_list_magnitude_only(settings)) if said and just else tuple(alone)
 
 
-def _num_in(name: str, num_out: int, hints: Hints) -> int:
+def _find_num_in(name: str, num_out: int, hints: Hints) -> int:
     """Inputs of a module of which the file has the magnitude alone."""
     if not hints.shapes:
         raise DoraError("is magnitude-only; how many inputs it has only the base model says: give --base MODEL")
@@ -104,22 +104,22 @@ def _num_in(name: str, num_out: int, hints: Hints) -> int:
     return shape[1] if shape[0] == num_out else shape[0]
 
 
-def _inside(name: str) -> str:
+def _strip(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _drop_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {match[2] for key in tensors if (match := _NAMED.fullmatch(key))}
     if len(names) > 1:
         raise DoraError(f"the file holds several adapters ({', '.join(sorted(names))}); save one of them alone")
     return {_NAMED.sub(r"\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
-def _peft_key(key: str) -> str:
+def _rename(key: str) -> str:
     return key.removesuffix(_MAGNITUDE) + f".{MAGNITUDE}" if key.endswith(_MAGNITUDE) else key
 
 
-def _peft_settings(settings: Mapping[str, Any], hints: Hints, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _rename_settings(settings: Mapping[str, Any], hints: Hints, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if not settings and hints.alpha is None:
         raise DoraError(
             "the NVlabs adapter has no adapter_config.json beside it, so lora_alpha is unknown; give --alpha"
@@ -129,3 +129,6 @@ def _peft_settings(settings: Mapping[str, Any], hints: Hints, tensors: Mapping[s
     if hints.alpha is not None:
         taken.setdefault("lora_alpha", hints.alpha)
     return {"r": min(ranks, default=8), **taken, "peft_type": "LORA", "use_dora": True}
+
+
+FORMAT = Format("nvlabs", "NVlabs/DoRA", detect, read, None, "adapter_model.bin", SETTINGS_FILE, variant_of="peft")

@@ -12,8 +12,9 @@ from ..config import DoraConfig
 from ..errors import DoraError, raise_problems
 from ..state import MAGNITUDE, AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
 from . import peft_experts as experts
-from .base import Hints, ParsedAdapter, RawAdapter, check_complete, compute_alpha
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft_vera import TYPES, from_vera, to_vera
+from .tensors import check_complete, compute_alpha
 
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
@@ -30,29 +31,14 @@ _PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _MEANINGS))})")
 _FROZEN_COPY = ".base_layer.weight"
 # settings that PEFT's file shares with ours, by the same name
 _SHARED = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "bias",
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "modules_to_save", "target_parameters", "bias"),
 )
-# what PEFT can write and a linear DoRA adapter here cannot mean
+# what PEFT can write and a linear DoRA adapter here cannot mean; the last is what `tensorrt` writes
 _REFUSED = (
-    "lora_bias",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "trainable_token_indices",
-    "magnitudes_divided_by_norm",  # what `tensorrt` writes
+    *("lora_bias", "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices"),
+    "magnitudes_divided_by_norm",
 )
-
-
 # starts of PEFT's that change the base weight, so that the tensors mean nothing beside the weight as it was
 _MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
@@ -99,7 +85,7 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     """
     if settings.get("peft_type") in TYPES:
         return from_vera(tensors, settings)
-    config = _peft_config(settings)
+    config = _read_config(settings)
     parts: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, set[str]] = {}
     extra: dict[str, Tensor] = {}
@@ -116,7 +102,7 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
             continue  # PEFT adds the untouched weight of an adapted embedding or head
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
-    layers = _peft_layers(parts, kinds, config, problems)
+    layers = _read_layers(parts, kinds, config, problems)
     if not layers and not extra and not problems:
         problems.append("the file holds no tensor at all")
     raise_problems("adapter", problems)
@@ -126,22 +112,22 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
 
 
 def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our adapter as PEFT's tensors and settings."""
+    """Our adapter as PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``."""
     if config.has_bank:
-        return to_vera(config, state, _target_names(config, state))
+        return to_vera(config, state, _make_target_modules(config, state))
     stacks = {name: adapter for name, adapter in state.layers.items() if isinstance(adapter, ExpertsAdapter)}
     tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
         if layer in stacks:
             continue
-        tensors |= {f"{_PEFT_PREFIX}{layer}.{key}": tensor for key, tensor in _layer_tensors(adapter).items()}
+        tensors |= {f"{_PEFT_PREFIX}{layer}.{key}": tensor for key, tensor in _write_layer(adapter).items()}
     for name, tensor in state.extra.items():
         module, _, field = name.rpartition(".")
         # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
         inner = ".base_layer" if module in state.layers else ""
         tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
     settings = {field: getattr(config, field) for field in _SHARED}
-    settings |= _patterns(config, state)
+    settings |= _make_patterns(config, state)
     settings |= {
         "peft_type": "LORA",
         "use_dora": config.method == "dora",
@@ -149,7 +135,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "inference_mode": True,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": _target_names(config, state),
+        "target_modules": _make_target_modules(config, state),
         "modules_to_save": list(config.modules_to_save) or None,
         "target_parameters": list(config.target_parameters) or None,
         "exclude_modules": None,
@@ -160,21 +146,26 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     return tensors, settings
 
 
-def _layer_tensors(adapter: LayerAdapter) -> dict[str, Tensor]:
-    keys, m = _FACTORS_OF.get(adapter.kind, _FACTORS), adapter.m_O
+def shape_magnitude(layer: LayerAdapter) -> Tensor | None:
+    """A layer's lengths in PEFT's shape: (O,), or (1, O, 1...) for a convolution."""
+    shape = (1, -1, *(1 for _ in layer.kernel)) if layer.kernel else (-1,)
+    return None if layer.m_O is None else layer.m_O.reshape(shape)
+
+
+def _write_layer(adapter: LayerAdapter) -> dict[str, Tensor]:
+    keys, m = _FACTORS_OF.get(adapter.kind, _FACTORS), shape_magnitude(adapter)
     tensors = {key: getattr(adapter, field) for field, key in keys.items()}
     if adapter.kind == "token_embedding":
         tensors = dict(zip(_FACTORS_OF["embedding"].values(), (adapter.b_OR.T, adapter.a_RI.T), strict=True))
-        return tensors | ({} if m is None else {MAGNITUDE: m[:, None]})
-    if m is not None:
-        shape = (1, -1, *(1 for _ in adapter.kernel)) if adapter.kernel else (-1,)
-        tensors[MAGNITUDE] = m.reshape(shape)
-    return tensors
+        m = None if m is None else m[:, None]
+    return tensors if m is None else {**tensors, MAGNITUDE: m}
 
 
-def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, float]]:
-    """rank_pattern and alpha_pattern for files, whatever the settings say: magnitudes alone have rank 1, fused
-    projections the ranks of all their parts together, at the scale of each. The first that fits a layer is taken."""
+def _make_patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, float]]:
+    """rank_pattern and alpha_pattern as the tensors are, whatever the settings say; the first that fits a layer counts.
+
+    Magnitudes alone have rank 1, fused projections the ranks of all their parts together, at the scale of each.
+    """
     ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
     fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
     alphas = {
@@ -188,7 +179,7 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
     }
 
 
-def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
+def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
     if (kind := settings.get("peft_type", "LORA")) != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
     if asked := [field for field in _REFUSED if settings.get(field)]:
@@ -208,17 +199,17 @@ def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
     return DoraConfig(method=method, dropout_mode="exact", **values)
 
 
-def _peft_layers(
+def _read_layers(
     parts: Mapping[str, dict[str, Tensor]], kinds: Mapping[str, set[str]], config: DoraConfig, problems: list[str]
 ) -> dict[str, LayerAdapter]:
-    """Every layer that can be made; a line in ``problems`` for each that cannot."""
+    """Make every layer that can be made, and add a line to ``problems`` for each that cannot."""
     stacks, unnamed = experts.find_names(parts, config)
     problems += unnamed
     layers: dict[str, LayerAdapter] = {}
     for key, found in parts.items():
         layer, kind = stacks.get(key, key), "experts" if key in stacks else "".join(sorted(kinds[key]))
         try:
-            layers[layer] = _peft_layer(layer, found, kind, config)
+            layers[layer] = _read_layer(layer, found, kind, config)
         except DoraError as error:
             problems.append(f"{layer}: {error}")
     if len({layer.kind for layer in layers.values() if layer.kind.endswith("embedding")}) > 1:
@@ -226,7 +217,7 @@ def _peft_layers(
     return layers
 
 
-def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
+def _read_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
     if kind == "experts":
         return experts.read(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
@@ -238,7 +229,7 @@ def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
         # (V, 1): what PEFT has no word for, and refuses by its shape
         return LayerAdapter(b.T, a.T, m.flatten(), config.scale_of(layer), "token_embedding")
     if a.dim() > 2:
-        _refuse_groups(a, b)
+        _check_groups(a, b)
         m = m.flatten() if m is not None and m.numel() == b.shape[0] else m
     return LayerAdapter(a, b, m, config.scale_of(layer), kind)
 
@@ -247,8 +238,11 @@ def _has_factors(layer: str, tensors: Mapping[str, Tensor]) -> bool:
     return any(f"{layer}.{keys['a_RI']}" in tensors for keys in (_FACTORS, *_FACTORS_OF.values()))
 
 
-def _refuse_groups(a: Tensor, b: Tensor) -> None:
-    """PEFT lets A mix all inputs of a grouped convolution, and takes norms of a weight that this is no change of."""
+def _check_groups(a: Tensor, b: Tensor) -> None:
+    """Refuse PEFT's adapter of a grouped convolution.
+
+    There PEFT's A mixes all inputs, and its norms are those of a weight that this is no change of.
+    """
     if b.dim() == a.dim() and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise DoraError(
             f"is PEFT's adapter of a grouped convolution (A {tuple(a.shape)}, B {tuple(b.shape)}): it mixes channels "
@@ -257,7 +251,7 @@ def _refuse_groups(a: Tensor, b: Tensor) -> None:
 
 
 def _is_extra(name: str, config: DoraConfig) -> bool:
-    """A bias that was trained, or a tensor of a module saved whole."""
+    """Whether a name is a bias that was trained, or a tensor of a module saved whole."""
     if name.endswith(".bias") and config.bias != "none":
         return True
     parents = name.split(".")[:-1]
@@ -266,8 +260,8 @@ def _is_extra(name: str, config: DoraConfig) -> bool:
     )
 
 
-def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
-    """Endings for PEFT to find the layers by; whole names where the endings would name more than was adapted."""
+def _make_target_modules(config: DoraConfig, state: AdapterState) -> list[str] | str:
+    """The endings by which PEFT finds the layers; whole names where endings would name more than was adapted."""
     alone = [name for name, layer in state.layers.items() if layer.rank != config.rank_of(name)]
     if isinstance(config.target_modules, tuple):
         return sorted({*config.target_modules, *alone})
@@ -275,3 +269,17 @@ def _target_names(config: DoraConfig, state: AdapterState) -> list[str] | str:
     if config.target_modules in (None, "all-linear"):
         return sorted(ends)
     return "|".join([f"(?:{config.target_modules})", *map(re.escape, alone)]) if alone else str(config.target_modules)
+
+
+FORMAT = Format(
+    "peft",
+    "PEFT",
+    detect,
+    read,
+    write,
+    settings_file=SETTINGS_FILE,
+    keeps=("lora_dropout", "base_model"),
+    dropout_mode="exact",
+    methods=("dora", "lora", "dvora", "vera"),
+    own_settings=True,
+)

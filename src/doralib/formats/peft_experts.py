@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import MAGNITUDE, ExpertsAdapter
-from .base import check_complete
+from .tensors import check_complete
 
 # the order in which transformers' modules have them
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +31,7 @@ def to_tensors(stacks: Mapping[str, ExpertsAdapter]) -> dict[str, Tensor]:
     tensors = {}
     for name, adapter in stacks.items():
         holder, _, field = name.rpartition(".")
-        order = _ordered(fields[holder])
+        order = _order_fields(fields[holder])
         # names without an order are kept as they are, which doralib alone can read
         place = holder + _WRAPPER * (len(order) - 1 - order.index(field)) if order else name
         tensors[f"{place}.lora_A.weight"] = adapter.a_RI.flatten(0, 1)
@@ -46,7 +46,7 @@ def find_names(places: Collection[str], config: DoraConfig) -> tuple[dict[str, s
     names: dict[str, str] = {}
     depths = defaultdict(list)
     for place in places:
-        if _is(place, config.target_parameters):
+        if _is_named(place, config.target_parameters):
             names[place] = place
         elif not _is_module(place, config):
             depths[re.sub(rf"({re.escape(_WRAPPER)})+$", "", place)].append(place)
@@ -55,11 +55,11 @@ def find_names(places: Collection[str], config: DoraConfig) -> tuple[dict[str, s
         wanted = {
             target.rpartition(".")[2]
             for target in config.target_parameters
-            if not (parent := target.rpartition(".")[0]) or _is(holder, (parent,))
+            if not (parent := target.rpartition(".")[0]) or _is_named(holder, (parent,))
         }
         if not wanted:
             continue
-        order = _ordered(wanted)
+        order = _order_fields(wanted)
         if len(order) != len(found):
             problems.append(
                 f"{holder}: {len(found)} adapted parameters, and target_parameters name {', '.join(sorted(wanted))}: "
@@ -86,14 +86,14 @@ def read(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> ExpertsA
     return ExpertsAdapter(a.unflatten(0, (E, r)), b_EOR, m, config.scale_of(name))
 
 
-def _ordered(fields: Collection[str]) -> list[str]:
+def _order_fields(fields: Collection[str]) -> list[str]:
     """As the module has them; none, if that is not known."""
     if len(fields) == 1:
         return list(fields)
     return [field for field in _ORDER if field in fields] if set(fields) <= set(_ORDER) else []
 
 
-def _is(name: str, targets: Collection[str]) -> bool:
+def _is_named(name: str, targets: Collection[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -101,4 +101,4 @@ def _is_module(name: str, config: DoraConfig) -> bool:
     targets = config.target_modules
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return _is(name, targets or ())
+    return _is_named(name, targets or ())

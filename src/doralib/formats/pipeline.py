@@ -1,6 +1,11 @@
-"""A diffusion pipeline's parts, and which of them a module name belongs to."""
+"""A diffusion pipeline's parts, and which of them an adapter's layers belong to."""
 
 import re
+
+from ..errors import UsageError
+from ..state import AdapterState, LayerAdapter
+from .base import Hints, ParsedAdapter
+from .tensors import make_config
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _COMPONENT = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)")
@@ -21,15 +26,67 @@ def find_component(name: str) -> str | None:
     return match[1] if _INSIDE[kind].fullmatch(match[2]) else None
 
 
-def guess_component(names: list[str]) -> str | None:
+def strip_component(name: str, component: str | None) -> str:
+    """The name inside its part."""
+    return name.removeprefix(f"{component}.") if component else name
+
+
+def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
+    """The layers by names with their part of a pipeline in front.
+
+    Raises:
+        UsageError: if it cannot be told which part they belong to.
+    """
+    if all(map(find_component, state.layers)):
+        return dict(state.layers)
+    part = hints.component or _guess_component(list(state.layers))
+    if part not in COMPONENTS:
+        raise UsageError(
+            f"which part of a pipeline is {next(iter(state.layers))}? Give --component, one of {', '.join(COMPONENTS)}"
+        )
+    return {f"{part}.{name}": layer for name, layer in state.layers.items()}
+
+
+def check_component(adapter: ParsedAdapter, component: str) -> None:
+    """Check that the layers' names begin with parts of a pipeline, since one of them is asked for.
+
+    Raises:
+        UsageError: if none does.
+    """
+    if not any(map(find_component, adapter.state.layers)):
+        raise UsageError(f"--component {component}: no layer of this adapter is named by a part; leave --component out")
+
+
+def take_component(adapter: ParsedAdapter, component: str | None) -> ParsedAdapter:
+    """The layers of one part by their names inside it, for what knows one model and no pipelines.
+
+    Raises:
+        UsageError: if the adapter is of several parts and none is named, or of others.
+    """
+    state = adapter.state
+    parts = {find_component(name) for name in state.layers}
+    if parts <= {None}:
+        return adapter
+    names = ", ".join(sorted(part for part in parts if part))
+    if component is None and len(parts) > 1:
+        raise UsageError(f"the adapter is of several parts of a pipeline ({names}); give --component, one of them")
+    part = component or next(iter(parts))
+    if part not in parts:
+        raise UsageError(f"--component {part}: the adapter is of {names}")
+    layers = {
+        strip_component(name, part): layer for name, layer in state.layers.items() if find_component(name) == part
+    }
+    left = len(state.layers) - len(layers)
+    notes = [f"{left} layers of other parts were not asked for, and are not taken along"] if left else []
+    kept = ("lora_dropout", "dropout_mode", "detach_norm")
+    config = make_config(layers, **{name: getattr(adapter.config, name) for name in kept})
+    return ParsedAdapter(config, AdapterState(layers, {}, state.base_model), (*adapter.notes, *notes))
+
+
+def _guess_component(names: list[str]) -> str | None:
     """The part that modules without a part in front of their names must be of, where the names are telling."""
     if all(_INSIDE["unet"].fullmatch(name) for name in names):
         return "unet"
     if all(re.match(r"(single_)?transformer_blocks\.\d", name) for name in names):
         return "transformer"
     return None
-
-
-def strip_component(name: str, component: str | None) -> str:
-    """The name inside its part."""
-    return name.removeprefix(f"{component}.") if component else name

@@ -9,8 +9,9 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError, raise_problems
 from ..functional import gain
 from ..state import AdapterState, LayerAdapter
-from .base import Hints, ParsedAdapter, RawAdapter, check_only_layers
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft import from_peft, to_peft
+from .tensors import check_only_layers
 
 # nothing else would tell these files from PEFT's, which would then be far off
 MARK = "magnitudes_divided_by_norm"
@@ -42,7 +43,8 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     layers = {}
     for name, layer in named:
         assert layer.m_O is not None
-        layers[name] = replace(layer, m_O=layer.m_O * lengths[name].to(layer.m_O))
+        m_O = layer.m_O * lengths[name].to(layer.m_O)
+        layers[name] = LayerAdapter(layer.a_RI, layer.b_OR, m_O, layer.scale, layer.kind)
     return ParsedAdapter(
         config, replace(state, layers=layers), ("magnitudes are m / n times the rows' lengths in the base",)
     )
@@ -68,3 +70,18 @@ def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
         divided[name] = LayerAdapter(layer.a_RI, layer.b_OR, g_O, layer.scale, layer.kind)
     tensors, settings = to_peft(config, AdapterState(divided, {}, state.base_model))
     return RawAdapter(tensors, {**settings, MARK: True})
+
+
+FORMAT = Format(
+    "tensorrt",
+    "TensorRT-LLM",
+    detect,
+    read,
+    write,
+    settings_file=SETTINGS_FILE,
+    keeps=("lora_dropout", "base_model"),
+    dropout_mode="exact",
+    needs_weights=True,
+    variant_of="peft",
+    note="TensorRT-LLM ignores magnitudes without --dora_plugin=enable",
+)

@@ -11,24 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, raise_problems
+from ..errors import DoraError, UsageError, list_some
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
-from .base import (
-    Hints,
-    ParsedAdapter,
-    RawAdapter,
-    build_layers,
+from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .peft import from_peft
+from .tensors import (
     check_only_layers,
     compute_alpha,
     find_commonest,
     group_by_layer,
-    make_config,
+    name_tensors,
+    parse_layers,
     unify_rank,
 )
-from .peft import from_peft
 
 _KEYS = {"a": "lora_a.weight", "b": "lora_b.weight", "m": "magnitude"}
-_FIELDS = {key: field for field, key in _KEYS.items()}
 _HF = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -72,22 +69,20 @@ def read_live(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     alpha = hints.alpha if said is None else said
     if alpha is None:
         raise UsageError("there is no adapter_config.json beside adapter_model.pt to say lora_alpha; give --alpha")
-    parts, problems = group_by_layer(raw.tensors, _FIELDS)
-    names = {name: _hf_name(name) for name in parts}
+    parts, problems = group_by_layer(raw.tensors, _KEYS)
+    names = {name: _to_hf_name(name) for name in parts}
     problems += [f"{name}: is no linear layer of torchtune's decoders" for name, hf in names.items() if hf is None]
     turned = {hf: part for name, part in parts.items() if (hf := names[name]) is not None}
-    heads = _heads(list(turned), hints)
+    heads = _count_heads(list(turned), hints)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        turn = _turn(name, heads, _to_hf)
+        turn = _make_turn(name, heads, _to_hf)
         return LayerAdapter(
             part["a"], turn(part["b"]), turn(part["m"]) if "m" in part else None, alpha / len(part["a"])
         )
 
-    layers = build_layers(turned, layer, _KEYS, problems)
-    raise_problems("the torchtune adapter", problems)
     dropout = float(raw.settings.get("lora_dropout", 0.0) or 0.0)
-    return ParsedAdapter(make_config(layers, lora_dropout=dropout, dropout_mode="adapter"), AdapterState(layers))
+    return parse_layers("the torchtune adapter", turned, layer, _KEYS, problems, lora_dropout=dropout)
 
 
 def read_export(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
@@ -98,17 +93,17 @@ def read_export(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         DoraError: listing everything that does not belong.
     """
     names = [key.removeprefix("base_model.model.").removesuffix(_EXPORTED) for key in raw.tensors]
-    heads = _heads([name for name in names if _LAYER.fullmatch(name)], hints)
+    heads = _count_heads([name for name in names if _LAYER.fullmatch(name)], hints)
     as_is = hints.config.get("model_type") in _AS_IS
     tensors = {}
     for key, tensor in raw.tensors.items():
         name = key.removeprefix("base_model.model.")
         turned = tensor
         if not as_is and name.endswith(_EXPORTED):
-            turned = _turn(name.removesuffix(_EXPORTED), heads, _to_hf)(tensor)
+            turned = _make_turn(name.removesuffix(_EXPORTED), heads, _to_hf)(tensor)
         elif as_is and name.endswith(".lora_B.weight"):
-            counts = _head_counts(hints)
-            turned = _turn(name.removesuffix(".lora_B.weight"), counts, _from_hf)(tensor)
+            counts = _read_head_counts(hints)
+            turned = _make_turn(name.removesuffix(".lora_B.weight"), counts, _from_hf)(tensor)
         tensors[key] = turned
     config, state = from_peft(tensors, {**raw.settings, "peft_type": "LORA", "use_dora": True})
     config = config.model_copy(update={"dropout_mode": "adapter"})
@@ -124,33 +119,32 @@ def write_live(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAda
         UsageError: for layers that torchtune's decoders do not have, several ranks, or q and k without a base model.
     """
     check_only_layers(state, "torchtune")
-    names = {name: _own_name(name) for name in state.layers}
+    names = {name: _to_own_name(name) for name in state.layers}
     if unknown := [name for name, own in names.items() if own is None]:
-        raise UsageError(f"torchtune's decoders have no layer for {', '.join(unknown[:5])}")
+        raise UsageError(f"torchtune's decoders have no layer for {list_some(unknown, 5, ', ')}")
     rank, layers = unify_rank(state, "torchtune")
-    heads = _heads(list(layers), hints)
+    heads = _count_heads(list(layers), hints)
     alpha = find_commonest({name: compute_alpha(layer) for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        turn = _turn(name, heads, _from_hf)
+        turn = _make_turn(name, heads, _from_hf)
         # one alpha for all: a scale of its own goes into B
         b_OR = layer.b_OR if compute_alpha(layer) == alpha else layer.b_OR * (compute_alpha(layer) / alpha)
-        tensors |= {f"{names[name]}.{_KEYS['a']}": layer.a_RI, f"{names[name]}.{_KEYS['b']}": turn(b_OR)}
-        if layer.m_O is not None:
-            tensors[f"{names[name]}.{_KEYS['m']}"] = turn(layer.m_O)
+        m_O = None if layer.m_O is None else turn(layer.m_O)
+        tensors |= name_tensors(str(names[name]), _KEYS, layer.a_RI, turn(b_OR), m_O)
     targets = sorted({name.rpartition(".")[2] for name in state.layers})
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
     return RawAdapter(tensors, settings)
 
 
-def _hf_name(own: str) -> str | None:
+def _to_hf_name(own: str) -> str | None:
     if own == "output":
         return "lm_head"
     match = _LIVE.fullmatch(own)
     return f"model.layers.{match[1]}.{_HF[match[2]]}" if match and match[2] in _HF else None
 
 
-def _own_name(hf: str) -> str | None:
+def _to_own_name(hf: str) -> str | None:
     if hf == "lm_head":
         return "output"
     match = _LAYER.fullmatch(hf)
@@ -161,8 +155,8 @@ def _is_qk(name: str) -> bool:
     return name.endswith((".q_proj", ".k_proj"))
 
 
-def _heads(names: list[str], hints: Hints) -> dict[str, int]:
-    """Heads by projection, where rows are in another order; empty where they are not."""
+def _count_heads(names: list[str], hints: Hints) -> dict[str, int]:
+    """Count the heads by projection, where rows are in another order; empty where they are not."""
     if not any(map(_is_qk, names)) or hints.config.get("model_type") in _AS_IS:
         return {}
     kind = hints.config.get("model_type")
@@ -173,32 +167,44 @@ def _heads(names: list[str], hints: Hints) -> dict[str, int]:
             f"torchtune stores q_proj and k_proj with the rows of each head in another order, by the number of heads "
             f"and the kind of model: give --base MODEL of a known type ({known}); {found}"
         )
-    return _head_counts(hints)
+    return _read_head_counts(hints)
 
 
-def _head_counts(hints: Hints) -> dict[str, int]:
+def _read_head_counts(hints: Hints) -> dict[str, int]:
     heads = int(hints.config["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(hints.config.get("num_key_value_heads") or heads)}
 
 
-def _turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Tensor], Tensor]:
+def _make_turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Tensor], Tensor]:
     count = heads.get(name.rpartition(".")[2])
     return (lambda tensor: tensor) if count is None else (lambda tensor: reorder(tensor, count))
 
 
 def _to_hf(rows: Tensor, heads: int) -> Tensor:
     """Pairs side by side to halves apart, within each head."""
-    size = _head_size(rows, heads)
+    size = _find_head_size(rows, heads)
     return rows.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
 def _from_hf(rows: Tensor, heads: int) -> Tensor:
     """Halves apart to pairs side by side."""
-    size = _head_size(rows, heads)
+    size = _find_head_size(rows, heads)
     return rows.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def _head_size(rows: Tensor, heads: int) -> int:
+def _find_head_size(rows: Tensor, heads: int) -> int:
     if rows.dim() == 0 or rows.shape[0] % (2 * heads):
         raise DoraError(f"{tuple(rows.shape)} has not the rows of {heads} heads of even size, as the base model has")
     return rows.shape[0] // heads
+
+
+FORMAT = Format("torchtune", "torchtune", detect_live, read_live, write_live, "adapter_model.pt", SETTINGS_FILE)
+EXPORT = Format(
+    "torchtune-export",
+    "torchtune's export",
+    detect_export,
+    read_export,
+    None,
+    settings_file=SETTINGS_FILE,
+    variant_of="peft",
+)

@@ -1,4 +1,4 @@
-"""Quantised weights that can be read and written again: bitsandbytes' 4 and 8 bits, torchao's tensors.
+"""Quantized weights that can be read and written again: bitsandbytes' 4 and 8 bits, torchao's tensors.
 
 Found by dotted type name; neither package is imported before a module of it is there. A weight is made dense by blocks
 of rows, or whole, when it is asked for, and never kept.
@@ -13,7 +13,7 @@ from .torchao import TorchAO, is_torchao
 
 
 def find_storage(module: nn.Module) -> Storage | None:
-    """How this layer's weight is quantised, or None where it is not, or in a way that is not known here."""
+    """How this layer's weight is quantized, or None where it is not, or in a way that is not known here."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or "forward" in module.__dict__:
         return None
@@ -28,7 +28,7 @@ def find_storage(module: nn.Module) -> Storage | None:
 
 
 def keep_readable(model: nn.Module) -> None:
-    """Stop every quantised layer of a model, adapted or not, from changing its own storage under a gradient's feet."""
+    """Stop every quantized layer of a model, adapted or not, from changing its own storage under a gradient's feet."""
     for module in model.modules():
         storage = find_storage(module)
         if storage is not None:

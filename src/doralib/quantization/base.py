@@ -1,4 +1,4 @@
-"""What a quantised layer's storage can do."""
+"""What a quantized layer's storage can do."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from ..functional import Rows
 
 
 class Storage:
-    """What is known of one quantised layer."""
+    """What is known of one quantized layer."""
 
     name: str
     """For a person: ``"bitsandbytes nf4"``."""
@@ -27,7 +27,7 @@ class Storage:
 
     @property
     def plain_dtype(self) -> torch.dtype | None:
-        """What the weight was quantised from, where the storage remembers it."""
+        """What the weight was quantized from, where the storage remembers it."""
         return None
 
     @property
@@ -44,13 +44,13 @@ class Storage:
         raise NotImplementedError
 
     def quantize_again(self, W_OI: Tensor) -> nn.Module:
-        """A layer of the same kind and settings with another weight, quantised anew."""
+        """A layer of the same kind and settings with another weight, quantized anew."""
         raise NotImplementedError
 
     def keep_readable(self) -> None:
         """Stop the layer from changing its own storage."""
 
-    def _copied(self, weight: nn.Parameter) -> Any:
+    def _copy_with(self, weight: nn.Parameter) -> Any:
         module = copy.copy(self.module)
         module._parameters = {**self.module._parameters, "weight": weight}
         return module

@@ -26,7 +26,8 @@ class Rows4bit:
     data: Tensor
     state: Any
     absmax: Tensor
-    """Scales in float32, their own quantisation undone."""
+    """Scales in float32, their own quantization undone."""
+    dtype = torch.float32
 
     @classmethod
     def of(cls, data: Tensor, state: Any) -> "Rows4bit":
@@ -40,11 +41,6 @@ class Rows4bit:
     def shape(self) -> tuple[int, ...]:
         """(O, I)."""
         return tuple(self.state.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the dense rows."""
-        return torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -73,16 +69,12 @@ class Rows8bit:
 
     CB: Tensor
     SCB: Tensor
+    dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(O, I)."""
         return tuple(self.CB.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the dense rows."""
-        return torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +86,7 @@ class Rows8bit:
 
 
 class Bits4(Storage):
-    """bitsandbytes ``Linear4bit``: NF4 or FP4, scales quantised again or not, in any quant_storage."""
+    """bitsandbytes ``Linear4bit``: NF4 or FP4, scales quantized again or not, in any quant_storage."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -116,7 +108,7 @@ class Bits4(Storage):
         old, settings = self.module.weight, ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         data, state = quantize_4bit(W_OI, self._state, nested=old.compress_statistics, storage=old.quant_storage)
         kept = {name: getattr(old, name) for name in settings}
-        module = self._copied(old)
+        module = self._copy_with(old)
         module.weight = type(old)(
             data, requires_grad=False, quant_state=state, bnb_quantized=True, module=module, **kept
         )
@@ -145,9 +137,21 @@ class Bits4(Storage):
             )
 
     def _unpack(self) -> None:
-        state = getattr(self.module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            _unpack(self.module.weight, state)
+        """Undo bitsandbytes' repacking for CPUs, with the scales that it had rounded."""
+        weight = self.module.weight
+        state: Any = getattr(weight, "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return
+        scales = state.absmax.T.reshape(-1).float()
+        weight.data, _ = _bnb()._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
+        state.absmax, state.dtype = scales, state.original_dtype
+        state.nested, state.state2, state.offset = False, None, None
+        state.packing_format_for_cpu = False
+        warnings.warn(
+            "bitsandbytes repacked 4-bit weights in an earlier evaluation and rounded their scales to bfloat16; adapt "
+            "a model before its first evaluation to train on the weights as they were loaded",
+            stacklevel=2,
+        )
 
     @property
     def _state(self) -> Any:
@@ -159,22 +163,8 @@ class Bits4(Storage):
         return state
 
 
-def _unpack(weight: Any, state: Any) -> None:
-    """Back to bitsandbytes' own layout, with the scales that the repacking had rounded."""
-    scales = state.absmax.T.reshape(-1).float()
-    weight.data, _ = _bnb()._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
-    state.absmax, state.dtype = scales, state.original_dtype
-    state.nested, state.state2, state.offset = False, None, None
-    state.packing_format_for_cpu = False
-    warnings.warn(
-        "bitsandbytes repacked 4-bit weights in an earlier evaluation and rounded their scales to bfloat16; adapt a "
-        "model before its first evaluation to train on the weights as they were loaded",
-        stacklevel=2,
-    )
-
-
 def quantize_4bit(W_OI: Tensor, like: Any, *, nested: bool, storage: torch.dtype) -> tuple[Tensor, Any]:
-    """A packed weight and its QuantState, in the settings of another; quantised from float32."""
+    """A packed weight and its QuantState, in the settings of another; quantized from float32."""
     data, state = _bnb().quantize_4bit(
         W_OI.float().contiguous(),
         blocksize=like.blocksize,
@@ -206,7 +196,7 @@ class Bits8(Storage):
     def quantize_again(self, W_OI: Tensor) -> nn.Module:
         CB, SCB = quantize_8bit(W_OI)
         weight = type(self.module.weight)(CB, requires_grad=False, has_fp16_weights=False, CB=CB, SCB=SCB)
-        module = self._copied(weight)
+        module = self._copy_with(weight)
         module.state = copy.copy(self.module.state)
         module.state.CB = module.state.SCB = None
         return module

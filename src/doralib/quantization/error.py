@@ -1,4 +1,4 @@
-"""What quantising a merged weight again does to the change that was merged in."""
+"""What quantizing a merged weight again does to the change that was merged in."""
 
 import math
 from collections import defaultdict
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..functional import Rows, row_blocks
 
-# from here on the error is no longer small beside the change: the merged model need not answer as the adapted one
-SWALLOWED = 0.5
+# of the change: from here on the merged model need not answer as the adapted one
+_LOST = 0.5
 
 
 @dataclass(frozen=True)
 class QuantizationCost:
-    """One layer, W before, V = g ∘ (W + s B A) as merged, Q what V became in the storage."""
+    """What it cost one layer: W before, V = g ∘ (W + s B A) as merged, Q what V became in the storage."""
 
     layer: str
     storage: str
@@ -30,18 +30,18 @@ class QuantizationCost:
     @classmethod
     @torch.no_grad()
     def measure(cls, layer: str, storage: str, W: Rows, V_OI: Tensor, Q: Rows) -> "QuantizationCost":
-        """Frobenius norms, by row blocks."""
+        """Compare the three, (O, I) each, in Frobenius norms, by row blocks in float64."""
         sums = torch.zeros(3, dtype=torch.float64)
         for rows in row_blocks(*V_OI.shape):
             w, v, q = (block[rows].double() for block in (W, V_OI, Q))
             sums += torch.stack([(q - v).square().sum(), (v - w).square().sum(), v.square().sum()]).cpu()
         error, change, weight = sums.sqrt().tolist()
-        return cls(layer, storage, _over(error, change), _over(error, weight))
+        return cls(layer, storage, _divide(error, change), _divide(error, weight))
 
 
 def is_change_lost(layers: Sequence[QuantizationCost]) -> bool:
-    """Whether the storage's error drowns what was merged in."""
-    return bool(layers) and median(layer.of_change for layer in layers) > SWALLOWED
+    """Whether the storage's error hides what was merged in, in half of the layers or more."""
+    return bool(layers) and median(layer.of_change for layer in layers) > _LOST
 
 
 def find_worst(layers: Sequence[QuantizationCost]) -> QuantizationCost:
@@ -66,5 +66,5 @@ def format_costs(layers: Sequence[QuantizationCost]) -> str:
     return "\n".join(lines)
 
 
-def _over(error: float, size: float) -> float:
+def _divide(error: float, size: float) -> float:
     return error / size if size else math.inf if error else 0.0

@@ -45,7 +45,7 @@ class TorchAO(Storage):
 
     def quantize_again(self, W_OI: Tensor) -> nn.Module:
         weight = nn.Parameter(quantize_torchao(self.module.weight, W_OI), requires_grad=False)
-        module = self._copied(weight)
+        module = self._copy_with(weight)
         module.__dict__.pop("extra_repr", None)  # transformers': bound to the old layer
         return module
 
@@ -63,9 +63,9 @@ def quantize_torchao(old: Any, W_OI: Tensor) -> Tensor:
     Raises:
         DoraError: if it is of a class that is not known here.
     """
-    make = _QUANTIZE.get(type(old).__name__)
+    make = _MAKE.get(type(old).__name__)
     if make is None:
-        known = ", ".join(_QUANTIZE)
+        known = ", ".join(_MAKE)
         raise DoraError(
             f"torchao {type(old).__name__}: doralib does not know how to quantise into it (known: {known}); merge into "
             "plain weights: doralib.merge(model, dequantise=True), or --dtype on the command line"
@@ -79,7 +79,7 @@ def _int8(old: Any, W_OI: Tensor) -> Tensor:
     kept = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     return type(old).from_hp(
         W_OI,
-        granularity=_granularity(old),
+        granularity=_find_granularity(old),
         mapping_type=kinds.ASYMMETRIC if shifted else kinds.SYMMETRIC,
         **{name: getattr(old, name, None) for name in kept},
     )
@@ -99,7 +99,7 @@ def _intx(old: Any, W_OI: Tensor) -> Tensor:
 def _float8(old: Any, W_OI: Tensor) -> Tensor:
     kept = ("mm_config", "kernel_preference", "act_quant_kwargs")
     settings = {name: getattr(old, name) for name in kept}
-    new = type(old).from_hp(W_OI, old.qdata.dtype, _granularity(old), **settings)
+    new = type(old).from_hp(W_OI, old.qdata.dtype, _find_granularity(old), **settings)
     # torchao divides a row of zeros by its scale of zero
     empty = new.scale == 0
     new.scale.masked_fill_(empty, 1)
@@ -111,10 +111,10 @@ def _nf4(old: Any, W_OI: Tensor) -> Tensor:
     return type(old).from_tensor(W_OI, old.block_size, old.scaler_block_size)
 
 
-_QUANTIZE = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8, "NF4Tensor": _nf4}
+_MAKE = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8, "NF4Tensor": _nf4}
 
 
-def _granularity(old: Any) -> Any:
+def _find_granularity(old: Any) -> Any:
     known = importlib.import_module("torchao.quantization")
     rows, columns = old.block_size
     if (rows, columns) == tuple(old.shape):
