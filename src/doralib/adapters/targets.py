@@ -65,7 +65,8 @@ def choose(model: nn.Module, config: DoraConfig) -> list[str]:
     linear = adaptable(model)
     wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
     if wanted == ALL_LINEAR:
-        chosen = [name for name in linear if _kind(model, name) == "linear" and name not in _heads(model)]
+        heads = _heads(model)
+        chosen = [name for name in linear if name not in heads and _kind(model, name) == "linear"]
     else:
         chosen = matching(model, wanted, "target_modules")
     if config.exclude_modules is not None:
