@@ -15,12 +15,11 @@ from ..layers.base.linear import Dense
 from ..layers.base.opaque import Quantised
 from ..layers.base.registry import open_base
 from ..layers.linear import DoraLinear
-from ..layers.multi_adapter import Switched, Wrapper
-from ..layers.wrapper import original
+from ..layers.wrapper import Place, base_module
 from ..quantization.error import Requantised, swallowed, table
-from .adapt import Model, _restore, _unwrap
-from .fsdp import refuse_sharded
-from .registry import Record, adapter_of, free_record_of, put, show_biases, wrapped
+from .adapt import Model, replace_places, restore
+from .fsdp import check_unsharded
+from .registry import Record, adapter_of, find_record, free_record_of, places_of, set_module, show_biases
 
 # what transformers leaves on a model that it loaded quantised
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -36,16 +35,16 @@ class Merging:
     """
 
     def __init__(self, model: nn.Module, *, dequantise: bool) -> None:
-        refuse_sharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
+        check_unsharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
         self.model = model
         self.dtype = plain_dtype(model) if dequantise else None
         self.errors: list[Requantised] = []
 
-    def merged(self, name: str, wrapper: Wrapper | Switched) -> nn.Module:
-        """The layer with its adapter, or the active one of several, folded in."""
-        layer = _quantised_layer(wrapper)
+    def merged(self, name: str, place: Place) -> nn.Module:
+        """A plain module with the active adapter merged into it."""
+        layer = _quantised_layer(place)
         if layer is None:
-            return wrapper.merged()
+            return place.merged()
         assert isinstance(layer.base, Quantised)
         V_OI = layer.merged_weight()
         if self.dtype is not None:
@@ -76,9 +75,9 @@ def merge_report(model: nn.Module) -> list[Requantised]:
     Of several adapters the active one counts.
     """
     merging = Merging(model, dequantise=False)
-    for name, wrapper in wrapped(model):
-        if _quantised_layer(wrapper) is not None:
-            merging.merged(name, wrapper)
+    for name, place in places_of(model):
+        if _quantised_layer(place) is not None:
+            merging.merged(name, place)
     return merging.errors
 
 
@@ -93,7 +92,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for name, module in list(model.named_modules()):
         base = open_base(module)
         if isinstance(base, Quantised):
-            put(model, name, plain_layer(base, base.W_OI, dtype).train(module.training))
+            set_module(model, name, plain_layer(base, base.W_OI, dtype).train(module.training))
     if any(isinstance(open_base(module), Quantised) for module in model.modules()):
         return
     _unmark(model)
@@ -116,8 +115,8 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
     if isinstance(named, torch.dtype):
         return named
     counts = Counter[torch.dtype]()
-    frozen = {id(p) for _, wrapper in wrapped(model) for p in original(wrapper).parameters()}
-    masters = {id(p) for _, wrapper in wrapped(model) for p in wrapper.parameters()} - frozen
+    frozen = {id(p) for _, place in places_of(model) for p in base_module(place).parameters()}
+    masters = {id(p) for _, place in places_of(model) for p in place.parameters()} - frozen
     for module in model.modules():
         base = open_base(module)
         if isinstance(base, Quantised):
@@ -129,9 +128,9 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
 
 
-def _quantised_layer(wrapper: Wrapper | Switched) -> DoraLinear | None:
-    """The layer that a merge folds in here, where its base is quantised."""
-    layer = wrapper.folded if isinstance(wrapper, Switched) else wrapper
+def _quantised_layer(place: Place) -> DoraLinear | None:
+    """The layer that a merge takes here, where its base is quantised."""
+    layer = place.active_layer()
     return layer if isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised) else None
 
 
@@ -163,9 +162,9 @@ def merge(model: Model, *, dequantise: bool = False) -> Model:
         )
     merging = Merging(model, dequantise=dequantise)
     show_biases(model, name)
-    _unwrap(model, merging.merged)
+    replace_places(model, merging.merged)
     merging.finish()
-    _restore(model, record)
+    restore(model, record)
     merging.warn()
     return model
 
@@ -174,7 +173,7 @@ def merge(model: Model, *, dequantise: bool = False) -> Model:
 class _Merged:
     """What brings the adapted model back."""
 
-    wrappers: dict[str, Wrapper | Switched]
+    places: dict[str, Place]
     flags: list[tuple[nn.Parameter, bool]]
     file: Path | None
     """Where the frozen weights are; None: in the wrappers."""
@@ -201,17 +200,17 @@ def merge_adapter(model: Model, keep: str | Path = "cpu") -> Model:
     adapter_of(model)
     file = None if keep == "cpu" else Path(keep)
     _refuse(model, record, file)
-    places = dict(wrapped(model))
+    places = dict(places_of(model))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     if file is not None:
         files.write_tensors(file, _frozen(places))
     merged, merging = _Merged({}, flags, file), Merging(model, dequantise=False)
     try:
-        for name, wrapper in places.items():
-            plain = merging.merged(name, wrapper).train(wrapper.training)
-            put(model, name, plain)
-            merged.wrappers[name] = wrapper
-            _put_aside(wrapper, plain, emptied=file is not None)
+        for name, place in places.items():
+            plain = merging.merged(name, place).train(place.training)
+            set_module(model, name, plain)
+            merged.places[name] = place
+            _put_aside(place, plain, emptied=file is not None)
     except DoraError:
         _bring_back(model, merged)
         raise
@@ -228,25 +227,24 @@ def unmerge_adapter(model: Model) -> Model:
         UsageError: if none is folded in.
         DoraError: if the file of the frozen weights is gone or damaged; the model stays merged.
     """
-    record = getattr(model, "_doralib", None)
-    merged = record.merged if isinstance(record, Record) else None
-    if not isinstance(record, Record) or merged is None:
+    record = find_record(model)
+    if record is None or record.merged is None:
         raise UsageError("no adapter is folded in; doralib.merge_adapter(model) does that")
-    _bring_back(model, merged)
+    _bring_back(model, record.merged)
     record.merged = None
     return model
 
 
 def _bring_back(model: nn.Module, merged: _Merged) -> None:
     tensors = {} if merged.file is None else files.read_tensors(merged.file)
-    if tensors and (lost := _frozen(merged.wrappers).keys() - tensors.keys()):
+    if tensors and (lost := _frozen(merged.places).keys() - tensors.keys()):
         raise DoraError(f"{merged.file} is not the file that the frozen weights were written to: no {min(lost)}")
-    for name, wrapper in merged.wrappers.items():
-        for key, p in original(wrapper).named_parameters():
+    for name, place in merged.places.items():
+        for key, p in base_module(place).named_parameters():
             if tensors:
                 p.data = tensors[f"{name}.{key}"]
         plain = model.get_submodule(name)
-        put(model, name, wrapper.to(_device(plain)).train(plain.training))
+        set_module(model, name, place.to(_device(plain)).train(plain.training))
     for p, flag in merged.flags:
         p.requires_grad_(flag)
 
@@ -260,25 +258,25 @@ def _refuse(model: nn.Module, record: Record, file: Path | None) -> None:
         return
     if file.exists():
         raise UsageError(f"{file} exists already; choose another name")
-    odd = [name for name, p in _frozen(dict(wrapped(model))).items() if type(p) not in (Tensor, nn.Parameter)]
+    odd = [name for name, p in _frozen(dict(places_of(model))).items() if type(p) not in (Tensor, nn.Parameter)]
     if odd:
         raise DoraError(f"a file cannot hold {', '.join(odd[:5])}: a storage of its own kind; keep it on the cpu")
 
 
-def _frozen(places: dict[str, Wrapper | Switched]) -> dict[str, Tensor]:
+def _frozen(places: dict[str, Place]) -> dict[str, Tensor]:
     """The parameters of the frozen modules that a merge replaces, by their name in the base model."""
-    return {f"{name}.{key}": p for name, place in places.items() for key, p in original(place).named_parameters()}
+    return {f"{name}.{key}": p for name, place in places.items() for key, p in base_module(place).named_parameters()}
 
 
-def _put_aside(wrapper: Wrapper | Switched, plain: nn.Module, *, emptied: bool) -> None:
+def _put_aside(place: Place, plain: nn.Module, *, emptied: bool) -> None:
     """Out of the device's memory, or, with a file, out of all memory; what the plain module shares stays."""
-    frozen, staying = original(wrapper), {id(p) for p in plain.parameters()}
+    frozen, staying = base_module(place), {id(p) for p in plain.parameters()}
     if isinstance(open_base(frozen), Quantised):  # scales are no parameters, and must not be parted from their numbers
         staying |= {id(p) for p in frozen.parameters()}
     for p in frozen.parameters():
         if id(p) not in staying:
             p.data = p.data.new_empty(0) if emptied else p.data.cpu()
-    for p in wrapper.parameters():
+    for p in place.parameters():
         if id(p) not in staying:
             p.data = p.data.cpu()
 

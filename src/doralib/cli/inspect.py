@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..adapters.scan import adaptable, expert_weights, tied
+from ..adapters.scan import Scan
 from ..checkpoints.adapter import another_base, knowing, read_adapter, whole_pipeline
 from ..checkpoints.gguf import local_base
 from ..checkpoints.load import load_base
@@ -62,9 +62,9 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Given | None 
 def list_targets(model: str, *, every: bool = False) -> Table:
     """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
     loaded, _ = load_base(ModelSettings(path=model))
-    layers, shared = adaptable(loaded), tied(loaded)
+    found = Scan(loaded)
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, shape in layers.items():
+    for name, shape in found.shapes.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
     # no name is cut: they are what recipes need
     table = Table(Column("target_modules", overflow="fold", min_width=14), title=model)
@@ -73,10 +73,10 @@ def list_targets(model: str, *, every: bool = False) -> Table:
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
         example = () if every else (names[0],)
-        told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
+        told = "none: tied to another" if found.tied().issuperset(names) else f"{cost:,}"
         table.add_row(kind, str(len(names)), str(shape), told, *example)
     stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, stack in expert_weights(loaded).items():
+    for name, stack in found.stacks.items():
         stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
     for (kind, (E, O, I)), names in stacks.items():
         cost = len(names) * E * (16 * (O + I) + O)

@@ -183,7 +183,7 @@ def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapt
         if not layer.magnitude_alone:
             return layer
         (O, I), R = layer.shape, ranks[0]
-        return replace(layer, a_RI=layer.a_RI.new_zeros(R, I), b_OR=layer.b_OR.new_zeros(O, R))
+        return LayerAdapter(layer.a_RI.new_zeros(R, I), layer.b_OR.new_zeros(O, R), layer.m_O, layer.scale, layer.kind)
 
     return ranks[0], {name: of_that_rank(layer) for name, layer in state.layers.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import MAGNITUDE, AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
+from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter
 from . import peft_experts as experts
 from .base import alpha_of, refuse_missing
 from .peft_vera import TYPES, from_vera, to_vera
@@ -99,7 +99,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     """Our adapter as PEFT's tensors and settings."""
     if config.has_bank:
         return to_vera(config, state, _target_names(config, state))
-    stacks = {name: adapter for name, adapter in state.layers.items() if isinstance(adapter, ExpertsAdapter)}
+    stacks = {name: adapter for name, adapter in state.layers.items() if adapter.kind == "experts"}
     tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
         if layer in stacks:
@@ -146,7 +146,7 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
     """rank_pattern and alpha_pattern for files, whatever the settings say: magnitudes alone have rank 1, fused
     projections the ranks of all their parts together, at the scale of each. The first that fits a layer is taken."""
     ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
-    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
+    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer.values, FusedValues)}
     alphas = {
         name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else alpha_of(layer)
         for name, layer in fused.items()

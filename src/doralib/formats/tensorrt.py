@@ -45,7 +45,8 @@ def read(content: Content, given: Given) -> Found:
     layers = {}
     for name, layer in named:
         assert layer.m_O is not None
-        layers[name] = replace(layer, m_O=layer.m_O * lengths[name].to(layer.m_O))
+        m_O = layer.m_O * lengths[name].to(layer.m_O)
+        layers[name] = LayerAdapter(layer.a_RI, layer.b_OR, m_O, layer.scale, layer.kind)
     return Found(config, replace(state, layers=layers), ("magnitudes are m / n times the rows' lengths in the base",))
 
 

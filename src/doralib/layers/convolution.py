@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from .. import functional as F
 from ..kernels.dropout import dropped
 from .base.convolution import Convolution
 from .linear import DoraLinear
@@ -41,8 +42,7 @@ class DoraConv(ReadsThrough, DoraLinear):
         else:
             product = y if self.bias is None else y - self._by_channel(self.bias.to(y.dtype))
         change = self._change(x_a, self.b_OR * (gain_O * self.scale)[:, None], *output_size)
-        # with g - 1, as `functional.compose`: g = 1 and B = 0 give y bit for bit
-        return y + (self._by_channel((gain_O - 1).to(y.dtype)) * product + change)
+        return F.add_gain(y, product, self._by_channel(gain_O), change)
 
     def _change(self, x: Tensor, sb_OR: Tensor, *output_size: Any) -> Tensor:
         """``s B * A * x``; with groups as one small weight, since A would make R channels of each group."""

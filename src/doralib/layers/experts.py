@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..kernels.experts import adapted_weights
-from ..state import ExpertsAdapter
-from .init import DRAWN
-from .wrapper import Masters, ReadsThrough
+from ..state import AdapterState, ExpertsValues, LayerAdapter
+from .init import DRAWN, fill_factors
+from .wrapper import AdapterLayer, Part, ReadsThrough
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Stack:
         return tuple(self.W_EOI.shape)
 
 
-class DoraExperts(Masters):
+class DoraExperts(Part):
     """A, B and m of every weight of a stack.
 
     ``V_e = g_e ∘ (W_e + s B_e A_e)`` with ``g_e = m_e / |W_e + s B_e A_e|``, one length per output row of each expert;
     without m (method lora) g is 1. A fresh adapter changes nothing, bit for bit.
     """
 
+    kind = "experts"
     lora_A: nn.Parameter
     """(E, R, I)."""
     lora_B: nn.Parameter
@@ -77,18 +78,31 @@ class DoraExperts(Masters):
         values = self.lora_A, self.lora_B, self.lora_magnitude_vector
         return adapted_weights(W_EOI, *values, self.scale, detach_norm=self.detach_norm)
 
-    def state(self) -> ExpertsAdapter:
-        """The trained values; views, not copies."""
-        m_EO = self.lora_magnitude_vector
-        values = self.lora_A.detach(), self.lora_B.detach(), None if m_EO is None else m_EO.detach()
-        return ExpertsAdapter(*values, self.scale)
+    def values(self) -> ExpertsValues:
+        """What is trained: the parameters themselves."""
+        return ExpertsValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
+
+    @torch.no_grad()
+    def fill(self, given: LayerAdapter | None, W_EOI: Tensor) -> None:
+        """Take the values of an adapter, or those with which the weights stay as they are."""
+        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if given is None:
+            B.zero_()
+        else:
+            for factors in zip(A, B, given.a_RI, given.b_OR, strict=True):
+                fill_factors(*factors, given.scale / self.scale)
+        if m is not None and given is not None and given.m_O is not None:
+            m.copy_(given.m_O)
+        elif m is not None:
+            weights = zip(W_EOI, A, B, strict=True)
+            m.copy_(torch.stack([F.dense_row_norm(W_OI, a, b, self.scale) for W_OI, a, b in weights]))
 
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
         return f"{method}, experts={len(self.lora_A)}, r={self.lora_A.shape[1]}, scale={self.scale:g}"
 
 
-class AdaptedExperts(ReadsThrough):
+class AdaptedExperts(ReadsThrough, AdapterLayer):
     """A module some of whose stacks of weights are adapted: during its own forward it reads the adapted weights.
 
     Each adapted stack is made once a call, in the dtype of the frozen one, and kept while a backward pass may need it.
@@ -97,6 +111,8 @@ class AdaptedExperts(ReadsThrough):
         base_layer: Frozen here; kept as it is.
         names: Whole names of the parameters in the model; their last parts are names in the module.
     """
+
+    goes_by_rows = False
 
     def __init__(self, base_layer: nn.Module, names: Sequence[str], config: DoraConfig) -> None:
         super().__init__()
@@ -111,6 +127,13 @@ class AdaptedExperts(ReadsThrough):
     def stacks(self) -> dict[str, DoraExperts]:
         """The adapter of each stack, by the parameter's name in the module."""
         return {field: self._modules[field] for field in self.fields}  # type: ignore[misc]
+
+    def adapter_parts(self, place: str) -> dict[str, Part]:
+        return {f"{place}.{field}": stack for field, stack in self.stacks.items()}
+
+    def fill_from(self, state: AdapterState, place: str) -> None:
+        for field, stack in self.stacks.items():
+            stack.fill(state.layers.get(f"{place}.{field}"), self._stack(field).W_EOI)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer takes, and what it would return."""

@@ -13,15 +13,15 @@ from ..kernels.dropout import Dropout, draw, dropped
 from ..kernels.eager import infer
 from ..kernels.norm import FreshNorm
 from ..kernels.operands import Ready
-from ..state import LayerAdapter, MovedAdapter
+from ..state import AdapterState, LayerAdapter, LowRankValues, MovedValues, Values
 from .base.linear import Dense
 from .base.opaque import Opaque, Quantised
 from .base.registry import open_base
-from .init import DRAWN, decomposed, decomposes
-from .wrapper import Masters, autocast, autocast_dtype
+from .init import DRAWN, decomposed, decomposes, fill_factors
+from .wrapper import AdapterLayer, Part, autocast, autocast_dtype
 
 
-class DoraLinear(Masters):
+class DoraLinear(Part, AdapterLayer):
     """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
@@ -32,6 +32,7 @@ class DoraLinear(Masters):
         base_layer: Frozen here; kept as it is.
         r: Rank.
         scale: s.
+        base: The frozen layer as rows, where it was opened before.
 
     Raises:
         DoraError: if the layer is not linear.
@@ -44,15 +45,22 @@ class DoraLinear(Masters):
     """A and B as they began, frozen, where they began as a part of the weight: the change is ``B A - B0 A0``."""
     start_B: nn.Parameter | None
 
-    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig, base: Dense | None = None
+    ) -> None:
+        self._freeze(base_layer, scale, config, base)
+        self._add_parameters(r, config)
+
+    def _freeze(self, base_layer: nn.Module, scale: float, config: DoraConfig, base: Dense | None) -> None:
+        """All that the layer has before its parameters."""
         super().__init__()
-        base = self.opened(base_layer)
+        base = base or open_base(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
         if isinstance(base, Quantised):
             base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
-        self.base = base
+        self.base = base = self.as_rows(base)
         self.scale = scale
         self.enabled = True
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
@@ -61,6 +69,9 @@ class DoraLinear(Masters):
         self.norm = FreshNorm(base)
         self.kept = Kept(self.norm)
         self.out_features, self.in_features = base.shape
+
+    def _add_parameters(self, r: int, config: DoraConfig) -> None:
+        base = self.base
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
         dtype, device = F.sum_dtype(base.dtype), base.device
@@ -74,9 +85,9 @@ class DoraLinear(Masters):
         self.reset_parameters()
 
     @staticmethod
-    def opened(base_layer: nn.Module) -> Dense | None:
-        """The frozen layer as rows."""
-        return open_base(base_layer)
+    def as_rows(base: Dense) -> Dense:
+        """The frozen layer, with the rows that this layer adapts."""
+        return base
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -96,6 +107,11 @@ class DoraLinear(Masters):
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The base's."""
+        return self.base.kind
 
     @property
     def num_lengths(self) -> int:
@@ -166,21 +182,36 @@ class DoraLinear(Masters):
         x = autocast(x)
         return self._around(base, x, self._draw_dropout(x))
 
-    def state(self) -> LayerAdapter:
-        """The trained values; views, not copies."""
-        m_O = self.lora_magnitude_vector
-        values = self.lora_A.detach(), self.lora_B.detach(), None if m_O is None else m_O.detach()
+    def values(self) -> Values:
+        """What is trained: the parameters themselves."""
         if self.start_A is not None and self.start_B is not None:
-            return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
-        return LayerAdapter(*values, self.scale, self.base.kind)
+            return MovedValues(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.start_A, self.start_B)
+        return LowRankValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
-    def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
-        """Values from a file in the form that `state` gives them, so that each can be copied in its place.
+    def adapter_base(self) -> Dense:
+        return self.base
 
-        Raises:
-            DoraError: if this layer has no place for some of them.
-        """
-        return adapter
+    def adapter_parts(self, place: str) -> dict[str, Part]:
+        return {place: self}
+
+    @torch.no_grad()
+    def fill_from(self, state: AdapterState, place: str) -> None:
+        given = state.layers.get(place)
+        self._fill_factors(given)
+        if self.lora_magnitude_vector is not None:
+            m_O = None if given is None else given.tensors().get("m")
+            n_O = self._row_lengths()
+            # a row of length zero has an infinite norm there
+            self.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0) if m_O is None else m_O)
+
+    def find_misfits(self, given: LayerAdapter) -> list[str]:
+        """As `Part.find_misfits`; and nothing fits over a start that is a part of the weight."""
+        found = super().find_misfits(given)
+        if self.start_A is not None and given.shape == self.base.row_shape:
+            found.append(
+                "the loaded adapter began as a part of the weight (pissa, olora), and no other fits over that start"
+            )
+        return found
 
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
@@ -210,6 +241,16 @@ class DoraLinear(Masters):
             for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
+
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        if given is None:
+            self.lora_B.zero_()
+        else:
+            fill_factors(self.lora_A, self.lora_B, given.a_RI, given.b_OR, given.scale / self.scale)
+
+    def _row_lengths(self) -> Tensor:
+        """Of ``W + s B A`` as it is now, one for each of the lengths in m."""
+        return self.norm(self.a_RI, self.b_OR, self.scale, detach=True)
 
     def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
         """What is kept for these factors and m."""

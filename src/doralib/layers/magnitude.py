@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..kernels.dropout import dropped
+from ..state import LayerAdapter
 from .linear import DoraLinear
 from .wrapper import ReadsThrough, autocast
 
@@ -32,8 +34,10 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
             changed = changed - self._by_channel(self.bias.to(y.dtype))
         gain_O = self.gain()
         assert gain_O is not None
-        # with g - 1, as `functional.compose`: g = 1 gives y bit for bit
-        return y + self._by_channel((gain_O - 1).to(y.dtype)) * changed
+        return F.add_gain(y, changed, self._by_channel(gain_O))
+
+    def find_conflict(self, given: LayerAdapter) -> str:
+        return "turns its rows, but only their lengths are adapted in the model" if given.turns_rows else ""
 
     def _by_channel(self, t_O: Tensor) -> Tensor:
         return t_O.view(-1, *(1 for _ in self.base.row_shape[2:]))
@@ -45,3 +49,6 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
     def _start_factors(self) -> None:
         self.lora_A.zero_()
         self.lora_B.zero_()
+
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        """They stay zero."""

@@ -13,9 +13,8 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from ..kernels.dropout import dropped
 from ..kernels.norm import FreshNorm
-from ..state import AdapterState, BankAdapter, LayerAdapter
+from ..state import AdapterState, BankValues, LayerAdapter
 from .base.linear import Dense
-from .base.registry import open_base
 from .linear import DoraLinear
 from .wrapper import autocast
 
@@ -50,19 +49,18 @@ class Bank(nn.Module):
         return self
 
 
-def bank_for(layers: Sequence[nn.Module], config: DoraConfig) -> Bank | None:
+def bank_for(bases: Sequence[Dense], config: DoraConfig) -> Bank | None:
     """The random matrices for the largest of these layers; None for the methods without."""
-    bases = [base for layer in layers if (base := open_base(layer)) is not None]
     if not config.has_bank or not bases:
         return None
     num_out, num_in = (max(base.shape[axis] for base in bases) for axis in (0, 1))
     return Bank(config.r, num_in, num_out, config.projection_prng_key, bases[0].device)
 
 
-def other_banks(into: AdapterState, given: AdapterState) -> list[str]:
+def find_other_bank(into: AdapterState, given: AdapterState) -> list[str]:
     """A line where the random matrices of one adapter are not the other's."""
     ours, theirs = (
-        next((layer.bank for layer in state.layers.values() if isinstance(layer, BankAdapter)), None)
+        next((layer.values.bank for layer in state.layers.values() if isinstance(layer.values, BankValues)), None)
         for state in (into, given)
     )
     if ours is None or theirs is None or ours[0].is_meta:
@@ -113,9 +111,13 @@ class DoraBank(DoraLinear):
     vera_lambda_b: nn.Parameter
     """(O,)."""
 
-    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig) -> None:
-        self._parts = bank, config.d_initial
-        super().__init__(base_layer, config.r, 1.0, config)
+    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig, base: Dense | None = None) -> None:
+        self._freeze(base_layer, 1.0, config, base)
+        if self.base.kind != "linear":
+            raise DoraError(f"{type(base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
+        self.bank, self.d_initial = bank, config.d_initial
+        self.norm = FreshNorm(_Scaled(self.base, bank))
+        self._add_parameters(config.r, config)
 
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
@@ -169,24 +171,29 @@ class DoraBank(DoraLinear):
             return F.compose_exact(y, product, change, gain_O)
         return F.compose(y, change, gain_O, self.bias)
 
-    def state(self) -> LayerAdapter:
-        """The trained values and the whole bank; views, not copies."""
-        m_O = self.lora_magnitude_vector
-        values = self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), None if m_O is None else m_O.detach()
-        return BankAdapter((self.bank.A, self.bank.B), *values, self.in_features)
+    def values(self) -> BankValues:
+        """What is trained, and the whole bank."""
+        bank = self.bank.A, self.bank.B
+        return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
+
+    def find_conflict(self, given: LayerAdapter) -> str:
+        own = isinstance(given.values, BankValues)
+        return "" if own else "the random matrices of the loaded adapter are not its own"
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.bank, self.d_initial = self._parts
-        del self._parts
-        if self.base.kind != "linear":
-            raise DoraError(f"{type(self.base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
-        self.norm = FreshNorm(_Scaled(self.base, self.bank))
         self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
         self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
 
     def _start_factors(self) -> None:
         nn.init.constant_(self.vera_lambda_d, self.d_initial)
         nn.init.zeros_(self.vera_lambda_b)
+
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        for key, p in {"d": self.vera_lambda_d, "b": self.vera_lambda_b}.items():
+            p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
+
+    def _row_lengths(self) -> Tensor:
+        return self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
 
 
 def _slices(base: Dense, bank: Bank) -> tuple[Tensor, Tensor]:
