@@ -329,6 +329,7 @@ def test_a_transposed_weight():
     torch.testing.assert_close(accelerate(model)(x), want)
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trains_under_trls_sft_trainer(tmp_path, bf16):
     """With gradient checkpointing, dropout off: the same losses and the same adapter as with PEFT's own forward."""

@@ -24,11 +24,11 @@ class Layers(nn.Module):
         for i, (name, (O, I)) in enumerate(SIZES.items()):
             setattr(self, name, nn.Linear(I, O, bias=i % 2 == 0, dtype=dtype))
 
-    def forward(self, names="abcd"):
+    def forward(self, names="abcd", rows=3):
         outputs = []
         for name in names:
             layer = getattr(self, name)
-            x = torch.arange(3.0 * layer.in_features).view(3, -1).sin().to(layer.weight.dtype)
+            x = torch.arange(1.0 * rows * layer.in_features).view(rows, -1).sin().to(layer.weight.dtype)
             outputs.append(layer(x))
         return outputs
 
@@ -73,6 +73,7 @@ def outputs_and_gradients(model):
     return [y.detach() for y in outputs] + [p.grad for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.same_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_round_a_step_and_the_bits_of_each_alone(dtype, renewed):
     model, alone = make(dtype), make(dtype)
@@ -285,15 +286,50 @@ def test_a_model_made_in_inference_mode_computes():
 
 def test_only_generation_pays_for_columns():
     """A transposed copy of every B costs a training step of a high rank several per cent."""
-    model, strides = make(), []
-    for learning in (False, True):
+    model, columns = make(), []
+    for learning in (True, False):
         step(model)
         with torch.set_grad_enabled(learning):
             model()
             assert_current(model)
-        # d has one row, which is laid out both ways
-        strides.append([layer.kept._made.ready.gsb_OR.stride() for layer in (model.a, model.b, model.c)])
-    assert strides == [[(1, 7), (1, 6), (1, 7)], [(3, 1), (3, 1), (2, 1)]]
+        kept = [layer.kept._made.ready for layer in (model.a, model.b, model.c)]
+        columns.append([ready.columns_OR is not None and ready.columns_OR.stride() for ready in kept])
+        # a training step reads these, whatever came before it
+        assert [ready.gsb_OR.stride() for ready in kept] == [(3, 1), (3, 1), (2, 1)]
+    assert columns == [[False, False, False], [(1, 7), (1, 6), (1, 7)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_rows_of_each_are_aligned_as_a_tensor_of_its_own(dtype):
+    """A CPU may multiply what lies at another address in another way."""
+    model = make(dtype)
+    for seed in range(2):
+        step(model, seed), model()
+    for layer in model.children():
+        ready, seen = layer.kept._made.ready, layer.norm._seen
+        for t in (ready.gsb_OR, ready.wide_gsb_OR, seen.a_RI.value, seen.b_OR.value):
+            assert t.data_ptr() % 64 == 0
+
+
+@pytest.mark.same_bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_an_evaluation_changes_no_bit_of_the_training_around_it(method, rows, dtype):
+    """Of the parameters after some steps: with evaluations of the same and of other sizes in between, and without."""
+    trained = []
+    for evaluates in (False, True):
+        model = make(dtype, method=method)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for k in range(4):
+            if evaluates:
+                with torch.no_grad() if k % 2 else torch.inference_mode():
+                    model("dcba"), model("b", rows), model("ca", 1)
+            optimizer.zero_grad()
+            sum(y.float().square().sum() for y in model("abcd", rows)).backward()
+            optimizer.step()
+        trained.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *trained))
 
 
 def test_a_norm_that_a_kernel_writes_in_place_is_not_kept_as_it_was(monkeypatch):

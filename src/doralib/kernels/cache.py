@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .norm import Change, Copy, FreshNorm, Seen, fresh
+from .norm import Change, Copy, FreshNorm, Seen, fresh, split_rows
 from .operands import TINY_GAIN, Ready, _by_rows, ready_from
 
 
@@ -153,8 +153,9 @@ class Kept:
         wanted, made = _Wanted(self, factors, s, bias_O, dtype, n_O), self._made
         if made is None or not made.still(wanted):
             others = [] if self.together is None else self.together.changed(self)
-            by_columns = not torch.is_grad_enabled()
-            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))], by_columns)
+            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))])
+        if made.ready.columns_OR is None and not torch.is_grad_enabled():
+            made = self._made = made._replace(ready=_with_columns(made.ready))
         if self.together is not None and torch.is_grad_enabled() and wanted.has_own_norm() and _are_parameters(factors):
             self._asked = tuple(map(weakref.ref, wanted.watched())), s, bias_O is not None, dtype
             self.together.remember(self)
@@ -192,6 +193,10 @@ def meet(layers: Iterable[Kept]) -> None:
         layer.together = together
 
 
+def _with_columns(ready: Ready) -> Ready:
+    return ready._replace(columns_OR=ready.wide_gsb_OR.T.contiguous().T)
+
+
 def _are_parameters(tensors: Sequence[Tensor]) -> bool:
     """Whether an optimiser may change them, each in its place."""
     return all(type(t) is nn.Parameter or isinstance(t, nn.Parameter) for t in tensors)
@@ -200,7 +205,7 @@ def _are_parameters(tensors: Sequence[Tensor]) -> bool:
 # what is made in inference mode could not be used by a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
-def _make(wanted: Sequence[_Wanted], by_columns: bool) -> _Made:
+def _make(wanted: Sequence[_Wanted]) -> _Made:
     """Make these, DoRA's of one rank, scale and dtype in one go; the first is returned."""
     own = [each for each in wanted if each.has_own_norm()]
     seen = fresh([Change(each.kept.norm, each.factors[0], each.factors[1], each.s) for each in own])
@@ -215,9 +220,9 @@ def _make(wanted: Sequence[_Wanted], by_columns: bool) -> _Made:
     # the first, which is asked for, last
     for batch in reversed(batches.values()):
         if len(batch[0].factors) == 2:
-            made = [_made_lora(batch[0], by_columns)]
+            made = [_made_lora(batch[0])]
         else:
-            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch], by_columns)
+            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch])
         for each, new in zip(batch, made, strict=True):
             each.kept._made = new
     return made[0]
@@ -239,7 +244,7 @@ def _basis(wanted: _Wanted, seen: Seen | None) -> _Basis:
     return _Basis(wanted.factors[1].detach(), wanted.n_O, (), None)
 
 
-def _made_batch(batch: list[_Wanted], bases: list[_Basis], by_columns: bool) -> list[_Made]:
+def _made_batch(batch: list[_Wanted], bases: list[_Basis]) -> list[_Made]:
     first, rows = batch[0], [len(each.b_OR) for each in bases]
     # the copies of m and the bias are what the next call is compared with
     m_O = torch.cat([each.factors[2].detach() for each in batch])
@@ -248,19 +253,19 @@ def _made_batch(batch: list[_Wanted], bases: list[_Basis], by_columns: bool) -> 
     gain_O = m_O / torch.cat([each.n_O for each in bases])
     clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
     b_OR = torch.cat([each.b_OR for each in bases])
-    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype, by_columns), m_O, bias_O)
-    columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
+    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype), m_O, bias_O)
+    columns = [repeat(None) if t is None else split_rows(t, rows) for t in by_rows]
     made = []
     for each, basis, (*parts, own_m_O, own_bias_O) in zip(batch, bases, zip(*columns, strict=False), strict=True):
         a_RI = each.factors[0].detach()
         copies = (*basis.copies, *(Copy(t) for t in (own_m_O, own_bias_O) if t is not None))
-        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear])
+        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear, None])
         made.append(_Made(ready, copies, basis.key, each.n_O, first.s, first.dtype))
     return made
 
 
-def _made_lora(wanted: _Wanted, by_columns: bool) -> _Made:
+def _made_lora(wanted: _Wanted) -> _Made:
     a_RI, b_OR = (p.detach() for p in wanted.factors)
-    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype, by_columns)
+    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype)
     copies = tuple(Copy(t.detach().clone()) for t in wanted.watched())
     return _Made(ready, copies, None, None, wanted.s, wanted.dtype)

@@ -316,8 +316,11 @@ def _one_row(x: Tensor, W_OI: Tensor, ready: Ready, bias_O: Tensor | None) -> Te
     y = nnf.linear(x, W_OI, bias_O)
     scale_product(y, ready)
     x_I, y_O = x.view(-1), y.view(-1)
-    if x.dtype is ready.wide_a_RI.dtype or not x.is_cpu:
-        y_O.addmv_(ready.gsb_OR, ready.a_RI.mv(x_I))
+    columns_OR = ready.wide_gsb_OR if ready.columns_OR is None else ready.columns_OR
+    if x.dtype is columns_OR.dtype:
+        y_O.addmv_(columns_OR, ready.a_RI.mv(x_I))
+    elif x.is_cpu:
+        y_O.add_(columns_OR.mv(ready.wide_a_RI.mv(x_I.to(columns_OR.dtype))))
     else:
-        y_O.add_(ready.wide_gsb_OR.mv(ready.wide_a_RI.mv(x_I.to(ready.wide_a_RI.dtype))))
+        y_O.addmv_(ready.gsb_OR, ready.a_RI.mv(x_I))
     return y

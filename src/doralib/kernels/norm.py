@@ -55,6 +55,15 @@ def _find_memcmp() -> Callable[[int, int, int], int] | None:
 _memcmp = _find_memcmp()
 
 
+def split_rows(t: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Each layer's rows of what was made for all, aligned as a tensor of its own would be.
+
+    A product's last bits may follow from the alignment of its operands. They must not follow from which layers were
+    made together.
+    """
+    return [own.clone() if own.is_cpu and own.data_ptr() % F.ALIGNMENT else own for own in t.split(list(rows))]
+
+
 class NormBase(Protocol):
     """What the norm asks of a frozen layer."""
 
@@ -233,7 +242,7 @@ def _renewed(batch: list[Change]) -> list[Seen]:
     copy_OR = torch.cat([b_OR.detach() for _, _, b_OR, _ in batch])
     copies = [
         Change(norm, a_RI.detach().clone(), b_OR, s)
-        for (norm, a_RI, _, s), b_OR in zip(batch, copy_OR.split(rows), strict=True)
+        for (norm, a_RI, _, s), b_OR in zip(batch, split_rows(copy_OR, rows), strict=True)
     ]
     n_O = _lengths(copies, copy_OR)
     n_O.masked_fill_(n_O == 0, float("inf"))

@@ -32,6 +32,9 @@ class Ready(NamedTuple):
     """The norm, where the gain is m / n and the gradient is m's."""
     clear: bool | None = None
     """Whether no gain is below TINY_GAIN; None: not known."""
+    columns_OR: Tensor | None = None
+    """A copy of `wide_gsb_OR` laid out by columns, for products of one row: they take half as long. None until a call
+    without gradients asks. A training step never reads it: another layout can give other bits."""
 
 
 _ByRows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -44,19 +47,12 @@ def ready_from(
     s: float,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    by_columns: bool = False,
 ) -> Ready:
-    """The same from a gain that is at hand.
-
-    Args:
-        by_columns: Lay ``s g ∘ B`` out so, which takes time; a product of one row with it then takes half as long.
-    """
-    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype, by_columns), a_RI.to(dtype), a_RI)
+    """The same from a gain that is at hand."""
+    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype), a_RI.to(dtype), a_RI)
 
 
-def _by_rows(
-    b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype, by_columns: bool
-) -> _ByRows:
+def _by_rows(b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype) -> _ByRows:
     """The fields of `Ready` that have a row for each output, in their order."""
     gs_O1 = rest_O = shift_O = None
     if gain_O is not None:
@@ -65,6 +61,4 @@ def _by_rows(
             rest_O = (gain_O - 1).to(dtype)
             shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
     wide_OR = b_OR * (s if gs_O1 is None else gs_O1)
-    if by_columns:
-        wide_OR = wide_OR.T.contiguous().T
     return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O

@@ -1,0 +1,158 @@
+"""The folder of one run: who may write into it, and what it says about itself."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .. import files
+from ..errors import DoraError, UsageError
+from ..recipe import Recipe
+from . import checkpointing as saving
+
+_PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def trained(self) -> Path:
+        """Stands once training is over: the adapter, or the whole model of full fine-tuning."""
+        whole = self.path / "model"
+        return whole if whole.exists() else self.path / "adapter_model.safetensors"
+
+    def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        """Nothing, when this recipe may write here in this way.
+
+        Raises:
+            UsageError: if a run stands there and neither was asked for, or what was asked for cannot be.
+        """
+        if resume and overwrite:
+            raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
+        files.check_writable(self.path, "out", folder=True)
+        there = self.path.is_dir() and any(self.path.iterdir())
+        if resume:
+            self._check_resume(recipe)
+        elif there and not self.config.is_file():
+            raise UsageError(f"out: {self.path} holds files and is no run of doralib; choose another folder")
+        elif there and not overwrite:
+            raise UsageError(
+                f"out: the run folder {self.path} exists ({self._how_far()}); --resume goes on with it, --overwrite "
+                "deletes it and starts again, or choose another `out`"
+            )
+
+    def open(self, recipe: Recipe, *, overwrite: bool) -> None:
+        """Make the folder, or empty it first; `check` has said that this may be done."""
+        if overwrite and self.path.exists():
+            files.remove(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.is_file():
+            with files.replacing(self.config) as part:
+                part.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        files.write_json(self.path / "environment.json", environment())
+
+    def read(self, path: Path, otherwise: Any) -> Any:
+        """A JSON file of an earlier session, if there is one."""
+        return files.read_json(path) if path.is_file() else otherwise
+
+    def _check_resume(self, recipe: Recipe) -> None:
+        if not self.config.is_file():
+            raise UsageError(f"--resume: there is no run at {self.path}; leave it out to start one")
+        try:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise DoraError(f"{self.config} is damaged: {error}") from None
+        other = sorted(_differences(before, recipe.model_dump(mode="json")))
+        other = [key for key in other if not key.startswith("eval.") and key != "out"]
+        if other:
+            raise UsageError(
+                f"--resume goes on with the same settings, and these differ from {self.config}: {', '.join(other)}; "
+                "take them back, or start again with --overwrite or another `out`"
+            )
+
+    def _how_far(self) -> str:
+        last = saving.newest(self.checkpoints)
+        status = self.read(self.summary, {}).get("status", "not finished")
+        return f"{status}, " + (f"newest checkpoint at step {saving.step_of(last)}" if last else "no checkpoint")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and, in a git repository, the commit."""
+    commit = None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10)
+        commit = found.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        # git is not installed, or its disk hangs: the run does not need it
+        pass
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": commit,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return [] if one == other else [where]
+    inner = lambda key: f"{where}.{key}" if where else key
+    return [k for key in one.keys() | other.keys() for k in _differences(one.get(key), other.get(key), inner(key))]

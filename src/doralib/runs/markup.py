@@ -1,0 +1,68 @@
+"""HTML and SVG as values: whatever is not markup already is escaped, so data cannot become markup."""
+
+import html
+
+
+class Markup(str):
+    """Text that is markup already and stands as it is."""
+
+    __slots__ = ()
+
+
+Child = str | int | float | None
+
+_VOID = {"br", "meta", "hr"}
+_EMPTY = Markup("")
+
+
+def el(name: str, /, *children: Child, **attributes: Child) -> Markup:
+    """One element; children that are not Markup are escaped, those that are None are left out.
+
+    Args:
+        name: of the element.
+        children: what stands in it.
+        attributes: ``class_`` stands for ``class``, ``stroke_width`` for ``stroke-width``; None is left out.
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    if name in _VOID:
+        return Markup(f"<{name}{written}>")
+    return Markup(f"<{name}{written}>{joined(*children)}</{name}>")
+
+
+def joined(*children: Child) -> Markup:
+    """Pieces one after the other, escaped unless they are Markup."""
+    return Markup("".join(str(_escaped(child)) for child in children))
+
+
+def table(
+    head: list[Child], rows: list[list[Child]], class_: str = "", numbers: frozenset[int] = frozenset()
+) -> Markup:
+    """A table that scrolls sideways by itself on a narrow screen.
+
+    Args:
+        head: the titles of the columns.
+        rows: the cells; the first of a row is its heading.
+        class_: of the table.
+        numbers: the columns that are aligned to the right.
+    """
+    kinds = ["n" if column in numbers else None for column in range(len(head))]
+    titles = [el("th", title, scope="col", class_=kind) for title, kind in zip(head, kinds, strict=True)]
+    lines = [
+        el("tr", *(
+            el("th", cell, scope="row", class_=kind) if column == 0 else el("td", cell, class_=kind)
+            for column, (cell, kind) in enumerate(zip(row, kinds, strict=True))
+        ))
+        for row in rows
+    ]  # fmt: skip
+    inner = el("table", el("thead", el("tr", *titles)), el("tbody", *lines), class_=class_ or None)
+    return el("div", inner, class_="scroll")
+
+
+def _escaped(child: Child) -> Markup:
+    if child is None:
+        return _EMPTY
+    return child if isinstance(child, Markup) else Markup(html.escape(str(child)))

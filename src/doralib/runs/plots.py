@@ -1,0 +1,115 @@
+"""Figures as PNG files, drawn by matplotlib (the extra `plots`) without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import replacing
+from .record import RunRecord, numbers
+
+_CURVES = {
+    "loss": ("loss", "eval_loss"),
+    "learning_rate": ("learning_rate", None),
+    "gradient_norm": ("grad_norm", None),
+    "tokens_per_second": ("tokens_per_second", None),
+}
+_COLOURS = ("#2563c9", "#c2560c")
+
+
+def write_figures(record: RunRecord) -> list[Path]:
+    """The curves and the results of a run as figures/*.png in its folder; none for what the run does not hold.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    written = []
+    for name, (trained, evaluated) in _CURVES.items():
+        lines = [("training", numbers(record.train, trained))]
+        if evaluated:
+            lines.append(("evaluation", numbers(record.evals, evaluated)))
+        if any(points for _, points in lines):
+            written.append(_write(_curve(name.replace("_", " "), lines), record.path / "figures" / f"{name}.png"))
+    if any(record.results.values()):
+        figure = _results(record.results)
+        if figure is not None:
+            written.append(_write(figure, record.path / "figures" / "results.png"))
+    return written
+
+
+def new_figure(width: float = 6.4, height: float = 3.6) -> Any:
+    """An empty `matplotlib.figure.Figure`, drawn without a display.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  an extra, wanted here only
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise UsageError("drawing figures needs matplotlib: pip install 'doralib[plots]'") from None
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curve(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) -> Any:
+    figure = new_figure()
+    axes = _clean(figure.add_subplot())
+    for (label, points), colour in zip(lines, _COLOURS, strict=False):
+        if points:
+            marker = "o" if label == "evaluation" or len(points) == 1 else None
+            style = "--" if label == "evaluation" else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label, color=colour, marker=marker, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_title(name, loc="left", fontsize=11)
+    if sum(bool(points) for _, points in lines) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _results(results: dict[str, dict[str, Any]]) -> Any | None:
+    """Accuracy of every task that has one, before and after, with its interval."""
+    tasks = [t for t in dict.fromkeys([*results["after"], *results["before"]]) if _accuracies(results, t)]
+    if not tasks:
+        return None
+    figure = new_figure(height=1.2 + 0.7 * len(tasks))
+    axes = _clean(figure.add_subplot())
+    # hollow and full, so that they differ in grey too
+    for when, colour, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLOURS[0], -0.14, _COLOURS[0])):
+        rows = [(i, _accuracies(results, task).get(when)) for i, task in enumerate(reversed(tasks))]
+        found = [(i, score) for i, score in rows if score]
+        if found:
+            values = [100 * score["value"] for _, score in found]
+            low = [100 * (score["value"] - score.get("low", score["value"])) for _, score in found]
+            high = [100 * (score.get("high", score["value"]) - score["value"]) for _, score in found]
+            at = [i + shift for i, _ in found]
+            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=colour, mfc=fill, label=when, capsize=3)
+    axes.set_yticks(range(len(tasks)), list(reversed(tasks)))
+    axes.set_ylim(-0.5, len(tasks) - 0.5)
+    axes.set_xlabel("accuracy in per cent, with 95 % intervals")
+    # over the axes, where no interval is
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def _accuracies(results: dict[str, dict[str, Any]], task: str) -> dict[str, Any]:
+    found = {}
+    for when, tasks in results.items():
+        metrics = tasks.get(task, {}).get("metrics")
+        score = metrics.get("accuracy") if isinstance(metrics, dict) else None
+        if isinstance(score, dict) and isinstance(score.get("value"), int | float):
+            found[when] = score
+    return found
+
+
+def _clean(axes: Any) -> Any:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", alpha=0.25)
+    return axes
+
+
+def _write(figure: Any, path: Path) -> Path:
+    with replacing(path) as part:
+        figure.savefig(part, format="png")
+    return path

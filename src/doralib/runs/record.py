@@ -1,0 +1,124 @@
+"""What a run folder holds, as values; a missing or damaged file becomes a note, not an error."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import DoraError
+from ..files import read_json
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The files of one run, each empty where it could not be read."""
+
+    path: Path
+    config: Values
+    summary: Values
+    results: dict[str, dict[str, Values]]
+    """``before`` and ``after`` to task to TaskResult."""
+    samples: list[Values]
+    environment: Values
+    train: list[Values]
+    """The lines of metrics.jsonl of kind train, by step; of a step written twice the later one."""
+    evals: list[Values]
+    notes: tuple[str, ...]
+    """What is missing or damaged, a sentence each."""
+
+
+def read_run(run: Path) -> RunRecord:
+    """Everything that can be read of a run.
+
+    Raises:
+        DoraError: if there is no such folder.
+    """
+    if not run.is_dir():
+        raise DoraError(f"there is no run folder {run}")
+    notes: list[str] = []
+    metrics = _metrics(run / "metrics.jsonl", notes)
+    results = _checked(run / "results.json", dict, notes)
+    samples = _checked(run / "samples.json", list, notes)
+    return RunRecord(
+        path=run,
+        config=_config(run / "config.yaml", notes),
+        summary=_checked(run / "summary.json", dict, notes),
+        results={when: _tasks(results.get(when)) for when in ("before", "after")},
+        samples=[sample for sample in samples if isinstance(sample, dict)],
+        environment=_checked(run / "environment.json", dict, notes),
+        train=_by_step(metrics, "train"),
+        evals=_by_step(metrics, "eval"),
+        notes=tuple(notes),
+    )
+
+
+def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
+    """(step, value) of every line that has a number by this name."""
+    return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+
+
+def _checked(path: Path, kind: type[Any], notes: list[str]) -> Any:
+    if not path.exists():
+        notes.append(f"{path.name} is missing.")
+        return kind()
+    try:
+        value = read_json(path)
+    except (DoraError, OSError) as error:
+        notes.append(f"{path.name} cannot be read: {error}.")
+        return kind()
+    if not isinstance(value, kind):
+        notes.append(f"{path.name} does not hold what it should.")
+        return kind()
+    return value
+
+
+def _config(path: Path, notes: list[str]) -> Values:
+    if not path.exists():
+        notes.append(f"{path.name} is missing.")
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} does not hold what it should.")
+        return {}
+    return value
+
+
+def _metrics(path: Path, notes: list[str]) -> list[Values]:
+    """The lines that are whole; a run that was killed leaves half a line at the end."""
+    if not path.exists():
+        notes.append(f"{path.name} is missing: there are no curves.")
+        return []
+    lines, bad = [], 0
+    for text in path.read_bytes().decode("utf-8", errors="replace").splitlines():
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
+            lines.append(line)
+        else:
+            bad += 1
+    if bad:
+        notes.append(f"{path.name}: {bad} damaged line{'s' * (bad > 1)} left out.")
+    return lines
+
+
+def _by_step(lines: list[Values], kind: str) -> list[Values]:
+    latest = {line["step"]: line for line in lines if line.get("kind") == kind}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _tasks(value: Any) -> dict[str, Values]:
+    if not isinstance(value, dict):
+        return {}
+    return {str(name): result for name, result in value.items() if isinstance(result, dict)}

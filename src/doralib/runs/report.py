@@ -1,0 +1,292 @@
+"""One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
+
+import datetime
+import importlib.resources
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import replacing
+from . import plots
+from .charts import Series, line_chart, number
+from .markup import Child, Markup, el, table
+from .record import RunRecord, numbers, read_run
+from .report_results import confusion_section, results_section, wrong_section
+
+METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
+_STATUS = {
+    "finished": ("finished", "good"),
+    "interrupted": ("interrupted: this is not the end of the run", "bad"),
+    "nan": ("stopped: the loss was NaN", "bad"),
+}
+
+
+def write_report(run: Path, *, figures: bool = True) -> Path:
+    """Write report.html, and where matplotlib is installed figures/*.png, into a run folder; returns the page's path.
+
+    A file of the run that is missing or damaged is named on the page.
+
+    Raises:
+        DoraError: if there is no such folder.
+    """
+    record = read_run(Path(run))
+    notes = list(record.notes)
+    if figures:
+        try:
+            plots.write_figures(record)
+        except UsageError as error:
+            notes.append(f"No figures/*.png: {error}.")
+    path = record.path / "report.html"
+    with replacing(path) as part:
+        part.write_text(_page(record, notes), encoding="utf-8")
+    return path
+
+
+def _page(record: RunRecord, notes: list[str]) -> str:
+    style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    body = el(
+        "main",
+        _header(record),
+        _tiles(record),
+        _notes(notes),
+        results_section(record),
+        _curves(record),
+        confusion_section(record),
+        _samples(record),
+        wrong_section(record),
+        use_section(record),
+        _rows_section(record),
+        _configuration(record),
+        _environment(record),
+        el("footer", f"Written by doralib {_now()} from the files in {record.path.resolve()}"),
+    )
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("title", f"{_title(record)} - doralib"),
+        el("style", Markup(style)),
+    )
+    return "<!DOCTYPE html>\n" + el("html", head, el("body", body), lang="en") + "\n"
+
+
+def _title(record: RunRecord) -> str:
+    model = record.summary.get("base_model") or _at(record.config, "model", "path")
+    method = record.summary.get("method") or _at(record.config, "adapter", "method")
+    name = Path(str(model)).name if model else "A model"
+    return f"{name}, tuned by {METHODS.get(str(method), method) if method else 'doralib'}"
+
+
+def _header(record: RunRecord) -> Markup:
+    status = record.summary.get("status")
+    text, colour = _STATUS.get(str(status), (str(status), "bad"))
+    train = _at(record.config, "data", "train")
+    r = _at(record.config, "adapter", "r")
+    rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
+    parts = [
+        f"on {_source(train)}" if train else "",
+        f"{rows:,} rows" if isinstance(rows, int) else "",
+        f"{steps:,} steps" if isinstance(steps, int) else "",
+        f"rank {r}" if r and record.summary.get("method") != "full" else "",
+    ]
+    return el(
+        "header",
+        el("div", text, class_=f"badge {colour}") if status else None,
+        el("h1", _title(record)),
+        el("p", ", ".join(part for part in parts if part), class_="lead"),
+    )
+
+
+def _tiles(record: RunRecord) -> Markup | None:
+    s = record.summary
+    trained, total = s.get("trainable_parameters", 0), s.get("total_parameters", 0)
+    share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
+    losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
+    shown = {
+        "time": _duration(s["seconds"]) if _is_number(s.get("seconds")) else None,
+        "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
+        "parameters trained": _big(trained) + share if trained and _is_number(trained) else None,
+        "evaluation loss" if record.evals else "last loss": number(losses[-1][1]) if losses else None,
+        "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
+    }
+    tiles = [el("div", el("span", name), el("b", value), class_="tile") for name, value in shown.items() if value]
+    return el("div", *tiles, class_="tiles") if tiles else None
+
+
+def _notes(notes: list[str]) -> Markup | None:
+    return el("div", el("ul", *(el("li", note) for note in notes)), class_="note") if notes else None
+
+
+def _curves(record: RunRecord) -> Markup | None:
+    train = [Series("training", numbers(record.train, "loss"), smooth=True)]
+    charts = [
+        line_chart("Loss", [*train, Series("evaluation", numbers(record.evals, "eval_loss"), "b", dots=True)]),
+        line_chart("Learning rate", [Series("learning rate", numbers(record.train, "learning_rate"))]),
+        line_chart("Gradient norm", [Series("gradient norm", numbers(record.train, "grad_norm"), smooth=True)]),
+        line_chart("Tokens per second", [Series("tokens per second", numbers(record.train, "tokens_per_second"))]),
+    ]
+    if not any(charts):
+        return None
+    return _section(
+        "Curves",
+        "Where a line is faint, the thick one over it is its running mean.",
+        el("div", *charts, class_="charts"),
+    )
+
+
+def _samples(record: RunRecord) -> Markup | None:
+    if not record.samples:
+        return None
+    return _section("What it says", "Generated before and after training.", *map(_sample, record.samples))
+
+
+def _sample(sample: dict[str, Any]) -> Markup:
+    said = [
+        el("div", el("span", when), el("p", sample[when], class_="text"))
+        for when in ("expected", "before", "after")
+        if sample.get(when) is not None
+    ]
+    return el("div", el("p", sample.get("prompt"), class_="text"), el("div", *said, class_="said"), class_="sample")
+
+
+def _rows_section(record: RunRecord) -> Markup | None:
+    dropped = record.summary.get("dropped_rows")
+    if not isinstance(dropped, dict) or not any(dropped.values()):
+        return None
+    rows: list[list[Child]] = [[reason, count] for reason, count in dropped.items()]
+    return _section("Rows left out", "", table(["reason", "rows"], rows, numbers=frozenset({1})))
+
+
+def _configuration(record: RunRecord) -> Markup | None:
+    if not record.config:
+        return None
+    groups = {key: value for key, value in record.config.items() if isinstance(value, dict)}
+    rest = {key: value for key, value in record.config.items() if key not in groups}
+    parts: list[Child] = []
+    for name, values in [*groups.items(), ("", rest)]:
+        if values:
+            parts += [el("h3", name) if name else el("h3", "run"), _key_table(values)]
+    return _section(
+        "Configuration", "All of config.yaml, with every default.", el("details", el("summary", "show"), *parts)
+    )
+
+
+def _environment(record: RunRecord) -> Markup | None:
+    if not record.environment:
+        return None
+    return _section("Environment", "", el("details", el("summary", "show"), _key_table(_flat(record.environment))))
+
+
+def _section(title: str, intro: str, *content: Child) -> Markup:
+    return el("section", el("h2", title), el("p", intro) if intro else None, *content)
+
+
+def _key_table(values: dict[str, Any]) -> Markup:
+    lines = [el("tr", el("th", key, scope="row"), el("td", _plain(value))) for key, value in values.items()]
+    return el("div", el("table", el("tbody", *lines), class_="plain"), class_="scroll")
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested keys joined by points."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value) or "-"
+    # 0 and 1 are numbers here, though they equal false and true
+    return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def _at(values: dict[str, Any], group: str, key: str) -> Any:
+    inner = values.get(group)
+    return inner.get(key) if isinstance(inner, dict) else None
+
+
+def _source(train: Any) -> str:
+    return Path(str(train)).name if Path(str(train)).suffix else str(train)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _duration(seconds: float) -> str:
+    """E.g. ``3 min 12 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _big(count: float) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,}"
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().strftime("on %Y-%m-%d at %H:%M")
+
+
+def use_section(record: RunRecord) -> Markup | None:
+    """Commands and code with this run's own paths in them."""
+    base = record.summary.get("base_model")
+    if not base:
+        return None
+    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
+    content: list[Child] = []
+    for title, code in parts.items():
+        content += [el("h3", title), el("pre", code)]
+    return el("section", el("h2", "Use it"), *content)
+
+
+def _adapter(record: RunRecord, base: str) -> dict[str, str]:
+    run, quoted = shlex.quote(str(record.path)), shlex.quote(base)
+    return {
+        "Try it": f"doralib generate {run}\n{_eval(record, run)}",
+        "Merge it into a checkpoint of its own": f"doralib merge {run} --base {quoted} --out {run}-merged --verify",
+        "Load it in Python": f"from doralib import load_model\n\nmodel, tokenizer = load_model({str(record.path)!r})",
+        "Load it in PEFT": _peft(record.path, base),
+    }
+
+
+def _full(record: RunRecord) -> dict[str, str]:
+    model, run = record.path / "model", shlex.quote(str(record.path))
+    return {
+        "Try it": f"doralib generate {run}\n{_eval(record, run)}",
+        "Load it in transformers": f"from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(model)!r})",
+    }
+
+
+def _eval(record: RunRecord, run: str) -> str:
+    settings = record.config.get("eval")
+    tasks = settings.get("tasks") if isinstance(settings, dict) else None
+    names = ",".join(str(task) for task in tasks) if tasks else "TASK.yaml"
+    return f"doralib eval {run} --tasks {shlex.quote(names)}"
+
+
+def _peft(run: Path, base: str) -> str:
+    where, more = repr(base), ""
+    if base.endswith(".gguf"):
+        where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({where}{more})\n"
+        f"model = PeftModel.from_pretrained(model, {str(run)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where}{more})"
+    )

@@ -1,0 +1,235 @@
+"""The report's results: before against after, with intervals, confusion matrices and mistakes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .charts import number
+from .markup import Child, Markup, el, joined, table
+from .record import RunRecord, Values
+
+_SHARES = ("accuracy", "macro_f1")
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss")
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A metric of one task, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One metric of one task, before and after; one of them may be missing."""
+
+    task: str
+    n: int | None
+    metric: str
+    before: _Value | None
+    after: _Value | None
+
+    @property
+    def difference(self) -> float | None:
+        return self.after.value - self.before.value if self.before and self.after else None
+
+    @property
+    def colour(self) -> str | None:
+        """Green where it got better, red where worse."""
+        if not self.difference:
+            return None
+        better = (self.difference < 0) if self.metric in _LOWER_IS_BETTER else (self.difference > 0)
+        return "good" if better else "bad"
+
+
+def results_section(record: RunRecord) -> Markup | None:
+    """The change of each task as a picture, then every metric as a table."""
+    changes = _changes(record)
+    if not changes:
+        return None
+    first = {change.task: change for change in reversed(changes)}
+    drawn = [first[task] for task in dict.fromkeys(change.task for change in changes)]
+    shares = [change for change in drawn if change.metric in _SHARES]
+    intro = "Lines, and the small figures, are 95 % bootstrap intervals."
+    if not record.results["before"]:
+        intro = f"The model was not scored before training. {intro}"
+    return el("section", el("h2", "Results"), el("p", intro), _picture(shares), _table(changes))
+
+
+def confusion_section(record: RunRecord) -> Markup | None:
+    """The matrices of every task that has them, before and after side by side."""
+    tasks = dict.fromkeys([*record.results["after"], *record.results["before"]])
+    blocks = []
+    for task in tasks:
+        pairs = [(when, _matrix(record.results[when].get(task))) for when in ("before", "after")]
+        shown = [el("div", el("h3", f"{task}, {when}"), matrix) for when, matrix in pairs if matrix]
+        if shown:
+            blocks.append(el("div", *shown, class_="pair"))
+    if not blocks:
+        return None
+    intro = "A line for each true label, a column for each answer; the percentages are of the line."
+    return el("section", el("h2", "Which labels are mixed up"), el("p", intro), el("div", *blocks, class_="pairs"))
+
+
+def wrong_section(record: RunRecord) -> Markup | None:
+    """Some mistakes that are left after training."""
+    blocks = []
+    for task, result in record.results["after"].items():
+        wrong = [item for item in result.get("wrong") or [] if isinstance(item, dict)]
+        if wrong:
+            rows: list[list[Child]] = [
+                [el("span", item.get("prompt"), class_="text"), item.get("expected"), item.get("predicted")]
+                for item in wrong
+            ]
+            title = el("summary", f"{task}: {len(wrong)} shown")
+            blocks.append(el("details", title, table(["prompt", "expected", "answered"], rows, "wrong")))
+    if not blocks:
+        return None
+    return el("section", el("h2", "Wrong answers"), el("p", "After training, at most 20 of each task."), *blocks)
+
+
+def _changes(record: RunRecord) -> list[_Change]:
+    before, after = record.results["before"], record.results["after"]
+    found = []
+    for task in dict.fromkeys([*after, *before]):
+        old, new = before.get(task, {}), after.get(task, {})
+        names = dict.fromkeys([*_metrics(new), *_metrics(old)])
+        n = new.get("n", old.get("n"))
+        values = [(name, _value(old, name), _value(new, name)) for name in names]
+        found += [_Change(task, n, name, was, now) for name, was, now in values if was or now]
+    return found
+
+
+def _metrics(result: Values) -> dict[str, Any]:
+    metrics = result.get("metrics")
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _value(result: Values, name: str) -> _Value | None:
+    score = _metrics(result).get(name)
+    if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
+        return None
+    value = float(score["value"])
+    return _Value(value, float(score.get("low", value)), float(score.get("high", value)))
+
+
+def _picture(changes: Sequence[_Change]) -> Markup | None:
+    """For each task a dot before and a dot after, on one axis of percentages."""
+    values = [value for change in changes for value in (change.before, change.after) if value]
+    if not values:
+        return None
+    low = math.floor(min(value.low for value in values) * 20) / 20
+    high = math.ceil(max(value.high for value in values) * 20) / 20
+    high = high if high > low else low + 0.05
+    step = 0.05 if high - low <= 0.31 else 0.1 if high - low <= 0.61 else 0.2
+    ticks = [step * i for i in range(math.ceil(low / step - 0.001), math.floor(high / step + 0.001) + 1)]
+    place = lambda value: f"{100 * (value - low) / (high - low):.2f}%"
+    lines = [_change_line(change, place) for change in changes]
+    axis = el("div", *(el("span", f"{100 * t:.0f} %", style=f"left:{place(t)}") for t in ticks), class_="axis")
+    keys = [el("span", el("i", class_=when), when) for when in ("before", "after") if _any(changes, when)]
+    empty = el("span", class_="empty")
+    return joined(el("p", *keys, class_="keys"), *lines, el("div", empty, axis, empty, class_="change"))
+
+
+def _any(changes: Sequence[_Change], when: str) -> bool:
+    return any(getattr(change, when) for change in changes)
+
+
+def _change_line(change: _Change, place: Any) -> Markup:
+    marks = []
+    for when in ("before", "after"):
+        value: _Value | None = getattr(change, when)
+        if value:
+            width = f"calc({place(value.high)} - {place(value.low)})"
+            marks.append(el("i", class_=f"ci {when}", style=f"left:{place(value.low)};width:{width}"))
+            marks.append(el("i", class_=f"dot {when}", style=f"left:{place(value.value)}", title=_shown(change, when)))
+    name = el("b", change.task, el("small", f"{change.metric.replace('_', ' ')}, {_count(change.n)}"))
+    return el("div", name, el("div", *marks, class_="track"), _verdict(change), class_="change")
+
+
+def _verdict(change: _Change) -> Markup:
+    shown = [_shown(change, when) for when in ("before", "after") if getattr(change, when)]
+    difference = (
+        el("small", _difference(change), _unit(change), class_=change.colour)
+        if change.before and change.after
+        else None
+    )
+    return el("div", el("b", " \N{RIGHTWARDS ARROW} ".join(shown)), difference, class_="verdict")
+
+
+def _shown(change: _Change, when: str) -> str:
+    value: _Value = getattr(change, when)
+    return _text(change.metric, value.value)
+
+
+def _table(changes: Sequence[_Change]) -> Markup:
+    rows: list[list[Child]] = []
+    previous = None
+    for change in changes:
+        task = [change.task, change.n] if change.task != previous else ["", ""]
+        values = [_cell(change.metric, change.before), _cell(change.metric, change.after)]
+        rows.append([*task, change.metric.replace("_", " "), *values, _difference_cell(change)])
+        previous = change.task
+    head: list[Child] = ["task", "rows", "metric", "before", "after", "change"]
+    return table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
+
+
+def _cell(metric: str, value: _Value | None) -> Child:
+    if value is None:
+        return "-"
+    return joined(_text(metric, value.value), el("small", f"{_bare(metric, value.low)} to {_bare(metric, value.high)}"))
+
+
+def _difference_cell(change: _Change) -> Child:
+    return (
+        el("span", _difference(change), _unit(change), class_=change.colour) if change.difference is not None else "-"
+    )
+
+
+def _difference(change: _Change) -> str:
+    difference = change.difference or 0.0
+    if change.metric in _SHARES:
+        return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _unit(change: _Change) -> Markup | None:
+    return el("span", " points", class_="unit") if change.metric in _SHARES else None
+
+
+def _text(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric in _SHARES else number(value)
+
+
+def _bare(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric in _SHARES else number(value)
+
+
+def _count(n: int | None) -> str:
+    return f"{n:,} rows" if isinstance(n, int) else ""
+
+
+def _matrix(result: Values | None) -> Markup | None:
+    confusion = (result or {}).get("confusion")
+    if not isinstance(confusion, dict):
+        return None
+    labels, counts_LL = confusion.get("labels"), confusion.get("counts")
+    if not isinstance(labels, list) or not isinstance(counts_LL, list) or len(labels) != len(counts_LL):
+        return None
+    head = el("tr", el("td"), *(el("th", label, scope="col") for label in labels))
+    lines = [
+        el("tr", el("th", label, scope="row"), *(_heat(count, sum(counts_L)) for count in counts_L))
+        for label, counts_L in zip(labels, counts_LL, strict=True)
+    ]
+    return el("div", el("table", el("thead", head), el("tbody", *lines), class_="matrix"), class_="scroll")
+
+
+def _heat(count: int, total: int) -> Markup:
+    share = count / total if total else 0.0
+    inner = el(
+        "div", count, el("small", f"{100 * share:.0f} %"), style=f"background:rgba(var(--heat),{share * 0.55:.3f})"
+    )
+    return el("td", inner)
