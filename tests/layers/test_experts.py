@@ -23,7 +23,7 @@ from transformers import (
 
 import doralib
 from doralib.adapters import registry
-from doralib.adapters.save_load import load_into, read_for
+from doralib.adapters.save_load import load_into, read_for_model
 from doralib.adapters.scan import Scan
 from doralib.checkpoints.experts import transposed_experts
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
@@ -328,7 +328,7 @@ def test_the_axis_of_square_stacks():
 
 @pytest.mark.parametrize("name", ["peft_experts", "peft_experts_transposed"])
 def test_pefts_files_give_pefts_weights(name):
-    (_, state), expected = read_for(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
+    (_, state), expected = read_for_model(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
     stacks = {n: layer for n, layer in state.layers.items() if layer.kind == "experts"}
     assert set(stacks) == {n.removeprefix("base.") for n in expected if n.startswith("base.")}
     assert {layer.rank for layer in stacks.values()} == {2, 3}
@@ -512,7 +512,7 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
         doralib.load_adapter(nn.ModuleDict({"other": Experts(False)}), tmp_path)
     model = make(True, torch.float32, moved=False)
     doralib.load_adapter(model, tmp_path)
-    assert torch.equal(model["experts"].up_proj.lora_A, read_for(tmp_path)[1].layers["experts.up_proj"].a_RI)
+    assert torch.equal(model["experts"].up_proj.lora_A, read_for_model(tmp_path)[1].layers["experts.up_proj"].a_RI)
 
 
 def test_targets_and_inspect(tmp_path):

@@ -11,7 +11,7 @@ from .adapt import Model
 from .fsdp import check_unsharded
 from .inference import forget
 from .registry import adapter_of, as_own, bias_of, error_of, layers_of, parts_of, record_of, state_of
-from .save_load import read_for
+from .save_load import read_for_model
 from .scan import Scan
 
 
@@ -31,7 +31,7 @@ def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = N
     """
     name, _ = adapter_of(model, adapter_name)
     check_unsharded(model, "hotswap_adapter", "doralib.load_adapter fills an adapter of the same ranks")
-    _, state = read_for(path, Scan(model))
+    _, state = read_for_model(path, Scan(model))
     parts, into = parts_of(model, name), state_of(model, name)
     state = as_own(parts, state)
     problems = [f"{key}: {name} has no such layer" for key in state.layers.keys() - into.layers.keys()]

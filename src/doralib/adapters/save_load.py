@@ -115,7 +115,7 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         write_content(peft.write(config, state, Given()), peft, folder, overwrite=True)
 
 
-def read_for(
+def read_for_model(
     path: str | Path, found: Scan | None = None, given: Given | None = None
 ) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
@@ -168,7 +168,7 @@ def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
     found, record = Scan(model), find_record(model)
-    config, state = read_for(path, found, given)
+    config, state = read_for_model(path, found, given)
     if record is None or (adapter_name is not None and adapter_name not in record.adapters):
         add_state(found, adapter_name or DEFAULT, config, state, str(path))
     else:
