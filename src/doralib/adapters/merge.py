@@ -19,7 +19,7 @@ from ..layers.wrapper import Place, base_module
 from ..quantization.error import Requantised, swallowed, table
 from .adapt import Model, replace_places, restore
 from .fsdp import check_unsharded
-from .registry import Record, adapter_of, find_record, free_record_of, places_of, set_module, show_biases
+from .registry import Record, adapter_of, find_record, free_record_of, places_of, record_of, set_module, show_biases
 
 # what transformers leaves on a model that it loaded quantised
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -36,16 +36,17 @@ class Merging:
 
     def __init__(self, model: nn.Module, *, dequantise: bool) -> None:
         check_unsharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
-        self.model = model
+        self.model, self.active = model, record_of(model).active
         self.dtype = plain_dtype(model) if dequantise else None
         self.errors: list[Requantised] = []
 
     def merged(self, name: str, place: Place) -> nn.Module:
-        """A plain module with the active adapter merged into it."""
-        layer = _quantised_layer(place)
+        """A plain module with the active adapter merged into it; the frozen one where it has no layer here."""
+        layer = place.adapter_layer(self.active)
         if layer is None:
-            return place.merged()
-        assert isinstance(layer.base, Quantised)
+            return base_module(place)
+        if not (isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised)):
+            return layer.merged()
         V_OI = layer.merged_weight()
         if self.dtype is not None:
             return plain_layer(layer.base, V_OI, self.dtype)
@@ -76,7 +77,7 @@ def merge_report(model: nn.Module) -> list[Requantised]:
     """
     merging = Merging(model, dequantise=False)
     for name, place in places_of(model):
-        if _quantised_layer(place) is not None:
+        if isinstance(open_base(base_module(place)), Quantised):
             merging.merged(name, place)
     return merging.errors
 
@@ -126,12 +127,6 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
             own = [p for p in module.parameters(recurse=False) if id(p) not in masters]
             counts.update(p.dtype for p in own if p.dtype.is_floating_point)
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
-
-
-def _quantised_layer(place: Place) -> DoraLinear | None:
-    """The layer that a merge takes here, where its base is quantised."""
-    layer = place.active_layer()
-    return layer if isinstance(layer, DoraLinear) and isinstance(layer.base, Quantised) else None
 
 
 def _unmark(model: Any) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..layers.multi_adapter import MultiAdapter, RowPlan
 from ..layers.wrapper import base_module
-from .adapt import remove
+from .adapt import Model, remove
 from .registry import (
     adapter_of,
     bias_of,
     check_not_full,
     free_record_of,
+    layers_of,
     make_multiple,
     places_of,
     record_of,
@@ -24,7 +25,6 @@ from .registry import (
     show_current_biases,
 )
 
-Model = TypeVar("Model", bound=nn.Module)
 # what a model calls its batch, where it is not given by position
 _BATCHES = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
@@ -146,9 +146,10 @@ def _check_rows(model: nn.Module, rows: RowPlan) -> None:
             problems.append(f"{name} trains biases, which a batch shares")
     # a router hands an expert tokens of any row
     experts = [
-        name
-        for name, place in places_of(model)
-        if "experts" in name.split(".") or not all(layer.goes_by_rows for layer in place.adapter_layers())
+        place
+        for name in record_of(model).adapters
+        for place, layer in layers_of(model, name).items()
+        if "experts" in place.split(".") or any(p.kind == "experts" for p in layer.adapter_parts(place).values())
     ]
     if experts:
         problems.append(f"{experts[0]} sees tokens, not rows: adapters of experts cannot go by rows")

@@ -112,8 +112,6 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
         names: Whole names of the parameters in the model; their last parts are names in the module.
     """
 
-    goes_by_rows = False
-
     def __init__(self, base_layer: nn.Module, names: Sequence[str], config: DoraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)

@@ -115,10 +115,6 @@ class DoraFused(DoraLinear):
         values = FusedValues(tuple(rows), adapter.a_RI, stacked, own_m, w_O.to(b.device))
         return LayerAdapter(values=values, scale=scale, kind=adapter.kind)
 
-    def find_conflict(self, given: LayerAdapter) -> str:
-        own = isinstance(given.values, FusedValues)
-        return "" if own else "is not of the parts of a fused projection that are adapted in the model"
-
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight, (O, I), in float32, with ``g ∘ (W + s B A)`` in the rows of the adapted parts."""

@@ -61,6 +61,7 @@ class DoraLinear(Part, AdapterLayer):
             base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
         self.base = base = self.as_rows(base)
+        self.kind = base.kind
         self.scale = scale
         self.enabled = True
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
@@ -107,11 +108,6 @@ class DoraLinear(Part, AdapterLayer):
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         return F.difference(self.lora_A, self.lora_B, self.start_A, self.start_B)
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        """The base's."""
-        return self.base.kind
 
     @property
     def num_lengths(self) -> int:
@@ -188,9 +184,6 @@ class DoraLinear(Part, AdapterLayer):
             return MovedValues(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.start_A, self.start_B)
         return LowRankValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
-    def adapter_base(self) -> Dense:
-        return self.base
-
     def adapter_parts(self, place: str) -> dict[str, Part]:
         return {place: self}
 
@@ -203,15 +196,6 @@ class DoraLinear(Part, AdapterLayer):
             n_O = self._row_lengths()
             # a row of length zero has an infinite norm there
             self.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0) if m_O is None else m_O)
-
-    def find_misfits(self, given: LayerAdapter) -> list[str]:
-        """As `Part.find_misfits`; and nothing fits over a start that is a part of the weight."""
-        found = super().find_misfits(given)
-        if self.start_A is not None and given.shape == self.base.row_shape:
-            found.append(
-                "the loaded adapter began as a part of the weight (pissa, olora), and no other fits over that start"
-            )
-        return found
 
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""

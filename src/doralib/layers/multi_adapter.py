@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .linear import DoraLinear
 from .wrapper import AdapterLayer, Place
 
 
@@ -61,18 +62,8 @@ class MultiAdapter(Place):
             return self.current()(*args, **kwargs)
         return self._by_rows(self.rows, *args, **kwargs)
 
-    def adapter_layers(self) -> list[AdapterLayer]:
-        return list(self.adapters.values())  # type: ignore[arg-type]
-
-    def adapter_layer(self, adapter_name: str) -> AdapterLayer | None:
-        return self.adapters._modules.get(adapter_name)  # type: ignore[return-value]
-
-    def active_layer(self) -> AdapterLayer | None:
-        return self.adapter_layer(self.active or "")
-
-    def merged(self) -> nn.Module:
-        layer = self.active_layer()
-        return self.base_layer if layer is None else layer.merged()
+    def adapter_layer(self, adapter_name: str | None) -> AdapterLayer | None:
+        return self.adapters._modules.get(adapter_name or "")  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"active={self.active}, enabled={self.enabled}"
@@ -109,11 +100,11 @@ class MultiAdapter(Place):
 
     def _one_row_each(self, plan: RowPlan, x: Tensor, layers: dict[str, AdapterLayer]) -> Tensor:
         """The input, once its first dimension is the batch's rows."""
-        base = next((base for layer in layers.values() if (base := layer.adapter_base()) is not None), None)
+        bases = [layer.base for layer in layers.values() if isinstance(layer, DoraLinear)]
         kind, batched = "", 1
-        if base is not None:
-            kind = base.kind
-            batched = {"linear": 2, "embedding": 1, "token_embedding": 1}.get(kind, len(base.row_shape))
+        if bases:
+            kind = bases[0].kind
+            batched = {"linear": 2, "embedding": 1, "token_embedding": 1}.get(kind, len(bases[0].row_shape))
         # positions are often given once for all rows
         if kind.endswith("embedding") and x.dim() > 1 and len(x) == 1:
             return x.expand(len(plan.names), *x.shape[1:])

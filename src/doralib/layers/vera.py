@@ -89,8 +89,8 @@ class _Scaled:
         return False
 
     def adapted_row_norm(self, W_sq_O: Tensor, d_R: Tensor, b_O: Tensor, s: float) -> Tensor:
-        a_RI, b_OR = _factors(self.base, self.bank, d_R, b_O)
-        return self.base.adapted_row_norm(W_sq_O, a_RI, b_OR, s)
+        values = BankValues((self.bank.A, self.bank.B), d_R, b_O, None, self.base.shape[1])
+        return self.base.adapted_row_norm(W_sq_O, values.a_RI, values.b_OR, s)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return self.base.times_transposed(a_RI)
@@ -132,7 +132,8 @@ class DoraBank(DoraLinear):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both, made anew."""
-        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)
+        values = self.values()
+        return values.a_RI, values.b_OR
 
     @property
     def r(self) -> int:
@@ -159,7 +160,7 @@ class DoraBank(DoraLinear):
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)
-        a, b = _slices(self.base, self.bank)
+        a, b = self.bank.A[:, : self.in_features], self.bank.B[: self.out_features]
         scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
         change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)
         gain_O = self.gain()
@@ -176,10 +177,6 @@ class DoraBank(DoraLinear):
         bank = self.bank.A, self.bank.B
         return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
 
-    def find_conflict(self, given: LayerAdapter) -> str:
-        own = isinstance(given.values, BankValues)
-        return "" if own else "the random matrices of the loaded adapter are not its own"
-
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
         self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
@@ -194,13 +191,3 @@ class DoraBank(DoraLinear):
 
     def _row_lengths(self) -> Tensor:
         return self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
-
-
-def _slices(base: Dense, bank: Bank) -> tuple[Tensor, Tensor]:
-    O, I = base.shape
-    return bank.A[:, :I], bank.B[:O]
-
-
-def _factors(base: Dense, bank: Bank, d_R: Tensor, b_O: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = _slices(base, bank)
-    return d_R[:, None] * a.to(d_R.dtype), b_O[:, None] * b.to(b_O.dtype)

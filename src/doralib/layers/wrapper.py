@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..errors import DoraError
 from ..quantization import storage_of
-from ..state import AdapterState, LayerAdapter, Values, map_tensors
-from .base.linear import Dense
+from ..state import AdapterState, BankValues, FusedValues, LayerAdapter, MovedValues, Values, map_tensors
 
 
 class Masters(nn.Module):
@@ -61,13 +60,23 @@ class Part(Masters, ABC):
         if (given.kind, given.shape) != (mine.kind, mine.shape):
             return [f"{given.kind} {given.shape} in the adapter, {mine.kind} {mine.shape} in the model"]
         checks = {
-            self.find_conflict(given): True,
+            _NOT_OWN.get(type(mine.values), ""): type(given.values) is not type(mine.values),
             f"rank {given.rank} is larger than the loaded {mine.rank}; load the adapter of the larger rank first": (
                 given.turns_rows and given.rank > mine.rank
             ),
             "has a magnitude, and the loaded adapter has none": given.m_O is not None and mine.m_O is None,
+            self.find_conflict(given): True,
+            "the loaded adapter began as a part of the weight (pissa, olora), and no other fits over that start": (
+                isinstance(mine.values, MovedValues)
+            ),
         }
         return [why for why, wrong in checks.items() if why and wrong]
+
+
+_NOT_OWN: dict[type[Values], str] = {
+    BankValues: "the random matrices of the loaded adapter are not its own",
+    FusedValues: "is not of the parts of a fused projection that are adapted in the model",
+}
 
 
 class Place(nn.Module, ABC):
@@ -80,20 +89,8 @@ class Place(nn.Module, ABC):
     """False: it computes what the frozen module computes."""
 
     @abstractmethod
-    def adapter_layers(self) -> list["AdapterLayer"]:
-        """The layers of all adapters."""
-
-    @abstractmethod
-    def adapter_layer(self, adapter_name: str) -> "AdapterLayer | None":
-        """The layer of one adapter of the model, if it has one here."""
-
-    @abstractmethod
-    def active_layer(self) -> "AdapterLayer | None":
-        """The layer that computes, and that a merge takes."""
-
-    @abstractmethod
-    def merged(self) -> nn.Module:
-        """A plain module with the active adapter merged into it; the frozen one where it has no layer here."""
+    def adapter_layer(self, adapter_name: str | None) -> "AdapterLayer | None":
+        """The layer of one of the model's adapters, if it has one here."""
 
 
 class AdapterLayer(Place):
@@ -101,21 +98,13 @@ class AdapterLayer(Place):
 
     trains_whole = False
     """Whether it trains a copy of the module, and no change of the weight."""
-    goes_by_rows = True
-    """Whether the first dimension of its input is the batch's rows."""
 
-    def adapter_layers(self) -> list["AdapterLayer"]:
-        return [self]
-
-    def adapter_layer(self, adapter_name: str) -> "AdapterLayer":  # noqa: ARG002
+    def adapter_layer(self, adapter_name: str | None) -> "AdapterLayer":  # noqa: ARG002
         return self
 
-    def active_layer(self) -> "AdapterLayer":
-        return self
-
-    def adapter_base(self) -> Dense | None:
-        """The frozen layer as rows, where the layer changes one weight."""
-        return None
+    @abstractmethod
+    def merged(self) -> nn.Module:
+        """A plain module that computes what this layer does."""
 
     def adapter_parts(self, place: str) -> dict[str, Part]:  # noqa: ARG002
         """What holds A, B and m, by name in an adapter's state."""
