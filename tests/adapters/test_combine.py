@@ -84,7 +84,7 @@ def by_hand(model, weights):
     for place, change in changes.items():
         module = plain.get_submodule(place)
         base = open_base(module)
-        module.weight.data = base.replaced(base.W_OI + change).weight.data
+        module.weight.data = base.with_weight(base.W_OI + change).weight.data
     return plain
 
 
@@ -163,7 +163,7 @@ def test_every_kind_of_layer(model, tmp_path):
         change = 0.6 * (registry.layers_of(model, "a")[place].merged_weight() - W)
         if place in registry.layers_of(model, "b"):
             change = change + 1.2 * (registry.layers_of(model, "b")[place].merged_weight() - W)
-        module.weight.data = open_base(module).replaced(W + change).weight.data
+        module.weight.data = open_base(module).with_weight(W + change).weight.data
     torch.testing.assert_close(got, outputs(base, x), rtol=1e-4, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, Phi3Config, Phi3ForCausa
 
 import doralib
 from doralib.adapters import registry
-from doralib.adapters.merge import dequantise
+from doralib.adapters.merge import dequantize
 from doralib.checkpoints.convert import Request, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
@@ -28,10 +28,10 @@ from doralib.checkpoints.verify import verify_merge
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
 from doralib.formats.base import Given
-from doralib.layers.base.opaque import Quantised
+from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
 
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:quantising the merged weights again")
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:quantizing the merged weights again")
 
 OTHER = DoraConfig(method="lora", r=3, target_modules=("q_proj", "up_proj"))
 VECTORS = DoraConfig(method="dvora", r=8, target_modules=("q_proj", "o_proj"))
@@ -277,9 +277,9 @@ def test_a_format_that_needs_the_bases_names_and_shapes(kind, bases, adapter, ev
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-6) for key in ours)
     model, _ = load_model(str(tmp_path / "kohya.safetensors"), base=str(base), dtype="float32", given=Given())
-    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantised)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantized)
     want = logits(load(tmp_path / "ours"))
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
 
 

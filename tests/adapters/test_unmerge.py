@@ -111,7 +111,7 @@ def test_several_stay_with_the_model(keep):
             lambda: doralib.merge_adapter(model),
             lambda: doralib.disable(model),
         ):
-            with pytest.raises(UsageError, match="folded in"):
+            with pytest.raises(UsageError, match="adapter is merged"):
                 call()
         doralib.unmerge_adapter(model)
         assert_same_outputs(model(ids()).logits, logits, keep)
@@ -155,7 +155,7 @@ def test_with_a_file_the_frozen_weights_are_in_no_memory(tmp_path):
     assert sum(p.numel() for p in frozen.values()) == 0
     stored = load_file(tmp_path / "frozen.safetensors")
     assert all(torch.equal(stored[f"{name}.weight"], value) for name, value in values.items())
-    with pytest.raises(UsageError, match="folded in"):
+    with pytest.raises(UsageError, match="adapter is merged"):
         doralib.merge_adapter(model)
     (tmp_path / "frozen.safetensors").rename(tmp_path / "moved")
     with pytest.raises(DoraError, match="no file"):
@@ -177,10 +177,10 @@ def test_what_comes_back_from_a_file_is_in_memory_of_its_own(tmp_path):
 
 def test_refusals(tmp_path):
     model = make_llama()
-    with pytest.raises(UsageError, match="no adapter is folded in"):
+    with pytest.raises(UsageError, match="no adapter is merged"):
         doralib.unmerge_adapter(model)
     doralib.adapt(model, CONFIGS["maths"])
-    with pytest.raises(UsageError, match="no adapter is folded in"):
+    with pytest.raises(UsageError, match="no adapter is merged"):
         doralib.unmerge_adapter(model)
     (tmp_path / "there").write_text("")
     with pytest.raises(UsageError, match="exists already"):
@@ -193,7 +193,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UsageError, match="no adapter is active"):
         doralib.merge_adapter(model)
     full = doralib.adapt(make_llama(), DoraConfig(method="full"))
-    with pytest.raises(UsageError, match="nothing to fold in"):
+    with pytest.raises(UsageError, match="nothing to merge"):
         doralib.merge_adapter(full)
 
 

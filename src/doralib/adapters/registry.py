@@ -63,13 +63,13 @@ def record_of(model: nn.Module) -> Record:
     """The model's record.
 
     Raises:
-        UsageError: if it has no adapter, or has it folded in.
+        UsageError: if it has no adapter, or it is merged.
     """
     record = find_record(model)
     if record is None:
         raise UsageError("this model has no adapter; put one on with doralib.adapt or doralib.load_adapter")
     if record.merged is not None:
-        raise UsageError("the adapter is folded in; doralib.unmerge_adapter(model) takes it out again")
+        raise UsageError("the adapter is merged; doralib.unmerge_adapter(model) takes it out again")
     return record
 
 
@@ -173,8 +173,7 @@ def make_multiple(model: nn.Module, name: str) -> MultiAdapter:
     record, module = record_of(model), model.get_submodule(name)
     if isinstance(module, MultiAdapter):
         return module
-    frozen = base_module(module) if isinstance(module, Place) else module
-    place = MultiAdapter(frozen, name, record.active, enabled=record.enabled)
+    place = MultiAdapter(base_module(module), name, record.active, enabled=record.enabled)
     if isinstance(module, AdapterLayer):
         (only,) = record.adapters
         module.enabled = True
@@ -197,8 +196,7 @@ def base_biases(model: nn.Module) -> Iterator[None]:
 def bias_of(model: nn.Module, name: str) -> nn.Parameter:
     """A bias by its name in the base model."""
     owner, _, child = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return getattr(base_module(module) if isinstance(module, Place) else module, child)
+    return getattr(base_module(model.get_submodule(owner)), child)
 
 
 def show_current_biases(model: nn.Module) -> None:

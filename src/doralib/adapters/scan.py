@@ -81,7 +81,7 @@ class Scan:
 def _base_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Every module under every name that it has, and whether there is an adapter on it."""
     placed = isinstance(module, Place)
-    module = base_module(module) if placed else module
+    module = base_module(module)
     yield name, module, placed
     for child, inner in module._modules.items():
         if inner is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import DoraConfig, Names
 from ..errors import UsageError, did_you_mean, nearest
-from ..layers.wrapper import Place, base_module
+from ..layers.wrapper import base_module
 from .scan import Scan
 
 
@@ -137,8 +137,7 @@ def _heads(found: Scan) -> set[str]:
     """The output layer of a language model or classifier, which "all-linear" leaves alone, as in PEFT."""
     output_layer: Callable[[], nn.Module | None] | None = getattr(found.model, "get_output_embeddings", None)
     head = output_layer() if output_layer is not None else None
-    head = base_module(head) if isinstance(head, Place) else head
-    named = {name for name, module in found.modules.items() if module is head}
+    named = {name for name, module in found.modules.items() if head is not None and module is base_module(head)}
     return named | {name for name in ("score", "classifier", "qa_outputs") if hasattr(found.model, name)}
 
 

@@ -11,7 +11,7 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from .base.embedding import Embedding, TokenEmbedding
 from .base.linear import Dense
-from .init import decomposes
+from .init import takes_part_of_weight
 from .linear import DoraLinear
 from .wrapper import ReadsThrough
 
@@ -38,7 +38,7 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     ) -> None:
         if getattr(base_layer, "max_norm", None) is not None:
             raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
-        if decomposes(config.init_lora_weights):
+        if takes_part_of_weight(config.init_lora_weights):
             raise DoraError(
                 f"an embedding has no start {config.init_lora_weights!r}; leave it out of target_modules, or out with "
                 "exclude_modules"

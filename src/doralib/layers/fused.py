@@ -17,7 +17,7 @@ from .base.opaque import Opaque
 from .init import DRAWN, fill_factors
 from .linear import DoraLinear
 
-# of a length that a file keeps for a row that is left alone: the base may have been quantised when it was written
+# of a length that a file keeps for a row that is left alone: the base may have been quantized when it was written
 _SAME_LENGTH = 0.05
 
 

@@ -15,9 +15,9 @@ from ..kernels.norm import FreshNorm
 from ..kernels.operands import Ready
 from ..state import AdapterState, LayerAdapter, LowRankValues, MovedValues, Values
 from .base.linear import Dense
-from .base.opaque import Opaque, Quantised
+from .base.opaque import Opaque, Quantized
 from .base.registry import open_base
-from .init import DRAWN, decomposed, decomposes, fill_factors
+from .init import DRAWN, decompose, fill_factors, takes_part_of_weight
 from .wrapper import AdapterLayer, Part, autocast, autocast_dtype
 
 
@@ -57,7 +57,7 @@ class DoraLinear(Part, AdapterLayer):
         base = base or open_base(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
-        if isinstance(base, Quantised):
+        if isinstance(base, Quantized):
             base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
         self.base = base = self.as_rows(base)
@@ -204,7 +204,7 @@ class DoraLinear(Part, AdapterLayer):
 
     def merged(self) -> nn.Module:
         """A plain layer of the base's kind with the merged weight."""
-        return self.base.replaced(self.merged_weight())
+        return self.base.with_weight(self.merged_weight())
 
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
@@ -212,7 +212,7 @@ class DoraLinear(Part, AdapterLayer):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_A, self.lora_B = a, b
-        if decomposes(self.start):
+        if takes_part_of_weight(self.start):
             self.start_A, self.start_B = (nn.Parameter(torch.empty_like(p), requires_grad=False) for p in (a, b))
 
     def _start_factors(self) -> None:
@@ -221,7 +221,7 @@ class DoraLinear(Part, AdapterLayer):
             nn.init.zeros_(self.lora_B)
         elif not self.lora_A.is_meta:
             rows = torch.arange(self.out_features, device=self.base.device)
-            found = decomposed(self.start, self.base.dense_rows(rows), self.r, self.scale)
+            found = decompose(self.start, self.base.dense_rows(rows), self.r, self.scale)
             for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
                 p.copy_(value.view_as(p))
                 start.copy_(p)

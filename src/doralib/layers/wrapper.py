@@ -137,7 +137,7 @@ class TrainedCopy(AdapterLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         if names := [type(m).__name__ for m in base_layer.modules() if storage_of(m) is not None]:
-            raise DoraError(f"modules_to_save: a {names[0]} is quantised and cannot be trained whole; adapt it instead")
+            raise DoraError(f"modules_to_save: a {names[0]} is quantized and cannot be trained whole; adapt it instead")
         self.base_layer = base_layer.requires_grad_(False)
         self.trained = _copy_as_masters(base_layer)
         self.enabled = True
@@ -174,12 +174,15 @@ class TrainedCopy(AdapterLayer):
             return getattr(super().__getattr__("trained") if self.enabled else base_module(self), name)
 
 
-def base_module(place: nn.Module) -> nn.Module:
-    """The frozen module of a place, which is a child of it or, under `MultiAdapter`, of the place that it shares."""
-    own = place.__dict__
+def base_module(module: nn.Module) -> nn.Module:
+    """The frozen module of a place, a child of it or, under `MultiAdapter`, of the place that it shares; any other
+    module itself."""
+    if not isinstance(module, Place):
+        return module
+    own = module.__dict__
     found: nn.Module | None = own.get("base_layer", own.get("_modules", {}).get("base_layer"))
     if found is None:
-        raise AttributeError(f"{type(place).__name__} has no base_layer")
+        raise AttributeError(f"{type(module).__name__} has no base_layer")
     return found
 
 
