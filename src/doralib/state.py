@@ -298,6 +298,16 @@ class LayerAdapter:
             return self.a_RI, self.b_OR
         return self.a_RI.flatten(1), self.b_OR.flatten(1)
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each weight of a stack, or of each adapted part of a fused one; views where they are trained."""
+        values = self.values
+        if isinstance(values, FusedValues):
+            sizes = [len(rows) for rows in values.rows]
+            return list(zip(values.a_RI.chunk(len(sizes)), values.parts_b_OR.split(sizes), strict=True))
+        if isinstance(values, ExpertsValues):
+            return list(zip(values.a_RI, values.b_OR, strict=True))
+        return [(values.a_RI, values.b_OR)]
+
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, by short names."""
         named = {_SHORT_NAMES.get(each.name, ""): getattr(self.values, each.name) for each in fields(self.values)}

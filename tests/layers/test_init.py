@@ -294,3 +294,15 @@ def test_nothing_is_decomposed_on_the_meta_device():
         net = nn.Sequential(nn.Linear(4096, 4096))
     model = doralib.adapt(net, DoraConfig(r=8, target_modules=("0",), init_lora_weights="pissa"))
     assert sum(p.numel() for _, p in registry.trainable(model)) == 8 * 2 * 4096 + 4096
+
+
+@pytest.mark.parametrize("start", ["kaiming", "pissa", "olora"])
+def test_a_layer_that_is_filled_with_nothing_is_the_base_layer(start):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 5), torch.randn(3, 6)
+    want = linear(x)
+    layer = DoraLinear(linear, 2, 1.5, DoraConfig(r=2, init_lora_weights=start))
+    move(layer)
+    assert not torch.allclose(layer(x), want)
+    layer.fill(None)
+    torch.testing.assert_close(layer(x), want)

@@ -57,11 +57,6 @@ class Merging:
         self.errors.append(error)
         return module
 
-    def finish(self) -> None:
-        """Make the layers without an adapter plain too, where that is wanted."""
-        if self.dtype is not None:
-            dequantize(self.model, self.dtype)
-
     def warn(self) -> None:
         """Say so where most of the change was lost."""
         if swallowed(self.errors):
@@ -158,7 +153,8 @@ def merge(model: Model, *, dequantise: bool = False) -> Model:
     merging = Merging(model, dequantise=dequantise)
     show_biases(model, name)
     replace_places(model, merging.merge_place)
-    merging.finish()
+    if merging.dtype is not None:
+        dequantize(model, merging.dtype)
     restore(model, record)
     merging.warn()
     return model

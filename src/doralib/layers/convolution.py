@@ -9,10 +9,10 @@ from .. import functional as F
 from ..kernels.dropout import dropped
 from .base.convolution import Convolution
 from .linear import DoraLinear
-from .wrapper import ReadsThrough, autocast
+from .wrapper import AroundBase, ReadsThrough, autocast
 
 
-class DoraConv(ReadsThrough, DoraLinear):
+class DoraConv(ReadsThrough, AroundBase, DoraLinear):
     """A frozen convolution, transposed or not, whose output channels learn a length (m) and a low-rank turn (B A).
 
     ``y = g ∘ (W * x + s B * A * x) + bias`` with ``g = m / |W + s B A|``, the length taken over everything that makes
@@ -22,14 +22,7 @@ class DoraConv(ReadsThrough, DoraLinear):
 
     base: Convolution
 
-    def forward(self, x: Tensor, *output_size: Any) -> Tensor:
-        """What the base layer takes, and what it would return."""
-        x = autocast(x) if self.enabled else x
-        y = self.base_layer(x, *output_size)
-        return self.around(y, x, *output_size) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor, *output_size: Any) -> Tensor:
-        """As `forward`, from the base's own output y."""
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)

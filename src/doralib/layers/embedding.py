@@ -13,10 +13,10 @@ from .base.embedding import Embedding, TokenEmbedding
 from .base.linear import Dense
 from .init import takes_part_of_weight
 from .linear import DoraLinear
-from .wrapper import ReadsThrough
+from .wrapper import AroundBase, ReadsThrough
 
 
-class DoraEmbedding(ReadsThrough, DoraLinear):
+class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
     """A frozen embedding whose dimensions learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = f g ∘ (W[:, i] + s B A[:, i])`` for token i with ``g = m / |W + s B A|``, W (dim, vocabulary) and f the factor
@@ -55,13 +55,7 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
         """B, likewise."""
         return self.lora_embedding_B
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(...) to (..., dim), in the dtype that the base layer would return."""
-        y = self.base_layer(tokens)
-        return self.around(y, tokens) if self.enabled else y
-
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         gain_O = self.gain()
         sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:
@@ -100,13 +94,7 @@ class DoraTokenEmbedding(DoraEmbedding):
         """B as rows, (vocabulary, R), a view."""
         return self.lora_embedding_A.T
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(...) to (..., dim), in the dtype that the base layer would return."""
-        y = self.base_layer(tokens)
-        return self.around(y, tokens) if self.enabled else y
-
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         # autocast would take the lengths in half precision
         with torch.autocast(y.device.type, enabled=False):
             return self._turned(y, tokens)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..kernels.experts import adapted_weights
-from ..state import AdapterState, ExpertsValues, LayerAdapter
-from .init import DRAWN, fill_factors
+from ..state import ExpertsValues
+from .init import DRAWN
 from .wrapper import AdapterLayer, Part, ReadsThrough
 
 
@@ -53,6 +53,7 @@ class DoraExperts(Part):
 
     def __init__(self, stack: Stack, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
+        self.stack = stack
         self.scale, self.detach_norm, self.start = scale, config.detach_norm, config.init_lora_weights
         E, O, I = stack.shape
         W = stack.W_EOI
@@ -82,20 +83,9 @@ class DoraExperts(Part):
         """What is trained: the parameters themselves."""
         return ExpertsValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
-    @torch.no_grad()
-    def fill(self, given: LayerAdapter | None, W_EOI: Tensor) -> None:
-        """Take the values of an adapter, or those with which the weights stay as they are."""
-        A, B, m = self.lora_A, self.lora_B, self.lora_magnitude_vector
-        if given is None:
-            B.zero_()
-        else:
-            for factors in zip(A, B, given.a_RI, given.b_OR, strict=True):
-                fill_factors(*factors, given.scale / self.scale)
-        if m is not None and given is not None and given.m_O is not None:
-            m.copy_(given.m_O)
-        elif m is not None:
-            weights = zip(W_EOI, A, B, strict=True)
-            m.copy_(torch.stack([F.dense_row_norm(W_OI, a, b, self.scale) for W_OI, a, b in weights]))
+    def row_lengths(self) -> Tensor:
+        weights = zip(self.stack.W_EOI, self.lora_A, self.lora_B, strict=True)
+        return torch.stack([F.dense_row_norm(W_OI, a, b, self.scale) for W_OI, a, b in weights])
 
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
@@ -128,10 +118,6 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
 
     def adapter_parts(self, place: str) -> dict[str, Part]:
         return {f"{place}.{field}": stack for field, stack in self.stacks.items()}
-
-    def fill_from(self, state: AdapterState, place: str) -> None:
-        for field, stack in self.stacks.items():
-            stack.fill(state.layers.get(f"{place}.{field}"), self._stack(field).W_EOI)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer takes, and what it would return."""

@@ -14,7 +14,7 @@ from ..kernels.operands import Ready
 from ..state import FusedValues, LayerAdapter, blocks
 from .base.linear import Dense
 from .base.opaque import Opaque
-from .init import DRAWN, fill_factors
+from .init import DRAWN
 from .linear import DoraLinear
 
 # of a length that a file keeps for a row that is left alone: the base may have been quantized when it was written
@@ -142,17 +142,8 @@ class DoraFused(DoraLinear):
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
-    def _fill_factors(self, given: LayerAdapter | None) -> None:
-        if given is None or not isinstance(values := given.values, FusedValues):
-            self.lora_fused_B.zero_()
-            return
-        R = values.parts_b_OR.shape[1]
-        theirs = zip(values.a_RI.split(R), values.parts_b_OR.split([len(rows) for rows in values.rows]), strict=True)
-        for ours, factors in zip(self.factors_by_part, theirs, strict=True):
-            fill_factors(*ours, *factors, given.scale / self.scale)
-
-    def _row_lengths(self) -> Tensor:
-        return super()._row_lengths()[self.rows]
+    def row_lengths(self) -> Tensor:
+        return super().row_lengths()[self.rows]
 
     def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
         """With B and the norm of all rows kept until the norm of a part changes."""

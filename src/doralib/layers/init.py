@@ -1,4 +1,4 @@
-"""Where A and B start, by `init_lora_weights`, and how others are put in; m starts as the lengths of W in any case."""
+"""Where A and B start, by `init_lora_weights`; the lengths m start as those of W whatever it says."""
 
 import math
 from collections.abc import Callable
@@ -61,16 +61,3 @@ def decompose(start: str, W_OI: Tensor, r: int, s: float) -> tuple[Tensor, Tenso
     W = W_OI.to(F.sum_dtype(W_OI.dtype))
     a_RI, b_OR = DECOMPOSED[name](W, r, s, int(rounds) if rounds else None)
     return a_RI, b_OR * W.any(1)[:, None]
-
-
-@torch.no_grad()
-def fill_factors(A: Tensor, B: Tensor, given_A: Tensor, given_B: Tensor, times: float) -> None:
-    """Write other factors and zeros over A (R, I) and B (O, R), in place: ``B A`` becomes `times` theirs.
-
-    It becomes zero where their rank is larger, which only factors that turn nothing may have.
-    """
-    B.zero_()
-    if len(given_A) <= len(A):
-        A[len(given_A) :] = 0
-        A[: len(given_A)] = given_A.to(A)
-        B[:, : len(given_A)] = given_B.to(B) * times

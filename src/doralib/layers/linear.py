@@ -13,11 +13,11 @@ from ..kernels.dropout import Dropout, draw, dropped
 from ..kernels.eager import infer
 from ..kernels.norm import FreshNorm
 from ..kernels.operands import Ready
-from ..state import AdapterState, LayerAdapter, LowRankValues, MovedValues, Values
+from ..state import LowRankValues, MovedValues, Values
 from .base.linear import Dense
 from .base.opaque import Opaque, Quantized
 from .base.registry import open_base
-from .init import DRAWN, decompose, fill_factors, takes_part_of_weight
+from .init import DRAWN, decompose, takes_part_of_weight
 from .wrapper import AdapterLayer, Part, autocast, autocast_dtype
 
 
@@ -187,16 +187,6 @@ class DoraLinear(Part, AdapterLayer):
     def adapter_parts(self, place: str) -> dict[str, Part]:
         return {place: self}
 
-    @torch.no_grad()
-    def fill_from(self, state: AdapterState, place: str) -> None:
-        given = state.layers.get(place)
-        self._fill_factors(given)
-        if self.lora_magnitude_vector is not None:
-            m_O = None if given is None else given.tensors().get("m")
-            n_O = self._row_lengths()
-            # a row of length zero has an infinite norm there
-            self.lora_magnitude_vector.copy_(n_O.masked_fill(n_O.isinf(), 0) if m_O is None else m_O)
-
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
         m_O = self.lora_magnitude_vector
@@ -226,14 +216,7 @@ class DoraLinear(Part, AdapterLayer):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
 
-    def _fill_factors(self, given: LayerAdapter | None) -> None:
-        if given is None:
-            self.lora_B.zero_()
-        else:
-            fill_factors(self.lora_A, self.lora_B, given.a_RI, given.b_OR, given.scale / self.scale)
-
-    def _row_lengths(self) -> Tensor:
-        """Of ``W + s B A`` as it is now, one for each of the lengths in m."""
+    def row_lengths(self) -> Tensor:
         return self.norm(self.a_RI, self.b_OR, self.scale, detach=True)
 
     def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:

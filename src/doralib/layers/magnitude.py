@@ -9,23 +9,17 @@ from .. import functional as F
 from ..kernels.dropout import dropped
 from ..state import LayerAdapter
 from .linear import DoraLinear
-from .wrapper import ReadsThrough, autocast
+from .wrapper import AroundBase, ReadsThrough, autocast
 
 
-class DoraMagnitude(ReadsThrough, DoraLinear):
+class DoraMagnitude(ReadsThrough, AroundBase, DoraLinear):
     """A frozen layer of any kind whose rows learn a length (m) and keep their direction.
 
     ``y = g ∘ (W x) + bias`` with ``g = m / |W|``: DoRA with B A = 0. In files it is just that, with A and B of rank 1
     and zeros, so that every tool computes the right thing.
     """
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """What the base layer takes, and what it would return."""
-        y = self.base_layer(x, *args)
-        return self.around(y, x, *args) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor, *args: Any) -> Tensor:
-        """As `forward`, from the base's own output y."""
         self.base.refuse_backward(x)
         changed = y
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):

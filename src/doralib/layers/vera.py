@@ -16,7 +16,7 @@ from ..kernels.norm import FreshNorm
 from ..state import AdapterState, BankValues, LayerAdapter
 from .base.linear import Dense
 from .linear import DoraLinear
-from .wrapper import autocast
+from .wrapper import AroundBase, autocast
 
 
 class Bank(nn.Module):
@@ -99,7 +99,7 @@ class _Scaled:
         return self.base.transposed_times(c_OR)
 
 
-class DoraBank(DoraLinear):
+class DoraBank(AroundBase, DoraLinear):
     """A frozen linear layer with ``V = W + diag(b) B diag(d) A``: d and b are trained, and m for DVoRA.
 
     ``y = g ∘ (x Wᵀ + b ∘ (B (d ∘ (A x)))) + bias`` with ``g = m / |V|``, or 1 for VeRA. The start is b = 0 and
@@ -149,13 +149,7 @@ class DoraBank(DoraLinear):
         # not remembered: that would take both factors' memory for each layer
         return self.lora_magnitude_vector / FreshNorm(self.base)(*self.factors, 1.0, detach=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O), in the dtype that the base layer would return."""
-        y = self.base_layer(x)
-        return self.around(y, x) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         self.base.refuse_backward(x)
         x = autocast(x)
         dropout = self._draw_dropout(x)
@@ -189,5 +183,5 @@ class DoraBank(DoraLinear):
         for key, p in {"d": self.vera_lambda_d, "b": self.vera_lambda_b}.items():
             p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
 
-    def _row_lengths(self) -> Tensor:
+    def row_lengths(self) -> Tensor:
         return self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)

@@ -33,6 +33,7 @@ class Part(Masters, ABC):
     scale: float
     kind: str
     """As in `LayerAdapter`."""
+    lora_magnitude_vector: nn.Parameter | None
 
     @abstractmethod
     def values(self) -> Values:
@@ -49,6 +50,43 @@ class Part(Masters, ABC):
             DoraError: if there is no place for some of them.
         """
         return adapter
+
+    @abstractmethod
+    def row_lengths(self) -> Tensor:
+        """Of ``W + s B A`` as it is now, one for each of the lengths in m."""
+
+    @torch.no_grad()
+    def fill(self, given: LayerAdapter | None) -> None:
+        """Take values that `find_misfits` lets in, or None: those with which the weight stays as it is.
+
+        A smaller rank is filled up with zeros, and another scale is multiplied into B.
+        """
+        self._fill_factors(given)
+        m_O, given_O = self.lora_magnitude_vector, None if given is None else given.tensors().get("m")
+        if m_O is not None and given_O is not None:
+            m_O.copy_(given_O)
+        elif m_O is not None:
+            n_O = self.row_lengths()
+            # a row of length zero has an infinite norm there
+            m_O.copy_(n_O.masked_fill(n_O.isinf(), 0))
+
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        values, mine = self.values(), self.state().pairs()
+        if isinstance(values, MovedValues):
+            # nothing fits over it but its start
+            values.A.copy_(values.start_A)
+            values.B.copy_(values.start_B)
+            return
+        for _, B in mine:
+            B.zero_()
+        if given is None:
+            return
+        for (A, B), (a, b) in zip(mine, given.pairs(), strict=True):
+            # a larger rank turns nothing
+            if len(a) <= len(A):
+                A[len(a) :] = 0
+                A[: len(a)] = a.to(A)
+                B[:, : len(a)] = b.to(B) * (given.scale / self.scale)
 
     def find_conflict(self, given: LayerAdapter) -> str:  # noqa: ARG002
         """Why values of this kind can never be put in here, or ""."""
@@ -114,9 +152,26 @@ class AdapterLayer(Place):
         """What is trained whole, by name in the base model; views, not copies."""
         return {}
 
-    @abstractmethod
     def fill_from(self, state: AdapterState, place: str) -> None:
         """Copy another adapter's values in; what it does not have becomes the base model's."""
+        for name, part in self.adapter_parts(place).items():
+            part.fill(state.layers.get(name))
+
+
+class AroundBase(nn.Module):
+    """An adapted layer that changes the frozen layer's own output."""
+
+    base_layer: nn.Module
+    enabled: bool
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """What the base layer takes, and what it would return, in the same dtype."""
+        y: Tensor = self.base_layer(x, *args)
+        return self.around(y, x, *args) if self.enabled else y
+
+    def around(self, y: Tensor, x: Tensor, *args: Any) -> Tensor:
+        """As `forward`, from the base's own output y."""
+        raise NotImplementedError
 
 
 class ReadsThrough(nn.Module):
