@@ -62,8 +62,10 @@ class FusedParts(Checked):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         problems = [f"adapt: there is no part {name!r}" for name in self.adapt if name not in self.shares]
-        problems += ["adapt names a part twice"] * (len(set(self.adapt)) < len(self.adapt))
-        problems += ["parts has a name twice"] * (len(self.shares) < len(self.parts))
+        if len(set(self.adapt)) < len(self.adapt):
+            problems.append("adapt names a part twice")
+        if len(self.shares) < len(self.parts):
+            problems.append("parts has a name twice")
         if len(self.shares) < 2:
             problems.append("parts: a fused projection has two parts at least")
         if problems:
@@ -136,26 +138,9 @@ class DoraConfig(Checked):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        problems = [
-            f"{field} is empty: nothing would be adapted"
-            for field in ("target_modules",)
-            if getattr(self, field) == "" or (getattr(self, field) == () and not self.target_parameters)
-        ]
-        for field in ("rank_pattern", "alpha_pattern", "fused_modules"):
-            problems += [f"{field}: {_bad_regex(key)}" for key in getattr(self, field) if _bad_regex(key)]
-        for field in ("target_modules", "exclude_modules", "magnitude_modules"):
-            names = getattr(self, field)
-            if isinstance(names, str) and _bad_regex(names):
-                problems.append(f"{field}: {_bad_regex(names)}")
-        if self.has_bank:
-            start = [self.init_lora_weights] * self.moves_start
-            problems += [f"init_lora_weights: method {self.method!r} has no place for {name!r}" for name in start]
-            problems += [
-                f"{field}: method {self.method!r} has no place for it"
-                for field in _NOT_WITH_A_BANK
-                if getattr(self, field)
-            ]
-            problems += [f"bias: method {self.method!r} trains none"] * (self.bias != "none")
+        problems = self._bad_patterns() + self._bank_problems()
+        if self.target_modules == "" or (self.target_modules == () and not self.target_parameters):
+            problems.insert(0, "target_modules is empty: nothing would be adapted")
         if self.loraplus_lr_ratio != 1 and self.method not in ("dora", "lora"):
             problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
         if self.magnitude_modules and self.method != "dora":
@@ -166,6 +151,28 @@ class DoraConfig(Checked):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _bad_patterns(self) -> list[str]:
+        """A line for each regular expression that is none."""
+        patterns = [
+            (field, key) for field in ("rank_pattern", "alpha_pattern", "fused_modules") for key in getattr(self, field)
+        ]
+        names = [(field, getattr(self, field)) for field in ("target_modules", "exclude_modules", "magnitude_modules")]
+        patterns += [(field, pattern) for field, pattern in names if isinstance(pattern, str)]
+        return [f"{field}: {why}" for field, pattern in patterns if (why := _bad_regex(pattern))]
+
+    def _bank_problems(self) -> list[str]:
+        """What does not go with random matrices that all layers share."""
+        if not self.has_bank:
+            return []
+        no_place = f"method {self.method!r} has no place for"
+        problems = []
+        if self.moves_start:
+            problems.append(f"init_lora_weights: {no_place} {self.init_lora_weights!r}")
+        problems += [f"{field}: {no_place} it" for field in _NOT_WITH_A_BANK if getattr(self, field)]
+        if self.bias != "none":
+            problems.append(f"bias: method {self.method!r} trains none")
+        return problems
 
     def _layer_problems(self) -> list[str]:
         """What does not go with parts of layers and stacks of weights."""

@@ -38,11 +38,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def refuse_twice(given: Sequence[str]) -> None:
-    """Nothing, if no key of ``key=value`` texts is given again, nor a part of a group beside the whole group.
+def list_some(items: Sequence[str], most: int = 20, between: str = "\n  ") -> str:
+    """The first ``most`` items as one text, and how many more there are: ``"a, b, ... and 3 more"``."""
+    more = [f"... and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*items[:most], *more])
+
+
+def check_given_once(given: Sequence[str]) -> None:
+    """Check that no key of ``key=value`` texts is given again, nor a part of a group beside the whole group.
 
     Raises:
-        UsageError: with both of them, for each that is.
+        UsageError: naming both of each such pair.
     """
     keys = [text.partition("=")[0].strip() for text in given]
     twice = [
@@ -65,7 +71,7 @@ def collecting(problems: list[DoraError]) -> Iterator[None]:
 
 
 def raise_all(problems: Sequence[DoraError]) -> None:
-    """Nothing, if there are no problems.
+    """Raise one error that says all of these, if there are any.
 
     Raises:
         DoraError: with all of them; a UsageError if one of them is.
@@ -73,3 +79,13 @@ def raise_all(problems: Sequence[DoraError]) -> None:
     if problems:
         kind = UsageError if any(isinstance(problem, UsageError) for problem in problems) else DoraError
         raise kind("\n".join(str(problem) for problem in problems))
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise one error with a line for each problem, if there are any.
+
+    Raises:
+        DoraError: ``"WHAT: 2 problems"`` and the first twenty of them.
+    """
+    if problems:
+        raise DoraError(f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  {list_some(problems)}")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import DoraError, UsageError, did_you_mean
+from .errors import DoraError, UsageError, did_you_mean, list_some
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HOST = socket.gethostname()
@@ -48,7 +49,7 @@ def replacing(path: str | Path, need: int = 0) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise
-        raise DoraError(_disk_full(final, max(need, size_of(part)))) from error
+        raise DoraError(_disk_full(final, max(need, count_bytes(part)))) from error
     finally:
         remove(part)
 
@@ -61,7 +62,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def size_of(path: Path) -> int:
+def count_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; 0 if there is nothing."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -94,7 +95,7 @@ def check_writable(path: str | Path, setting: str, *, folder: bool) -> None:
         raise UsageError(f"{setting}: {path} cannot be written, for {above} is read-only; choose another folder")
 
 
-def human(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for a person to read, e.g. ``"1.5 GB"``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
@@ -102,14 +103,13 @@ def human(count: int) -> str:
     return f"{count} bytes"
 
 
-def names_in(folder: Path) -> str:
+def list_folder(folder: Path) -> str:
     """What a folder holds, the first twelve names, for a message."""
     names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return (", ".join(names[:12]) or "nothing") + more
+    return list_some(names, 12, ", ") or "nothing"
 
 
-def existing(path: str | Path) -> Path:
+def find_file(path: str | Path) -> Path:
     """The path, if a file is there.
 
     Raises:
@@ -119,12 +119,12 @@ def existing(path: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise UsageError(f"{path} is a folder, not a file; it holds: {names_in(path)}")
+        raise UsageError(f"{path} is a folder, not a file; it holds: {list_folder(path)}")
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"there is no file {path}: its folder {folder} does not exist")
     hint = did_you_mean(path.name, [item.name for item in folder.iterdir()])
-    raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {names_in(folder)}")
+    raise UsageError(f"there is no file {path.name} in {folder}{hint}\n  it holds: {list_folder(folder)}")
 
 
 def read_text(path: Path) -> str:
@@ -149,11 +149,24 @@ def read_json(path: str | Path) -> Any:
         UsageError: if there is no such file.
         DoraError: if it is not JSON.
     """
-    path = existing(path)
+    path = find_file(path)
     try:
         return json.loads(read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        UsageError: if there is no such file, or it is not YAML.
+    """
+    path = find_file(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -169,14 +182,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         UsageError: if there is no such file.
         DoraError: if it is truncated or not safetensors.
     """
-    path = existing(path)
+    path = find_file(path)
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         if pointer := git_lfs_pointer(path):
             raise DoraError(pointer) from None
         raise DoraError(
-            f"{path} ({human(path.stat().st_size)}) is truncated or not a safetensors file ({error}); "
+            f"{path} ({format_bytes(path.stat().st_size)}) is truncated or not a safetensors file ({error}); "
             "copy or download it again"
         ) from None
 
@@ -271,8 +284,8 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _disk_full(final: Path, need: int) -> str:
     kept = "what stood there before is untouched" if final.exists() else "nothing was left behind"
-    wanted = f" needs {human(need)} or more" if need else ""
+    wanted = f" needs {format_bytes(need)} or more" if need else ""
     return (
-        f"the disk is full: writing {final}{wanted}, and {human(free_bytes(final))} are free\n"
+        f"the disk is full: writing {final}{wanted}, and {format_bytes(free_bytes(final))} are free\n"
         f"  {kept}; free some space, or choose another folder"
     )

@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import doralib
 from doralib import DoraConfig, DoraError, UsageError
 from doralib.adapters import registry
-from doralib.adapters.save_load import complete_given
+from doralib.adapters.save_load import complete_hints
 from doralib.adapters.scan import Scan
-from doralib.kernels import cache as ready
-from doralib.kernels import norm
+from doralib.kernels import cache
 from doralib.layers.base.opaque import Opaque
 from doralib.layers.linear import DoraLinear
 from doralib.layers.multi_adapter import MultiAdapter
@@ -85,8 +84,8 @@ def test_switching_computes_nothing_and_copies_nothing(several, monkeypatch):
     for name in CONFIGS:
         doralib.set_adapter(several, name)(ids())
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in several.named_parameters()}
-    monkeypatch.setattr(norm, "_renew", lambda *a: pytest.fail("a norm was computed again"))
-    monkeypatch.setattr(ready, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
+    monkeypatch.setattr(cache, "_make_norms", lambda *a: pytest.fail("a norm was computed again"))
+    monkeypatch.setattr(cache, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
 
     class Nothing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -183,12 +182,12 @@ def test_remove_and_merge(several, alone):
 @pytest.mark.parametrize("name", ["kohya", "mlx", "ai-toolkit", "torchtune", "fsdp-qlora"])
 def test_files_of_any_format(several, name, tmp_path):
     from doralib.formats import FORMATS
-    from doralib.formats.base import Given
-    from doralib.formats.files import write_content
+    from doralib.formats.base import Hints
+    from doralib.formats.files import write_raw_adapter
 
-    given, config = complete_given(Given(), Scan(several)), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
+    given, config = complete_hints(Hints(), Scan(several)), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
     state = registry.state_of(move(doralib.adapt(make_llama(), config), seed=9))
-    write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
+    write_raw_adapter(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
     doralib.load_adapter(several, tmp_path, "theirs")
     assert torch.equal(doralib.set_adapter(several, "theirs")(ids()).logits, want)

@@ -22,12 +22,12 @@ from doralib.adapters.merge import dequantize
 from doralib.checkpoints.convert import Request, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
-from doralib.checkpoints.quantized import packed_layers
+from doralib.checkpoints.quantized import find_quantized
 from doralib.checkpoints.safetensors import Checkpoint
 from doralib.checkpoints.verify import verify_merge
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
-from doralib.formats.base import Given
+from doralib.formats.base import Hints
 from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
 
@@ -276,7 +276,7 @@ def test_a_format_that_needs_the_bases_names_and_shapes(kind, bases, adapter, ev
     ours, theirs = stored(tmp_path / "ours"), stored(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-6) for key in ours)
-    model, _ = load_model(str(tmp_path / "kohya.safetensors"), base=str(base), dtype="float32", given=Given())
+    model, _ = load_model(str(tmp_path / "kohya.safetensors"), base=str(base), dtype="float32", given=Hints())
     assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantized)
     want = logits(load(tmp_path / "ours"))
     dequantize(model, torch.float32)
@@ -383,8 +383,8 @@ def test_experts_that_are_quantised_one_by_one(special, tmp_path):
     for out, dtype in (("dense", "float32"), ("again", None)):
         summary = merge_checkpoint(folder / "adapter", tmp_path / "base", tmp_path / out, dtype=dtype)
         assert (summary.layers, len(summary.requantised)) == (20, 0 if dtype else 20)
-    before, dense = packed_layers(Checkpoint.open(tmp_path / "base")), stored(tmp_path / "dense")
-    after = packed_layers(Checkpoint.open(tmp_path / "again"))
+    before, dense = find_quantized(Checkpoint.open(tmp_path / "base")), stored(tmp_path / "dense")
+    after = find_quantized(Checkpoint.open(tmp_path / "again"))
     state = doralib.adapters.save_load.read_for_model(folder / "adapter")[1]
     for e in range(3):
         share = state.layers["model.layers.1.mlp.experts.down_proj"]

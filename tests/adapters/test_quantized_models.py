@@ -12,7 +12,7 @@ from doralib.config import DoraConfig
 from doralib.errors import DoraError
 from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
-from doralib.quantization.error import Requantised, swallowed, table
+from doralib.quantization.error import QuantizationCost, format_costs, is_change_lost
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -148,7 +148,7 @@ def test_requantised_merge_saves_and_loads_quantised(kind, even_llama_folder, tm
         warnings.simplefilter("always")
         doralib.merge(model)
     told = [str(w.message) for w in caught if "lost most of the change" in str(w.message)]
-    assert bool(told) == swallowed(report)
+    assert bool(told) == is_change_lost(report)
     Q = open_base(model.model.layers[1].mlp.down_proj).W_OI
     assert report[-1].of_change == pytest.approx(((Q - V).norm() / (V - W).norm()).item(), rel=1e-4)
     assert report[-1].of_weight == pytest.approx(((Q - V).norm() / V.norm()).item(), rel=1e-4)
@@ -163,7 +163,7 @@ def test_requantised_merge_saves_and_loads_quantised(kind, even_llama_folder, tm
 def test_a_small_change_is_swallowed_by_four_bits_and_said_so(even_llama_folder):
     model = doralib.adapt(load(even_llama_folder, "nf4"), CONFIG)
     train(model, steps=1, rate=1e-4)
-    assert swallowed(doralib.merge_report(model))
+    assert is_change_lost(doralib.merge_report(model))
     with pytest.warns(
         UserWarning, match=r"lost most of the change; doralib.merge.model, dequantise=True[\s\S]*q_proj.*worst"
     ):
@@ -197,16 +197,16 @@ def test_a_quantised_module_cannot_be_trained_whole(even_llama_folder):
 
 @pytest.mark.parametrize(("shares", "verdict"), [([0.1, 0.2, 0.9], False), ([0.1, 0.7, 0.9], True), ([], False)])
 def test_the_median_layer_decides(shares, verdict):
-    assert swallowed([Requantised("a.q_proj", "x", share, 0.1) for share in shares]) is verdict
+    assert is_change_lost([QuantizationCost("a.q_proj", "x", share, 0.1) for share in shares]) is verdict
 
 
 def test_measured_by_hand():
     W, V, Q = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 4.5]])
-    row = Requantised.measured("l.q_proj", "x", W, V, Q)
+    row = QuantizationCost.measured("l.q_proj", "x", W, V, Q)
     assert row.of_change == pytest.approx(0.5)
     assert row.of_weight == pytest.approx(0.5 / 34**0.5)
-    assert Requantised.measured("l", "x", W, W, W).of_change == 0
-    assert Requantised.measured("l", "x", W, W, Q).of_change == float("inf")
-    lines = table([row, Requantised("m.q_proj", "x", 0.75, 0.1)]).splitlines()
+    assert QuantizationCost.measured("l", "x", W, W, W).of_change == 0
+    assert QuantizationCost.measured("l", "x", W, W, Q).of_change == float("inf")
+    lines = format_costs([row, QuantizationCost("m.q_proj", "x", 0.75, 0.1)]).splitlines()
     assert "x2" in lines[1]
     assert "worst m.q_proj, 75.0%" in lines[1]

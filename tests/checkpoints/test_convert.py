@@ -11,11 +11,11 @@ import doralib
 from doralib.adapters.registry import trainable
 from doralib.adapters.save_load import read_for_model
 from doralib.checkpoints.convert import TARGETS, Request, convert_adapter
-from doralib.checkpoints.lowrank import change_of, nearest_lora
-from doralib.cli.convert import convert
+from doralib.checkpoints.lowrank import compute_change, find_nearest_lora
+from doralib.cli.convert import convert_and_show
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, write_tensors
-from doralib.formats.base import Given
+from doralib.formats.base import Hints
 from doralib.state import LayerAdapter
 
 TEXTS = ("the movie was wonderful", "a dull film")
@@ -109,7 +109,7 @@ def test_requests_that_cannot_be_right(trained, tmp_path):
         (Request(adapter, "lora", tmp_path / "x"), "needs --rank"),
         (Request(adapter, "lora", tmp_path / "x", rank=0), "--rank 0"),
         (Request(adapter, "mlx", tmp_path / "x", rank=4), "--rank and texts belong to --to lora"),
-        (Request(adapter, "kohya", tmp_path / "x", given=Given(component="vae")), "--component vae"),
+        (Request(adapter, "kohya", tmp_path / "x", given=Hints(component="vae")), "--component vae"),
     ]:
         with pytest.raises(UsageError, match=why):
             convert_adapter(request)
@@ -139,7 +139,7 @@ def test_at_full_rank_the_logits_are_the_adapters_and_at_rank_1_merging_is_sugge
     adapter, base = trained
     full = convert_adapter(Request(adapter, "lora", tmp_path / "full", base=base, rank=64, texts=TEXTS))
     assert full.logits < 1e-5
-    low = convert(Request(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
+    low = convert_and_show(Request(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
     assert low.logits > 100 * full.logits
     assert max(each.relative for each in low.errors) > 0.1
     shown = capsys.readouterr().out
@@ -152,23 +152,23 @@ def test_large_weights_are_decomposed_nearly_as_well(monkeypatch):
     U, V = torch.randn(96, 6), torch.randn(6, 80)
     change = U @ V + 0.3 * torch.randn(96, 80)  # a flat rest, the hard case for a power iteration
     least = torch.linalg.svdvals(change.double())[6:].norm().item()
-    layer, missed = nearest_lora(change, 6)
+    layer, missed = find_nearest_lora(change, 6)
     assert least <= missed * (1 + 1e-6)
     assert missed < 1.01 * least
     torch.rand(1)
-    again, _ = nearest_lora(change, 6)
+    again, _ = find_nearest_lora(change, 6)
     assert torch.equal(again.a_RI, layer.a_RI), "the same adapter gives the same file"
 
 
 def test_no_change_is_no_error_and_a_small_one_is_not_lost_in_rounding():
     W = torch.randn(9, 7) * 100
     start = LayerAdapter(torch.randn(2, 7), torch.zeros(9, 2), W.norm(dim=1), 1.0)
-    assert change_of(W, start).norm() < 1e-4
-    lora, missed = nearest_lora(torch.zeros(9, 7), 2)
+    assert compute_change(W, start).norm() < 1e-4
+    lora, missed = find_nearest_lora(torch.zeros(9, 7), 2)
     assert (missed, lora.b_OR.norm().item()) == (0.0, 0.0)
     tiny_step = LayerAdapter(1e-6 * torch.randn(2, 7), torch.randn(9, 2), None, 1.0)
     want = tiny_step.b_OR.double() @ tiny_step.a_RI.double()
-    torch.testing.assert_close(change_of(W, tiny_step).double(), want, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(compute_change(W, tiny_step).double(), want, rtol=1e-5, atol=1e-12)
 
 
 def test_a_pipelines_adapter_becomes_one_models(tmp_path):
@@ -184,7 +184,7 @@ def test_a_pipelines_adapter_becomes_one_models(tmp_path):
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(UsageError, match=r"several parts of a pipeline \(text_encoder, unet\)"):
         convert_adapter(Request(tmp_path, "peft", tmp_path / "out"))
-    done = convert_adapter(Request(tmp_path, "peft", tmp_path / "out", given=Given(component="unet")))
+    done = convert_adapter(Request(tmp_path, "peft", tmp_path / "out", given=Hints(component="unet")))
     assert list(read_for_model(tmp_path / "out")[1].layers) == ["down_blocks.0.to_q"]
     assert "1 layers of other parts" in done.notes[1]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from doralib import functional
 from doralib.checkpoints import safetensors as checkpoints
-from doralib.checkpoints.match import fit
+from doralib.checkpoints.match import match_adapter
 from doralib.checkpoints.merge import RECORD, merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -185,7 +185,7 @@ def test_row_blocks_give_the_whole_formula_and_stay_small(tmp_path, monkeypatch)
         blocks.append(block.nbytes)
         return block
 
-    monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 32 * in_)
     merge_checkpoint(folder, base, tmp_path / "out")
     whole = functional.merge_weight(W, adapter.a_RI, adapter.b_OR, adapter.m_O, S)
@@ -293,10 +293,10 @@ def test_a_square_weight_is_never_guessed(config, names, message):
     slots = {f"{n}.weight": checkpoints.Slot(f"{n}.weight", "F32", sizes[n][::-1], Path(), 0, 0) for n in names}
     state = AdapterState({name: layer(*sizes[name]) for name in names})
     if message is None:
-        assert not fit(state, slots, config).transposed
+        assert not match_adapter(state, slots, config).transposed
         return
     with pytest.raises(DoraError, match=message):
-        fit(state, slots, config)
+        match_adapter(state, slots, config)
 
 
 def test_tied_weights(tmp_path):

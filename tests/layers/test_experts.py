@@ -25,7 +25,7 @@ import doralib
 from doralib.adapters import registry
 from doralib.adapters.save_load import load_into, read_for_model
 from doralib.adapters.scan import Scan
-from doralib.checkpoints.experts import transposed_experts
+from doralib.checkpoints.experts import find_transposed_experts
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -314,11 +314,11 @@ def test_merging_into_stacks_stored_as_stacks(method, tmp_path):
 
 def test_the_axis_of_square_stacks():
     square, wide = ((3, 4, 4), (3, 4, 4)), ((3, 4, 8), (3, 8, 4))
-    assert transposed_experts({"a": wide, "b": square}, set()) == ({"a", "b"}, [])
-    assert transposed_experts({"a": ((3, 8, 4), (3, 8, 4)), "b": square}, set()) == (set(), [])
-    assert transposed_experts({"b": square}, {"gpt_oss"}) == ({"b"}, [])
-    assert transposed_experts({"b": square}, {"mixtral"}) == (set(), [])
-    found, unknown = transposed_experts({"b": square}, set())
+    assert find_transposed_experts({"a": wide, "b": square}, set()) == ({"a", "b"}, [])
+    assert find_transposed_experts({"a": ((3, 8, 4), (3, 8, 4)), "b": square}, set()) == (set(), [])
+    assert find_transposed_experts({"b": square}, {"gpt_oss"}) == ({"b"}, [])
+    assert find_transposed_experts({"b": square}, {"mixtral"}) == (set(), [])
+    found, unknown = find_transposed_experts({"b": square}, set())
     assert not found
     assert "is square" in unknown[0]
 
@@ -518,7 +518,8 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
 def test_targets_and_inspect(tmp_path):
     from rich.console import Console
 
-    from doralib.cli.inspect import inspect_adapter, list_targets
+    from doralib.cli.inspect import inspect_adapter
+    from doralib.cli.targets import list_targets
 
     def text(renderable):
         console = Console(width=200, record=True, file=io.StringIO())

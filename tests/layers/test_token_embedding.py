@@ -23,8 +23,8 @@ from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
 from doralib.formats import FORMATS
-from doralib.formats.base import Content, Given
-from doralib.formats.files import read_any
+from doralib.formats.base import Hints, RawAdapter
+from doralib.formats.files import read_any_format
 from doralib.formats.peft import from_peft
 from doralib.layers.embedding import DoraEmbedding, DoraTokenEmbedding
 
@@ -87,7 +87,7 @@ def test_merged_equals_adapted(kind, dtype):
     assert type(merged) is type(layer.base_layer)
     torch.testing.assert_close(merged(tokens()), layer(tokens()))
     torch.testing.assert_close(
-        layer.gain(), layer.lora_magnitude_vector / layer.norm.constant(*rows(layer), layer.scale)
+        layer.gain(), layer.lora_magnitude_vector / layer.cache.constant_norm(*rows(layer), layer.scale)
     )
 
 
@@ -244,13 +244,13 @@ def test_to_peft_and_back_to_mlx(tmp_path):
 
 
 def test_another_scale_is_folded_into_the_smaller_factor():
-    state = read_any(GOLDEN, Given())[1].state
+    state = read_any_format(GOLDEN, Hints())[1].state
     layers = dict(state.layers)
     first = next(name for name in layers if name != "embed_tokens")
     layers = {first: layers[first], "embed_tokens": layers["embed_tokens"]}
     object.__setattr__(layers["embed_tokens"], "scale", 2.5)
-    content = FORMATS["mlx"].write(DoraConfig(), replace(state, layers=layers), Given())
-    again = FORMATS["mlx"].read(Content(content.tensors, content.settings), Given()).state.layers["embed_tokens"]
+    content = FORMATS["mlx"].write(DoraConfig(), replace(state, layers=layers), Hints())
+    again = FORMATS["mlx"].read(RawAdapter(content.tensors, content.settings), Hints()).state.layers["embed_tokens"]
     want = 2.5 * layers["embed_tokens"].b_OR @ layers["embed_tokens"].a_RI
     torch.testing.assert_close(again.scale * again.b_OR @ again.a_RI, want)
 

@@ -341,7 +341,7 @@ def test_quantised_inputs_pass_no_gradient_and_say_so():
 
 def test_a_torchao_tensor_that_cannot_be_made_anew_says_what_to_do(monkeypatch):
     layer = make("torchao int8")
-    monkeypatch.setattr("doralib.quantization.torchao._REQUANTISE", {})
+    monkeypatch.setattr("doralib.quantization.torchao._QUANTIZE", {})
     with pytest.raises(DoraError, match="dequantise=True"):
         layer.merged()
 

@@ -23,8 +23,8 @@ from doralib.config import DoraConfig as Config
 from doralib.errors import DoraError, Note, UsageError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.formats import FORMATS
-from doralib.formats.base import Given, config_for
-from doralib.formats.files import read_any, write_content
+from doralib.formats.base import Hints, make_config
+from doralib.formats.files import read_any_format, write_raw_adapter
 from doralib.state import AdapterState, LayerAdapter
 
 TARGETS = ("q_proj", "k_proj", "up_proj")
@@ -70,9 +70,9 @@ def written(model, name, folder, base):
     if name == "nvlabs":
         nvlabs(model, folder)
         return folder
-    known = Given(shapes={n: s.shape for n, s in _modules(base).items()}, config=read_json(base / "config.json"))
+    known = Hints(shapes={n: s.shape for n, s in _modules(base).items()}, config=read_json(base / "config.json"))
     content = FORMATS[name].write(registry.config_of(model), registry.state_of(model), known)
-    return write_content(content, FORMATS[name], folder)
+    return write_raw_adapter(content, FORMATS[name], folder)
 
 
 def _modules(base):
@@ -152,13 +152,13 @@ def test_eval_reads_an_mlx_folder(tmp_path, tiny_llama_folder, run):
 def test_only_headers_of_the_base_are_read_for_names(tmp_path, tiny_llama_folder, monkeypatch):
     """The merge still streams: names and shapes come without one weight, and no weight is read but the adapted ones."""
     file = written(adapted(), "kohya", tmp_path / "adapter", tiny_llama_folder)
-    read, real = [], sys.modules["doralib.streaming"].read_rows
+    read, real = [], sys.modules["doralib.checkpoints.stream"].read_rows
 
     def recorded(slot, rows):
         read.append(slot.name)
         return real(slot, rows)
 
-    monkeypatch.setattr(sys.modules["doralib.streaming"], "read_rows", recorded)
+    monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     merge_checkpoint(file, tiny_llama_folder, tmp_path / "out")
     assert set(read) == {f"{name}.weight" for name in registry.state_of(adapted()).layers}
 
@@ -204,7 +204,7 @@ def test_magnitudes_alone_without_settings_of_them_go_by_whole_names(tmp_path, t
 def test_magnitudes_alone_need_the_base_and_fit_it(tmp_path, tiny_llama_folder):
     nvlabs(granular(), tmp_path / "nv")
     with pytest.raises(DoraError, match=r"(?s)4 problems.*o_proj: is magnitude-only.*--base MODEL"):
-        read_any(tmp_path / "nv", Given())
+        read_any_format(tmp_path / "nv", Hints())
     tensors = torch.load(tmp_path / "nv" / "adapter_model.bin", weights_only=True)
     prefix = "base_model.model.model.layers.0."
     tensors[f"{prefix}mlp.up_proj.weight_m_wdecomp.weight"] = torch.ones(47, 1)
@@ -240,14 +240,14 @@ def test_convert_carries_our_own_settings(tmp_path):
     model = adapted(lora_dropout=0.1, detach_norm=False, magnitude_lr_ratio=2.0, dropout_mode="adapter")
     doralib.save_adapter(model, tmp_path / "ours")
     done = convert_adapter(Request(tmp_path / "ours", "peft", tmp_path / "again"))
-    assert read_any(tmp_path / "again", Given())[1].config == registry.config_of(model)
+    assert read_any_format(tmp_path / "again", Hints())[1].config == registry.config_of(model)
     assert (
         "detach_norm False, magnitude_lr_ratio 2.0, dropout_mode adapter: kept in doralib_config.json" in done.notes[0]
     )
     # a format whose dropout is another keeps its meaning on the way to PEFT's files
     convert_adapter(Request(tmp_path / "ours", "mlx", tmp_path / "mlx"))
     convert_adapter(Request(tmp_path / "mlx", "peft", tmp_path / "from mlx"))
-    config = read_any(tmp_path / "from mlx", Given())[1].config
+    config = read_any_format(tmp_path / "from mlx", Hints())[1].config
     assert (config.dropout_mode, config.lora_dropout, config.detach_norm) == ("adapter", 0.1, True)
 
 
@@ -279,15 +279,15 @@ def test_own_settings_of_another_adapter_are_left_aside_and_damaged_ones_refused
     own = tmp_path / "ours" / "doralib_config.json"
     settings = read_json(own)
     write_json(own, settings | {"r": 2, "lora_alpha": 9.0})
-    found = read_any(tmp_path / "ours", Given())[1]
+    found = read_any_format(tmp_path / "ours", Hints())[1]
     assert found.config.detach_norm
     assert "differs in r, lora_alpha" in found.notes[0]
     # trained on in PEFT with another dropout: PEFT's file is newer than ours
     write_json(own, settings | {"lora_dropout": 0.9})
-    assert read_any(tmp_path / "ours", Given())[1].config.lora_dropout == 0.1
+    assert read_any_format(tmp_path / "ours", Hints())[1].config.lora_dropout == 0.1
     write_json(own, settings | {"detach_nrom": 1})
     with pytest.raises(DoraError, match=r"doralib_config\.json(?s:.*)detach_nrom"):
-        read_any(tmp_path / "ours", Given())
+        read_any_format(tmp_path / "ours", Hints())
 
 
 # an adapter and the base it is put on
@@ -308,7 +308,7 @@ def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
         load_model(str(tmp_path / "adapter"), base=str(tmp_path / "other-model"))
     arguments = ("--base", tmp_path / "other-model", "--prompt", "a", "--max-new-tokens", 1)
     done = subprocess.run(
-        [sys.executable, "-m", "doralib.cli", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
+        [sys.executable, "-m", "doralib", "generate", str(tmp_path / "adapter"), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
@@ -334,9 +334,9 @@ def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
     ],
 )
 def test_names_of_models(named, base, same):
-    from doralib.checkpoints.adapter import another_base
+    from doralib.checkpoints.adapter import find_other_base
 
-    assert (another_base(named, base) == ()) == same
+    assert (find_other_base(named, base) == ()) == same
 
 
 def test_bad_input_at_the_terminal(run, tmp_path, tiny_llama_folder):
@@ -394,8 +394,8 @@ def pipeline(folder):
 def test_one_part_of_a_pipeline(name, tmp_path):
     shapes = pipeline(tmp_path / "pipe")
     layers = {n: LayerAdapter(torch.randn(2, I), torch.randn(O, 2), torch.rand(O), 0.5) for n, (O, I) in shapes.items()}
-    content = FORMATS[name].write(config_for(layers), AdapterState(layers), Given(shapes=shapes))
-    file = write_content(content, FORMATS[name], tmp_path / "lora.safetensors")
+    content = FORMATS[name].write(make_config(layers), AdapterState(layers), Hints(shapes=shapes))
+    file = write_raw_adapter(content, FORMATS[name], tmp_path / "lora.safetensors")
     summary = merge_checkpoint(file, tmp_path / "pipe" / "unet", tmp_path / "out")
     assert "1 layers of other parts were not asked for" in " ".join(summary.notes)
     (stored,) = (tmp_path / "out").glob("*.safetensors")
@@ -420,9 +420,9 @@ def test_no_verb_takes_an_alpha_that_the_file_contradicts(tmp_path, tiny_llama_f
     known = _knows(tiny_llama_folder)
     for name, file in other_alphas(adapted(), tmp_path, tiny_llama_folder):
         own = R if name == "fsdp-qlora" else ALPHA
-        read_any(file, replace(known, alpha=own))  # the same is no contradiction
+        read_any_format(file, replace(known, alpha=own))  # the same is no contradiction
         with pytest.raises(UsageError, match=f"--alpha 31: the adapter states its own alpha, {own}; leave --alpha out"):
-            read_any(file, replace(known, alpha=31))
+            read_any_format(file, replace(known, alpha=31))
     file, base = tmp_path / "peft" / "adapter", ("--base", tiny_llama_folder)
     for verb, options in {
         "merge": ("--out", tmp_path / "out", *base),
@@ -440,7 +440,7 @@ def test_no_verb_takes_an_alpha_that_the_file_contradicts(tmp_path, tiny_llama_f
 def test_an_alpha_that_is_none_is_refused(alpha, tmp_path):
     doralib.save_adapter(adapted(), tmp_path / "a")
     with pytest.raises(UsageError, match=f"--alpha {alpha:g}: lora_alpha is a number above 0"):
-        read_any(tmp_path / "a", Given(alpha=alpha))
+        read_any_format(tmp_path / "a", Hints(alpha=alpha))
 
 
 def test_an_alpha_for_some_layers_leaves_the_others_theirs(tmp_path, tiny_llama_folder):
@@ -448,7 +448,7 @@ def test_an_alpha_for_some_layers_leaves_the_others_theirs(tmp_path, tiny_llama_
     tensors = read_tensors(file)
     forgotten = next(key for key in sorted(tensors) if key.endswith(".alpha"))
     write_tensors(file, {key: t for key, t in tensors.items() if key != forgotten})
-    _, found = read_any(file, replace(_knows(tiny_llama_folder), alpha=31))
+    _, found = read_any_format(file, replace(_knows(tiny_llama_folder), alpha=31))
     assert sorted(layer.scale * R for layer in found.state.layers.values()) == pytest.approx([ALPHA] * 5 + [31])
     assert found.notes == (
         "1 layers have no alpha: taken as 31, as given",
@@ -467,7 +467,7 @@ def test_an_alpha_for_what_has_none_is_refused(kind, tmp_path):
         tensors = read_tensors(file)
         write_tensors(file, {key: t if "magnitude" in key else 0 * t for key, t in tensors.items()})
     with pytest.raises(UsageError, match="no layer of this adapter is scaled by an alpha"):
-        read_any(tmp_path / "a", Given(alpha=ALPHA))
+        read_any_format(tmp_path / "a", Hints(alpha=ALPHA))
 
 
 @pytest.mark.parametrize(
@@ -475,16 +475,16 @@ def test_an_alpha_for_what_has_none_is_refused(kind, tmp_path):
 )
 def test_an_alpha_that_the_settings_say_is_no_contradiction(changes, tmp_path):
     doralib.save_adapter(adapted(**changes), tmp_path / "a")
-    want = read_any(tmp_path / "a", Given())[1]
-    got = read_any(tmp_path / "a", Given(alpha=ALPHA))[1]
+    want = read_any_format(tmp_path / "a", Hints())[1]
+    got = read_any_format(tmp_path / "a", Hints(alpha=ALPHA))[1]
     assert got.config == want.config
     with pytest.raises(UsageError, match="states its own alpha"):
-        read_any(tmp_path / "a", Given(alpha=31))
+        read_any_format(tmp_path / "a", Hints(alpha=31))
 
 
 def _knows(base):
     shapes = {name: slot.shape for name, slot in _modules(base).items()}
-    return Given(shapes=shapes, config=read_json(base / "config.json"))
+    return Hints(shapes=shapes, config=read_json(base / "config.json"))
 
 
 def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
@@ -494,16 +494,16 @@ def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
         name: LayerAdapter(torch.randn(2, 3, generator=g), torch.randn(4, 2, generator=g), torch.rand(4), 1.5)
         for name in (unet, text)
     }
-    content = FORMATS["diffusers"].write(Config(), AdapterState(layers), Given())
-    write_content(content, FORMATS["diffusers"], tmp_path / "both")
-    request = Request(tmp_path / "both", "kohya", tmp_path / "one.safetensors", given=Given(component="text_encoder"))
+    content = FORMATS["diffusers"].write(Config(), AdapterState(layers), Hints())
+    write_raw_adapter(content, FORMATS["diffusers"], tmp_path / "both")
+    request = Request(tmp_path / "both", "kohya", tmp_path / "one.safetensors", given=Hints(component="text_encoder"))
     done = convert_adapter(request)
     assert done.layers == 1
     assert any("1 layers of other parts were not asked for" in note for note in done.notes)
     heads = {key.split(".")[0] for key in read_tensors(tmp_path / "one.safetensors")}
     assert heads == {"lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
     with pytest.raises(UsageError, match="the adapter is of text_encoder, unet"):
-        convert_adapter(replace(request, given=Given(component="transformer"), overwrite=True))
+        convert_adapter(replace(request, given=Hints(component="transformer"), overwrite=True))
 
 
 def test_a_part_of_what_has_no_parts_is_refused(tmp_path, tiny_llama_folder, run):
@@ -518,19 +518,19 @@ def test_a_part_of_what_has_no_parts_is_refused(tmp_path, tiny_llama_folder, run
         assert (status, err.strip()) == (2, f"doralib: {said}")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match=said):
-        doralib.load_adapter(make_llama(), tmp_path / "a", given=Given(component="unet"))
+        doralib.load_adapter(make_llama(), tmp_path / "a", given=Hints(component="unet"))
 
 
 def test_a_part_of_a_pipeline_takes_an_adapter_that_names_no_parts(tmp_path):
     pipeline(tmp_path / "pipe")
     layer = LayerAdapter(torch.randn(2, 6), torch.randn(8, 2), torch.rand(8), 0.5)
     state = AdapterState({"down_blocks.0.to_q": layer})
-    write_content(FORMATS["peft"].write(config_for(state.layers), state, Given()), FORMATS["peft"], tmp_path / "a")
+    write_raw_adapter(FORMATS["peft"].write(make_config(state.layers), state, Hints()), FORMATS["peft"], tmp_path / "a")
     assert merge_checkpoint(tmp_path / "a", tmp_path / "pipe" / "unet", tmp_path / "out").layers == 1
     # a pipeline's format puts the part that is asked for in front
-    request = Request(tmp_path / "a", "diffusers", tmp_path / "b", given=Given(component="unet"))
+    request = Request(tmp_path / "a", "diffusers", tmp_path / "b", given=Hints(component="unet"))
     convert_adapter(request)
-    assert list(read_any(tmp_path / "b", Given())[1].state.layers) == ["unet.down_blocks.0.to_q"]
+    assert list(read_any_format(tmp_path / "b", Hints())[1].state.layers) == ["unet.down_blocks.0.to_q"]
 
 
 @pytest.mark.parametrize("asked", LANGUAGE)
@@ -541,7 +541,7 @@ def test_a_file_of_another_format_than_was_said_is_told_apart_first(asked, tmp_p
         file = written(adapted(), name, tmp_path / name, tiny_llama_folder)
         said = f"does not look like {asked} but like {name}; leave --from out, or give --from {name}\n"
         with pytest.raises(UsageError, match=said) as caught:
-            read_any(file, Given(), asked)
+            read_any_format(file, Hints(), asked)
         assert "underscores" not in str(caught.value).splitlines()[0]
         assert len(str(caught.value).splitlines()) == 2  # not every tensor that it lacks
 

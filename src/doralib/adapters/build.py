@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ..config import DoraConfig, matches
 from ..errors import UsageError, did_you_mean
-from ..kernels.cache import meet
+from ..kernels.cache import Group
 from ..layers.base.linear import Dense
 from ..layers.convolution import DoraConv
 from ..layers.embedding import DoraEmbedding, DoraTokenEmbedding
@@ -104,7 +104,7 @@ def _make_layers(found: Scan, config: DoraConfig, targets: Targets) -> dict[str,
     alone = choose_magnitudes(found, config)
     bank = bank_for(list(bases.values()), config)
     adapted = {name: _make_layer(base, name, config, bank, alone=name in alone) for name, base in bases.items()}
-    meet(layer.kept for layer in adapted.values())
+    Group(layer.cache for layer in adapted.values())
     layers: dict[str, AdapterLayer] = {**adapted}
     for holder in holders:
         inside = [name for name in parameters if name.rpartition(".")[0] == holder]

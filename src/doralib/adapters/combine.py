@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import UsageError
-from ..formats.base import config_for
+from ..formats.base import make_config
 from ..layers.linear import DoraLinear
 from ..state import AdapterState, LayerAdapter
 from .adapt import Model
@@ -41,7 +41,7 @@ def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_na
     biases = [config.bias for config in configs]
     whole = {place for name in adapters for place, layer in layers_of(model, name).items() if layer.trains_whole}
     by_token = any(layer.kind == "token_embedding" for layer in layers.values())
-    config = config_for(
+    config = make_config(
         layers,
         embedding_axis="token" if by_token else "dimension",
         modules_to_save=tuple(sorted(whole)),
@@ -75,7 +75,7 @@ def _combine_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[str
 
 
 def _combine_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> LayerAdapter:
-    base, norm = layers[0][1].base, layers[0][1].norm
+    base, norm = layers[0][1].base, layers[0][1].cache
     parts = []
     for weight, layer in layers:
         (a_RI, b_OR), s = layer.state().factors, layer.scale

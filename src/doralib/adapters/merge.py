@@ -16,7 +16,7 @@ from ..layers.base.opaque import Quantized
 from ..layers.base.registry import open_base
 from ..layers.linear import DoraLinear
 from ..layers.wrapper import Place, base_module
-from ..quantization.error import Requantised, swallowed, table
+from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from .adapt import Model, replace_places, restore
 from .fsdp import check_unsharded
 from .registry import Record, adapter_of, find_record, free_record_of, places_of, record_of, set_module, show_biases
@@ -38,7 +38,7 @@ class Merging:
         check_unsharded(model, "merge", "save the adapter and merge it into the checkpoint's files: doralib merge")
         self.model, self.active = model, record_of(model).active
         self.dtype = plain_dtype(model) if dequantise else None
-        self.errors: list[Requantised] = []
+        self.errors: list[QuantizationCost] = []
 
     def merge_place(self, name: str, place: Place) -> nn.Module:
         """A plain module with the active adapter merged into it; the frozen one where it has no layer here."""
@@ -53,19 +53,19 @@ class Merging:
         module = layer.base.with_weight(V_OI)
         again = open_base(module)
         assert isinstance(again, Quantized)
-        error = Requantised.measured(name, layer.base.storage.name, layer.base.rows, V_OI, again.rows)
+        error = QuantizationCost.measure(name, layer.base.storage.name, layer.base.rows, V_OI, again.rows)
         self.errors.append(error)
         return module
 
     def warn(self) -> None:
         """Say so where most of the change was lost."""
-        if swallowed(self.errors):
+        if is_change_lost(self.errors):
             remedy = "doralib.merge(model, dequantise=True), or merge the saved adapter into the unquantized model"
             lost = f"quantizing the merged weights again lost most of the change; {remedy}"
-            warnings.warn(f"{lost}\n{table(self.errors)}", stacklevel=3)
+            warnings.warn(f"{lost}\n{format_costs(self.errors)}", stacklevel=3)
 
 
-def merge_report(model: nn.Module) -> list[Requantised]:
+def merge_report(model: nn.Module) -> list[QuantizationCost]:
     """What `merge` or `merge_adapter` would do to each quantized layer, in model order; the model is not changed.
 
     Of several adapters the active one counts.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, did_you_mean
+from ..errors import DoraError, UsageError, did_you_mean, list_some
 from ..layers.multi_adapter import MultiAdapter, RowPlan
 from ..layers.wrapper import AdapterLayer, Part, Place, base_module
 from ..state import AdapterState
@@ -265,5 +265,4 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
 
 def error_of(what: str, lines: list[str]) -> DoraError:
     """An error with a line for each problem."""
-    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return DoraError("\n  ".join([f"{what}:", *lines[:20], *more]))
+    return DoraError(f"{what}:\n  {list_some(lines)}")

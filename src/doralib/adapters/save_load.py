@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..config import DoraConfig
 from ..errors import DoraError, Note, UsageError
 from ..formats import FORMATS
-from ..formats.base import Given
-from ..formats.files import one_part, read_any, refuse_component, write_content
+from ..formats.base import Hints
+from ..formats.files import check_component, read_any_format, take_component, write_raw_adapter
 from ..layers.vera import find_other_bank
 from ..state import AdapterState, MovedValues
 from .adapt import Model, check_beside, check_name, put_beside, put_first
@@ -112,11 +112,11 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
     assert peft.write is not None
     state = gather(state_of(model, adapter_name))
     if is_writer(model):
-        write_content(peft.write(config, state, Given()), peft, folder, overwrite=True)
+        write_raw_adapter(peft.write(config, state, Hints()), peft, folder, overwrite=True)
 
 
 def read_for_model(
-    path: str | Path, found: Scan | None = None, given: Given | None = None
+    path: str | Path, found: Scan | None = None, given: Hints | None = None
 ) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
@@ -128,11 +128,11 @@ def read_for_model(
         UsageError: if there is no adapter, or its format needs to know more.
         DoraError: if its files are damaged or do not belong together.
     """
-    given = given or Given()
-    _, content = read_any(path, given if found is None else complete_given(given, found))
+    given = given or Hints()
+    _, content = read_any_format(path, given if found is None else complete_hints(given, found))
     if given.component:
-        refuse_component(content, given.component)
-    content = one_part(content, given.component)
+        check_component(content, given.component)
+    content = take_component(content, given.component)
     for note in content.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
     shapes = {} if found is None else found.shapes
@@ -140,7 +140,7 @@ def read_for_model(
     return content.config, replace(content.state, layers=layers)
 
 
-def complete_given(given: Given, found: Scan) -> Given:
+def complete_hints(given: Hints, found: Scan) -> Hints:
     """What a file may not say, with all that the base model says."""
     to_dict: Callable[[], dict[str, Any]] = getattr(getattr(found.model, "config", None), "to_dict", dict)
     return replace(given, shapes=found.shapes, config=to_dict(), lengths=partial(_lengths_in, found))
@@ -155,7 +155,7 @@ def _lengths_in(found: Scan, state: AdapterState) -> dict[str, Tensor]:
     }
 
 
-def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Given | None = None) -> Model:
+def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Hints | None = None) -> Model:
     """Adapt a plain model from the file's own settings, or fill a model that is adapted in the same layers.
 
     The file may be of any format that ``doralib convert`` reads; ``given`` is what it may not say.

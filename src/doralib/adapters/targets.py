@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..config import DoraConfig, Names
-from ..errors import UsageError, did_you_mean, nearest
+from ..errors import UsageError, did_you_mean, list_some, nearest
 from ..layers.wrapper import base_module
 from .scan import Scan
 
@@ -129,8 +129,7 @@ _HELP = "list every layer that can be adapted with: doralib targets MODEL"
 
 def _raise(what: str, problems: list[str]) -> None:
     if problems:
-        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise UsageError("\n  ".join([what, *problems[:8], *more, _HELP]))
+        raise UsageError(f"{what}\n  {list_some(problems, 8)}\n  {_HELP}")
 
 
 def _heads(found: Scan) -> set[str]:

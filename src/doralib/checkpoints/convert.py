@@ -3,36 +3,34 @@
 import contextlib
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import UsageError, did_you_mean
 from ..files import check_writable
-from ..formats import FORMATS, tensorrt
-from ..formats.base import Content, Format, Found, Given, config_for
-from ..formats.files import is_one_file, one_part, read_any, refuse_component, write_content
+from ..formats import FORMATS
+from ..formats.base import Format, Hints, ParsedAdapter, RawAdapter, make_config
+from ..formats.files import check_component, is_tensors_file, read_any_format, take_component, write_raw_adapter
 from ..formats.peft import to_peft
 from ..formats.pipeline import COMPONENTS
-from ..state import AdapterState
-from .adapter import adapted_lengths, knowing
-from .gguf import local_base
+from .adapter import compute_adapted_lengths, describe_base
+from .gguf import open_base_folder
 from .load import load_model
-from .lowrank import Approximation, low_rank
+from .lowrank import Approximation, approximate
 from .safetensors import Checkpoint
+from .verify import compute_logits, logit_error
 
 LORA = "lora"
-TARGETS = (*(name for name, each in FORMATS.items() if each.write), "tensorrt", LORA)
+TARGETS = (*(name for name, each in FORMATS.items() if each.write), LORA)
 # what the layers themselves say, or what only a fresh adapter needs
 _IN_THE_LAYERS = (
     *("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "magnitude_modules", "modules_to_save", "bias"),
     *("d_initial", "projection_prng_key"),
 )
-_NEED_WEIGHTS = ("tensorrt", LORA)
-_OF_PIPELINES = ("kohya", "ai-toolkit", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Request:
     """The format it is in, where its file could be of several."""
     base: str | None = None
     """The base model, for formats that need its names, its heads or its weights."""
-    given: Given = field(default_factory=Given)
+    given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them."""
     rank: int | None = None
     """Of the LoRA."""
@@ -82,34 +80,44 @@ def convert_adapter(request: Request) -> Conversion:
         DoraError: if the adapter is damaged, or anything of it would be lost.
     """
     _check(request)
+    is_lora = request.to == LORA
+    into = FORMATS["peft" if is_lora else request.to]
+    assert into.write is not None
     with contextlib.ExitStack() as stack:
         given, base = request.given, None
         if request.base:
-            base = stack.enter_context(local_base(request.base, request.out))
-            given = knowing(given, base)
-        source, found = read_any(request.adapter, given, request.source)
-        _refuse_shared(found.config, request.to)
-        component = request.given.component
-        if component and request.to not in _OF_PIPELINES:
-            refuse_component(found, component)
-        if component or request.to not in _OF_PIPELINES:
-            found = one_part(found, given.component)
-        if request.to not in _NEED_WEIGHTS:
-            writer = FORMATS[request.to]
-            assert writer.write is not None
-            written = write_content(
-                writer.write(found.config, found.state, given), writer, request.out, overwrite=request.overwrite
+            base = stack.enter_context(open_base_folder(request.base, request.out))
+            given = describe_base(given, base)
+        source, found = read_any_format(request.adapter, given, request.source)
+        if found.config.method not in into.methods:
+            raise UsageError(
+                f"{found.config.method} shares its random matrices between layers, and {request.to} has no place for "
+                "that: merge it, or take the nearest LoRA (--to lora)"
             )
-            notes = (*found.notes, *_not_kept(found, writer))
-            return Conversion(written, source.name, len(found.state.layers), notes)
-        if base is None:
-            base = stack.enter_context(local_base(_base_of(found, request), request.out))
-        done = _with_weights(request, found, base)
-        return replace(done, source=source.name, notes=(*found.notes, *done.notes))
+        asked = request.given.component
+        if asked and not into.pipelines:
+            check_component(found, asked)
+        if asked or not into.pipelines:
+            found = take_component(found, given.component)
+        written, logits = found, None
+        errors: list[Approximation] = []
+        if is_lora or into.needs_weights:
+            base = base or stack.enter_context(open_base_folder(_base_of(found, request), request.out))
+            checkpoint = Checkpoint.open(base)
+            given = replace(given, lengths=partial(compute_adapted_lengths, checkpoint))
+            if is_lora:
+                written, errors = _nearest_lora(found, checkpoint, request)
+        content = into.write(written.config, written.state, given)
+        out = write_raw_adapter(content, into, request.out, overwrite=request.overwrite)
+        if base and request.texts:
+            want, got = (_logits(each, base, request.texts) for each in (found, written))
+            logits = logit_error(got, want)
+    notes = (*found.notes, *_not_kept(written, into), *([into.note] if into.note else []))
+    return Conversion(out, source.name, len(found.state.layers), notes, tuple(errors), logits)
 
 
 def _check(request: Request) -> None:
-    check_writable(request.out, "--out", folder=not is_one_file(request.out))
+    check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
         hint = did_you_mean(request.to, TARGETS)
@@ -124,23 +132,11 @@ def _check(request: Request) -> None:
         raise UsageError(f"--component {request.given.component}: known: {', '.join(COMPONENTS)}")
 
 
-def _refuse_shared(config: DoraConfig, to: str) -> None:
-    if config.method not in ("dora", "lora") and to not in ("peft", LORA):
-        raise UsageError(
-            f"{config.method} shares its random matrices between layers, and {to} has no place for that: "
-            "merge it, or take the nearest LoRA (--to lora)"
-        )
-
-
-def _not_kept(found: Found, into: Format) -> list[str]:
+def _not_kept(found: ParsedAdapter, into: Format) -> list[str]:
     """What the adapter says and the file it is written to does not, or says elsewhere."""
-    config = found.config
-    lost: list[str] = []
-    values = {name: getattr(config, name) for name in type(config).model_fields if name not in _IN_THE_LAYERS}
-    defaults = DoraConfig()
-    for name, value in values.items():
-        if name != "dropout_mode" and value != getattr(defaults, name) and name not in into.keeps:
-            lost.append(f"{name} {value}")
+    config, defaults = found.config, DoraConfig()
+    told = {*_IN_THE_LAYERS, "dropout_mode", *into.keeps}
+    lost = [f"{name} {value}" for name, value in config if name not in told and value != getattr(defaults, name)]
     if config.lora_dropout and "lora_dropout" in into.keeps and config.dropout_mode != into.dropout_mode:
         lost.append(f"dropout_mode {config.dropout_mode}")
     alone = sum(layer.magnitude_alone for layer in found.state.layers.values())
@@ -148,18 +144,18 @@ def _not_kept(found: Found, into: Format) -> list[str]:
     if lost:
         where = (
             "kept in doralib_config.json, which PEFT itself does not read"
-            if into.name == "peft"
+            if into.own_settings
             else f"{into.title} files have no place for it, and training that goes on does without"
         )
         notes.append(f"{', '.join(lost)}: {where}")
-    if alone and into.name != "peft":
+    if alone and not into.own_settings:
         notes.append(f"{alone} layers of magnitude alone are written with A and B of zeros")
     if found.state.base_model and "base_model" not in into.keeps:
         notes.append(f"{into.title} files do not say which model they adapt: it is {found.state.base_model}")
     return notes
 
 
-def _base_of(found: Found, request: Request) -> str:
+def _base_of(found: ParsedAdapter, request: Request) -> str:
     if not found.state.base_model:
         raise UsageError(
             f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
@@ -167,40 +163,18 @@ def _base_of(found: Found, request: Request) -> str:
     return found.state.base_model
 
 
-def _with_weights(request: Request, found: Found, base: Path) -> Conversion:
-    checkpoint = Checkpoint.open(base)
-    peft, count = FORMATS["peft"], len(found.state.layers)
-    if request.to == "tensorrt":
-        content = tensorrt.write(found.config, found.state, adapted_lengths(checkpoint, found.state))
-        written = write_content(content, FORMATS["tensorrt"], request.out, overwrite=request.overwrite)
-        return Conversion(written, "", count, ("TensorRT-LLM ignores magnitudes without --dora_plugin=enable",))
+def _nearest_lora(
+    found: ParsedAdapter, checkpoint: Checkpoint, request: Request
+) -> tuple[ParsedAdapter, list[Approximation]]:
     assert request.rank is not None
-    state, errors = low_rank(found.state, checkpoint, request.rank)
-    config = _lora_config(found.config, state)
-    assert peft.write is not None
-    content = peft.write(config, replace(state, base_model=request.base or state.base_model), request.given)
-    written = write_content(content, peft, request.out, overwrite=request.overwrite)
-    logits = _logit_error(found, (config, state), base, request.texts) if request.texts else None
-    notes = tuple(_not_kept(replace(found, config=config, state=state), peft))
-    return Conversion(written, "", count, notes, tuple(errors), logits)
-
-
-def _lora_config(config: DoraConfig, state: AdapterState) -> DoraConfig:
+    state, errors = approximate(found.state, checkpoint, request.rank)
     kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
-    return config_for(state.layers, **{name: getattr(config, name) for name in kept})
+    config = make_config(state.layers, **{name: getattr(found.config, name) for name in kept})
+    return ParsedAdapter(config, replace(state, base_model=request.base or state.base_model)), errors
 
 
-def _logit_error(found: Found, other: tuple[DoraConfig, AdapterState], base: Path, texts: tuple[str, ...]) -> float:
-    """Root mean square difference of two adapters' logits over that of the first's about their mean."""
-    want = _logits(found.config, found.state, base, texts)
-    got = _logits(*other, base, texts)
-    want, got = (each - each.mean(1, keepdim=True) for each in (want, got))
-    return ((got - want).norm() / want.norm()).item()
-
-
-@torch.inference_mode()
-def _logits(config: DoraConfig, state: AdapterState, base: Path, texts: tuple[str, ...]) -> Tensor:
+def _logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
-        write_content(Content(*to_peft(config, state)), FORMATS["peft"], Path(folder))
+        write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
-    return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+    return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

@@ -15,7 +15,7 @@ _PLACES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe
 _TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 
 
-def weights_of(layers: Mapping[str, LayerAdapter], stored: Collection[str]) -> dict[str, tuple[str, LayerAdapter]]:
+def find_weights(layers: Mapping[str, LayerAdapter], stored: Collection[str]) -> dict[str, tuple[str, LayerAdapter]]:
     """The adapted layer, and the adapter of this weight, by the names of the tensors that are changed.
 
     A stack of experts goes by its own name, or by the name of every expert's weight, with that expert's share, where
@@ -59,7 +59,7 @@ def _from_first_number(name: str) -> str:
     return ".".join(parts[first:])
 
 
-def transposed_experts(
+def find_transposed_experts(
     stacks: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], types: Collection[str]
 ) -> tuple[set[str], list[str]]:
     """The stacks that are stored (experts, in, out), and a line for each of which it cannot be known.

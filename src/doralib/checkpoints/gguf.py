@@ -9,13 +9,13 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import DoraError, UsageError
-from ..files import existing, replacing
+from ..files import find_file, replacing
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 @contextmanager
-def local_base(base: str | Path, scratch: Path) -> Iterator[Path]:
+def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
     """A folder, or one .safetensors file, that `merging.merge_checkpoint` takes, for whatever names a base model.
 
     Args:
@@ -28,7 +28,7 @@ def local_base(base: str | Path, scratch: Path) -> Iterator[Path]:
     """
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
-        existing(path)
+        find_file(path)
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.gguf-", dir=scratch.parent) as folder:
             yield expand_gguf(path, Path(folder) / path.stem)
@@ -43,7 +43,7 @@ def expand_gguf(path: Path, out: Path) -> Path:
 
     transformers dequantises the whole model to float32, so that is what it takes in memory and on the disk.
     """
-    where, name = existing(path).parent, path.name
+    where, name = find_file(path).parent, path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)

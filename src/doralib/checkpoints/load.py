@@ -1,7 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
 import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,10 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.multiple import set_adapter
 from ..adapters.save_load import load_adapter
 from ..errors import DoraError, Note, UsageError
-from ..formats.base import Given
-from ..formats.files import base_named_by, holds_adapter
+from ..files import list_folder, read_yaml
+from ..formats.base import Hints
+from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
-from .adapter import another_base
+from .adapter import find_other_base
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -55,7 +54,7 @@ def load_base(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
-def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Given | None = None) -> Loaded:
+def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
     """A model for use: a run, an adapter of any format, or whatever `load_base` takes.
 
     Args:
@@ -64,14 +63,14 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         given: what an adapter's file may not say.
     """
     folder = Path(path)
-    if holds_adapter(folder):
-        named = base or base_named_by(folder)
+    if is_adapter(folder):
+        named = base or find_base_name(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantization = None if base else _quantization_of(folder)
         model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
         load_adapter(model, folder, given=given)
-        _note_other_base(path, named)
+        _warn_other_base(path, named)
         return model.eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
@@ -79,9 +78,9 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
     return model.eval(), tokenizer
 
 
-def _note_other_base(adapter: str, base: str) -> None:
+def _warn_other_base(adapter: str, base: str) -> None:
     """Said once its names and shapes are known to fit."""
-    for note in another_base(base_named_by(Path(adapter)), base):
+    for note in find_other_base(find_base_name(Path(adapter)), base):
         warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
@@ -99,12 +98,12 @@ def _quantization_of(run: Path) -> Any:
     """How the base of a run was quantised, by its recipe."""
     if not (run / "config.yaml").is_file():
         return None
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run / "config.yaml")
     model = recipe.get("model") if isinstance(recipe, dict) else None
     return model.get("quantization") if isinstance(model, dict) else None
 
 
-def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
     """Put adapters on a model, each given as NAME=PATH; their names. The first one computes.
 
     Raises:
@@ -118,7 +117,7 @@ def load_named(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
         raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
     for name, _, path in pairs:
         load_adapter(model, path, name)
-        _note_other_base(path, model.name_or_path)
+        _warn_other_base(path, model.name_or_path)
     if pairs:
         set_adapter(model, pairs[0][0])
     return names
@@ -133,7 +132,7 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
         return str(place.parent), {"gguf_file": place.name}
     if place.is_dir():
         if not (place / "config.json").exists():
-            if holds_adapter(place):
+            if is_adapter(place):
                 raise UsageError(
                     f"model: {path} is an adapter, and no model: give the model that it adapts, or one that it is "
                     "merged into (doralib merge)"
@@ -143,7 +142,9 @@ def _located(path: str) -> tuple[str, dict[str, str]]:
                     f"model: the run {path} has not been trained to its end: doralib train {place / 'config.yaml'} "
                     f"--resume, or give one of {place / 'checkpoints'}"
                 )
-            raise UsageError(f"model: {path} holds no config.json, so it is no model folder: {_listing(place)}")
+            raise UsageError(
+                f"model: {path} holds no config.json, so it is no model folder; it holds: {list_folder(place)}"
+            )
         return str(place), {}
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or place.exists()
     if looks_local:
@@ -159,8 +160,3 @@ def _explained(path: str, error: Exception) -> DoraError:
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return UsageError(f"model: no folder or file {path}, and the hub gave nothing by that name{offline}: {first}")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return json.dumps(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import DoraError
 from ..functional import merged_change
 from ..state import AdapterState, ExpertsValues, LayerAdapter
-from .adapter import base_weights
+from .adapter import read_base_rows
 from .safetensors import Checkpoint
 
 # above this many rows and columns the whole decomposition takes minutes a layer
@@ -30,7 +30,7 @@ class Approximation:
     """|change - LoRA| / |W|."""
 
 
-def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[AdapterState, list[Approximation]]:
+def approximate(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[AdapterState, list[Approximation]]:
     """For each layer the LoRA of this rank that is nearest to its change of the base weight, with s = 1.
 
     Raises:
@@ -39,7 +39,7 @@ def low_rank(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple[Ad
     if turned := [name for name, layer in state.layers.items() if layer.kind == "transposed_convolution"]:
         raise DoraError(f"a transposed convolution has no LoRA in PEFT: {', '.join(turned[:5])}; merge the adapter")
     layers, errors = {}, []
-    for name, layer, W_OI in base_weights(state, checkpoint):
+    for name, layer, W_OI in read_base_rows(state, checkpoint):
         layers[name], error, size = _in_place_of(layer, W_OI, rank)
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
@@ -55,8 +55,8 @@ def _in_place_of(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAda
         loras, errors, sizes = zip(*found, strict=True)
         stacked = (torch.stack([lora.a_RI for lora in loras]), torch.stack([lora.b_OR for lora in loras]))
         return LayerAdapter(values=ExpertsValues(*stacked, None)), math.hypot(*errors), math.hypot(*sizes)
-    change_OI = change_of(W_OI, layer)
-    lora, error = nearest_lora(change_OI, rank)
+    change_OI = compute_change(W_OI, layer)
+    lora, error = find_nearest_lora(change_OI, rank)
     a, b, kind = lora.a_RI.reshape(-1, *layer.shape[1:]), lora.b_OR, layer.kind
     if kind == "token_embedding":  # without lengths there is one form of embeddings
         a, b, kind = lora.b_OR.T.contiguous(), lora.a_RI.T.contiguous(), "embedding"
@@ -64,13 +64,13 @@ def _in_place_of(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAda
     return LayerAdapter(a, b, None, 1.0, kind), error, change_OI.norm().item()
 
 
-def change_of(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
+def compute_change(W_OI: Tensor, layer: LayerAdapter) -> Tensor:
     """What the adapter adds to the weight, (O, I): `merged_change`."""
     return merged_change(W_OI, *layer.factors, layer.m_O, layer.scale)
 
 
 @torch.no_grad()
-def nearest_lora(change_OI: Tensor, rank: int) -> tuple[LayerAdapter, float]:
+def find_nearest_lora(change_OI: Tensor, rank: int) -> tuple[LayerAdapter, float]:
     """The LoRA of this rank nearest to a change of weight, and the Frobenius norm of what it misses.
 
     Small weights are decomposed whole (Eckart and Young: nothing is nearer); large ones by power iteration.

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..errors import DoraError, nearest
 from ..functional import swapped_channels
 from ..state import AdapterState, LayerAdapter
-from .experts import transposed_experts, weights_of
+from .experts import find_transposed_experts, find_weights
 
 
-def as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
+def view_as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
     """A whole stored weight as the matrix (O, I) of the rows that the adapter changes; a view where it can be.
 
     Of experts the stack, (E, O, I).
@@ -57,7 +57,7 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
-class Fit:
+class MatchedAdapter:
     """An adapter by the names of a checkpoint's tensors."""
 
     layers: Mapping[str, LayerAdapter]
@@ -69,7 +69,7 @@ class Fit:
     """Which of the adapter's layers each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
 
 
-def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> Fit:
+def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> MatchedAdapter:
     """Find every adapted weight and every whole tensor among the stored ones.
 
     Args:
@@ -80,7 +80,7 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
         DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
     """
     values = _without_tied_copies(state.extra, stored, config)
-    wanted = weights_of(state.layers, stored)
+    wanted = find_weights(state.layers, stored)
     names, missing, problems = _matched([*wanted, *values], stored)
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
@@ -101,10 +101,10 @@ def fit(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, 
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return Fit(layers, transposed, values, sources)
+    return MatchedAdapter(layers, transposed, values, sources)
 
 
-def stores_transposed(config: Mapping[str, Any]) -> bool:
+def is_conv1d_model(config: Mapping[str, Any]) -> bool:
     """Whether the model's type is one of those with HF Conv1D layers."""
     return bool(_model_types(config) & _CONV1D_MODELS)
 
@@ -266,7 +266,7 @@ def _transposed(
     linear = {name: a for name, a in layers.items() if a.kind == "linear"}
     found, undecided = _transposed_linear(linear, stored, config)
     stacks = {name: (tuple(stored[name].shape), a.shape) for name, a in layers.items() if a.kind == "experts"}
-    experts, unknown = transposed_experts(stacks, _model_types(config))
+    experts, unknown = find_transposed_experts(stacks, _model_types(config))
     return frozenset(found | others | experts), undecided + unknown
 
 
@@ -276,7 +276,7 @@ def _transposed_linear(
     by_shape = {name for name, a in layers.items() if a.shape[0] != a.shape[1] and stored[name].shape == a.shape[::-1]}
     square = [name for name, a in layers.items() if a.shape[0] == a.shape[1]]
     types = _model_types(config)
-    if stores_transposed(config):
+    if is_conv1d_model(config):
         return frozenset(by_shape | {name for name in square if name.split(".")[-2] in _CONV1D_NAMES}), []
     if types and not by_shape:
         return frozenset(), []

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from ..files import human, names_in, replacing, write_json
-from ..formats.base import Found, Given
-from ..formats.files import adapter_file
-from ..quantization.error import Requantised, swallowed, table
+from ..files import format_bytes, list_folder, replacing, write_json
+from ..formats.base import Hints, ParsedAdapter
+from ..formats.files import find_adapter_file
+from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from ..state import LayerAdapter
-from .adapter import another_base, knowing, read_adapter, whole_pipeline
-from .match import Fit, fit
-from .quantized import PackedLayer, packed_layers
+from .adapter import check_one_model, describe_base, find_other_base, read_for_base
+from .match import MatchedAdapter, match_adapter
+from .quantized import QuantizedWeight, find_quantized
 from .safetensors import CODES, Checkpoint
-from .stream import Change, Plan, Progress, new_file, silent, write_companions, write_weights
+from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -40,12 +40,12 @@ class Ingredient:
     """A file or folder of any format."""
     weight: float = 1.0
     """Its change of the base is multiplied by this."""
-    given: Given = field(default_factory=Given)
+    given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them; the base's names are added."""
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergedAdapter:
     """One adapter as it was merged."""
 
     path: str
@@ -66,7 +66,7 @@ class MergeSummary:
     """What a merge did."""
 
     out: Path
-    adapters: tuple[Folded, ...]
+    adapters: tuple[MergedAdapter, ...]
     layers: int
     """Weights that an adapter was folded into."""
     replaced: int
@@ -82,22 +82,22 @@ class MergeSummary:
     """Files of the base that were not taken along: weights in other formats."""
     notes: tuple[str, ...] = ()
     """What had to be assumed of the adapters, and what looks wrong."""
-    requantised: tuple[Requantised, ...] = ()
+    requantised: tuple[QuantizationCost, ...] = ()
     """What quantising again cost, for each adapted layer of a base that stays quantised."""
 
     def text(self) -> str:
         """For a person."""
         lines = [
             f"{self.out}: {self.layers} layers folded in, {self.replaced} tensors replaced, of {self.tensors}; "
-            f"{human(self.bytes)} in {self.seconds:.1f} s, at most {human(self.peak_bytes)} of memory"
+            f"{format_bytes(self.bytes)} in {self.seconds:.1f} s, at most {format_bytes(self.peak_bytes)} of memory"
         ]
         if len(self.adapters) > 1:
             lines += [adapter.text() for adapter in self.adapters]
         if self.left_out:
             lines.append(f"not taken along: {', '.join(self.left_out)}")
         if self.requantised:
-            lines.append(table(self.requantised).replace("\n", "\n  "))
-        if swallowed(self.requantised):
+            lines.append(format_costs(self.requantised).replace("\n", "\n  "))
+        if is_change_lost(self.requantised):
             lines.append("quantising again lost most of what the adapters do; merge with --dtype bfloat16")
         lines += [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
@@ -110,7 +110,7 @@ def merge_checkpoint(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> MergeSummary:
     """Write the base with adapters folded in, as a folder that plain transformers loads.
 
@@ -121,7 +121,7 @@ def merge_checkpoint(
     Args:
         adapters: a file or folder of any format that ``doralib convert`` reads, e.g. a run; or several, with weights.
         base: folder of model.safetensors or shards with an index, or one .safetensors file. For a hub name or a .gguf
-            file see `gguf.local_base`.
+            file see `gguf.open_base_folder`.
         out: made whole or not at all; an existing model there is refused unless ``overwrite``.
         dtype: float32, bfloat16 or float16 for every floating-point tensor; by default each keeps its own.
         progress: called with the bytes done and the bytes in all.
@@ -134,15 +134,15 @@ def merge_checkpoint(
     started = time.perf_counter()
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else list(adapters)
     code = _code_of(dtype)
-    checkpoint = opened(base, ingredients)
+    checkpoint = open_checkpoint(base, ingredients)
     _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
     packed = _packed(checkpoint, dtype)
     folded, changes, notes = _changes(ingredients, checkpoint, packed)
     plan = _plan(changes, packed, code)
-    need = sum(new_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
+    need = sum(plan_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
-        files = [new_file(shard, plan, part) for shard in checkpoint.shards]
+        files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
         errors = write_weights(files, plan, progress)
         left_out = write_companions(part, checkpoint, dtype, files)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in folded]})
@@ -162,7 +162,7 @@ def merge_checkpoint(
     )
 
 
-def opened(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
+def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
     """The base's headers; if they cannot be read, or an adapter is not there, all of that at once.
 
     Raises:
@@ -175,17 +175,17 @@ def opened(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:
         if not math.isfinite(each.weight):
             problems.append(UsageError(f"{each.path}: {each.weight} is no weight"))
         with collecting(problems):
-            adapter_file(each.path)
+            find_adapter_file(each.path)
     with collecting(problems):
-        whole_pipeline(base)
+        check_one_model(base)
         checkpoint = Checkpoint.open(base)
     raise_all(problems)
     return checkpoint
 
 
-def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, PackedLayer]:
+def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, QuantizedWeight]:
     """The base's quantised layers, once it is one that can be merged into."""
-    config, packed = checkpoint.config(), packed_layers(checkpoint)
+    config, packed = checkpoint.config(), find_quantized(checkpoint)
     if dtype and "quantization_config" in config and not packed:
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise DoraError(
@@ -195,7 +195,9 @@ def _packed(checkpoint: Checkpoint, dtype: str | None) -> dict[str, PackedLayer]
     return packed
 
 
-def _plan(changes: Mapping[str, Sequence[Change]], packed: Mapping[str, PackedLayer], code: str | None) -> Plan:
+def _plan(
+    changes: Mapping[str, Sequence[TensorChange]], packed: Mapping[str, QuantizedWeight], code: str | None
+) -> Plan:
     parts = {name: changes[name] for name in changes.keys() & packed.keys()}
     if whole := sorted(name for name in parts if any(isinstance(part.what, Tensor) for part in parts[name])):
         raise DoraError(f"{', '.join(whole)}: trained whole, but quantised in the base; merge into the plain model")
@@ -204,32 +206,34 @@ def _plan(changes: Mapping[str, Sequence[Change]], packed: Mapping[str, PackedLa
 
 
 def _changes(
-    ingredients: Sequence[Ingredient], checkpoint: Checkpoint, packed: Mapping[str, PackedLayer]
-) -> tuple[list[Folded], dict[str, list[Change]], list[str]]:
+    ingredients: Sequence[Ingredient], checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight]
+) -> tuple[list[MergedAdapter], dict[str, list[TensorChange]], list[str]]:
     """What was read of each adapter, every change by the tensor's name, and what there is to note."""
-    changes: dict[str, list[Change]] = defaultdict(list)
-    folded: list[Folded] = []
+    changes: dict[str, list[TensorChange]] = defaultdict(list)
+    folded: list[MergedAdapter] = []
     notes: list[str] = []
     problems: list[DoraError] = []
-    known = knowing(Given(), checkpoint, packed)
+    known = describe_base(Hints(), checkpoint, packed)
     for each in ingredients:
         with collecting(problems), _named(each.path, alone=len(ingredients) == 1):
-            form, found = read_adapter(each.path, each.given, known)
-            other = another_base(found.state.base_model, checkpoint.folder)
+            form, found = read_for_base(each.path, each.given, known)
+            other = find_other_base(found.state.base_model, checkpoint.folder)
             fitted = _fitted(found, checkpoint, packed, other)
             for name, adapter in fitted.layers.items():
-                changes[name].append(Change(each.weight, adapter, name in fitted.transposed))
+                changes[name].append(TensorChange(each.weight, adapter, name in fitted.transposed))
             for name, value in fitted.values.items():
-                changes[name].append(Change(each.weight, value))
-            folded.append(Folded(str(each.path), form, each.weight, len(fitted.layers), len(fitted.values)))
+                changes[name].append(TensorChange(each.weight, value))
+            folded.append(MergedAdapter(str(each.path), form, each.weight, len(fitted.layers), len(fitted.values)))
             notes += [f"{each.path}: {note}" for note in (*found.notes, *other)]
     raise_all(problems)
     return folded, changes, notes
 
 
-def _fitted(found: Found, checkpoint: Checkpoint, packed: Mapping[str, PackedLayer], other: Sequence[str]) -> Fit:
+def _fitted(
+    found: ParsedAdapter, checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight], other: Sequence[str]
+) -> MatchedAdapter:
     try:
-        return fit(found.state, {**checkpoint.slots, **packed}, checkpoint.config())
+        return match_adapter(found.state, {**checkpoint.slots, **packed}, checkpoint.config())
     except DoraError as error:
         if not other:
             raise
@@ -269,5 +273,5 @@ def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool)
     if not overwrite:
         raise UsageError(f"{out} exists already; choose another folder, or pass --overwrite to replace it")
     if not final.is_dir() or not ((final / "config.json").is_file() or any(final.glob("*.safetensors"))):
-        found = f"holds: {names_in(final)}" if final.is_dir() else "is a file"
+        found = f"holds: {list_folder(final)}" if final.is_dir() else "is a file"
         raise UsageError(f"{out} is not a model folder and is not overwritten (it {found}); remove it yourself")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import DoraError
 from ..functional import Rows
-from ..quantization.bitsandbytes import Rows4bit, Rows8bit, quantised_4bit, quantised_8bit
-from ..quantization.torchao import dense_torchao, requantised_torchao
-from .match import stores_transposed
+from ..quantization.bitsandbytes import Rows4bit, Rows8bit, quantize_4bit, quantize_8bit
+from ..quantization.torchao import dequantize_torchao, quantize_torchao
+from .match import is_conv1d_model
 from .safetensors import Checkpoint, Slot, read_whole
 
 Parts = Mapping[str, Tensor]
@@ -28,7 +28,7 @@ _FLOAT = 24
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class QuantizedWeight:
     """One quantised weight: a plain (O, I) one to an adapter, several tensors in the files."""
 
     name: str
@@ -53,7 +53,7 @@ class PackedLayer:
         """The dense weight."""
         raise NotImplementedError
 
-    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+    def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
         """The tensors of another weight, in the same settings."""
         raise NotImplementedError
 
@@ -62,15 +62,15 @@ class PackedLayer:
         return slot
 
 
-class Packed4bit(PackedLayer):
+class Quantized4bit(QuantizedWeight):
     """bitsandbytes NF4 or FP4."""
 
     def rows(self, parts: Parts) -> Rows:
         return Rows4bit.of(parts[self.name], self._state(parts))
 
-    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+    def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
         old, weight = self._state(parts), parts[self.name]
-        data, state = quantised_4bit(W_OI, old, nested=old.nested, storage=weight.dtype)
+        data, state = quantize_4bit(W_OI, old, nested=old.nested, storage=weight.dtype)
         made = {f"{self.name}.{key}": value for key, value in state.as_dict(packed=True).items()}
         settings = self._settings(parts)
         if old.nested:
@@ -101,15 +101,15 @@ class Packed4bit(PackedLayer):
         return _package("bitsandbytes.functional", self).QuantState.from_dict(stored, device=torch.device("cpu"))
 
 
-class Packed8bit(PackedLayer):
+class Quantized8bit(QuantizedWeight):
     """bitsandbytes int8, one scale a row."""
 
     def rows(self, parts: Parts) -> Rows:
         return Rows8bit(parts[self.name], parts[self._scales])
 
-    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+    def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
         _package("bitsandbytes.functional", self)
-        CB, SCB = quantised_8bit(W_OI)
+        CB, SCB = quantize_8bit(W_OI)
         return {**parts, self.name: CB, self._scales: SCB.to(parts[self._scales].dtype)}
 
     @property
@@ -118,17 +118,17 @@ class Packed8bit(PackedLayer):
 
 
 @dataclass(frozen=True)
-class PackedTorchAO(PackedLayer):
+class QuantizedTorchAO(QuantizedWeight):
     """A tensor of torchao's."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What the file says of this tensor."""
 
     def rows(self, parts: Parts) -> Rows:
-        return dense_torchao(self._tensor(parts))
+        return dequantize_torchao(self._tensor(parts))
 
-    def requantised(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
-        new = requantised_torchao(self._tensor(parts), W_OI)
+    def quantize_again(self, parts: Parts, W_OI: Tensor) -> dict[str, Tensor]:
+        new = quantize_torchao(self._tensor(parts), W_OI)
         made, metadata = self._package().flatten_tensor_state_dict({self.name: new})
         same = json.loads(metadata[self.name]) == json.loads(self.metadata[self.name])
         if not same or any(made[name].shape != part.shape for name, part in parts.items()):
@@ -143,38 +143,38 @@ class PackedTorchAO(PackedLayer):
         return _package("torchao.prototype.safetensors.safetensors_support", self)
 
 
-def packed_layers(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
+def find_quantized(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
     """Every quantised layer whose tensors are understood, by the name of the weight that it stands for.
 
     Raises:
         DoraError: if the model has HF Conv1D layers, whose quantised weights may be stored either way.
     """
-    found: dict[str, PackedLayer] = {}
+    found: dict[str, QuantizedWeight] = {}
     slots = checkpoint.slots
     for name, slot in slots.items():
         weight, _, quant_type = name.partition(_STATE)
         if quant_type and weight in slots:
             parts = {weight: slots[weight], **{n: s for n, s in slots.items() if n.startswith(f"{weight}.")}}
             settings = json.loads(bytes(read_whole(slot).tolist()))
-            found[weight] = Packed4bit(weight, f"bitsandbytes {quant_type}", tuple(settings["shape"]), parts)
+            found[weight] = Quantized4bit(weight, f"bitsandbytes {quant_type}", tuple(settings["shape"]), parts)
         layer, _, last = name.rpartition(".")
         weight = f"{layer}.weight"
         if last == "SCB" and weight in slots and slots[weight].code == "I8":
             parts = {n: slots[n] for n in (weight, name, f"{layer}.weight_format") if n in slots}
-            found[weight] = Packed8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
+            found[weight] = Quantized8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
     found |= _torchao(checkpoint)
-    if found and stores_transposed(checkpoint.config()):
+    if found and is_conv1d_model(checkpoint.config()):
         raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; take the model in full precision")
     return found
 
 
-def plain_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
+def drop_torchao_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """A file's metadata once none of its tensors is torchao's any more."""
     return {"format": "pt"} if metadata and "tensor_names" in metadata else metadata
 
 
-def _torchao(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
-    found: dict[str, PackedLayer] = {}
+def _torchao(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
+    found: dict[str, QuantizedWeight] = {}
     metadata = {key: text for shard in checkpoint.shards for key, text in (shard.metadata or {}).items()}
     for name, text in metadata.items():
         described = _described(text)
@@ -185,7 +185,7 @@ def _torchao(checkpoint: Checkpoint) -> dict[str, PackedLayer]:
         slots = {part: checkpoint.slots[part] for part in sorted(parts, key=lambda part: parts[part] != "qdata")}
         shape = next(iter(slots.values())).shape
         own = {name: text, "tensor_names": json.dumps([name])}
-        found[name] = PackedTorchAO(name, f"torchao {described['_type']}", shape, slots, metadata=own)
+        found[name] = QuantizedTorchAO(name, f"torchao {described['_type']}", shape, slots, metadata=own)
     return found
 
 
@@ -197,7 +197,7 @@ def _described(text: str) -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
-def _package(name: str, layer: PackedLayer) -> Any:
+def _package(name: str, layer: QuantizedWeight) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

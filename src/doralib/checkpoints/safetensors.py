@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DoraError, UsageError
-from ..files import existing, git_lfs_pointer, human, names_in, read_json
+from ..files import find_file, format_bytes, git_lfs_pointer, list_folder, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -166,7 +166,7 @@ def read_shard(path: Path) -> Shard:
         UsageError: if there is no such file.
         DoraError: if it is cut short, or not safetensors.
     """
-    size = existing(path).stat().st_size
+    size = find_file(path).stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         data_start = 8 + length
@@ -212,13 +212,13 @@ def cast_to(name: str, block: Tensor, code: str) -> Tensor:
     return cast
 
 
-def as_bytes(block: Tensor) -> memoryview:
+def view_bytes(block: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, for reading and writing files; valid while the tensor lives."""
     # torch's own bridge needs numpy and refuses bfloat16
     return memoryview((ctypes.c_ubyte * block.nbytes).from_address(block.data_ptr())).cast("B")
 
 
-def laid_out(slots: Sequence[Slot], file: Path, metadata: Mapping[str, str] | None) -> tuple[bytes, list[Slot]]:
+def lay_out(slots: Sequence[Slot], file: Path, metadata: Mapping[str, str] | None) -> tuple[bytes, list[Slot]]:
     """The header of a new file that holds these tensors in this order, and their places in it."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     ends = list(itertools.accumulate((slot.nbytes for slot in slots), initial=0))
@@ -245,7 +245,7 @@ def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> N
 
 def write_at(target: Path, at: int, block: Tensor) -> None:
     """Write the bytes of a contiguous tensor into a file that exists."""
-    view = as_bytes(block)
+    view = view_bytes(block)
     with target.open("r+b", buffering=0) as file:
         done = 0
         while done < len(view):
@@ -273,7 +273,7 @@ def _is_weights(name: Path) -> bool:
 
 
 def _fill(block: Tensor, slot: Slot, at: int) -> None:
-    view = as_bytes(block)
+    view = view_bytes(block)
     with slot.file.open("rb", buffering=0) as file:
         done = 0
         while done < len(view):
@@ -295,7 +295,7 @@ def _weights_in(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
     raise UsageError(
-        f"{folder} has no model.safetensors or model.safetensors.index.json; it holds: {names_in(folder)}\n"
+        f"{folder} has no model.safetensors or model.safetensors.index.json; it holds: {list_folder(folder)}\n"
         "  weights in another format: load them in transformers and save_pretrained them first"
     )
 
@@ -337,7 +337,7 @@ def _check_sizes(path: Path, size: int, data_start: int, slots: list[Slot]) -> N
     if size < end:
         raise DoraError(_cut_short(path, size, end))
     if size > end:
-        raise DoraError(f"{path} has {human(size - end)} after its last tensor; download it again")
+        raise DoraError(f"{path} has {format_bytes(size - end)} after its last tensor; download it again")
 
 
 def _cut_short(path: Path, size: int, need: int) -> str:
@@ -346,5 +346,5 @@ def _cut_short(path: Path, size: int, need: int) -> str:
 
 
 def _not_safetensors(path: Path) -> str:
-    not_one = f"{path} ({human(path.stat().st_size)}) is not a safetensors file; download or copy it again"
+    not_one = f"{path} ({format_bytes(path.stat().st_size)}) is not a safetensors file; download or copy it again"
     return git_lfs_pointer(path) or not_one

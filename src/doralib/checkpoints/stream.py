@@ -15,15 +15,15 @@ from torch import Tensor
 from ..errors import DoraError
 from ..files import read_json, write_json
 from ..functional import combined, merge_weight, merged_change, row_blocks, sum_dtype, swapped_channels
-from ..quantization.error import Requantised
+from ..quantization.error import QuantizationCost
 from ..state import LayerAdapter
-from .match import as_rows
-from .quantized import PackedLayer, plain_metadata
-from .safetensors import Checkpoint, Shard, Slot, cast_to, copy_bytes, laid_out, read_rows, write_at
+from .match import view_as_rows
+from .quantized import QuantizedWeight, drop_torchao_metadata
+from .safetensors import Checkpoint, Shard, Slot, cast_to, copy_bytes, lay_out, read_rows, write_at
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What one adapter does to one tensor of a checkpoint."""
 
     weight: float
@@ -39,7 +39,7 @@ class Change:
         return self.transposed and not (isinstance(self.what, LayerAdapter) and self.what.kind == "experts")
 
 
-def changed(block: Tensor, changes: Sequence[Change], rows: slice, shape: tuple[int, ...]) -> Tensor:
+def apply_changes(block: Tensor, changes: Sequence[TensorChange], rows: slice, shape: tuple[int, ...]) -> Tensor:
     """The block with every change, before the cast: ``W + Σ w (V - W)``; with one change of weight 1, V itself.
 
     Args:
@@ -58,7 +58,7 @@ def changed(block: Tensor, changes: Sequence[Change], rows: slice, shape: tuple[
     return combined(block, ((change.weight, _difference(block, change, rows, shape)) for change in changes))
 
 
-def _difference(block: Tensor, change: Change, rows: slice, shape: tuple[int, ...]) -> Tensor:
+def _difference(block: Tensor, change: TensorChange, rows: slice, shape: tuple[int, ...]) -> Tensor:
     if isinstance(change.what, LayerAdapter):
         return _on_rows(merged_change, block, change, rows, shape)
     dtype = sum_dtype(block.dtype)
@@ -71,7 +71,7 @@ def _matrix(value: Tensor) -> Tensor:
 
 
 def _on_rows(
-    formula: Callable[..., Tensor], block: Tensor, change: Change, rows: slice, shape: tuple[int, ...]
+    formula: Callable[..., Tensor], block: Tensor, change: TensorChange, rows: slice, shape: tuple[int, ...]
 ) -> Tensor:
     """The formula on output rows, put back as the block is stored."""
     adapter = change.what
@@ -79,23 +79,23 @@ def _on_rows(
     (a_RI, b_OR), m_O = adapter.factors, adapter.m_O
     if adapter.kind == "experts":
         stored = block.view(-1, *shape[1:])
-        W_EOI = as_rows(stored, adapter, transposed=change.transposed)
+        W_EOI = view_as_rows(stored, adapter, transposed=change.transposed)
         lengths = [None] * len(W_EOI) if m_O is None else m_O[rows]
         weights = zip(W_EOI, a_RI[rows], b_OR[rows], lengths, strict=True)
         new_EOI = torch.stack([formula(*each, adapter.scale) for each in weights])
-        return as_rows(new_EOI, adapter, transposed=change.transposed).flatten(1)
+        return view_as_rows(new_EOI, adapter, transposed=change.transposed).flatten(1)
     if not change.transposed:
         return formula(block, a_RI, b_OR[rows], None if m_O is None else m_O[rows], adapter.scale)
     stored = block.view(shape)
-    new_OI = formula(as_rows(stored, adapter, transposed=True), a_RI, b_OR, m_O, adapter.scale)
+    new_OI = formula(view_as_rows(stored, adapter, transposed=True), a_RI, b_OR, m_O, adapter.scale)
     if adapter.kind == "transposed_convolution":
         return swapped_channels(new_OI.view(adapter.shape), stored.shape[0] // adapter.shape[1]).flatten(1)
     return new_OI.T
 
 
-def write_layer(
-    layer: PackedLayer, changes: Sequence[Change], outs: Mapping[str, Slot], code: str | None
-) -> Requantised | None:
+def write_quantized(
+    layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None
+) -> QuantizationCost | None:
     """Write one layer with every change, and say what quantising it again cost.
 
     Args:
@@ -104,7 +104,7 @@ def write_layer(
     """
     parts = layer.read()
     W = layer.rows(parts)
-    merged = ((rows, changed(W[rows], changes, rows, layer.shape)) for rows in row_blocks(*layer.shape))
+    merged = ((rows, apply_changes(W[rows], changes, rows, layer.shape)) for rows in row_blocks(*layer.shape))
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
@@ -113,12 +113,12 @@ def write_layer(
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
         V_OI[rows] = block
-    made = layer.requantised(parts, V_OI)
+    made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
         if made[name].nbytes != outs[name].nbytes:
             raise DoraError(f"{name}: quantised again it takes {made[name].nbytes} bytes, not {outs[name].nbytes}")
         write_at(outs[name].file, outs[name].start, made[name].contiguous())
-    return Requantised.measured(layer.name.removesuffix(".weight"), layer.storage, W, V_OI, layer.rows(made))
+    return QuantizationCost.measure(layer.name.removesuffix(".weight"), layer.storage, W, V_OI, layer.rows(made))
 
 
 Progress = Callable[[int, int], None]
@@ -130,11 +130,11 @@ _MOST_WORKERS = 8
 class Plan:
     """What is to become of the base's tensors."""
 
-    changes: Mapping[str, Sequence[Change]]
+    changes: Mapping[str, Sequence[TensorChange]]
     """By the name of the weight."""
     code: str | None
     """The dtype of every floating-point tensor, quantised ones included; None: each keeps its own."""
-    packed: Mapping[str, PackedLayer]
+    packed: Mapping[str, QuantizedWeight]
     """Quantised layers to be written anew, by the name of each of their tensors."""
 
     def wanted(self, slot: Slot) -> Slot | None:
@@ -154,7 +154,7 @@ class _Piece:
 
     slot: Slot
     out: Slot
-    changes: tuple[Change, ...] = ()
+    changes: tuple[TensorChange, ...] = ()
 
     @property
     def untouched(self) -> bool:
@@ -189,16 +189,16 @@ class NewFile:
         return sum(out.nbytes for out in self.outs)
 
 
-def silent(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     """Nobody asked."""
 
 
-def new_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
+def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
     """What becomes of one file of the base."""
     path = folder / shard.path.name
     wanted = {slot.name: new for slot in shard.slots if (new := plan.wanted(slot)) is not None}
     kept = list(wanted.values())
-    header, placed = laid_out(kept, path, plain_metadata(shard.metadata) if plan.code else shard.metadata)
+    header, placed = lay_out(kept, path, drop_torchao_metadata(shard.metadata) if plan.code else shard.metadata)
     if kept == list(shard.slots):  # the same sizes at the same places: the very same header
         header, placed = shard.header(), [replace(slot, file=path) for slot in kept]
     outs = dict(zip(wanted, placed, strict=True))
@@ -209,7 +209,7 @@ def new_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
     return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.packed})
 
 
-def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[Requantised, ...]:
+def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[QuantizationCost, ...]:
     """Every file's header, then all tensors, in blocks that do not depend on each other; what quantising again cost."""
     for file in files:
         with file.path.open("wb") as handle:
@@ -232,7 +232,7 @@ def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> t
     outs = {name: out for file in files for name, out in file.packed.items()}
     errors = []
     for layer in {layer.name: layer for layer in plan.packed.values()}.values():
-        error = write_layer(layer, plan.changes.get(layer.name, ()), outs, plan.code)
+        error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan.code)
         errors.extend([error] if error else [])
         done += sum(outs[name].nbytes for name in layer.slots if name in outs)
         progress(done, total)
@@ -258,7 +258,7 @@ def _copy(piece: _Piece, offset: int, count: int) -> int:
 
 
 def _write(piece: _Piece, rows: slice) -> int:
-    block = changed(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
+    block = apply_changes(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
     cast = cast_to(piece.slot.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.slot.matrix[0])
     write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)

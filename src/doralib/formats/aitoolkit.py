@@ -3,24 +3,34 @@
 from torch import Tensor
 
 from ..config import DoraConfig
+from ..errors import raise_problems
 from ..state import AdapterState, LayerAdapter
 from . import kohya
-from .base import Content, Found, Given, config_for, gathered, layers_of, number, only_layers, refuse
-from .diffusers import with_components
-from .pipeline import component_of
+from .base import (
+    Hints,
+    ParsedAdapter,
+    RawAdapter,
+    build_layers,
+    check_only_layers,
+    group_by_layer,
+    make_config,
+    read_number,
+)
+from .diffusers import add_component
+from .pipeline import find_component
 
 _UNDERSCORED = {"a": "lora_down.weight", "b": "lora_up.weight", "alpha": "alpha", "m": "magnitude"}
 _DOTTED = {"a": "lora_A.weight", "b": "lora_B.weight", "alpha": "alpha", "m": "magnitude"}
 
 
-def detect(content: Content) -> bool:
+def detect(raw: RawAdapter) -> bool:
     """Whether the magnitudes are called that, beside lora_down or lora_A (torchtune's are beside lora_a)."""
-    keys = list(content.tensors)
+    keys = list(raw.tensors)
     pairs = any(key.endswith((".lora_down.weight", ".lora_A.weight")) for key in keys)
     return pairs and any(key.endswith(".magnitude") for key in keys) and not any(".dora_layer." in key for key in keys)
 
 
-def read(content: Content, given: Given) -> Found:
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """ai-toolkit's adapter; where it says no alpha, which is always so for DoRA, the rank or the given one.
 
     Raises:
@@ -28,24 +38,24 @@ def read(content: Content, given: Given) -> Found:
         DoraError: listing everything that does not belong.
     """
     title = "the ai-toolkit adapter"
-    if any(key.endswith(".lora_down.weight") for key in content.tensors):
-        return kohya.read_fields(content, given, _UNDERSCORED, title)
-    parts, problems = gathered(content.tensors, {key: field for field, key in _DOTTED.items()})
+    if any(key.endswith(".lora_down.weight") for key in raw.tensors):
+        return kohya.read_fields(raw, hints, _UNDERSCORED, title)
+    parts, problems = group_by_layer(raw.tensors, {key: field for field, key in _DOTTED.items()})
 
     def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
         rank = part["a"].shape[0]
-        alpha = number(part["alpha"]) if "alpha" in part else given.alpha or rank
+        alpha = read_number(part["alpha"]) if "alpha" in part else hints.alpha or rank
         return LayerAdapter(part["a"], part["b"], part["m"].flatten() if "m" in part else None, alpha / rank)
 
-    layers = layers_of(parts, layer, _DOTTED, problems)
-    refuse(title, problems)
+    layers = build_layers(parts, layer, _DOTTED, problems)
+    raise_problems(title, problems)
     missing = sum("alpha" not in part for part in parts.values())
-    assumed = "the rank" if given.alpha is None else f"{given.alpha:g}, as given"
+    assumed = "the rank" if hints.alpha is None else f"{hints.alpha:g}, as given"
     notes = (f"{missing} layers have no alpha: taken as {assumed}; linear_alpha of the training says",) * bool(missing)
-    return Found(config_for(layers, dropout_mode="adapter"), AdapterState(layers), notes)
+    return ParsedAdapter(make_config(layers, dropout_mode="adapter"), AdapterState(layers), notes)
 
 
-def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
+def write(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter for ai-toolkit: PEFT's names for a pipeline's transformer, kohya's for the others.
 
     Where its reader takes alpha for the rank the change must not shrink: s is folded into B, and alpha is the rank.
@@ -53,17 +63,17 @@ def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
     Raises:
         UsageError: if whole tensors were trained.
     """
-    only_layers(state, "ai-toolkit")
+    check_only_layers(state, "ai-toolkit")
     folded = {
         name: LayerAdapter(layer.a_RI, layer.b_OR * layer.scale, layer.m_O, 1.0, layer.kind)
         for name, layer in state.layers.items()
     }
-    parts = {component_of(name) or given.component for name in folded}
+    parts = {find_component(name) or hints.component for name in folded}
     if parts != {"transformer"}:
-        return kohya.write_fields(AdapterState(folded), given, _UNDERSCORED)
+        return kohya.write_fields(AdapterState(folded), hints, _UNDERSCORED)
     tensors: dict[str, Tensor] = {}
-    for name, layer in with_components(AdapterState(folded), given).items():
+    for name, layer in add_component(AdapterState(folded), hints).items():
         tensors |= {f"{name}.{_DOTTED['a']}": layer.a_RI, f"{name}.{_DOTTED['b']}": layer.b_OR}
         if layer.m_O is not None:
             tensors[f"{name}.{_DOTTED['m']}"] = layer.m_O
-    return Content(tensors, {}, {"format": "pt"})
+    return RawAdapter(tensors, {}, {"format": "pt"})

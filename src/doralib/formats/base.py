@@ -12,11 +12,9 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 
-_MOST_LINES = 20
-
 
 @dataclass(frozen=True)
-class Content:
+class RawAdapter:
     """A file as it stands."""
 
     tensors: Mapping[str, Tensor]
@@ -29,7 +27,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Given:
+class Hints:
     """What the caller knows and a file may not say."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -45,7 +43,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedAdapter:
     """An adapter from a file."""
 
     config: DoraConfig
@@ -61,30 +59,31 @@ class Format:
     name: str
     title: str
     """For a person."""
-    detect: Callable[[Content], bool]
-    read: Callable[[Content, Given], Found]
-    write: Callable[[DoraConfig, AdapterState, Given], Content] | None
+    detect: Callable[[RawAdapter], bool]
+    read: Callable[[RawAdapter, Hints], ParsedAdapter]
+    write: Callable[[DoraConfig, AdapterState, Hints], RawAdapter] | None
     tensors_file: str = "adapter_model.safetensors"
     settings_file: str | None = None
+    """None: the tensors are all there is, in one file."""
     keeps: tuple[str, ...] = ()
     """What its files say besides the layers: settings of training by our names, and base_model."""
     dropout_mode: str = "adapter"
     """What dropout means to the tool."""
+    methods: tuple[str, ...] = ("dora", "lora")
+    """Of the adapters that can be written."""
+    pipelines: bool = False
+    """Whether a file may hold adapters of several parts of a diffusion pipeline."""
+    own_settings: bool = False
+    """Whether doralib_config.json is kept beside it, for all that the files themselves have no word for."""
+    needs_weights: bool = False
+    """Whether writing takes the base model's weights: ``Hints.lengths``."""
+    variant_of: str | None = None
+    """The format whose names it has too; a file that both take for theirs is of this one."""
+    note: str = ""
+    """What the user of a written file has to know."""
 
 
-def refuse(what: str, problems: list[str]) -> None:
-    """Nothing, if there are no problems.
-
-    Raises:
-        DoraError: listing them.
-    """
-    if problems:
-        more = [f"... and {len(problems) - _MOST_LINES} more"] if len(problems) > _MOST_LINES else []
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise DoraError("\n  ".join([f"{what}: {count}", *problems[:_MOST_LINES], *more]))
-
-
-def only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("linear",)) -> None:
+def check_only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("linear",)) -> None:
     """Nothing, if the adapter is layers of these kinds alone, which is all that most tools' files can hold.
 
     Raises:
@@ -102,16 +101,16 @@ def only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("line
         )
 
 
-Parts = dict[str, dict[str, Tensor]]
+TensorsByLayer = dict[str, dict[str, Tensor]]
 
 
-def gathered(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> tuple[Parts, list[str]]:
+def group_by_layer(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> tuple[TensorsByLayer, list[str]]:
     """Tensors by layer and field, and a line for each that is neither.
 
     Args:
         fields: our field ("a", "b", "m", ...) by the ending of its key.
     """
-    parts: Parts = {}
+    parts: TensorsByLayer = {}
     problems = []
     endings = sorted(fields, key=len, reverse=True)
     for key, tensor in tensors.items():
@@ -126,8 +125,11 @@ def gathered(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> tuple[
     return parts, problems
 
 
-def layers_of(
-    parts: Parts, make: Callable[[str, dict[str, Tensor]], LayerAdapter], keys: Mapping[str, str], problems: list[str]
+def build_layers(
+    parts: TensorsByLayer,
+    make: Callable[[str, dict[str, Tensor]], LayerAdapter],
+    keys: Mapping[str, str],
+    problems: list[str],
 ) -> dict[str, LayerAdapter]:
     """Every layer that can be made; a line in ``problems`` for each that cannot.
 
@@ -153,7 +155,7 @@ def layers_of(
     return layers
 
 
-def refuse_missing(found: Mapping[str, Tensor], keys: Mapping[str, str], config: DoraConfig) -> None:
+def check_complete(found: Mapping[str, Tensor], keys: Mapping[str, str], config: DoraConfig) -> None:
     """Nothing, if a layer has all its tensors and none too many.
 
     Raises:
@@ -169,7 +171,7 @@ def refuse_missing(found: Mapping[str, Tensor], keys: Mapping[str, str], config:
         raise DoraError(f"lacks {', '.join(missing)}")
 
 
-def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapter]]:
+def unify_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapter]]:
     """The rank of all layers, and the layers; those of magnitude alone, which have none, get zeros of that rank.
 
     Raises:
@@ -188,7 +190,7 @@ def one_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAdapt
     return ranks[0], {name: of_that_rank(layer) for name, layer in state.layers.items()}
 
 
-def number(tensor: Tensor) -> float:
+def read_number(tensor: Tensor) -> float:
     """The value of a tensor that holds one, e.g. alpha.
 
     Raises:
@@ -199,14 +201,14 @@ def number(tensor: Tensor) -> float:
     return float(tensor)
 
 
-def alpha_of(adapter: LayerAdapter) -> float:
+def compute_alpha(adapter: LayerAdapter) -> float:
     """lora_alpha of a layer's own scale, whatever rule made it: alpha / r is the scale."""
     alpha = adapter.scale * adapter.rank
     nearest = round(alpha, 6)
     return nearest if abs(alpha - nearest) <= 1e-6 * abs(alpha) else alpha
 
 
-def beside_its_own_alpha(found: Found, alpha: float) -> Found:
+def check_alpha(found: ParsedAdapter, alpha: float) -> ParsedAdapter:
     """An adapter read with an alpha given for what it leaves unsaid; a note where some layers say another.
 
     Raises:
@@ -216,7 +218,7 @@ def beside_its_own_alpha(found: Found, alpha: float) -> Found:
     if found.config.has_bank or not layers:
         raise UsageError(f"--alpha {alpha:g}: no layer of this adapter is scaled by an alpha; leave --alpha out")
     rslora = found.config.use_rslora
-    own = [layer.scale * math.sqrt(layer.rank) if rslora else alpha_of(layer) for layer in layers.values()]
+    own = [layer.scale * math.sqrt(layer.rank) if rslora else compute_alpha(layer) for layer in layers.values()]
     others = [value for value in own if not math.isclose(value, alpha, rel_tol=1e-5)]
     stated = ", ".join(f"{value:g}" for value in sorted(set(others))[:5])
     # fused projections have an alpha of all parts' ranks together
@@ -231,11 +233,11 @@ def beside_its_own_alpha(found: Found, alpha: float) -> Found:
     return replace(found, notes=(*found.notes, note))
 
 
-def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfig:
+def make_config(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfig:
     """Settings that say of each layer what it is: the commonest rank and alpha, and patterns for the others."""
     ranks = {name: adapter.rank for name, adapter in layers.items()}
-    alphas = {name: alpha_of(adapter) for name, adapter in layers.items()}
-    r, alpha = commonest(ranks), commonest(alphas)
+    alphas = {name: compute_alpha(adapter) for name, adapter in layers.items()}
+    r, alpha = find_commonest(ranks), find_commonest(alphas)
     stacks = tuple(sorted(name for name, adapter in layers.items() if adapter.kind == "experts"))
     return DoraConfig(
         method="dora" if any(adapter.m_O is not None for adapter in layers.values()) else "lora",
@@ -249,6 +251,6 @@ def config_for(layers: Mapping[str, LayerAdapter], **settings: Any) -> DoraConfi
     )
 
 
-def commonest(values: Mapping[str, Any]) -> Any:
+def find_commonest(values: Mapping[str, Any]) -> Any:
     """The value that most names have; the first of equals."""
     return Counter(values.values()).most_common(1)[0][0]

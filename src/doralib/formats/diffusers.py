@@ -8,22 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, raise_problems
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import (
-    Content,
-    Found,
-    Given,
-    alpha_of,
-    commonest,
-    config_for,
-    gathered,
-    layers_of,
-    number,
-    only_layers,
-    refuse,
+    Hints,
+    ParsedAdapter,
+    RawAdapter,
+    build_layers,
+    check_only_layers,
+    compute_alpha,
+    find_commonest,
+    group_by_layer,
+    make_config,
+    read_number,
 )
-from .pipeline import COMPONENTS, component_of, guessed
+from .pipeline import COMPONENTS, find_component, guess_component
 
 METADATA = "lora_adapter_metadata"
 _FIELDS = {
@@ -45,76 +44,76 @@ _WRITTEN = {"unet": _KEYS, "transformer": _PEFT_KEYS}
 _TEXT_ENCODER = {**_PEFT_KEYS, "m": f"{MAGNITUDE}.weight"}
 
 
-def detect(content: Content) -> bool:
+def detect(raw: RawAdapter) -> bool:
     """Whether keys begin with a part of a pipeline, and a magnitude, if any, is PEFT's."""
-    keys = [key for key in content.tensors if ".lora" in key]
-    parts = METADATA in content.metadata or any(component_of(key) for key in keys)
-    return parts and bool(keys) and not any(key.endswith(".magnitude") for key in content.tensors)
+    keys = [key for key in raw.tensors if ".lora" in key]
+    parts = METADATA in raw.metadata or any(find_component(key) for key in keys)
+    return parts and bool(keys) and not any(key.endswith(".magnitude") for key in raw.tensors)
 
 
-def read(content: Content, given: Given) -> Found:
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """diffusers' adapter, names with their part in front; without metadata alpha is the rank, as diffusers takes it.
 
     Raises:
         DoraError: listing everything that does not belong.
     """
-    parts, problems = gathered(content.tensors, _FIELDS)
+    parts, problems = group_by_layer(raw.tensors, _FIELDS)
     problems += [
         f"{name}: begins with no part of a pipeline ({', '.join(COMPONENTS)})"
         for name in parts
-        if component_of(name) is None
+        if find_component(name) is None
     ]
-    settings, notes = _settings(content.metadata, parts, given)
+    settings, notes = _settings(raw.metadata, parts, hints)
     problems += _without_magnitude(parts, settings)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        own = settings.get(component_of(name) or "")
+        own = settings.get(find_component(name) or "")
         rank = part["a"].shape[0]
         if own is not None and own.rank_of(_inside(name)) != rank:
             raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(_inside(name))}")
         if "alpha" in part:
-            scale = number(part["alpha"]) / rank
+            scale = read_number(part["alpha"]) / rank
         else:
-            scale = (given.alpha or rank) / rank if own is None else own.scale_of(_inside(name))
+            scale = (hints.alpha or rank) / rank if own is None else own.scale_of(_inside(name))
         m_O = part["m"].flatten() if "m" in part else None
         return LayerAdapter(part["a"], part["b"], m_O, scale)
 
-    layers = layers_of(parts, layer, _KEYS, problems)
-    refuse("the diffusers adapter", problems)
+    layers = build_layers(parts, layer, _KEYS, problems)
+    raise_problems("the diffusers adapter", problems)
     dropout = max((own.lora_dropout for own in settings.values()), default=0.0)
-    return Found(config_for(layers, lora_dropout=dropout, dropout_mode="exact"), AdapterState(layers), notes)
+    return ParsedAdapter(make_config(layers, lora_dropout=dropout, dropout_mode="exact"), AdapterState(layers), notes)
 
 
-def write(config: DoraConfig, state: AdapterState, given: Given) -> Content:
+def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter for a pipeline's load_lora_weights, with the metadata without which diffusers forgets alpha.
 
     Raises:
         UsageError: if it cannot be told which part of a pipeline the layers belong to, or whole tensors were trained.
     """
-    only_layers(state, "diffusers", ("linear", "convolution"))
-    named = with_components(state, given)
+    check_only_layers(state, "diffusers", ("linear", "convolution"))
+    named = add_component(state, hints)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
-    for part in sorted({component_of(name) or "" for name in named}):
-        layers = {name: layer for name, layer in named.items() if component_of(name) == part}
+    for part in sorted({find_component(name) or "" for name in named}):
+        layers = {name: layer for name, layer in named.items() if find_component(name) == part}
         keys = _WRITTEN.get(part, _TEXT_ENCODER)
         for name, layer in layers.items():
             tensors |= {f"{name}.{keys['a']}": layer.a_RI, f"{name}.{keys['b']}": layer.b_OR}
             if layer.m_O is not None:
                 tensors[f"{name}.{keys['m']}"] = layer.m_O.reshape(magnitude_shape(layer))
         metadata |= {f"{part}.{field}": value for field, value in _lora_config(layers, config).items()}
-    return Content(tensors, {}, {METADATA: json.dumps(metadata, indent=2, sort_keys=True)})
+    return RawAdapter(tensors, {}, {METADATA: json.dumps(metadata, indent=2, sort_keys=True)})
 
 
-def with_components(state: AdapterState, given: Given) -> dict[str, LayerAdapter]:
+def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
     """Layers by names with their part of a pipeline in front.
 
     Raises:
         UsageError: if it cannot be told.
     """
-    if all(component_of(name) for name in state.layers):
+    if all(find_component(name) for name in state.layers):
         return dict(state.layers)
-    part = given.component or guessed(list(state.layers))
+    part = hints.component or guess_component(list(state.layers))
     if part not in COMPONENTS:
         raise UsageError(
             f"which part of a pipeline is {next(iter(state.layers))}? Give --component, one of {', '.join(COMPONENTS)}"
@@ -129,14 +128,14 @@ def magnitude_shape(layer: LayerAdapter) -> tuple[int, ...]:
 
 
 def _settings(
-    metadata: Mapping[str, str], parts: Mapping[str, Any], given: Given
+    metadata: Mapping[str, str], parts: Mapping[str, Any], hints: Hints
 ) -> tuple[dict[str, DoraConfig], tuple[str, ...]]:
     """Settings of each part, and what is assumed of parts that have none."""
     text = metadata.get(METADATA)
     if text is None:
         if all("alpha" in part for part in parts.values()):
             return {}, ()
-        taken = "the rank, as diffusers itself does" if given.alpha is None else f"{given.alpha:g}, as given"
+        taken = "the rank, as diffusers itself does" if hints.alpha is None else f"{hints.alpha:g}, as given"
         return {}, (f"the file says no alpha (no {METADATA}): taken as {taken}",)
     try:
         values = json.loads(text)
@@ -153,11 +152,11 @@ def _settings(
 
 
 def _without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, DoraConfig]) -> list[str]:
-    """Parts said to be DoRA that have no magnitude, which `layers_of` does not know."""
+    """Parts said to be DoRA that have no magnitude, which `build_layers` does not know."""
     return [
         f"{part}: use_dora is set, but there is not one {MAGNITUDE}"
         for part, config in settings.items()
-        if config.method == "dora" and not any("m" in parts[name] for name in parts if component_of(name) == part)
+        if config.method == "dora" and not any("m" in parts[name] for name in parts if find_component(name) == part)
     ]
 
 
@@ -165,8 +164,8 @@ def _lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict
     """What PEFT's LoraConfig needs to make these layers again."""
     inner = {_inside(name): layer for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in inner.items()}
-    alphas = {name: alpha_of(layer) for name, layer in inner.items()}
-    r, alpha = commonest(ranks), commonest(alphas)
+    alphas = {name: compute_alpha(layer) for name, layer in inner.items()}
+    r, alpha = find_commonest(ranks), find_commonest(alphas)
     return {
         "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,

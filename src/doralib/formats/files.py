@@ -15,9 +15,9 @@ from .. import files
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from ..state import AdapterState
-from . import detect, format_named, unlike
-from .base import Content, Format, Found, Given, beside_its_own_alpha, config_for
-from .pipeline import component_of, within
+from . import detect_format, explain_mismatch, find_format
+from .base import Format, Hints, ParsedAdapter, RawAdapter, check_alpha, make_config
+from .pipeline import find_component, strip_component
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -36,7 +36,7 @@ _OWN_SETTINGS = "doralib_config.json"
 _SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
 
 
-def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[Format, Found]:
+def read_any_format(path: str | Path, hints: Hints, named: str | None = None) -> tuple[Format, ParsedAdapter]:
     """The adapter in a file or folder, in whichever format it is.
 
     Args:
@@ -46,58 +46,58 @@ def read_any(path: str | Path, given: Given, named: str | None = None) -> tuple[
         UsageError: if there is no adapter, or what it leaves open has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
-    if given.alpha is not None and not 0 < given.alpha < math.inf:
-        raise UsageError(f"--alpha {given.alpha:g}: lora_alpha is a number above 0")
-    file = adapter_file(Path(path))
-    content = read_content(file)
-    form = format_named(named) if named else detect(content)
+    if hints.alpha is not None and not 0 < hints.alpha < math.inf:
+        raise UsageError(f"--alpha {hints.alpha:g}: lora_alpha is a number above 0")
+    file = find_adapter_file(Path(path))
+    raw = read_raw_adapter(file)
+    form = find_format(named) if named else detect_format(raw)
     try:
-        found = form.read(content, given)
+        found = form.read(raw, hints)
     except DoraError as error:
         # the details of a format that the file is not in would lead astray
-        if likely := unlike(form, content):
+        if likely := explain_mismatch(form, raw):
             raise UsageError(f"{file}: {likely}\n  read as {form.name}: {str(error).splitlines()[0]}") from None
         raise
-    if form.name == "peft" and content.own:
-        found = _with_own(found, content.own, file.parent)
-    return form, found if given.alpha is None else beside_its_own_alpha(found, given.alpha)
+    if form.own_settings and raw.own:
+        found = _with_own(found, raw.own, file.parent)
+    return form, found if hints.alpha is None else check_alpha(found, hints.alpha)
 
 
-def is_one_file(path: Path) -> bool:
+def is_tensors_file(path: Path) -> bool:
     """Whether a path's ending means a file of tensors and not a folder."""
     return path.suffix in (".safetensors", *_PICKLED)
 
 
-def holds_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
     """Whether a path means an adapter and not a model: a file of tensors, or a folder with an adapter's files."""
     if path.is_file():
-        return is_one_file(path)
+        return is_tensors_file(path)
     if (path / _SETTINGS).is_file():
         return True
     whole = (path / "config.json").is_file() or (path / "model_index.json").is_file()
     return not whole and (any((path / name).is_file() for name in _NAMES) or bool(_lone(path)))
 
 
-def base_named_by(path: Path) -> str | None:
+def find_base_name(path: Path) -> str | None:
     """The base model that the settings beside an adapter name, without reading the adapter.
 
     Raises:
         UsageError: if there is no adapter.
     """
-    file = adapter_file(path)
+    file = find_adapter_file(path)
     # beside a file of another name they may be another adapter's
     settings = _beside(file, _SETTINGS) if file.name in _NAMES else {}
     named = settings.get("base_model_name_or_path") or settings.get("model")  # the latter is MLX's
     return str(named) if named else None
 
 
-def one_part(found: Found, component: str | None) -> Found:
+def take_component(found: ParsedAdapter, component: str | None) -> ParsedAdapter:
     """For what knows one model and no pipelines: the layers of one part, by their names inside it.
 
     Raises:
         UsageError: if the adapter is of several parts and none is named, or of others.
     """
-    parts = {component_of(name) for name in found.state.layers}
+    parts = {find_component(name) for name in found.state.layers}
     if parts <= {None}:
         return found
     names = ", ".join(sorted(part for part in parts if part))
@@ -106,32 +106,34 @@ def one_part(found: Found, component: str | None) -> Found:
     part = component or next(iter(parts))
     if part not in parts:
         raise UsageError(f"--component {part}: the adapter is of {names}")
-    layers = {within(name, part): layer for name, layer in found.state.layers.items() if component_of(name) == part}
+    layers = {
+        strip_component(name, part): layer for name, layer in found.state.layers.items() if find_component(name) == part
+    }
     left = len(found.state.layers) - len(layers)
     notes = (f"{left} layers of other parts were not asked for, and are not taken along",) * bool(left)
     kept = ("lora_dropout", "dropout_mode", "detach_norm")
-    config = config_for(layers, **{name: getattr(found.config, name) for name in kept})
-    return Found(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
+    config = make_config(layers, **{name: getattr(found.config, name) for name in kept})
+    return ParsedAdapter(config, AdapterState(layers, {}, found.state.base_model), (*found.notes, *notes))
 
 
-def refuse_component(found: Found, component: str) -> None:
+def check_component(found: ParsedAdapter, component: str) -> None:
     """Nothing, if the layers' names begin with parts of a pipeline, one of which was asked for.
 
     Raises:
         UsageError: if there are none to choose from.
     """
-    if not any(map(component_of, found.state.layers)):
+    if not any(map(find_component, found.state.layers)):
         raise UsageError(f"--component {component}: no layer of this adapter is named by a part; leave --component out")
 
 
-def adapter_file(path: Path) -> Path:
+def find_adapter_file(path: Path) -> Path:
     """The file of tensors that a path means: itself, or the adapter in a folder.
 
     Raises:
         UsageError: if there is none, or several that could be.
     """
     if not path.is_dir():
-        return files.existing(path)
+        return files.find_file(path)
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
@@ -142,14 +144,14 @@ def adapter_file(path: Path) -> Path:
         raise UsageError(f"{path} holds several: {', '.join(file.name for file in lone)}; name one of them")
     if (path / "model" / "config.json").is_file():
         raise UsageError(f"{path} is a full fine-tune, which has no adapter; its whole model is {path / 'model'}")
-    raise UsageError(f"{path} holds no adapter: {files.names_in(path)}")
+    raise UsageError(f"{path} holds no adapter: {files.list_folder(path)}")
 
 
 def _lone(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("model")]
 
 
-def read_content(path: Path) -> Content:
+def read_raw_adapter(path: Path) -> RawAdapter:
     """The tensors of one file, the words in it and the settings beside it.
 
     Raises:
@@ -157,39 +159,39 @@ def read_content(path: Path) -> Content:
     """
     settings, own = (_beside(path, name) for name in (_SETTINGS, _OWN_SETTINGS))
     if path.suffix in _PICKLED:
-        return Content(_unpickled(path), settings, own=own)
+        return RawAdapter(_unpickled(path), settings, own=own)
     tensors = files.read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return Content(tensors, settings, metadata, own)
+    return RawAdapter(tensors, settings, metadata, own)
 
 
-def write_content(content: Content, into: Format, out: Path, *, overwrite: bool = False) -> Path:
+def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bool = False) -> Path:
     """Write a format's files into a folder, or to the one file that ``out`` names; returns the file of tensors.
 
     Raises:
         UsageError: if something stands there and is not to be overwritten, or the format needs a folder.
     """
-    lone = is_one_file(out)
+    lone = is_tensors_file(out)
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
-    if into.settings_file == "adapter_config.json" and (path.parent / "config.json").is_file():
+    if into.settings_file == _SETTINGS and (path.parent / "config.json").is_file():
         raise UsageError(
             f"{path.parent} is a model's folder, and transformers would load the model that an adapter in it names "
             "instead; choose a folder of its own for the adapter"
         )
-    beside = {path.parent / into.settings_file: content.settings} if into.settings_file else {}
-    if content.own:
-        beside[path.parent / _OWN_SETTINGS] = content.own
+    beside = {path.parent / into.settings_file: raw.settings} if into.settings_file else {}
+    if raw.own:
+        beside[path.parent / _OWN_SETTINGS] = raw.own
     there = [str(file) for file in (path, *beside) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
     if path.suffix in _PICKLED:
         with files.replacing(path) as part:
-            torch.save({name: tensor.detach().clone() for name, tensor in content.tensors.items()}, part)
+            torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
     else:
-        files.write_tensors(path, content.tensors, content.metadata)
+        files.write_tensors(path, raw.tensors, raw.metadata)
     for file, value in beside.items():
         files.write_json(file, dict(value))
     return path
@@ -200,7 +202,7 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     return dict(files.read_json(file)) if file.is_file() else {}
 
 
-def _with_own(found: Found, own: Mapping[str, Any], folder: Path) -> Found:
+def _with_own(found: ParsedAdapter, own: Mapping[str, Any], folder: Path) -> ParsedAdapter:
     """With the settings that PEFT's file has no word for, if they are this adapter's."""
     try:
         ours = DoraConfig(**own)
@@ -223,7 +225,7 @@ def _said(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """Tensors of a torch.save file, which may run nothing while it is read."""
-    files.existing(path)
+    files.find_file(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, nearest
+from ..errors import DoraError, UsageError, nearest, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, alpha_of, config_for, gathered, layers_of, number, only_layers, refuse
-from .pipeline import component_of, within
+from .base import (
+    Hints,
+    ParsedAdapter,
+    RawAdapter,
+    build_layers,
+    check_only_layers,
+    compute_alpha,
+    group_by_layer,
+    make_config,
+    read_number,
+)
+from .pipeline import find_component, strip_component
 
 _KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
 _FIELDS = {key: field for field, key in _KEYS.items()}
@@ -35,14 +45,14 @@ _PREFIX_OF = {
 _OTHER_KINDS = ("hada_", "lokr_", "oft_", "boft_", "glora_", "on_input", "diff", "w_norm", "b_norm")
 
 
-def detect(content: Content) -> bool:
+def detect(raw: RawAdapter) -> bool:
     """Whether keys are paths with underscores, as kohya's and LyCORIS'; ai-toolkit's say magnitude for dora_scale."""
-    heads = {key.split(".")[0] for key in content.tensors}
+    heads = {key.split(".")[0] for key in raw.tensors}
     ours = any(head.startswith(f"{prefix}_") for head in heads for prefix in PREFIXES)
-    return ours and not any(key.endswith(".magnitude") for key in content.tensors)
+    return ours and not any(key.endswith(".magnitude") for key in raw.tensors)
 
 
-def read(content: Content, given: Given) -> Found:
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """kohya's or LyCORIS' adapter, its names looked up among the base model's.
 
     Raises:
@@ -50,87 +60,87 @@ def read(content: Content, given: Given) -> Found:
         DoraError: listing every name that is not there or could be two modules, every magnitude along the input axis,
             and all else that does not belong.
     """
-    return read_fields(content, given, _KEYS, "the kohya / LyCORIS adapter")
+    return read_fields(raw, hints, _KEYS, "the kohya / LyCORIS adapter")
 
 
-def read_fields(content: Content, given: Given, keys: Mapping[str, str], title: str) -> Found:
+def read_fields(raw: RawAdapter, hints: Hints, keys: Mapping[str, str], title: str) -> ParsedAdapter:
     """The same, with the keys' endings by our field."""
-    refuse(title, _other_kinds(content.tensors))
-    parts, problems = gathered(content.tensors, {key: field for field, key in keys.items()})
-    names, unresolved = resolved(list(parts), given)
+    raise_problems(title, _other_kinds(raw.tensors))
+    parts, problems = group_by_layer(raw.tensors, {key: field for field, key in keys.items()})
+    names, unresolved = resolve_names(list(parts), hints)
     problems += unresolved
     without_alpha = [name for name, part in parts.items() if "alpha" not in part]
 
     def layer(_name: str, part: dict[str, Tensor]) -> LayerAdapter:
         a, b = _expanded(part)
-        alpha = number(part["alpha"]) if "alpha" in part else given.alpha or a.shape[0]
+        alpha = read_number(part["alpha"]) if "alpha" in part else hints.alpha or a.shape[0]
         m_O = part.get("m")
         if m_O is not None and keys["m"] == "dora_scale":  # a `magnitude` has one axis
-            m_O = lengths(m_O, b.shape[0], a.shape[1])
+            m_O = read_lengths(m_O, b.shape[0], a.shape[1])
         return LayerAdapter(a, b, m_O, alpha / a.shape[0])
 
-    layers = layers_of(parts, layer, keys, problems)
-    problems += _misfits({names[name]: layer for name, layer in layers.items() if name in names}, given)
-    refuse(title, problems)
+    layers = build_layers(parts, layer, keys, problems)
+    problems += _misfits({names[name]: layer for name, layer in layers.items() if name in names}, hints)
+    raise_problems(title, problems)
     renamed = {names[name]: layer for name, layer in layers.items()}
-    assumed = "the rank" if given.alpha is None else f"{given.alpha:g}, as given"
+    assumed = "the rank" if hints.alpha is None else f"{hints.alpha:g}, as given"
     notes = [f"{len(without_alpha)} layers have no alpha: taken as {assumed}"] if without_alpha else []
-    return Found(config_for(renamed, dropout_mode="adapter"), AdapterState(renamed), tuple(notes))
+    return ParsedAdapter(make_config(renamed, dropout_mode="adapter"), AdapterState(renamed), tuple(notes))
 
 
-def write(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
+def write(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter as kohya and LyCORIS (wd_on_output) write it.
 
     Raises:
         UsageError: if whole tensors were trained, or two names become the same with underscores.
     """
-    return write_fields(state, given, _KEYS)
+    return write_fields(state, hints, _KEYS)
 
 
-def write_fields(state: AdapterState, given: Given, keys: Mapping[str, str]) -> Content:
+def write_fields(state: AdapterState, hints: Hints, keys: Mapping[str, str]) -> RawAdapter:
     """The same, with the keys' endings by our field."""
-    only_layers(state, "kohya / LyCORIS", ("linear", "convolution"))
+    check_only_layers(state, "kohya / LyCORIS", ("linear", "convolution"))
     tensors: dict[str, Tensor] = {}
     # SD 1.5 and 2, of one text encoder, say lora_te; all later models lora_te1
-    parts = {component_of(name) for name in (*state.layers, *given.shapes)}
+    parts = {find_component(name) for name in (*state.layers, *hints.shapes)}
     alone = not parts & {"text_encoder_2", "text_encoder_3", "transformer"}
     for name, layer in state.layers.items():
-        key = underscored(name, given.component)
+        key = underscore_name(name, hints.component)
         key = key.replace("lora_te1_", "lora_te_", 1) if alone and key.startswith("lora_te1_") else key
         if f"{key}.{keys['a']}" in tensors:
             raise UsageError(f"{name} and another layer are both {key} in a file with underscores for dots")
         tensors[f"{key}.{keys['a']}"] = layer.a_RI
         tensors[f"{key}.{keys['b']}"] = layer.b_OR
-        tensors[f"{key}.{keys['alpha']}"] = torch.tensor(alpha_of(layer))
+        tensors[f"{key}.{keys['alpha']}"] = torch.tensor(compute_alpha(layer))
         if layer.m_O is not None:
             shape = (-1, *[1] * (layer.a_RI.dim() - 1))
             tensors[f"{key}.{keys['m']}"] = layer.m_O.reshape(shape if keys["m"] == "dora_scale" else (-1,))
     ranks = {layer.rank for layer in state.layers.values()}
-    alphas = {alpha_of(layer) for layer in state.layers.values()}
+    alphas = {compute_alpha(layer) for layer in state.layers.values()}
     metadata = {"ss_network_module": "lycoris.kohya", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
-    return Content(tensors, {}, metadata)
+    return RawAdapter(tensors, {}, metadata)
 
 
-def underscored(name: str, component: str | None) -> str:
+def underscore_name(name: str, component: str | None) -> str:
     """A module's key in a file of this kind."""
-    part = component_of(name) or component
+    part = find_component(name) or component
     prefix = _PREFIX_OF.get(part or "", "lycoris")
-    return f"{prefix}_{within(name, part)}".replace(".", "_")
+    return f"{prefix}_{strip_component(name, part)}".replace(".", "_")
 
 
-def resolved(keys: list[str], given: Given) -> tuple[dict[str, str], list[str]]:
+def resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[str]]:
     """Module names by keys with underscores, and a line for each that has none or several.
 
     Raises:
         UsageError: if there are no names to look among.
     """
-    if not given.shapes:
+    if not hints.shapes:
         raise UsageError(
             f"names like {keys[0] if keys else 'lora_unet_...'} have underscores for dots; which are which, only the "
             "base model's own names can say: give --base MODEL"
         )
     known: dict[str, list[str]] = defaultdict(list)
-    for module in given.shapes:
+    for module in hints.shapes:
         known[module.replace(".", "_")].append(module)
     names, problems = {}, []
     for key in keys:
@@ -151,7 +161,7 @@ def resolved(keys: list[str], given: Given) -> tuple[dict[str, str], list[str]]:
     return names, problems
 
 
-def lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
+def read_lengths(scale: Tensor, num_out: int, num_in: int) -> Tensor:
     """dora_scale as one length per output, (O,).
 
     Raises:
@@ -179,9 +189,9 @@ def _candidates(key: str, known: Mapping[str, list[str]]) -> list[str]:
         if not key.startswith(f"{prefix}_"):
             continue
         rest = key.removeprefix(f"{prefix}_")
-        inside = [name for part in parts for name in known.get(f"{part}_{rest}", []) if component_of(name) == part]
+        inside = [name for part in parts for name in known.get(f"{part}_{rest}", []) if find_component(name) == part]
         # a lone model's names have no component in front
-        alone = [name for name in known.get(rest, []) if component_of(name) is None or not parts]
+        alone = [name for name in known.get(rest, []) if find_component(name) is None or not parts]
         found += inside or alone
     return list(dict.fromkeys(found))
 
@@ -204,11 +214,11 @@ def _other_kinds(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{key}: LoHa, LoKr, OFT and full differences are not A and B of a LoRA" for key in found]
 
 
-def _misfits(layers: Mapping[str, LayerAdapter], given: Given) -> list[str]:
+def _misfits(layers: Mapping[str, LayerAdapter], hints: Hints) -> list[str]:
     return [
-        f"{name}: (out, in) {layer.shape} in the adapter, {tuple(given.shapes[name])} in the base model"
+        f"{name}: (out, in) {layer.shape} in the adapter, {tuple(hints.shapes[name])} in the base model"
         for name, layer in layers.items()
-        if tuple(given.shapes[name]) != layer.shape
+        if tuple(hints.shapes[name]) != layer.shape
     ]
 
 

@@ -5,56 +5,65 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
+from ..errors import DoraError, raise_problems
 from ..state import AdapterState, LayerAdapter
-from .base import Content, Found, Given, config_for, gathered, layers_of, one_rank, only_layers, refuse
+from .base import (
+    Hints,
+    ParsedAdapter,
+    RawAdapter,
+    build_layers,
+    check_only_layers,
+    group_by_layer,
+    make_config,
+    unify_rank,
+)
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
 _FIELDS = {key: field for field, key in _KEYS.items()}
 
 
-def detect(content: Content) -> bool:
+def detect(raw: RawAdapter) -> bool:
     """Whether it is MLX-LM's."""
-    return any(key.endswith(".lora_a") for key in content.tensors) or "fine_tune_type" in content.settings
+    return any(key.endswith(".lora_a") for key in raw.tensors) or "fine_tune_type" in raw.settings
 
 
-def read(content: Content, given: Given) -> Found:
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """MLX-LM's adapter; alpha is its scale times the rank.
 
     Raises:
         DoraError: listing everything that does not belong.
     """
-    kind = content.settings.get("fine_tune_type", "lora")
-    parameters = content.settings.get("lora_parameters") or {}
+    kind = raw.settings.get("fine_tune_type", "lora")
+    parameters = raw.settings.get("lora_parameters") or {}
     scale = parameters.get("scale")
     problems = [] if kind in ("dora", "lora") else [f"fine_tune_type is {kind!r}, which is no adapter"]
-    if scale is None and given.alpha is None:
+    if scale is None and hints.alpha is None:
         problems.append("adapter_config.json says no lora_parameters.scale; give --alpha (scale x rank)")
-    parts, unknown = gathered(content.tensors, _FIELDS)
+    parts, unknown = group_by_layer(raw.tensors, _FIELDS)
     problems += unknown + _not_as_said(kind, parts)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        s = scale if scale is not None else (given.alpha or 0) / part["b"].shape[0]
+        s = scale if scale is not None else (hints.alpha or 0) / part["b"].shape[0]
         if _is_embedding(name, part):  # MLX's rows are tokens there, and so are ours
             return LayerAdapter(part["b"], part["a"], part["m"], float(s), "token_embedding")
         return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s))
 
-    layers = layers_of(parts, layer, _KEYS, problems)
-    refuse("the MLX adapter", problems)
+    layers = build_layers(parts, layer, _KEYS, problems)
+    raise_problems("the MLX adapter", problems)
     axis = "token" if any(layer.kind == "token_embedding" for layer in layers.values()) else "dimension"
     dropout = float(parameters.get("dropout", 0.0))
-    config = config_for(layers, lora_dropout=dropout, dropout_mode="adapter", embedding_axis=axis)
-    return Found(config, AdapterState(layers, base_model=content.settings.get("model")))
+    config = make_config(layers, lora_dropout=dropout, dropout_mode="adapter", embedding_axis=axis)
+    return ParsedAdapter(config, AdapterState(layers, base_model=raw.settings.get("model")))
 
 
-def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
+def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
     """The adapter for MLX-LM, which has one rank for all layers; a scale of its own is folded into B.
 
     Raises:
         UsageError: if the ranks differ, or whole tensors were trained.
     """
-    only_layers(state, "MLX", ("linear", "token_embedding"))
-    rank, layers = one_rank(state, "MLX")
+    check_only_layers(state, "MLX", ("linear", "token_embedding"))
+    rank, layers = unify_rank(state, "MLX")
     scale = next(iter(layers.values())).scale
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -77,7 +86,7 @@ def write(config: DoraConfig, state: AdapterState, _given: Given) -> Content:
             "keys": sorted({_within_block(name) for name in state.layers}),
         },
     }
-    return Content(tensors, settings)
+    return RawAdapter(tensors, settings)
 
 
 def _not_as_said(kind: str, parts: dict[str, dict[str, Tensor]]) -> list[str]:

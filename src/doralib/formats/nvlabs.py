@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DoraError, nearest
+from ..errors import DoraError, nearest, raise_problems
 from ..state import MAGNITUDE
-from .base import Content, Found, Given, refuse
+from .base import Hints, ParsedAdapter, RawAdapter
 from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
@@ -19,53 +19,53 @@ _MAGNITUDE_ONLY = ("Wdecompose_target_modules", "wdecompose_target_modules")
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "base_model_name_or_path")
 
 
-def detect(content: Content) -> bool:
+def detect(raw: RawAdapter) -> bool:
     """Whether it is the official code's."""
-    keys = any("weight_m_wdecomp" in key for key in content.tensors)
-    return keys or content.settings.get("peft_type") == "DORA"
+    keys = any("weight_m_wdecomp" in key for key in raw.tensors)
+    return keys or raw.settings.get("peft_type") == "DORA"
 
 
-def read(content: Content, given: Given) -> Found:
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """The official code's adapter; modules of magnitude alone get A and B of rank 1 and zeros.
 
     Raises:
         DoraError: listing missing magnitudes (one of the forks' savers drops them), magnitude-only modules whose inputs
             no base model tells, and all else that does not belong.
     """
-    tensors = _plain_names(content.tensors)
+    tensors = _plain_names(raw.tensors)
     layers = {key.removesuffix(_A) for key in tensors if key.endswith(_A)}
     magnitudes = {key.removesuffix(_MAGNITUDE) for key in tensors if key.endswith(_MAGNITUDE)}
     alone = sorted(magnitudes - layers)
     problems = [f"{name}: lacks weight_m_wdecomp.weight; it cannot be guessed" for name in sorted(layers - magnitudes)]
-    problems += _dropped(content.settings, alone)
+    problems += _dropped(raw.settings, alone)
     problems += [
         f"{name}: its magnitude is {tuple(shape)}, not (out, 1)"
         for name in sorted(magnitudes)
         if len(shape := tensors[name + _MAGNITUDE].shape) != 2 or shape[1] != 1
     ]
-    if content.settings.get("enable_lora"):
+    if raw.settings.get("enable_lora"):
         problems.append("enable_lora: adapts slices of fused projections, which is not read")
     for name in alone:
         m_O1 = tensors[name + _MAGNITUDE]
         try:
-            num_in = _num_in(_inside(name), len(m_O1), given)
+            num_in = _num_in(_inside(name), len(m_O1), hints)
         except DoraError as error:
             problems.append(f"{name}: {error}")
             continue
         tensors |= {name + _A: m_O1.new_zeros(1, num_in), name + _B: m_O1.new_zeros(len(m_O1), 1)}
-    refuse("the NVlabs adapter", problems)
-    settings = _peft_settings(content.settings, given, tensors)
+    raise_problems("the NVlabs adapter", problems)
+    settings = _peft_settings(raw.settings, hints, tensors)
     short, whole = ([_inside(name) for name in names] for names in (alone, layers))
     config, state = from_peft(
         {_peft_key(key): tensor.flatten() if key.endswith(_MAGNITUDE) else tensor for key, tensor in tensors.items()},
         {**settings, "rank_pattern": dict.fromkeys(short, 1)},
     )
     own = {
-        "detach_norm": bool(content.settings.get("dora_simple", True)),
-        "magnitude_modules": _endings(content.settings, short, whole),
+        "detach_norm": bool(raw.settings.get("dora_simple", True)),
+        "magnitude_modules": _endings(raw.settings, short, whole),
         "rank_pattern": {},
     }
-    return Found(config.model_copy(update=own), state)
+    return ParsedAdapter(config.model_copy(update=own), state)
 
 
 def _dropped(settings: Mapping[str, Any], alone: list[str]) -> list[str]:
@@ -88,17 +88,17 @@ def _endings(settings: Mapping[str, Any], alone: list[str], layers: list[str]) -
     return tuple(_said(settings)) if said and just else tuple(alone)
 
 
-def _num_in(name: str, num_out: int, given: Given) -> int:
+def _num_in(name: str, num_out: int, hints: Hints) -> int:
     """Inputs of a module of which the file has the magnitude alone."""
-    if not given.shapes:
+    if not hints.shapes:
         raise DoraError("is magnitude-only; how many inputs it has only the base model says: give --base MODEL")
-    found = [each for each in given.shapes if f".{each}".endswith(f".{name}") or f".{name}".endswith(f".{each}")]
+    found = [each for each in hints.shapes if f".{each}".endswith(f".{name}") or f".{name}".endswith(f".{each}")]
     if not found:
-        near = nearest(name, given.shapes, count=1)
+        near = nearest(name, hints.shapes, count=1)
         raise DoraError("no module of the base model has this name" + (f" (the nearest is {near[0]})" if near else ""))
     if len(found) > 1:
         raise DoraError(f"could be {' or '.join(found)} of the base model")
-    shape = given.shapes[found[0]]
+    shape = hints.shapes[found[0]]
     if len(shape) != 2 or num_out not in shape:
         raise DoraError(f"has {num_out} magnitudes, the base model's weight is {tuple(shape)}")
     return shape[1] if shape[0] == num_out else shape[0]
@@ -119,13 +119,13 @@ def _peft_key(key: str) -> str:
     return key.removesuffix(_MAGNITUDE) + f".{MAGNITUDE}" if key.endswith(_MAGNITUDE) else key
 
 
-def _peft_settings(settings: Mapping[str, Any], given: Given, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    if not settings and given.alpha is None:
+def _peft_settings(settings: Mapping[str, Any], hints: Hints, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if not settings and hints.alpha is None:
         raise DoraError(
             "the NVlabs adapter has no adapter_config.json beside it, so lora_alpha is unknown; give --alpha"
         )
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(_A)}
     taken = {field: settings[field] for field in _TAKEN if settings.get(field) is not None}
-    if given.alpha is not None:
-        taken.setdefault("lora_alpha", given.alpha)
+    if hints.alpha is not None:
+        taken.setdefault("lora_alpha", hints.alpha)
     return {"r": min(ranks, default=8), **taken, "peft_type": "LORA", "use_dora": True}

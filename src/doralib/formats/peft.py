@@ -1,4 +1,4 @@
-"""PEFT: adapter_model.safetensors and adapter_config.json."""
+"""PEFT: adapter_model.safetensors and adapter_config.json, whose names and shapes other formats share."""
 
 import math
 import re
@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
+from ..errors import DoraError, raise_problems
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter
 from . import peft_experts as experts
-from .base import alpha_of, refuse_missing
+from .base import Hints, ParsedAdapter, RawAdapter, check_complete, compute_alpha
 from .peft_vera import TYPES, from_vera, to_vera
 
 _PEFT_PREFIX = "base_model.model."
@@ -57,6 +57,37 @@ _REFUSED = (
 _MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
 
+def detect(raw: RawAdapter) -> bool:
+    """Whether keys have PEFT's prefix, or settings are a LORA's that says use_dora."""
+    prefixed = any(key.startswith(_PEFT_PREFIX) for key in raw.tensors)
+    return prefixed or (raw.settings.get("peft_type") == "LORA" and "use_dora" in raw.settings)
+
+
+def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
+    """PEFT's adapter; what hand-written settings leave to PEFT's own defaults, which are not ours, is noted.
+
+    Raises:
+        DoraError: without settings, or listing every missing, extra and ill-shaped tensor.
+    """
+    settings = raw.settings
+    if not settings:
+        raise DoraError("PEFT's adapter_config.json is missing beside the tensors; without it alpha is unknown")
+    defaults: dict[str, float] = {"r": 8, "lora_alpha": 8 if hints.alpha is None else hints.alpha}
+    is_lora = settings.get("peft_type", "LORA") == "LORA"
+    unsaid = {field: value for field, value in defaults.items() if is_lora and settings.get(field) is None}
+    notes = tuple(
+        f"the settings do not say {field}: {value:g}, PEFT's default"
+        for field, value in unsaid.items()
+        if field != "lora_alpha" or hints.alpha is None
+    )
+    return ParsedAdapter(*from_peft(raw.tensors, {**settings, **unsaid}), notes)
+
+
+def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
+    """The adapter as PEFT writes it, and all our settings for doralib_config.json."""
+    return RawAdapter(*to_peft(config, state), own=config.model_dump(mode="json"))
+
+
 def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
     """PEFT's ``adapter_model.safetensors`` and ``adapter_config.json`` as ours.
 
@@ -88,8 +119,7 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     layers = _peft_layers(parts, kinds, config, problems)
     if not layers and not extra and not problems:
         problems.append("the file holds no tensor at all")
-    if problems:
-        raise DoraError(f"adapter: {len(problems)} problems\n  " + "\n  ".join(problems[:20]))
+    raise_problems("adapter", problems)
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
     return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
@@ -148,7 +178,7 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
     ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
     fused = {name: layer for name, layer in state.layers.items() if isinstance(layer.values, FusedValues)}
     alphas = {
-        name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else alpha_of(layer)
+        name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else compute_alpha(layer)
         for name, layer in fused.items()
     }
     kept = {name: r for name, r in config.rank_pattern.items() if name not in ranks}
@@ -156,12 +186,6 @@ def _patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[str, fl
         "rank_pattern": {**ranks, **kept},
         "alpha_pattern": {**alphas, **{name: a for name, a in config.alpha_pattern.items() if name not in alphas}},
     }
-
-
-def unsaid_in_peft(settings: Mapping[str, Any], alpha: float | None = None) -> dict[str, float]:
-    """What a hand-written ``adapter_config.json`` leaves to PEFT's own defaults, which are not ours."""
-    defaults: dict[str, float] = {"r": 8, "lora_alpha": 8 if alpha is None else alpha}
-    return {field: value for field, value in defaults.items() if settings.get(field) is None}
 
 
 def _peft_config(settings: Mapping[str, Any]) -> DoraConfig:
@@ -188,7 +212,7 @@ def _peft_layers(
     parts: Mapping[str, dict[str, Tensor]], kinds: Mapping[str, set[str]], config: DoraConfig, problems: list[str]
 ) -> dict[str, LayerAdapter]:
     """Every layer that can be made; a line in ``problems`` for each that cannot."""
-    stacks, unnamed = experts.names_of(parts, config)
+    stacks, unnamed = experts.find_names(parts, config)
     problems += unnamed
     layers: dict[str, LayerAdapter] = {}
     for key, found in parts.items():
@@ -206,7 +230,7 @@ def _peft_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
     if kind == "experts":
         return experts.read(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
-    refuse_missing(found, keys, config)
+    check_complete(found, keys, config)
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")

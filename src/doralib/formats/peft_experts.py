@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import MAGNITUDE, ExpertsValues, LayerAdapter
-from .base import refuse_missing
+from .base import check_complete
 
 # the order in which transformers' modules have them
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,7 +41,7 @@ def to_tensors(stacks: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:
     return tensors
 
 
-def names_of(places: Collection[str], config: DoraConfig) -> tuple[dict[str, str], list[str]]:
+def find_names(places: Collection[str], config: DoraConfig) -> tuple[dict[str, str], list[str]]:
     """The parameter's whole name for each place in PEFT's keys that is one, and a line for each that cannot be told."""
     names: dict[str, str] = {}
     depths = defaultdict(list)
@@ -77,7 +77,7 @@ def read(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> LayerAda
     Raises:
         DoraError: if a tensor is missing, too many or of another shape.
     """
-    refuse_missing(found, _KEYS, config)
+    check_complete(found, _KEYS, config)
     a, b, m, r = found["a_RI"], found["b_OR"], found.get("m_O"), config.rank_of(name)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] % r or a.shape[0] != b.shape[1]:
         raise DoraError(f"A {tuple(a.shape)} and B {tuple(b.shape)} are no stack of experts of rank {r}")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError
+from ..errors import DoraError, list_some, raise_problems
 from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
@@ -37,8 +37,7 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         parts.setdefault(layer, {})[field] = tensor
     needed = list(_FIELDS)[: 3 if method == "dvora" else 2]
     problems += [f"{layer}: lacks {field}" for layer, part in parts.items() for field in needed if field not in part]
-    if problems:
-        raise DoraError(f"adapter: {len(problems)} problems\n  " + "\n  ".join(problems[:20]))
+    raise_problems("adapter", problems)
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
     values |= {field: tuple(sorted(v)) for field, v in values.items() if isinstance(v, list | set)}
     config = DoraConfig(method=method, lora_dropout=settings.get("vera_dropout") or 0.0, dropout_mode="exact", **values)
@@ -62,7 +61,9 @@ def to_vera(
     tensors: dict[str, Tensor] = {}
     others = [name for name, layer in state.layers.items() if not isinstance(layer.values, BankValues)]
     if others or state.extra:
-        raise DoraError(f"{', '.join([*others, *state.extra][:5])}: a {config.method} adapter file has no place for it")
+        raise DoraError(
+            f"{list_some([*others, *state.extra], 5, ', ')}: a {config.method} adapter file has no place for it"
+        )
     for name, layer in state.layers.items():
         values = layer.values
         assert isinstance(values, BankValues)

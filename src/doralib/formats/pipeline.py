@@ -12,7 +12,7 @@ _INSIDE = {
 }
 
 
-def component_of(name: str) -> str | None:
+def find_component(name: str) -> str | None:
     """The part of a pipeline that a module's name begins with."""
     match = _COMPONENT.fullmatch(name)
     if match is None:
@@ -21,7 +21,7 @@ def component_of(name: str) -> str | None:
     return match[1] if _INSIDE[kind].fullmatch(match[2]) else None
 
 
-def guessed(names: list[str]) -> str | None:
+def guess_component(names: list[str]) -> str | None:
     """The part that modules without a part in front of their names must be of, where the names are telling."""
     if all(_INSIDE["unet"].fullmatch(name) for name in names):
         return "unet"
@@ -30,6 +30,6 @@ def guessed(names: list[str]) -> str | None:
     return None
 
 
-def within(name: str, component: str | None) -> str:
+def strip_component(name: str, component: str | None) -> str:
     """The name inside its part."""
     return name.removeprefix(f"{component}.") if component else name

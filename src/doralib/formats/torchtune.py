@@ -11,20 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError
+from ..errors import DoraError, UsageError, raise_problems
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import (
-    Content,
-    Found,
-    Given,
-    alpha_of,
-    commonest,
-    config_for,
-    gathered,
-    layers_of,
-    one_rank,
-    only_layers,
-    refuse,
+    Hints,
+    ParsedAdapter,
+    RawAdapter,
+    build_layers,
+    check_only_layers,
+    compute_alpha,
+    find_commonest,
+    group_by_layer,
+    make_config,
+    unify_rank,
 )
 from .peft import from_peft
 
@@ -50,34 +49,34 @@ _EXPORTED = f".{MAGNITUDE}"
 Reorder = Callable[[Tensor, int], Tensor]
 
 
-def detect_live(content: Content) -> bool:
+def detect_live(raw: RawAdapter) -> bool:
     """Whether it is torchtune's adapter_model.pt."""
-    return any(key.endswith(".lora_a.weight") for key in content.tensors)
+    return any(key.endswith(".lora_a.weight") for key in raw.tensors)
 
 
-def detect_export(content: Content) -> bool:
+def detect_export(raw: RawAdapter) -> bool:
     """Whether it is torchtune's export: PEFT's names with magnitudes, and settings without a word on use_dora."""
-    exported = any(key.startswith("base_model.model.") and key.endswith(_EXPORTED) for key in content.tensors)
-    settings = content.settings
+    exported = any(key.startswith("base_model.model.") and key.endswith(_EXPORTED) for key in raw.tensors)
+    settings = raw.settings
     return exported and settings.get("peft_type") == "LORA" and "use_dora" not in settings
 
 
-def read_live(content: Content, given: Given) -> Found:
+def read_live(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """torchtune's own checkpoint under transformers' names, rows of q and k in transformers' order.
 
     Raises:
         UsageError: if q or k is adapted and no base model is given to count heads in, or alpha is not known.
         DoraError: listing everything that does not belong.
     """
-    said = content.settings.get("lora_alpha")
-    alpha = given.alpha if said is None else said
+    said = raw.settings.get("lora_alpha")
+    alpha = hints.alpha if said is None else said
     if alpha is None:
         raise UsageError("there is no adapter_config.json beside adapter_model.pt to say lora_alpha; give --alpha")
-    parts, problems = gathered(content.tensors, _FIELDS)
+    parts, problems = group_by_layer(raw.tensors, _FIELDS)
     names = {name: _hf_name(name) for name in parts}
     problems += [f"{name}: is no linear layer of torchtune's decoders" for name, hf in names.items() if hf is None]
     turned = {hf: part for name, part in parts.items() if (hf := names[name]) is not None}
-    heads = _heads(list(turned), given)
+    heads = _heads(list(turned), hints)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
         turn = _turn(name, heads, _to_hf)
@@ -85,63 +84,63 @@ def read_live(content: Content, given: Given) -> Found:
             part["a"], turn(part["b"]), turn(part["m"]) if "m" in part else None, alpha / len(part["a"])
         )
 
-    layers = layers_of(turned, layer, _KEYS, problems)
-    refuse("the torchtune adapter", problems)
-    dropout = float(content.settings.get("lora_dropout", 0.0) or 0.0)
-    return Found(config_for(layers, lora_dropout=dropout, dropout_mode="adapter"), AdapterState(layers))
+    layers = build_layers(turned, layer, _KEYS, problems)
+    raise_problems("the torchtune adapter", problems)
+    dropout = float(raw.settings.get("lora_dropout", 0.0) or 0.0)
+    return ParsedAdapter(make_config(layers, lora_dropout=dropout, dropout_mode="adapter"), AdapterState(layers))
 
 
-def read_export(content: Content, given: Given) -> Found:
+def read_export(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """torchtune's PEFT-like export with use_dora restored and q and k put right.
 
     Raises:
         UsageError: if q or k is adapted and no base model is given to count heads in.
         DoraError: listing everything that does not belong.
     """
-    names = [key.removeprefix("base_model.model.").removesuffix(_EXPORTED) for key in content.tensors]
-    heads = _heads([name for name in names if _LAYER.fullmatch(name)], given)
-    as_is = given.config.get("model_type") in _AS_IS
+    names = [key.removeprefix("base_model.model.").removesuffix(_EXPORTED) for key in raw.tensors]
+    heads = _heads([name for name in names if _LAYER.fullmatch(name)], hints)
+    as_is = hints.config.get("model_type") in _AS_IS
     tensors = {}
-    for key, tensor in content.tensors.items():
+    for key, tensor in raw.tensors.items():
         name = key.removeprefix("base_model.model.")
         turned = tensor
         if not as_is and name.endswith(_EXPORTED):
             turned = _turn(name.removesuffix(_EXPORTED), heads, _to_hf)(tensor)
         elif as_is and name.endswith(".lora_B.weight"):
-            counts = _head_counts(given)
+            counts = _head_counts(hints)
             turned = _turn(name.removesuffix(".lora_B.weight"), counts, _from_hf)(tensor)
         tensors[key] = turned
-    config, state = from_peft(tensors, {**content.settings, "peft_type": "LORA", "use_dora": True})
+    config, state = from_peft(tensors, {**raw.settings, "peft_type": "LORA", "use_dora": True})
     config = config.model_copy(update={"dropout_mode": "adapter"})
     what = "B of q and k put back in order" if as_is else "magnitudes of q and k put in transformers' order"
     notes = ["torchtune's export forgets use_dora: set"] + [what] * any(map(_is_qk, state.layers))
-    return Found(config, state, tuple(notes))
+    return ParsedAdapter(config, state, tuple(notes))
 
 
-def write_live(_config: DoraConfig, state: AdapterState, given: Given) -> Content:
+def write_live(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter as torchtune's adapter_checkpoint.
 
     Raises:
         UsageError: for layers that torchtune's decoders do not have, several ranks, or q and k without a base model.
     """
-    only_layers(state, "torchtune")
+    check_only_layers(state, "torchtune")
     names = {name: _own_name(name) for name in state.layers}
     if unknown := [name for name, own in names.items() if own is None]:
         raise UsageError(f"torchtune's decoders have no layer for {', '.join(unknown[:5])}")
-    rank, layers = one_rank(state, "torchtune")
-    heads = _heads(list(layers), given)
-    alpha = commonest({name: alpha_of(layer) for name, layer in layers.items()})
+    rank, layers = unify_rank(state, "torchtune")
+    heads = _heads(list(layers), hints)
+    alpha = find_commonest({name: compute_alpha(layer) for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         turn = _turn(name, heads, _from_hf)
         # one alpha for all: a scale of its own goes into B
-        b_OR = layer.b_OR if alpha_of(layer) == alpha else layer.b_OR * (alpha_of(layer) / alpha)
+        b_OR = layer.b_OR if compute_alpha(layer) == alpha else layer.b_OR * (compute_alpha(layer) / alpha)
         tensors |= {f"{names[name]}.{_KEYS['a']}": layer.a_RI, f"{names[name]}.{_KEYS['b']}": turn(b_OR)}
         if layer.m_O is not None:
             tensors[f"{names[name]}.{_KEYS['m']}"] = turn(layer.m_O)
     targets = sorted({name.rpartition(".")[2] for name in state.layers})
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
-    return Content(tensors, settings)
+    return RawAdapter(tensors, settings)
 
 
 def _hf_name(own: str) -> str | None:
@@ -162,24 +161,24 @@ def _is_qk(name: str) -> bool:
     return name.endswith((".q_proj", ".k_proj"))
 
 
-def _heads(names: list[str], given: Given) -> dict[str, int]:
+def _heads(names: list[str], hints: Hints) -> dict[str, int]:
     """Heads by projection, where rows are in another order; empty where they are not."""
-    if not any(map(_is_qk, names)) or given.config.get("model_type") in _AS_IS:
+    if not any(map(_is_qk, names)) or hints.config.get("model_type") in _AS_IS:
         return {}
-    kind = given.config.get("model_type")
+    kind = hints.config.get("model_type")
     if kind not in _REORDERED:
         known = ", ".join(sorted(_REORDERED | _AS_IS))
-        found = f"the base is of type {kind!r}" if given.config else "no base model is given"
+        found = f"the base is of type {kind!r}" if hints.config else "no base model is given"
         raise UsageError(
             f"torchtune stores q_proj and k_proj with the rows of each head in another order, by the number of heads "
             f"and the kind of model: give --base MODEL of a known type ({known}); {found}"
         )
-    return _head_counts(given)
+    return _head_counts(hints)
 
 
-def _head_counts(given: Given) -> dict[str, int]:
-    heads = int(given.config["num_attention_heads"])
-    return {"q_proj": heads, "k_proj": int(given.config.get("num_key_value_heads") or heads)}
+def _head_counts(hints: Hints) -> dict[str, int]:
+    heads = int(hints.config["num_attention_heads"])
+    return {"q_proj": heads, "k_proj": int(hints.config.get("num_key_value_heads") or heads)}
 
 
 def _turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Tensor], Tensor]:

@@ -11,8 +11,8 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
+from ..kernels.cache import LayerCache
 from ..kernels.dropout import dropped
-from ..kernels.norm import FreshNorm
 from ..state import AdapterState, BankValues, LayerAdapter
 from .base.linear import Dense
 from .linear import DoraLinear
@@ -116,7 +116,7 @@ class DoraBank(AroundBase, DoraLinear):
         if self.base.kind != "linear":
             raise DoraError(f"{type(base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
         self.bank, self.d_initial = bank, config.d_initial
-        self.norm = FreshNorm(_Scaled(self.base, bank))
+        self.cache = LayerCache(_Scaled(self.base, bank))
         self._add_parameters(config.r, config)
 
     @property
@@ -145,9 +145,9 @@ class DoraBank(AroundBase, DoraLinear):
         if self.lora_magnitude_vector is None:
             return None
         if self.detach_norm:
-            return self.lora_magnitude_vector / self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
+            return self.lora_magnitude_vector / self.row_lengths()
         # not remembered: that would take both factors' memory for each layer
-        return self.lora_magnitude_vector / FreshNorm(self.base)(*self.factors, 1.0, detach=False)
+        return self.lora_magnitude_vector / LayerCache(self.base).norm(*self.factors, 1.0, detach=False)
 
     def around(self, y: Tensor, x: Tensor) -> Tensor:
         self.base.refuse_backward(x)
@@ -184,4 +184,4 @@ class DoraBank(AroundBase, DoraLinear):
             p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
 
     def row_lengths(self) -> Tensor:
-        return self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
+        return self.cache.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)

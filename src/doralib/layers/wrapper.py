@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..errors import DoraError
-from ..quantization import storage_of
+from ..quantization import find_storage
 from ..state import AdapterState, BankValues, FusedValues, LayerAdapter, MovedValues, Values, map_tensors
 
 
@@ -191,7 +191,7 @@ class TrainedCopy(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        if names := [type(m).__name__ for m in base_layer.modules() if storage_of(m) is not None]:
+        if names := [type(m).__name__ for m in base_layer.modules() if find_storage(m) is not None]:
             raise DoraError(f"modules_to_save: a {names[0]} is quantized and cannot be trained whole; adapt it instead")
         self.base_layer = base_layer.requires_grad_(False)
         self.trained = _copy_as_masters(base_layer)

@@ -12,7 +12,7 @@ from .bitsandbytes import Bits4, Bits8
 from .torchao import TorchAO, is_torchao
 
 
-def storage_of(module: nn.Module) -> Storage | None:
+def find_storage(module: nn.Module) -> Storage | None:
     """How this layer's weight is quantised, or None where it is not, or in a way that is not known here."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or "forward" in module.__dict__:
@@ -30,7 +30,7 @@ def storage_of(module: nn.Module) -> Storage | None:
 def keep_readable(model: nn.Module) -> None:
     """Stop every quantised layer of a model, adapted or not, from changing its own storage under a gradient's feet."""
     for module in model.modules():
-        storage = storage_of(module)
+        storage = find_storage(module)
         if storage is not None:
             storage.keep_readable()
 

@@ -43,7 +43,7 @@ class Storage:
         """All that the weight is made of."""
         raise NotImplementedError
 
-    def requantised(self, W_OI: Tensor) -> nn.Module:
+    def quantize_again(self, W_OI: Tensor) -> nn.Module:
         """A layer of the same kind and settings with another weight, quantised anew."""
         raise NotImplementedError
 

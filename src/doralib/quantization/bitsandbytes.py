@@ -112,9 +112,9 @@ class Bits4(Storage):
         state = self._state
         return [self.module.weight, state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
 
-    def requantised(self, W_OI: Tensor) -> nn.Module:
+    def quantize_again(self, W_OI: Tensor) -> nn.Module:
         old, settings = self.module.weight, ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        data, state = quantised_4bit(W_OI, self._state, nested=old.compress_statistics, storage=old.quant_storage)
+        data, state = quantize_4bit(W_OI, self._state, nested=old.compress_statistics, storage=old.quant_storage)
         kept = {name: getattr(old, name) for name in settings}
         module = self._copied(old)
         module.weight = type(old)(
@@ -173,7 +173,7 @@ def _unpack(weight: Any, state: Any) -> None:
     )
 
 
-def quantised_4bit(W_OI: Tensor, like: Any, *, nested: bool, storage: torch.dtype) -> tuple[Tensor, Any]:
+def quantize_4bit(W_OI: Tensor, like: Any, *, nested: bool, storage: torch.dtype) -> tuple[Tensor, Any]:
     """A packed weight and its QuantState, in the settings of another; quantised from float32."""
     data, state = _bnb().quantize_4bit(
         W_OI.float().contiguous(),
@@ -203,8 +203,8 @@ class Bits8(Storage):
             raise DoraError("a bitsandbytes int8 layer has lost its scales (SCB); load the model again")
         return [weight.data if CB is None else CB, SCB]
 
-    def requantised(self, W_OI: Tensor) -> nn.Module:
-        CB, SCB = quantised_8bit(W_OI)
+    def quantize_again(self, W_OI: Tensor) -> nn.Module:
+        CB, SCB = quantize_8bit(W_OI)
         weight = type(self.module.weight)(CB, requires_grad=False, has_fp16_weights=False, CB=CB, SCB=SCB)
         module = self._copied(weight)
         module.state = copy.copy(self.module.state)
@@ -212,7 +212,7 @@ class Bits8(Storage):
         return module
 
 
-def quantised_8bit(W_OI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_8bit(W_OI: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows and the largest value of each, through float16 as bitsandbytes does it.
 
     Raises:

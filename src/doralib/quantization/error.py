@@ -16,7 +16,7 @@ SWALLOWED = 0.5
 
 
 @dataclass(frozen=True)
-class Requantised:
+class QuantizationCost:
     """One layer, W before, V = g ∘ (W + s B A) as merged, Q what V became in the storage."""
 
     layer: str
@@ -29,7 +29,7 @@ class Requantised:
 
     @classmethod
     @torch.no_grad()
-    def measured(cls, layer: str, storage: str, W: Rows, V_OI: Tensor, Q: Rows) -> "Requantised":
+    def measure(cls, layer: str, storage: str, W: Rows, V_OI: Tensor, Q: Rows) -> "QuantizationCost":
         """Frobenius norms, by row blocks."""
         sums = torch.zeros(3, dtype=torch.float64)
         for rows in row_blocks(*V_OI.shape):
@@ -39,17 +39,17 @@ class Requantised:
         return cls(layer, storage, _over(error, change), _over(error, weight))
 
 
-def swallowed(layers: Sequence[Requantised]) -> bool:
+def is_change_lost(layers: Sequence[QuantizationCost]) -> bool:
     """Whether the storage's error drowns what was merged in."""
     return bool(layers) and median(layer.of_change for layer in layers) > SWALLOWED
 
 
-def worst(layers: Sequence[Requantised]) -> Requantised:
+def find_worst(layers: Sequence[QuantizationCost]) -> QuantizationCost:
     """The layer that lost most of its change."""
     return max(layers, key=lambda layer: layer.of_change)
 
 
-def table(layers: Sequence[Requantised]) -> str:
+def format_costs(layers: Sequence[QuantizationCost]) -> str:
     """A line for each kind of layer, q_proj and so on, with the worst layer of it."""
     kinds = defaultdict(list)
     for layer in layers:
@@ -58,7 +58,7 @@ def table(layers: Sequence[Requantised]) -> str:
     lines = ["requantisation error, median over the layers, as a share of the merged change and of the weight:"]
     for (kind, storage), group in kinds.items():
         change, weight = (median(getattr(layer, share) for layer in group) for share in ("of_change", "of_weight"))
-        bad = worst(group)
+        bad = find_worst(group)
         lines.append(
             f"  {kind:{width}}  x{len(group):<3} {storage}: {change:7.1%} of the change, {weight:6.2%} of the weight; "
             f"worst {bad.layer}, {bad.of_change:.1%} of its change"

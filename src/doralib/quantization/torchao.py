@@ -37,35 +37,35 @@ class TorchAO(Storage):
         return self.dtype
 
     def rows(self) -> Rows:
-        return dense_torchao(self.module.weight)
+        return dequantize_torchao(self.module.weight)
 
     def tensors(self) -> list[Tensor]:
         weight = self.module.weight
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
-    def requantised(self, W_OI: Tensor) -> nn.Module:
-        weight = nn.Parameter(requantised_torchao(self.module.weight, W_OI), requires_grad=False)
+    def quantize_again(self, W_OI: Tensor) -> nn.Module:
+        weight = nn.Parameter(quantize_torchao(self.module.weight, W_OI), requires_grad=False)
         module = self._copied(weight)
         module.__dict__.pop("extra_repr", None)  # transformers': bound to the old layer
         return module
 
 
-def dense_torchao(weight: Any) -> Tensor:
+def dequantize_torchao(weight: Any) -> Tensor:
     """The whole weight as a plain tensor of the dtype it stands for."""
     weight = weight.detach()
     dense: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     return dense
 
 
-def requantised_torchao(old: Any, W_OI: Tensor) -> Tensor:
+def quantize_torchao(old: Any, W_OI: Tensor) -> Tensor:
     """Another weight in the settings of a torchao tensor, by way of the dtype that it stands for.
 
     Raises:
         DoraError: if it is of a class that is not known here.
     """
-    make = _REQUANTISE.get(type(old).__name__)
+    make = _QUANTIZE.get(type(old).__name__)
     if make is None:
-        known = ", ".join(_REQUANTISE)
+        known = ", ".join(_QUANTIZE)
         raise DoraError(
             f"torchao {type(old).__name__}: doralib does not know how to quantise into it (known: {known}); merge into "
             "plain weights: doralib.merge(model, dequantise=True), or --dtype on the command line"
@@ -111,7 +111,7 @@ def _nf4(old: Any, W_OI: Tensor) -> Tensor:
     return type(old).from_tensor(W_OI, old.block_size, old.scaler_block_size)
 
 
-_REQUANTISE = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8, "NF4Tensor": _nf4}
+_QUANTIZE = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8, "NF4Tensor": _nf4}
 
 
 def _granularity(old: Any) -> Any:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 import yaml
 
 from .. import files
-from ..errors import DoraError, UsageError
+from ..errors import UsageError
 from ..recipe import Recipe
-from . import checkpointing as saving
+from . import checkpointing
+from .machine import cpu_name, package_versions
 
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
 
@@ -59,7 +59,7 @@ class RunFolder:
         return whole if whole.exists() else self.path / "adapter_model.safetensors"
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-        """Nothing, when this recipe may write here in this way.
+        """Check that this recipe may write here in this way.
 
         Raises:
             UsageError: if a run stands there and neither was asked for, or what was asked for cannot be.
@@ -95,11 +95,7 @@ class RunFolder:
     def _check_resume(self, recipe: Recipe) -> None:
         if not self.config.is_file():
             raise UsageError(f"--resume: there is no run at {self.path}; leave it out to start one")
-        try:
-            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise DoraError(f"{self.config} is damaged: {error}") from None
-        other = sorted(_differences(before, recipe.model_dump(mode="json")))
+        other = sorted(_differences(files.read_yaml(self.config), recipe.model_dump(mode="json")))
         other = [key for key in other if not key.startswith("eval.") and key != "out"]
         if other:
             raise UsageError(
@@ -108,9 +104,9 @@ class RunFolder:
             )
 
     def _how_far(self) -> str:
-        last = saving.newest(self.checkpoints)
+        last = checkpointing.find_newest(self.checkpoints)
         status = self.read(self.summary, {}).get("status", "not finished")
-        return f"{status}, " + (f"newest checkpoint at step {saving.step_of(last)}" if last else "no checkpoint")
+        return f"{status}, " + (f"newest checkpoint at step {checkpointing.step_of(last)}" if last else "no checkpoint")
 
 
 def environment() -> dict[str, Any]:
@@ -128,26 +124,13 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(_PACKAGES),
         "commit": commit,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:

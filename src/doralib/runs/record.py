@@ -1,14 +1,13 @@
 """What a run folder holds, as values; a missing or damaged file becomes a note, not an error."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DoraError
-from ..files import read_json
+from ..files import read_json, read_yaml
 
 Values = dict[str, Any]
 
@@ -45,7 +44,7 @@ def read_run(run: Path) -> RunRecord:
     samples = _checked(run / "samples.json", list, notes)
     return RunRecord(
         path=run,
-        config=_config(run / "config.yaml", notes),
+        config=_checked(run / "config.yaml", dict, notes, read_yaml),
         summary=_checked(run / "summary.json", dict, notes),
         results={when: _tasks(results.get(when)) for when in ("before", "after")},
         samples=[sample for sample in samples if isinstance(sample, dict)],
@@ -61,33 +60,18 @@ def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
 
 
-def _checked(path: Path, kind: type[Any], notes: list[str]) -> Any:
+def _checked(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
     if not path.exists():
         notes.append(f"{path.name} is missing.")
         return kind()
     try:
-        value = read_json(path)
+        value = read(path)
     except (DoraError, OSError) as error:
-        notes.append(f"{path.name} cannot be read: {error}.")
+        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
         return kind()
     if not isinstance(value, kind):
         notes.append(f"{path.name} does not hold what it should.")
         return kind()
-    return value
-
-
-def _config(path: Path, notes: list[str]) -> Values:
-    if not path.exists():
-        notes.append(f"{path.name} is missing.")
-        return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
-        return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} does not hold what it should.")
-        return {}
     return value
 
 

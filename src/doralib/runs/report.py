@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import UsageError
 from ..files import replacing
 from . import plots
-from .charts import Series, line_chart, number
-from .markup import Child, Markup, el, table
+from .charts import Series, line_chart, number_text
+from .markup import Child, Markup, el, html_table
 from .record import RunRecord, numbers, read_run
 from .report_results import confusion_section, results_section, wrong_section
 
@@ -80,7 +80,7 @@ def _title(record: RunRecord) -> str:
 
 def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
-    text, colour = _STATUS.get(str(status), (str(status), "bad"))
+    text, color = _STATUS.get(str(status), (str(status), "bad"))
     train = _at(record.config, "data", "train")
     r = _at(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
@@ -92,7 +92,7 @@ def _header(record: RunRecord) -> Markup:
     ]
     return el(
         "header",
-        el("div", text, class_=f"badge {colour}") if status else None,
+        el("div", text, class_=f"badge {color}") if status else None,
         el("h1", _title(record)),
         el("p", ", ".join(part for part in parts if part), class_="lead"),
     )
@@ -107,7 +107,7 @@ def _tiles(record: RunRecord) -> Markup | None:
         "time": _duration(s["seconds"]) if _is_number(s.get("seconds")) else None,
         "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
         "parameters trained": _big(trained) + share if trained and _is_number(trained) else None,
-        "evaluation loss" if record.evals else "last loss": number(losses[-1][1]) if losses else None,
+        "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
         "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
     }
     tiles = [el("div", el("span", name), el("b", value), class_="tile") for name, value in shown.items() if value]
@@ -155,7 +155,7 @@ def _rows_section(record: RunRecord) -> Markup | None:
     if not isinstance(dropped, dict) or not any(dropped.values()):
         return None
     rows: list[list[Child]] = [[reason, count] for reason, count in dropped.items()]
-    return _section("Rows left out", "", table(["reason", "rows"], rows, numbers=frozenset({1})))
+    return _section("Rows left out", "", html_table(["reason", "rows"], rows, numbers=frozenset({1})))
 
 
 def _configuration(record: RunRecord) -> Markup | None:

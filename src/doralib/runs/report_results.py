@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .charts import number
-from .markup import Child, Markup, el, joined, table
+from .charts import number_text
+from .markup import Child, Markup, el, html_table, join
 from .record import RunRecord, Values
 
 _SHARES = ("accuracy", "macro_f1")
@@ -37,7 +37,7 @@ class _Change:
         return self.after.value - self.before.value if self.before and self.after else None
 
     @property
-    def colour(self) -> str | None:
+    def color(self) -> str | None:
         """Green where it got better, red where worse."""
         if not self.difference:
             return None
@@ -85,7 +85,7 @@ def wrong_section(record: RunRecord) -> Markup | None:
                 for item in wrong
             ]
             title = el("summary", f"{task}: {len(wrong)} shown")
-            blocks.append(el("details", title, table(["prompt", "expected", "answered"], rows, "wrong")))
+            blocks.append(el("details", title, html_table(["prompt", "expected", "answered"], rows, "wrong")))
     if not blocks:
         return None
     return el("section", el("h2", "Wrong answers"), el("p", "After training, at most 20 of each task."), *blocks)
@@ -131,7 +131,7 @@ def _picture(changes: Sequence[_Change]) -> Markup | None:
     axis = el("div", *(el("span", f"{100 * t:.0f} %", style=f"left:{place(t)}") for t in ticks), class_="axis")
     keys = [el("span", el("i", class_=when), when) for when in ("before", "after") if _any(changes, when)]
     empty = el("span", class_="empty")
-    return joined(el("p", *keys, class_="keys"), *lines, el("div", empty, axis, empty, class_="change"))
+    return join(el("p", *keys, class_="keys"), *lines, el("div", empty, axis, empty, class_="change"))
 
 
 def _any(changes: Sequence[_Change], when: str) -> bool:
@@ -153,9 +153,7 @@ def _change_line(change: _Change, place: Any) -> Markup:
 def _verdict(change: _Change) -> Markup:
     shown = [_shown(change, when) for when in ("before", "after") if getattr(change, when)]
     difference = (
-        el("small", _difference(change), _unit(change), class_=change.colour)
-        if change.before and change.after
-        else None
+        el("small", _difference(change), _unit(change), class_=change.color) if change.before and change.after else None
     )
     return el("div", el("b", " \N{RIGHTWARDS ARROW} ".join(shown)), difference, class_="verdict")
 
@@ -174,19 +172,17 @@ def _table(changes: Sequence[_Change]) -> Markup:
         rows.append([*task, change.metric.replace("_", " "), *values, _difference_cell(change)])
         previous = change.task
     head: list[Child] = ["task", "rows", "metric", "before", "after", "change"]
-    return table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
+    return html_table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
 
 
 def _cell(metric: str, value: _Value | None) -> Child:
     if value is None:
         return "-"
-    return joined(_text(metric, value.value), el("small", f"{_bare(metric, value.low)} to {_bare(metric, value.high)}"))
+    return join(_text(metric, value.value), el("small", f"{_bare(metric, value.low)} to {_bare(metric, value.high)}"))
 
 
 def _difference_cell(change: _Change) -> Child:
-    return (
-        el("span", _difference(change), _unit(change), class_=change.colour) if change.difference is not None else "-"
-    )
+    return el("span", _difference(change), _unit(change), class_=change.color) if change.difference is not None else "-"
 
 
 def _difference(change: _Change) -> str:
@@ -201,11 +197,11 @@ def _unit(change: _Change) -> Markup | None:
 
 
 def _text(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric in _SHARES else number(value)
+    return f"{100 * value:.1f} %" if metric in _SHARES else number_text(value)
 
 
 def _bare(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric in _SHARES else number(value)
+    return f"{100 * value:.1f}" if metric in _SHARES else number_text(value)
 
 
 def _count(n: int | None) -> str:

@@ -1,5 +1,6 @@
 """How long it takes to put adapters on a model in the shape of LLaMA-3-8B, beside PEFT's get_peft_model."""
 
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...console import console
-from ...files import human
+from ...files import format_bytes
 from .counting import allocations, peak
 from .measure import Turn, interleave, spread
 from .options import AdaptOptions
-from .subjects import SUBJECTS, TARGETS, Adapter, share
+from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
 from .tables import Bar, Bars, Goal, Report, Table, ms
+
+log = logging.getLogger(__name__)
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
 PASS = "one pass"
@@ -25,12 +27,12 @@ _SECONDS = 10.0
 
 def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
-    adapter = Adapter(options.r)
-    console.print("adapt: meta")
+    adapter = AdapterSettings(options.r)
+    log.info("adapt: meta")
     cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
     if count:
-        console.print(f"adapt: {count} real layers")
+        log.info(f"adapt: {count} real layers")
         cases.append(_case("real", _llama(options, count, vocab=256, real=True), adapter, options))
     bars = Bars("Putting adapters on", "seconds", line=None)
     bars.groups = {
@@ -52,7 +54,7 @@ def bench_adapt(options: AdaptOptions) -> Report:
     )
 
 
-def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -> dict[str, Any]:
+def _case(kind: str, base: nn.Module, adapter: AdapterSettings, options: AdaptOptions) -> dict[str, Any]:
     failed: dict[str, str] = {}
     turns: dict[str, Turn] = {PASS: Turn(lambda: _one_pass(base))} if kind == "real" else {}
     workers = {}
@@ -86,13 +88,15 @@ def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -
 class _Worker:
     """One method; each call on modules of its own around the same weights."""
 
-    def __init__(self, base: nn.Module, method: Callable[[nn.Module, Adapter], nn.Module], adapter: Adapter) -> None:
+    def __init__(
+        self, base: nn.Module, method: Callable[[nn.Module, AdapterSettings], nn.Module], adapter: AdapterSettings
+    ) -> None:
         self.base, self.method, self.adapter = base, method, adapter
         self.model: nn.Module | None = None
 
     def prepare(self) -> None:
         """A model without an adapter."""
-        self.model = share(self.base)
+        self.model = share_weights(self.base)
 
     def run(self) -> None:
         """Put it on."""
@@ -137,7 +141,9 @@ def _one_pass(base: nn.Module) -> None:
 
 
 def _table(case: dict[str, Any]) -> Table:
-    title = f"{case['name']}, {human(case['settings']['bytes'])} in {case['settings']['adapted']} adapted weights"
+    title = (
+        f"{case['name']}, {format_bytes(case['settings']['bytes'])} in {case['settings']['adapted']} adapted weights"
+    )
     table = Table(title, ["subject", "median ms", "quartiles", "peak of new memory", "/ the same of PEFT"])
     for name, seconds in case["seconds"].items():
         ratio = case["ratios"].get(f"{name} / {name.replace('ours', 'peft')}")
@@ -147,7 +153,7 @@ def _table(case: dict[str, Any]) -> Table:
                 name,
                 ms(seconds["median"]),
                 f"{ms(seconds['low'])} to {ms(seconds['high'])}",
-                "" if memory is None else human(memory),
+                "" if memory is None else format_bytes(memory),
                 f"{ratio['median']:.3f}" if ratio else "",
             ]
         )

@@ -1,20 +1,22 @@
 """One adapted layer: time, matrix products, memory kept for the backward pass, largest temporary of a norm refresh."""
 
+import logging
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...console import console
-from ...files import human
+from ...files import format_bytes
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
 from .measure import Turn, interleave
 from .options import LayerOptions, batch_of, sizes
-from .subjects import Adapter, build, known, nudge, pairs, usual
+from .subjects import AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
 from .tables import ms as milliseconds
+
+log = logging.getLogger(__name__)
 
 _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
@@ -56,13 +58,13 @@ class Pass:
 
 def bench_layer(options: LayerOptions) -> Report:
     """Forward and backward after an optimiser step, for every shape, dtype, number of tokens and dropout."""
-    known(options.subjects or [])
+    check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("One layer, forward and backward, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
     for shape, dtype, tokens, dropout in product(options.shapes, options.dtype, options.tokens, options.dropout):
         settings = {"shape": shape, "dtype": dtype, "tokens": tokens, "dropout": dropout, "r": options.r}
         name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        console.print(f"layer: {name}")
+        log.info(f"layer: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)
         bars.groups[name] = ratio_bars(case)
@@ -107,8 +109,8 @@ def _case(settings: dict[str, Any], options: LayerOptions) -> dict[str, Any]:
     N, dtype = rows[0] * rows[1], getattr(torch, settings["dtype"])
     torch.manual_seed(0)
     base, x, dy = OneLayer(O, I, dtype), torch.randn(N, I).to(dtype), torch.randn(N, O).to(dtype)
-    adapter = Adapter(options.r, settings["dropout"], ("proj",))
-    names = list(options.subjects or usual(settings["dtype"], settings["dropout"]))
+    adapter = AdapterSettings(options.r, settings["dropout"], ("proj",))
+    names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
     models = {name: build(name, base, adapter) for name in names}
     passes = {name: Pass(model, x, dy) for name, model in models.items()}
     turns = {name: Turn(each, each.after_optimizer_step) for name, each in passes.items()}
@@ -130,9 +132,9 @@ def _count_table(case: dict[str, Any]) -> Table:
                 milliseconds(case["seconds"][name]["median"]),
                 f"{fresh['calls']} / {again['calls']}",
                 f"{fresh['flops'] / 1e9:.3g} / {again['flops'] / 1e9:.3g}",
-                human(saved["with_output"]),
-                human(saved["without_output"]),
-                human(found["largest temporary"]),
+                format_bytes(saved["with_output"]),
+                format_bytes(saved["without_output"]),
+                format_bytes(found["largest temporary"]),
             ]
         )
     return table

@@ -5,7 +5,6 @@ the ratio of two medians.
 """
 
 import gc
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ...runs.machine import cpu_name, package_versions
 
 PACKAGES = ("doralib", "torch", "transformers", "peft")
 
@@ -85,16 +86,16 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "low": low, "high": high, "min": min(values), "all": list(values)}
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(PACKAGES),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()),
     }
@@ -139,17 +140,3 @@ def _timed(turn: Turn) -> float:
         return time.perf_counter() - start
     finally:
         gc.enable()
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,7 @@
 """Merging a checkpoint in the shape of LLaMA-3-8B: time beside plain copying, memory beside PEFT's route."""
 
 import json
+import logging
 import shutil
 import statistics
 import subprocess
@@ -13,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.safetensors import Slot, laid_out, write_at
+from ...checkpoints.safetensors import Slot, lay_out, write_at
 from ...config import DoraConfig
-from ...console import console
 from ...errors import DoraError
-from ...files import free_bytes, human, replacing, write_json, write_tensors
+from ...files import format_bytes, free_bytes, replacing, write_json, write_tensors
 from ...formats.peft import to_peft
 from ...functional import BLOCK_ELEMENTS, row_blocks
 from ...state import AdapterState, LayerAdapter
 from .measure import spread
 from .options import MergeOptions
 from .tables import Bar, Bars, Goal, Report, Table
+
+log = logging.getLogger(__name__)
 
 HIDDEN, INNER, KV, VOCAB, LAYERS = 4096, 14336, 1024, 128256, 32
 PROJECTIONS = {
@@ -37,21 +39,23 @@ PROJECTIONS = {
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 SHARD_BYTES = 5 * 10**9
+_PEAK_BYTES = 2e9
+_COPY, _OURS = "copy", "doralib"
 RANK = 16
-_OURS = """
+_MERGING = """
 import sys
 from pathlib import Path
-from doralib.merging import merge_checkpoint
+from doralib import merge_checkpoint
 merge_checkpoint(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
 """
-_PEFT = """
+_PEFT_MERGING = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto")
 PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="5GB")
 """
-_COPY = """
+_COPYING = """
 import shutil, sys
 shutil.copytree(sys.argv[2], sys.argv[3])
 """
@@ -85,11 +89,11 @@ def bench_merge(scale_gb: float, out: Path, *, rounds: int = 3, peft_gb: float =
     report: dict[str, Any] = {
         "shape": "LLaMA-3-8B, bfloat16, random weights",
         "adapter": f"DoRA r {RANK} on {', '.join(TARGETS)}",
-        "whole": _measured({"copy": _COPY, "doralib": _OURS}, layers, out, rounds),
+        "whole": _measured({_COPY: _COPYING, _OURS: _MERGING}, layers, out, rounds),
         "threads": torch.get_num_threads(),
     }
     if peft_gb:
-        report["beside PEFT"] = _measured({"copy": _COPY, "doralib": _OURS, "PEFT": _PEFT}, small, out, rounds)
+        report["beside PEFT"] = _measured({_COPY: _COPYING, _OURS: _MERGING, "PEFT": _PEFT_MERGING}, small, out, rounds)
     return report
 
 
@@ -97,9 +101,8 @@ def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> di
     base, adapter = write_model(out / f"llama-{layers}-layers", layers)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if free_bytes(out) < 1.1 * size:
-        raise DoraError(
-            f"merging needs {human(size)} more in {out}, {human(free_bytes(out))} are free; ask for less GB"
-        )
+        need, free = format_bytes(size), format_bytes(free_bytes(out))
+        raise DoraError(f"merging needs {need} more in {out}, {free} are free; ask for less GB")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in routes}
     for turn in range(rounds):
         # each goes first in turn: the first to read finds less in the page cache
@@ -178,7 +181,7 @@ def _write_base(base: Path, layers: int) -> None:
 
 
 def _write_shard(path: Path, slots: list[Slot]) -> None:
-    header, placed = laid_out(slots, path, {"format": "pt"})
+    header, placed = lay_out(slots, path, {"format": "pt"})
     path.write_bytes(header)
     # the same noise in every block: neither copying nor merging looks at the numbers
     noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()
@@ -222,13 +225,9 @@ def _layer(out: int, in_: int) -> LayerAdapter:
     return LayerAdapter(a_RI, b_OR, m_O, 2.0)
 
 
-_COPY, _OURS = "copy", "doralib"
-_PEAK_BYTES = 2e9
-
-
 def report_merge(options: MergeOptions) -> Report:
     """Merging a checkpoint of LLaMA-3-8B's shapes beside copying it and beside PEFT."""
-    console.print(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
+    log.info(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
     if options.work is not None:
         folder = Path(options.work)
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +263,7 @@ def _is_case(value: Any) -> bool:
 
 
 def _name(part: str, case: dict[str, Any]) -> str:
-    return f"{part}: {case['layers']} of {case['of']} layers, {human(case['bytes'])}"
+    return f"{part}: {case['layers']} of {case['of']} layers, {format_bytes(case['bytes'])}"
 
 
 def _bars(case: dict[str, Any]) -> list[Bar]:
@@ -283,7 +282,7 @@ def _table(case: dict[str, Any]) -> Table:
             [
                 name,
                 f"{medians['seconds']:.1f}",
-                human(round(medians["peak"])),
+                format_bytes(round(medians["peak"])),
                 f"{case['time_over_copy'][name]:.2f}",
                 f"{case['unsynced_time_over_copy'][name]:.2f}",
             ]

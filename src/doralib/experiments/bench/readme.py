@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ...files import human, read_json, replacing
+from ...files import format_bytes, read_json, replacing
 from .adapt import PASS
 from .runner import BENCHES
 
@@ -121,7 +121,7 @@ def _values(cases: list[dict[str, Any]], name: str) -> dict[str, str]:
         values = {subject: _seconds(found["median"]) for subject, found in case["seconds"].items()}
         return values | {f"{PASS} over the weights": values[PASS]} if PASS in values else values
     measure = name.removeprefix(f"{case['name']}, ").replace(" ", "_")
-    return {subject: human(found["median"]) for subject, found in case["bytes"].get(measure, {}).items()}
+    return {subject: format_bytes(found["median"]) for subject, found in case["bytes"].get(measure, {}).items()}
 
 
 def _command(report: dict[str, Any]) -> str:
@@ -145,7 +145,7 @@ def _machine(reports: Sequence[dict[str, Any]]) -> str:
 
 def _amount(what: str, value: float) -> str:
     """Bytes or seconds."""
-    return human(round(value)) if "bytes" in what else _seconds(value)
+    return format_bytes(round(value)) if "bytes" in what else _seconds(value)
 
 
 def _figure(value: float) -> str:

@@ -137,4 +137,4 @@ class Quantized(Opaque):
 
     def with_weight(self, W_OI: Tensor) -> nn.Module:
         """A layer of the same kind and settings, quantized anew from this weight."""
-        return self.storage.requantised(W_OI)
+        return self.storage.quantize_again(W_OI)

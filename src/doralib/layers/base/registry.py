@@ -9,7 +9,7 @@ registered still trains, through its own module call (`Opaque`).
 import torch
 from torch import Tensor, nn
 
-from ...quantization import storage_of
+from ...quantization import find_storage
 from .convolution import Convolution, TransposedConvolution
 from .embedding import Embedding
 from .linear import Dense as Dense
@@ -31,7 +31,7 @@ def open_base(module: nn.Module) -> Dense | None:
     The nearest registered ancestor wins, unless the class below it computes in its own way: then the layer's weight
     need not be what its product says, and it is `Opaque`, or None where the layer is not linear.
     """
-    quantized = storage_of(module)
+    quantized = find_storage(module)
     if quantized is not None:
         return Quantized(module, quantized)
     for cls in type(module).__mro__:
