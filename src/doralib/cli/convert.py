@@ -3,14 +3,14 @@
 from rich.console import Group
 from rich.table import Table
 
-from ..checkpoints.convert import Conversion, Request, convert_adapter
+from ..checkpoints.convert import Conversion, ConversionRequest, convert_adapter
 from ..console import console
 
 # of a layer's change, in Frobenius norm: above it the LoRA is another adapter
 _BAD = 0.1
 
 
-def convert(request: Request) -> Conversion:
+def convert(request: ConversionRequest) -> Conversion:
     """Convert, and tell the user what was done and assumed.
 
     Raises:

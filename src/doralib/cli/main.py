@@ -230,13 +230,13 @@ def convert(
 
     Any known format as any other, or as the nearest plain LoRA.
     """
-    from ..checkpoints.convert import Request
+    from ..checkpoints.convert import ConversionRequest
     from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
     from .convert import convert as run
 
     given = Hints(alpha=alpha, component=component)
-    run(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
+    run(ConversionRequest(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
 
 
 @app.command()
