@@ -123,11 +123,7 @@ def convert_adapter(request: ConversionRequest) -> Conversion:
 
 
 def _check(request: ConversionRequest) -> None:
-    """Check what the request alone can tell.
-
-    Raises:
-        UsageError: if it cannot be right.
-    """
+    """Raise UsageError for a request that cannot be right, whatever the adapter is."""
     check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
