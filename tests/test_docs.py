@@ -99,7 +99,7 @@ def test_readmes_recipe_and_commands_run(run, hub, tmp_path, monkeypatch):
 def test_yaml_is_a_recipe_a_part_of_one_or_a_task(page, tmp_path, monkeypatch):
     from doralib.evaluation.task_file import load_tasks
     from doralib.recipe import Recipe
-    from doralib.training.arguments import check
+    from doralib.training.arguments import check_arguments
 
     monkeypatch.chdir(tmp_path)
     whole = {"model": {"path": MODEL}, "data": {"train": "t.jsonl", "validation": 0.1}, "out": "runs/x"}
@@ -113,7 +113,7 @@ def test_yaml_is_a_recipe_a_part_of_one_or_a_task(page, tmp_path, monkeypatch):
         given = {
             key: {**whole.get(key, {}), **value} if isinstance(value, dict) else value for key, value in values.items()
         }
-        check(Recipe(**{**whole, **given}))
+        check_arguments(Recipe(**{**whole, **given}))
 
 
 @each_page

@@ -15,6 +15,8 @@ from torch import Tensor
 
 # rows are taken in blocks of this many elements: 4 MiB of float32 stay in a core's cache
 BLOCK_ELEMENTS = 1 << 20
+# bytes: torch's own tensors on a CPU begin at a multiple of this
+ALIGNMENT = 64
 # where the terms of the expanded square are more than this times their sum, rounding has eaten 3 of its bits
 CANCELLATION = 8.0
 # above this n² / |w|² they are not: the larger root of 8 n² = 1 + (1 + n)², squared
@@ -204,14 +206,33 @@ def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: 
 def effective_weight(W_OI: Tensor, a_RI: Tensor, gsb_OR: Tensor, gain_O: Tensor | None) -> Tensor:
     """``g ∘ (W + s B A)``, (O, I), in W's dtype; W itself, bit for bit, where g = 1 and B A = 0.
 
+    It is laid out and aligned as W is: then a product with it has the bits of the same product with W.
+
     Args:
         a_RI: In W's dtype, and so is gsb_OR.
         gsb_OR: ``s g ∘ B``.
         gain_O: None for LoRA.
     """
+    V_OI = _empty_as(W_OI)
     if gain_O is None:
-        return torch.addmm(W_OI, gsb_OR, a_RI)
-    return (W_OI * gain_O.to(W_OI.dtype)[:, None]).addmm_(gsb_OR, a_RI)
+        V_OI.copy_(W_OI)
+    else:
+        torch.mul(W_OI, gain_O.to(W_OI.dtype)[:, None], out=V_OI)
+    return V_OI.addmm_(gsb_OR, a_RI)
+
+
+def _empty_as(W_OI: Tensor) -> Tensor:
+    """An empty tensor with W's strides and, where W is in one piece, its alignment.
+
+    A weight that is mapped from a file may lie at any address, and a CPU's product can take another way there.
+    """
+    offset = W_OI.data_ptr() % ALIGNMENT
+    in_one_piece = W_OI.is_contiguous() or W_OI.t().is_contiguous()
+    if not offset or not in_one_piece:
+        return torch.empty_like(W_OI)
+    memory = W_OI.new_empty(W_OI.numel() + ALIGNMENT // W_OI.itemsize)
+    start = (offset - memory.data_ptr()) % ALIGNMENT // W_OI.itemsize
+    return memory.as_strided(W_OI.shape, W_OI.stride(), start)
 
 
 @torch.no_grad()

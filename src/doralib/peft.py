@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .kernels.cache import Kept, meet
-from .kernels.dispatch import dora_linear, on_gpu
+from .kernels import eager
+from .kernels.cache import Group, LayerCache
+from .kernels.dispatch import on_gpu
 from .kernels.dropout import draw
-from .kernels.eager import infer
-from .kernels.norm import FreshNorm
 from .layers.base.linear import Dense
 from .layers.base.opaque import Opaque
 from .layers.base.registry import open_base
@@ -49,7 +48,7 @@ def accelerate(peft_model: Model) -> Model:
             fast = _Fast(layer)
             layer.__dict__[_TAKEN] = fast
             layer.__dict__["forward"] = fast.forward
-    meet(layer.__dict__[_TAKEN].kept for layer in layers.values())
+    Group(layer.__dict__[_TAKEN].cache for layer in layers.values())
     return peft_model
 
 
@@ -69,8 +68,7 @@ class _Fast:
         base = open_base(layer.base_layer)  # type: ignore[arg-type]
         assert base is not None
         self.base: Dense = base
-        self.norm = FreshNorm(base)
-        self.kept = Kept(self.norm)
+        self.cache = LayerCache(base)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
@@ -103,11 +101,13 @@ class _Fast:
         W_OI = W_OI.to(x.dtype)
         bias_O, dropout = self.base.bias, draw(x, p, exact=True) if p else None
         if not x.is_cpu:
-            return dora_linear(x, W_OI, A, B, m / self.norm(A, B, s, detach=True), s, bias_O, dropout)
-        ready = self.kept((A, B, m), s, bias_O, x.dtype)
+            return (on_gpu(x) or eager).dora_linear(
+                x, W_OI, A, B, m / self.cache.norm(A, B, s, detach=True), s, bias_O, dropout
+            )
+        operands = self.cache.operands(A, B, m, s, bias_O, x.dtype)
         if dropout is None and not torch.is_grad_enabled():
-            return infer(x, W_OI, ready, None if bias_O is None else bias_O.to(x.dtype))
-        return dora_linear(x, W_OI, A, B, m, s, bias_O, dropout, ready)
+            return eager.infer(x, W_OI, operands, None if bias_O is None else bias_O.to(x.dtype))
+        return eager.apply_operands(x, W_OI, (A, B, m), operands, bias_O, dropout)
 
 
 def _is_dora(module: nn.Module) -> bool:

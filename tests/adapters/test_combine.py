@@ -178,7 +178,7 @@ def test_rows_that_cannot_be_said_are_refused_by_name():
     layers = {name: live.layers_of(model, name)["0"] for name in "ab"}
     with torch.no_grad():
         for layer in layers.values():
-            layer.lora_magnitude_vector.copy_(layer.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True))
+            layer.lora_magnitude_vector.copy_(layer.cache.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True))
             layer.lora_magnitude_vector[2] *= 2  # gains of 2: W + 0.5 (2 W - W) ... - 1.5 (...) cancels W
     with pytest.raises(DoraError, match=r"cancel whole rows of W and leave a change[\s\S]*0: 1 rows"):
         doralib.add_weighted_adapter(model, {"a": 0.5, "b": -1.5}, "c")

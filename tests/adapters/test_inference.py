@@ -10,7 +10,7 @@ from conftest import make_llama
 
 import doralib
 from doralib import DoraConfig
-from doralib.kernels.norm import Copy
+from doralib.kernels.cache import Copy
 from doralib.layers.linear import DoraLinear
 
 
@@ -114,7 +114,7 @@ def test_no_second_copy_of_a_weight_is_held():
         for enabled in (True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 model(ids())
-        held = [W for m in model.modules() if isinstance(m, DoraLinear) for W, *_ in m.kept.held.values()]
+        held = [W for m in model.modules() if isinstance(m, DoraLinear) for W, *_ in m.cache.trusted.values()]
         assert held
         assert {W.untyped_storage().data_ptr() for W in held} <= weights
 

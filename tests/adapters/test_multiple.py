@@ -16,8 +16,7 @@ import doralib
 from doralib import DoraConfig, DoraError, UsageError
 from doralib.adapters import adapt as inject
 from doralib.adapters import registry as live
-from doralib.kernels import cache as ready
-from doralib.kernels import norm
+from doralib.kernels import cache
 from doralib.layers.base.opaque import Opaque
 from doralib.layers.linear import DoraLinear
 from doralib.layers.multi_adapter import Switched
@@ -84,8 +83,8 @@ def test_switching_computes_nothing_and_copies_nothing(several, monkeypatch):
     for name in CONFIGS:
         doralib.set_adapter(several, name)(ids())
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in several.named_parameters()}
-    monkeypatch.setattr(norm, "_renew", lambda *a: pytest.fail("a norm was computed again"))
-    monkeypatch.setattr(ready, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
+    monkeypatch.setattr(cache, "_make_norms", lambda *a: pytest.fail("a norm was computed again"))
+    monkeypatch.setattr(cache, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
 
     class Nothing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

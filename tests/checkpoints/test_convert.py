@@ -12,7 +12,7 @@ from doralib.adapters.registry import trainable
 from doralib.adapters.save_load import read_adapter
 from doralib.checkpoints.convert import TARGETS, ConversionRequest, convert_adapter
 from doralib.checkpoints.lowrank import find_nearest_lora
-from doralib.cli.convert import convert
+from doralib.cli.convert import convert_and_show
 from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors, write_tensors
 from doralib.formats.base import Hints
@@ -140,7 +140,7 @@ def test_at_full_rank_the_logits_are_the_adapters_and_at_rank_1_merging_is_sugge
     adapter, base = trained
     full = convert_adapter(ConversionRequest(adapter, "lora", tmp_path / "full", base=base, rank=64, texts=TEXTS))
     assert full.logits < 1e-5
-    low = convert(ConversionRequest(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
+    low = convert_and_show(ConversionRequest(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
     assert low.logits > 100 * full.logits
     assert max(each.relative for each in low.errors) > 0.1
     shown = capsys.readouterr().out

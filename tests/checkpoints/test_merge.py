@@ -170,7 +170,7 @@ def test_a_number_too_large_for_float16_is_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_row_blocks_give_the_whole_formula_bit_for_bit_and_stay_small(tmp_path, monkeypatch):
+def test_row_blocks_give_the_whole_formula_and_stay_small(tmp_path, monkeypatch):
     out, in_, rank = 203, 96, 8
     name = "model.layers.0.mlp.down_proj"
     W = torch.randn(out, in_)
@@ -188,10 +188,12 @@ def test_row_blocks_give_the_whole_formula_bit_for_bit_and_stay_small(tmp_path, 
     monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 32 * in_)
     merge_checkpoint(folder, base, tmp_path / "out")
-    same(
-        stored(tmp_path / "out")[f"{name}.weight"],
-        functional.merge_weight(W, adapter.a_RI, adapter.b_OR, adapter.m_O, S),
-    )
+    whole = functional.merge_weight(W, adapter.a_RI, adapter.b_OR, adapter.m_O, S)
+    # a CPU may add the R products and w in another order for a block than for the whole: R + 1 sums and the length
+    gain_O = adapter.m_O / (W + S * adapter.b_OR @ adapter.a_RI).norm(dim=1)
+    terms_OI = gain_O[:, None] * (W.abs() + S * adapter.b_OR.abs() @ adapter.a_RI.abs())
+    error_OI = (stored(tmp_path / "out")[f"{name}.weight"] - whole).abs()
+    assert (error_OI <= 2 * rank * torch.finfo(torch.float32).eps * terms_OI).all()
     assert max(blocks) == 32 * in_ * 4
     assert sum(blocks) == W.nbytes, "untouched tensors are not read into memory"
 

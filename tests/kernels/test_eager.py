@@ -10,10 +10,10 @@ from torch import nn
 
 from doralib import functional as F
 from doralib.kernels import eager
+from doralib.kernels.cache import LayerCache
 from doralib.kernels.dropout import Dropout, boost, dropped, zero_, zeroed
 from doralib.kernels.dropout import draw as draw_dropout
 from doralib.kernels.eager import dora_linear
-from doralib.kernels.norm import FreshNorm
 from doralib.kernels.reductions import column_dots, plain_sweep, scaled_product_and_dots
 from doralib.layers.base.linear import Dense
 
@@ -408,11 +408,26 @@ def norm_bound(W, A, B, s, dtype):
 @each_dtype
 def test_adapted_row_norm(shape, dtype, seed):
     t = draw(shape, dtype, seed)
-    norm = FreshNorm(Dense(linear_module(t["W"])))
+    norm = LayerCache(Dense(linear_module(t["W"]))).norm
     want, bound = norm_bound(t["W"], t["A"], t["B"], S, dtype)
     got = norm(t["A"], t["B"], S, detach=True)
     assert ((got.double() - want).abs() <= bound).all()
     assert not norm(t["A"].requires_grad_(), t["B"], S, detach=True).requires_grad
+
+
+@each_seed
+def test_a_product_that_is_computed_again_is_the_one_that_dropout_left(seed):
+    """The output was written to, or a gain is tiny: dg is Σ dy ∘ z all the same, with z of the dropped input."""
+    t = draw((7, 5, 3, 11), torch.float64, seed)
+    t["gain"][2] = 1e-300
+    keep = torch.rand(11, 5, generator=torch.Generator().manual_seed(seed)) > 0.3
+    dropout = Dropout(keep, 0.3, False)
+    z = t["x"] @ t["W"].T + S * (dropped(t["x"], dropout) @ t["A"].T) @ t["B"].T
+    for write in (lambda y: y, lambda y: y.mul_(1)):
+        gain = t["gain"].clone().requires_grad_()
+        y = dora_linear(t["x"], t["W"], t["A"], t["B"], gain, S, t["bias"], dropout)
+        (got,) = torch.autograd.grad(write(y), gain, t["dy"])
+        torch.testing.assert_close(got, (t["dy"] * z).sum(0), rtol=1e-10, atol=1e-12)
 
 
 @each_seed
@@ -433,7 +448,7 @@ def test_the_cheaper_form_of_the_norm_is_taken(monkeypatch):
     norms = []
     for cheaper in (True, False):
         monkeypatch.setattr(F, "dense_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
-        norms.append(FreshNorm(base)(t["A"], t["B"], S, detach=True))
+        norms.append(LayerCache(base).norm(t["A"], t["B"], S, detach=True))
     torch.testing.assert_close(*norms)
 
 
@@ -444,7 +459,7 @@ def test_rows_that_cancel_are_summed_densely(seed):
     target = -t["W"] * (1 - 1e-3)
     B = torch.linalg.solve(t["A"].T, target.T).T / S
     W, A, B = t["W"].float(), t["A"].float(), B.float()
-    norm = FreshNorm(Dense(linear_module(W)))
+    norm = LayerCache(Dense(linear_module(W))).norm
     want = reference.row_norm(W.double(), A.double(), B.double(), S)
     size = W.double().norm(dim=1) + (S * B.double().abs() @ A.double().abs()).norm(dim=1)
     error = (norm(A, B, S, detach=True).double() - want).abs()
@@ -457,7 +472,7 @@ def test_the_norm_over_a_bfloat16_weight_is_a_float32_norm(seed):
     t = draw((31, 24, 5, 3), torch.bfloat16, seed)
     A, B = (t[n].float() + torch.rand(t[n].shape) / 512 for n in "AB")
     B = B * 10 ** torch.linspace(-3, 1, 31)[:, None]
-    got = FreshNorm(Dense(linear_module(t["W"])))(A, B, S, detach=True)
+    got = LayerCache(Dense(linear_module(t["W"]))).norm(A, B, S, detach=True)
     want, bound = norm_bound(t["W"], A, B, S, torch.float32)
     assert got.dtype == torch.float32
     assert ((got.double() - want).abs() <= bound).all()
@@ -469,14 +484,14 @@ def test_autocast_does_not_reach_the_norm(dtype):
     norms = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            norms.append(FreshNorm(Dense(linear_module(t["W"])))(t["A"], t["B"], S, detach=True))
+            norms.append(LayerCache(Dense(linear_module(t["W"]))).norm(t["A"], t["B"], S, detach=True))
     assert torch.equal(*norms)
 
 
 @each_seed
 def test_full_gradient_of_the_norm(seed):
     t = draw((7, 5, 3, 2), torch.float64, seed)
-    norm = FreshNorm(Dense(linear_module(t["W"])))
+    norm = LayerCache(Dense(linear_module(t["W"]))).norm
     A, B = t["A"].requires_grad_(), t["B"].requires_grad_()
     ours = torch.autograd.grad(norm(A, B, S, detach=False), (A, B), t["gain"])
     exact = torch.autograd.grad(reference.row_norm(t["W"], A, B, S), (A, B), t["gain"])
@@ -494,7 +509,7 @@ def test_zero_rows_have_gain_zero_and_finite_gradients():
     t = draw((7, 5, 3, 4), torch.float64)
     W, B = t["W"].clone(), t["B"].clone()
     W[3], B[3] = 0, 0
-    norm = FreshNorm(Dense(linear_module(W)))
+    norm = LayerCache(Dense(linear_module(W))).norm
     m, A, B = W.norm(dim=1).requires_grad_(), t["A"].requires_grad_(), B.requires_grad_()
     for detach in (True, False):
         gain = m / norm(A, B, S, detach=detach)
@@ -507,7 +522,7 @@ def test_zero_rows_have_gain_zero_and_finite_gradients():
 def test_norm_is_computed_again_only_when_something_changed(monkeypatch):
     t = draw((7, 5, 3, 2), torch.float32)
     base = Dense(linear_module(t["W"]))
-    norm, calls = FreshNorm(base), []
+    norm, calls = LayerCache(base).norm, []
     monkeypatch.setattr(base, "times_transposed", lambda a, f=base.times_transposed: calls.append(1) or f(a))
     A, B = nn.Parameter(t["A"]), nn.Parameter(t["B"])
     for _ in range(3):
@@ -526,12 +541,12 @@ def test_norm_is_computed_again_only_when_something_changed(monkeypatch):
 def test_a_copied_norm_belongs_to_its_copy():
     t = draw((7, 5, 3, 2), torch.float32)
     base = Dense(linear_module(t["W"]))
-    norm = FreshNorm(base)
-    norm(t["A"], t["B"], S, detach=True)
-    twin = copy.deepcopy(norm)
+    cache = LayerCache(base)
+    cache.norm(t["A"], t["B"], S, detach=True)
+    twin = copy.deepcopy(cache)
     base.module.weight.mul_(3)
     want = reference.row_norm(t["W"], t["A"], t["B"], S)
-    torch.testing.assert_close(twin(t["A"], t["B"], S, detach=True), want)
+    torch.testing.assert_close(twin.norm(t["A"], t["B"], S, detach=True), want)
 
 
 # functional

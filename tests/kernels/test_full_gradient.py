@@ -44,7 +44,7 @@ CASES += [(kind, torch.float32, "pissa_niter_1") for kind in ("linear", "convolu
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_norm_and_its_gradient_hold_no_dense_temporary(kind, dtype, start, detach):
     layer = make(kind, dtype, detach_norm=detach, init_lora_weights=start)
-    layer.norm._seen = None
+    layer.cache._norm = None
     sizes = allocations(lambda: layer.gain().sum().backward())
     dense = 4 * layer.out_features * layer.in_features
     assert dense >= 32 * 2**20

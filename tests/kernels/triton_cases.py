@@ -162,8 +162,9 @@ def test_every_layout():
     views = (twice[:, :, 1], W.t().contiguous().t(), a.t().contiguous().t(), b.t().contiguous().t())
     assert all(not view.is_contiguous() for view in views)
     strided = run(fused.dora_linear, *views, gain, bias, dy)
-    for name, value in plain.items():
-        torch.testing.assert_close(strided[name], value, msg=name)
+    # not compared with one another: the interpreter's numpy sums each layout in an order of its own
+    assert_right(plain, [x, W, a, b, gain, bias, dy])
+    assert_right(strided, [x, W, a, b, gain, bias, dy])
     found = run(fused.dora_linear, x, W, a, b, gain, bias, dy[:1].expand(N, O))
     assert_right(found, [x, W, a, b, gain, bias, dy[:1].expand(N, O)])
     folded = fused.dora_linear(x.view(6, 11, I), W, a, b, gain, S, bias)

@@ -522,7 +522,8 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
 def test_targets_and_inspect(tmp_path):
     from rich.console import Console
 
-    from doralib.cli.inspect import inspect_adapter, list_targets
+    from doralib.cli.inspect import inspect_adapter
+    from doralib.cli.targets import list_targets
 
     def text(renderable):
         console = Console(width=200, record=True, file=io.StringIO())

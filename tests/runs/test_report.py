@@ -10,7 +10,7 @@ import yaml
 
 from doralib.errors import DoraError, UsageError
 from doralib.runs import plots
-from doralib.runs.charts import Series, line_chart, number
+from doralib.runs.charts import Series, line_chart, number_text
 from doralib.runs.markup import Markup, el
 from doralib.runs.record import read_run
 from doralib.runs.report import write_report
@@ -290,7 +290,7 @@ def test_numbers_are_short():
         481.234: "481.2",
         -0.5: "-0.5",
     }
-    assert {value: number(value) for value in shown} == shown
+    assert {value: number_text(value) for value in shown} == shown
 
 
 def test_markup_escapes_all_that_is_not_markup():

@@ -24,7 +24,7 @@ from doralib import DoraConfig
 from doralib.adapters.registry import state_of
 from doralib.adapters.save_load import load_into
 from doralib.errors import UsageError
-from doralib.runs import checkpointing as saving
+from doralib.runs import checkpointing
 from doralib.training.callbacks import MetricsFile
 from doralib.training.job import Interrupted
 from doralib.training.job import fine_tune as train_as_recipe
@@ -352,7 +352,7 @@ def test_a_run_in_two_processes_is_the_run_in_one(folder):
         assert told[0][key] == told[1][key]
     assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
     (last,) = (run / "checkpoints").iterdir()
-    assert saving.is_whole(last)
+    assert checkpointing.is_whole(last)
     assert {"meter.json", "rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in last.iterdir()}
 
 

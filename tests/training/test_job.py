@@ -27,15 +27,17 @@ import doralib
 from doralib.adapters.adapt import adapt
 from doralib.adapters.registry import trainable
 from doralib.config import DoraConfig
-from doralib.data.tokenize import Collator, tokenise
+from doralib.data.tokenize import Collator, tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
-from doralib.runs import checkpointing as saving
-from doralib.training import arguments as training_keys
+from doralib.runs import checkpointing
+from doralib.training import arguments
 from doralib.training import recipe_file as reading
 from doralib.training.job import Interrupted, fine_tune, train
 from doralib.training.loss import LabelLoss
-from doralib.training.recipe_file import packaged, read_recipe
+from doralib.training.modalities import text
+from doralib.training.modality import Prepared
+from doralib.training.recipe_file import packaged_recipes, read_recipe
 from doralib.training.sampler import SeededSampler
 from doralib.training.trainer import AdapterTrainer, LossNotFinite
 
@@ -113,7 +115,7 @@ def weights(run):
 
 def batch(tokenizer, count=6):
     settings = DataSettings(train="t", prompt="{text}", target=" {label}")
-    made = tokenise(_dataset(count), range(1, count + 1), settings, tokenizer)
+    made = tokenize_rows(_dataset(count), range(1, count + 1), settings, tokenizer)
     return Collator(0)(list(made.rows))
 
 
@@ -178,9 +180,9 @@ def _without_hooks(model, **kwargs):
 
 def test_router_losses_take_the_whole_path():
     model = make_llama()
-    assert LabelLoss.possible(model)
+    assert LabelLoss.is_possible(model)
     model.config.output_router_logits = True
-    assert not LabelLoss.possible(model)
+    assert not LabelLoss.is_possible(model)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,7 @@ def test_checkpoints_hold_the_adapter_alone(whole):
     assert sum(tensor.numel() for tensor in tensors.values()) == summary(whole)["trainable_parameters"]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert not list(last.glob("*.bin"))
-    assert saving.is_whole(last)
+    assert checkpointing.is_whole(last)
 
 
 def assert_same_run(run, whole):
@@ -241,8 +243,8 @@ def wait_for(condition, seconds=300):
 def test_killed_and_resumed_is_the_same_run(recipe, whole, tmp_path):
     wanted = recipe(out="killed")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
-    code = f"from doralib.recipes.text import *; train(read_recipe({str(tmp_path / 'recipe.yaml')!r}, []))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "doralib", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = Path(wanted.out)
     try:
         # while a checkpoint is being written, or just after
@@ -274,7 +276,7 @@ def test_ctrl_c_saves_and_resumes(recipe, whole):
     thread.join()
     assert e.value.exit_status == 130
     assert summary(run)["status"] == "interrupted"
-    assert 5 <= saving.step_of(saving.newest(run / "checkpoints")) < 12
+    assert 5 <= checkpointing.step_of(checkpointing.find_newest(run / "checkpoints")) < 12
     assert signal.getsignal(signal.SIGINT) is before
     fine_tune(wanted, resume=True)
     assert_same_run(run, whole)
@@ -293,7 +295,7 @@ def test_resume_passes_over_what_is_not_whole(recipe, whole, tmp_path):
     last = run / "checkpoints" / "checkpoint-12"
     (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-1])
     (run / "checkpoints" / "checkpoint-9" / "rng_state.pth").unlink()
-    assert saving.newest(run / "checkpoints").name == "checkpoint-6"
+    assert checkpointing.find_newest(run / "checkpoints").name == "checkpoint-6"
     fine_tune(recipe(), resume=True)
     assert_same_run(run, whole)
 
@@ -317,7 +319,7 @@ def test_resume_in_any_epoch_sees_the_same_rows(recipe, tmp_path):
         shutil.copytree(whole, run)
         (run / "adapter_model.safetensors").unlink()
         for path in (run / "checkpoints").iterdir():
-            if saving.step_of(path) > killed_at:
+            if checkpointing.step_of(path) > killed_at:
                 shutil.rmtree(path)
         fine_tune(recipe(out=run.name, **changes), resume=True)
         assert_same_run(run, whole)
@@ -367,9 +369,10 @@ def make_trainer(recipe, tmp_path, **settings):
     tokenizer, model = make_tokenizer(), make_llama()
     chosen = recipe(**settings)
     adapt(model, chosen.adapter)
-    made = tokenise(_dataset(24), range(1, 25), chosen.data, tokenizer)
-    args = training_keys.arguments(chosen, tmp_path / "ck")
-    return AdapterTrainer(model, args, tokenizer, made, made, chosen.adapter)
+    made = tokenize_rows(_dataset(24), range(1, 25), chosen.data, tokenizer)
+    args = arguments.make_arguments(chosen, tmp_path / "ck")
+    data = Prepared(made, made, [])
+    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer), data, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])
@@ -505,8 +508,8 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(recipe, tmp_path):
     assert caught.value.exit_status == 1
     run = Path(wanted.out)
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
-    last = saving.newest(run / "checkpoints")
-    assert saving.step_of(last) == step - 1 > 0
+    last = checkpointing.find_newest(run / "checkpoints")
+    assert checkpointing.step_of(last) == step - 1 > 0
     assert str(last) in str(caught.value)
     assert all(torch.isfinite(t).all() for t in load_file(last / "adapter.safetensors").values())
     assert summary(run)["status"] == "nan"
@@ -626,7 +629,7 @@ def test_a_training_value_that_the_run_would_fail_at_is_told_in_words(recipe, tr
 
 
 def test_numbers_that_yaml_reads_as_text(recipe):
-    checked = training_keys.check(recipe(training={"learning_rate": "1e-3", "max_steps": "7"}))
+    checked = arguments.check_arguments(recipe(training={"learning_rate": "1e-3", "max_steps": "7"}))
     assert (checked["learning_rate"], checked["max_steps"]) == (1e-3, 7)
 
 
@@ -665,7 +668,7 @@ def test_unusable_data_leave_nothing_behind(recipe, tmp_path):
 
 
 def test_recipes_are_read_and_overridden(tmp_path):
-    assert "sentiment" in packaged()
+    assert "sentiment" in packaged_recipes()
     made = read_recipe("sentiment", ["training.max_steps=3", "adapter.target_modules=[q_proj]", "out=there"])
     assert made.training["max_steps"] == 3
     assert made.adapter.target_modules == ("q_proj",)
@@ -718,31 +721,41 @@ def test_what_was_cut_short_does_not_push_out_a_whole_checkpoint(tmp_path):
         folder.mkdir()
         (folder / "adapter.safetensors").touch()
         if step != 6:  # killed while it was written; the resumed run is stopped at 4
-            saving.seal(folder)
-    saving.prune(tmp_path, 1, None)
+            checkpointing.seal(folder)
+    checkpointing.prune(tmp_path, 1, None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_torchs_own_words_for_a_full_disk(tmp_path):
-    with pytest.raises(DoraError, match=r"could not be written.*iostream"), saving.writing(tmp_path / "checkpoint-1"):
+    with (
+        pytest.raises(DoraError, match=r"could not be written.*iostream"),
+        checkpointing.new_checkpoint(tmp_path / "checkpoint-1"),
+    ):
         raise RuntimeError("basic_ios::clear: iostream error")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError, match="shapes"), saving.writing(tmp_path / "checkpoint-1"):
+    with pytest.raises(RuntimeError, match="shapes"), checkpointing.new_checkpoint(tmp_path / "checkpoint-1"):
         raise RuntimeError("shapes differ")
 
 
-@pytest.mark.parametrize("name", packaged())
+def test_a_recipe_in_a_folder_has_the_folders_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_FOLDER", tmp_path)
+    (tmp_path / "qdora").mkdir()
+    (tmp_path / "qdora" / "llama.yaml").write_text("model: {path: m}\ndata: {train: t}\nout: there")
+    assert read_recipe("qdora/llama", []).out == "there"
+    with pytest.raises(UsageError, match="did you mean 'qdora/llama'"):
+        read_recipe("qdora/lama", [])
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_are_whole(name):
     recipe = read_recipe(name, [])
-    assert training_keys.check(recipe).keys() == recipe.training.keys()
+    assert arguments.check_arguments(recipe).keys() == recipe.training.keys()
 
 
 def test_every_training_argument_has_a_kind_that_can_be_checked(recipe):
     fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
-    plain = {
-        k: v for k, v in fields.items() if k not in training_keys._OWNED and isinstance(v, str | int | float | bool)
-    }
-    assert training_keys.check(recipe(training=plain)).keys() >= plain.keys()
+    plain = {k: v for k, v in fields.items() if k not in arguments._OWNED and isinstance(v, str | int | float | bool)}
+    assert arguments.check_arguments(recipe(training=plain)).keys() >= plain.keys()
 
 
 def test_order_follows_from_seed_and_epoch():
@@ -766,5 +779,5 @@ def test_a_bare_no_in_yaml_is_a_strategy(tmp_path):
     recipe = Recipe(
         model={"path": "m"}, data={"train": "t"}, training={"eval_strategy": False, "save_strategy": False}, out="o"
     )
-    args = training_keys.arguments(recipe, tmp_path)
+    args = arguments.make_arguments(recipe, tmp_path)
     assert (args.eval_strategy, args.save_strategy) == ("no", "no")

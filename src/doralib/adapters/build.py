@@ -4,7 +4,7 @@ from torch import nn
 
 from ..config import DoraConfig, matches
 from ..errors import DoraError, UsageError, did_you_mean
-from ..kernels.cache import meet
+from ..kernels.cache import Group
 from ..layers.base.registry import open_base
 from ..layers.convolution import DoraConv
 from ..layers.embedding import DoraEmbedding, DoraTokenEmbedding
@@ -91,7 +91,7 @@ def _wrappers(model: nn.Module, config: DoraConfig, chosen: list[str], whole: li
     wrappers: dict[str, Wrapper] = {
         name: _adapted_layer(model.get_submodule(name), name, config, bank, alone=name in alone) for name in chosen
     }
-    meet(layer.kept for layer in wrappers.values() if isinstance(layer, DoraLinear))
+    Group(layer.cache for layer in wrappers.values() if isinstance(layer, DoraLinear))
     for holder in holders:
         inside = [name for name in parameters if name.rpartition(".")[0] == holder]
         wrappers[holder] = AdaptedExperts(model.get_submodule(holder), inside, config)

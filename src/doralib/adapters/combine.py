@@ -76,7 +76,7 @@ def _combined_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[st
 
 
 def _combined_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> LayerAdapter:
-    base, norm = layers[0][1].base, layers[0][1].norm
+    base, norm = layers[0][1].base, layers[0][1].cache
     parts = []
     for weight, layer in layers:
         (a_RI, b_OR), s = layer.state().factors, layer.scale

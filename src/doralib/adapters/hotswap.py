@@ -110,11 +110,11 @@ def _fill(layer: DoraLinear, given: LayerAdapter | None) -> None:
     if isinstance(layer, DoraBank):
         for key, p in {"d": layer.vera_lambda_d, "b": layer.vera_lambda_b}.items():
             p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
-        n_O = layer.norm(layer.vera_lambda_d, layer.vera_lambda_b, 1.0, detach=True)
+        n_O = layer.cache.norm(layer.vera_lambda_d, layer.vera_lambda_b, 1.0, detach=True)
     else:
         if not isinstance(layer, DoraMagnitude):
             _fill_factors(layer, given)
-        n_O = layer.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True)
+        n_O = layer.cache.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True)
     if layer.lora_magnitude_vector is not None:
         m_O = None if given is None else given.tensors().get("m")
         n_O = n_O[layer.rows] if isinstance(layer, DoraFused) else n_O

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..kernels.cache import Kept
+from ..kernels.cache import LayerCache
 from ..layers.linear import DoraLinear
 from .fsdp import is_sharded
 
@@ -23,23 +23,23 @@ def unchanged(model: Model) -> Iterator[Model]:
     sharded one (FSDP2).
     """
     # FSDP2 frees what a layer holds between its calls
-    kept = [] if is_sharded(model) else _kept(model)
-    before = [each.held for each in kept]
-    for each in kept:
-        each.held = {}
+    caches = [] if is_sharded(model) else _caches(model)
+    before = [cache.trusted for cache in caches]
+    for cache in caches:
+        cache.trusted = {}
     try:
         yield model
     finally:
-        for each, held in zip(kept, before, strict=True):
-            each.held = held
+        for cache, trusted in zip(caches, before, strict=True):
+            cache.trusted = trusted
 
 
 def forget(model: nn.Module) -> None:
     """What layers hold inside such a block is made anew at their next call."""
-    for each in _kept(model):
-        if each.held is not None:
-            each.held = {}
+    for cache in _caches(model):
+        if cache.trusted is not None:
+            cache.trusted = {}
 
 
-def _kept(model: nn.Module) -> list[Kept]:
-    return [module.kept for module in model.modules() if isinstance(module, DoraLinear)]
+def _caches(model: nn.Module) -> list[LayerCache]:
+    return [module.cache for module in model.modules() if isinstance(module, DoraLinear)]

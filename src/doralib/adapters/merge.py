@@ -244,7 +244,8 @@ def _bring_back(model: nn.Module, merged: _Merged) -> None:
     for name, wrapper in merged.wrappers.items():
         for key, p in original(wrapper).named_parameters():
             if tensors:
-                p.data = tensors[f"{name}.{key}"]
+                # in memory of its own: the file is mapped, and a product may differ with a tensor's alignment
+                p.data = tensors[f"{name}.{key}"].clone()
         plain = model.get_submodule(name)
         put(model, name, wrapper.to(_device(plain)).train(plain.training))
     for p, flag in merged.flags:

@@ -1,22 +1,59 @@
 """`doralib convert`."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 from rich.console import Group
 from rich.table import Table
 
-from ..checkpoints.convert import Conversion, ConversionRequest, convert_adapter
-from ..console import console
+from .console import console
+from .options import Alpha, Component, Overwrite
+
+if TYPE_CHECKING:
+    from ..checkpoints.convert import Conversion, ConversionRequest
 
 # of a layer's change, in Frobenius norm: above it the LoRA is another adapter
 _BAD = 0.1
 
 
-def convert(request: ConversionRequest) -> Conversion:
+def convert_command(
+    adapter: Annotated[Path, typer.Argument(help="A file, or a folder that holds one.")],
+    to: Annotated[str, typer.Option(help="peft, kohya, ai-toolkit, diffusers, mlx, torchtune, tensorrt, lora ...")],
+    out: Annotated[Path, typer.Option(help="A folder, or one .safetensors file.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="Its format, where the file could be of several.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --to lora: its rank.")] = None,
+    texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter in another format.
+
+    Any known format as any other, or as the nearest plain LoRA.
+    """
+    from ..checkpoints.convert import ConversionRequest
+    from ..checkpoints.verify import TEXTS
+    from ..formats.base import Hints
+
+    given = Hints(alpha=alpha, component=component)
+    convert_and_show(
+        ConversionRequest(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite)
+    )
+
+
+def convert_and_show(request: "ConversionRequest") -> "Conversion":
     """Convert, and tell the user what was done and assumed.
 
     Raises:
         UsageError: if the request cannot be right, e.g. a base model is needed.
         DoraError: if the adapter is damaged, or anything of it would be lost.
     """
+    from ..checkpoints.convert import convert_adapter
+
     done = convert_adapter(request)
     console.print(f"{request.adapter} ({done.source}): {done.layers} layers written as {request.to} to {done.out}")
     for note in done.notes:
@@ -26,7 +63,7 @@ def convert(request: ConversionRequest) -> Conversion:
     return done
 
 
-def _table(done: Conversion) -> Group:
+def _table(done: "Conversion") -> Group:
     table = Table("layer", "rank", "error of the change", "error of the weight")
     for each in done.errors:
         table.add_row(each.layer, str(each.rank), f"{100 * each.relative:.3g} %", f"{100 * each.of_weight:.3g} %")

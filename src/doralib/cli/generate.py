@@ -1,161 +1,68 @@
 """`doralib generate`: one prompt, a file of prompts, or a chat."""
 
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from torch import nn
+import typer
 
-from ..data.encoding import chat_text, context_length, encode
-from ..errors import DoraError, UsageError
-from ..evaluation.generation import GREEDY, Sampling, stream
-from ..files import find_file, read_json, read_text, replacing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..errors import UsageError
+from .console import console
+from .options import Alpha, Base, Batch, Dtype, Model, Seed
 
 
-def chat_loop(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    read: Callable[[str], str],
-    write: Callable[[str], None],
-    *,
-    max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
-) -> list[dict[str, str]]:
-    """Talk until /quit or the end of the input; returns the messages since the last /reset.
+def generate_command(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the tokenizer's chat template.")] = False,
+    base: Base = None,
+    alpha: Alpha = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
+    ] = None,
+) -> None:
+    """Answer prompts, or chat in the terminal.
 
-    Ctrl-C ends an answer, which is then forgotten with its question; at the prompt it ends the chat.
-
-    Args:
-        model: as for `generate`.
-        tokenizer: the model's, with a chat template.
-        read: like `input`: shows a prompt, returns a line, raises EOFError at the end.
-        write: shows a piece of text, without a line end of its own.
-        max_new_tokens: the most tokens an answer gets.
-        sampling: how tokens are chosen.
-
-    Raises:
-        UsageError: if the tokenizer has no chat template.
+    With neither --prompt nor --file: a chat.
     """
-    chat_text(tokenizer, [{"role": "user", "content": ""}])
-    write("/reset forgets the conversation, /quit ends it\n")
-    messages: list[dict[str, str]] = []
-    while (line := _line(read)) is not None and line != "/quit":
-        if line == "/reset":
-            messages = []
-            write("forgotten\n")
-        elif line.startswith("/"):
-            write(f"there is no command {line.split()[0]}; there are /reset and /quit\n")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            text = _fitting(model, tokenizer, messages, max_new_tokens, write)
-            answer = None
-            if text:
-                answer = _answer(model, tokenizer, text, write, max_new_tokens=max_new_tokens, sampling=sampling)
-            write("\n")
-            if answer is None:
-                messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer})
-    return messages
+    from ..adapters.inference import unchanged
+    from ..adapters.multiple import set_adapter
+    from ..checkpoints.load import load_model, load_named_adapters
+    from ..evaluation import generation
+    from ..files import check_writable
+    from ..formats.base import Hints
+    from .chat import chat_loop
+    from .prompt_file import read_prompts, write_answers
 
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a file: lines of a .txt, or the key `prompt` of the rows of a .json or .jsonl.
-
-    Raises:
-        UsageError: if there is no such file, it holds no prompt, or a row has none.
-        DoraError: if it is not JSON or not UTF-8.
-    """
-    path = find_file(path)
-    if path.suffix == ".txt":
-        prompts = [line for line in read_text(path).splitlines() if line.strip()]
-    elif path.suffix in {".json", ".jsonl"}:
-        rows = read_json(path) if path.suffix == ".json" else _json_lines(path)
-        if not isinstance(rows, list):
-            raise UsageError(f"{path} must hold a list of objects with the key `prompt`")
-        bad = [i for i, row in enumerate(rows, 1) if not (isinstance(row, dict) and isinstance(row.get("prompt"), str))]
-        if bad:
-            raise UsageError(f"{path}: {len(bad)} of {len(rows)} rows, first row {bad[0]}, have no text under `prompt`")
-        prompts = [row["prompt"] for row in rows]
-    else:
-        raise UsageError(f"{path}: prompts are read from .txt (one a line), .json or .jsonl (key `prompt`)")
-    if not prompts:
-        raise UsageError(f"{path} holds no prompt")
-    return prompts
-
-
-def write_answers(path: str | Path, prompts: Sequence[str], outputs: Sequence[str]) -> None:
-    """Write one JSON object a line, `{"prompt": ..., "output": ...}`, whole or not at all."""
-    lines = [
-        json.dumps({"prompt": prompt, "output": output}, ensure_ascii=False) + "\n"
-        for prompt, output in zip(prompts, outputs, strict=True)
-    ]
-    with replacing(path) as part:
-        part.write_text("".join(lines), encoding="utf-8")
-
-
-def _line(read: Callable[[str], str]) -> str | None:
-    """What the user says, or None at the end."""
-    try:
-        return read("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
-
-
-def _fitting(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    max_new_tokens: int,
-    write: Callable[[str], None],
-) -> str | None:
-    """The conversation as text, without its oldest turns where it is too long; None if even the last message is."""
-    limit, kept = context_length(model), list(messages)
-    too_long = lambda: limit is not None and _length(tokenizer, kept) + max_new_tokens > limit
-    while too_long() and len(kept) > 1:
-        del kept[:2]  # a question and its answer
-    if too_long():
-        write(f"that is too long: the model takes {limit} tokens with the {max_new_tokens} of the answer")
-        return None
-    if len(kept) < len(messages):
-        write(f"(the oldest turns are forgotten: the model takes {limit} tokens)\n")
-        messages[:] = kept
-    return chat_text(tokenizer, messages)
-
-
-def _length(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> int:
-    return len(encode(tokenizer, chat_text(tokenizer, messages), chat=True))
-
-
-def _answer(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    text: str,
-    write: Callable[[str], None],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> str | None:
-    """The answer, written as it comes; None if the user stopped it."""
-    try:
-        return stream(model, tokenizer, text, write, max_new_tokens=max_new_tokens, chat=True, sampling=sampling)
-    except KeyboardInterrupt:
-        write("\n(stopped)")
-        return None
-
-
-def _json_lines(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DoraError(
-                    f"{path}: line {number} is not JSON ({error}); correct it or restore the file"
-                ) from None
-    return rows
+    if prompt is not None and file is not None:
+        raise UsageError("--prompt and --file were both given: one of them")
+    if out is not None:
+        check_writable(out, "--out", folder=False)
+    prompts = [prompt] if prompt is not None else read_prompts(file) if file else None
+    if len(adapter or []) > 1 and (prompts is None or out is not None):
+        raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    names = load_named_adapters(loaded, adapter or [])
+    sampling = generation.Sampling(temperature=temperature, seed=seed)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    if prompts is None:
+        with unchanged(loaded):
+            chat_loop(loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options)
+        return
+    for name in names or [""]:
+        if name:
+            set_adapter(loaded, name)
+        with unchanged(loaded):
+            answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+        if out is not None:
+            write_answers(out, prompts, answers)
+            console.print(f"{len(answers)} answers written: {out}")
+            return
+        for answer in answers:
+            print(f"{name}: {answer}" if len(names) > 1 else answer)

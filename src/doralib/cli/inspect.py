@@ -1,29 +1,44 @@
-"""`doralib inspect` and `doralib targets`: what is in an adapter, and what in a model could take one."""
+"""`doralib inspect`: what is in an adapter."""
 
-import math
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..adapters.scan import adaptable, expert_weights, tied
-from ..checkpoints.adapter import check_one_model, describe_base, find_other_base, read_for_base
-from ..checkpoints.gguf import open_base_folder
-from ..checkpoints.load import load_base
-from ..checkpoints.safetensors import Checkpoint
-from ..experiments.analyze import Movement, movements
-from ..formats.base import Hints, ParsedAdapter
-from ..formats.files import find_adapter_file
-from ..recipe import ModelSettings
-from ..state import AdapterState, LayerAdapter
+from .console import console
+from .options import Alpha, Component
+
+if TYPE_CHECKING:
+    from ..experiments.analyze import Movement
+    from ..formats.base import Hints, ParsedAdapter
+    from ..state import AdapterState, LayerAdapter
 
 
-def inspect_adapter(adapter: Path, base: str | None = None, given: Hints | None = None) -> Group:
+def inspect_command(
+    adapter: Annotated[Path, typer.Argument(help="A run, an adapter folder or a file of any format.")],
+    base: Annotated[
+        str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
+    ] = None,
+    alpha: Alpha = None,
+    component: Component = None,
+) -> None:
+    """Say what is in an adapter.
+
+    Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
+    """
+    from ..formats.base import Hints
+
+    console.print(inspect_adapter(adapter, base, Hints(alpha=alpha, component=component)))
+
+
+def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None" = None) -> Group:
     """Format, settings, what had to be assumed; then a line a layer: shape, rank, scale, sizes.
 
     Against a base also how far each layer moved, a layer in memory at a time; formats that need a base's names or heads
@@ -33,6 +48,13 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Hints | None 
         UsageError: if there is no adapter or no base of that name.
         DoraError: if a file is damaged or the adapter is not of this base.
     """
+    from ..checkpoints.adapter import check_one_model, describe_base, find_other_base, read_for_base
+    from ..checkpoints.gguf import open_base_folder
+    from ..checkpoints.safetensors import Checkpoint
+    from ..experiments.analyze import movements
+    from ..formats.base import Hints
+    from ..formats.files import find_adapter_file
+
     find_adapter_file(adapter)
     with ExitStack() as stack:
         checkpoint, known = None, Hints()
@@ -59,33 +81,7 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: Hints | None 
     return Group(_summary(adapter, form, found, notes), table)
 
 
-def list_targets(model: str, *, every: bool = False) -> Table:
-    """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
-    loaded, _ = load_base(ModelSettings(path=model))
-    layers, shared = adaptable(loaded), tied(loaded)
-    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, shape in layers.items():
-        kinds[name if every else name.rpartition(".")[2], shape].append(name)
-    # no name is cut: they are what recipes need
-    table = Table(Column("target_modules", overflow="fold", min_width=14), title=model)
-    for heading in ("count", "(out, in)", "parameters at r 16", *(() if every else ("for example",))):
-        table.add_column(heading, overflow="fold")
-    for (kind, shape), names in kinds.items():
-        cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
-        example = () if every else (names[0],)
-        told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
-        table.add_row(kind, str(len(names)), str(shape), told, *example)
-    stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, stack in expert_weights(loaded).items():
-        stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
-    for (kind, (E, O, I)), names in stacks.items():
-        cost = len(names) * E * (16 * (O + I) + O)
-        shown, example = (f"target_parameters: {kind}", ()) if every else (kind, (f"target_parameters: {names[0]}",))
-        table.add_row(shown, str(len(names)), f"{E} x ({O}, {I})", f"{cost:,}", *example)
-    return table
-
-
-def _summary(adapter: Path, form: str, found: ParsedAdapter, notes: Sequence[str]) -> Text:
+def _summary(adapter: Path, form: str, found: "ParsedAdapter", notes: Sequence[str]) -> Text:
     config, state = found.config, found.state
     tensors = [t for layer in state.layers.values() for t in layer.tensors().values()]
     count = sum(t.numel() for t in [*tensors, *state.extra.values()])
@@ -101,7 +97,7 @@ def _summary(adapter: Path, form: str, found: ParsedAdapter, notes: Sequence[str
     return Text("\n".join(lines))
 
 
-def _ranks(state: AdapterState) -> str:
+def _ranks(state: "AdapterState") -> str:
     """The ranks there are, the commonest first, and how many layers have only their lengths trained."""
     alone = [name for name, layer in state.layers.items() if layer.magnitude_alone]
     counts = Counter(layer.rank for name, layer in state.layers.items() if name not in alone)
@@ -110,18 +106,17 @@ def _ranks(state: AdapterState) -> str:
     return "; ".join(part for part in (f"r {ranks}" if ranks else "", lengths) if part) or "no layers"
 
 
-def _shape(layer: LayerAdapter) -> str:
+def _shape(layer: "LayerAdapter") -> str:
     shown = str(layer.shape)
     return shown if layer.kind == "linear" else f"{shown} {layer.kind.replace('_', ' ')}"
 
 
-def _sizes(layer: LayerAdapter) -> tuple[str, str]:
-    # |B A|² = tr((BᵀB)(A Aᵀ)): no (O, I) product; of experts the sum
-    a, b = (factor.float() for factor in layer.factors)
-    size = layer.scale * ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt().item()
+def _sizes(layer: "LayerAdapter") -> tuple[str, str]:
+    from ..experiments.analyze import change_norm
+
     span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
-    return f"{size:.4g}", span
+    return f"{change_norm(layer):.4g}", span
 
 
-def _moved(movement: Movement | None) -> tuple[str, ...]:
+def _moved(movement: "Movement | None") -> tuple[str, ...]:
     return () if movement is None else (f"{movement.length:.3%}", f"{movement.direction:.3g}")

@@ -4,29 +4,58 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.progress import Progress
 
-from ..checkpoints.gguf import open_base_folder
-from ..checkpoints.merge import Ingredient, MergeSummary, merge_checkpoint
-from ..checkpoints.verify import verify_merge
-from ..console import console
 from ..errors import DoraError, UsageError, collecting, raise_all
-from ..files import check_writable
-from ..formats.files import find_adapter_file, find_base_name
+from .console import console
+from .options import Alpha, Component, Overwrite
+
+if TYPE_CHECKING:
+    from ..checkpoints.merge import Ingredient, MergeSummary
 
 
 def merge_command(
-    adapters: Sequence[Ingredient], base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
-) -> MergeSummary:
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Runs, adapter folders or files, of any format.")
+    ],
+    base: Annotated[str | None, typer.Option(help="Checkpoint folder, .gguf or hub name; else what it names.")] = None,
+    out: Annotated[Path, typer.Option(help="The merged checkpoint's folder.")] = ...,  # type: ignore[assignment]
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as the base.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Once for each adapter, in their order: its share; else 1.")
+    ] = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold adapters into a checkpoint."""
+    from ..checkpoints.merge import Ingredient
+    from ..formats.base import Hints
+
+    each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
+    merge_and_show(
+        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
+    )
+
+
+def merge_and_show(
+    adapters: "Sequence[Ingredient]", base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
+) -> "MergeSummary":
     """Merge, print the summary, and with `verify` compare logits on real text.
 
     Raises:
         UsageError: if an adapter is not there, or no base is named.
         DoraError: if the merged model does not answer as the adapted one does.
     """
+    from ..checkpoints.merge import merge_checkpoint
+    from ..checkpoints.verify import verify_merge
+
     with ExitStack() as stack:
-        folder = _base(adapters, base, out, stack)
+        folder = _open_base(adapters, base, out, stack)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
@@ -46,7 +75,7 @@ def merge_command(
     return summary
 
 
-def with_weights(paths: Sequence[Path], weights: Sequence[float], each: Ingredient) -> list[Ingredient]:
+def with_weights(paths: Sequence[Path], weights: Sequence[float], each: "Ingredient") -> "list[Ingredient]":
     """The adapters with their weights, 1 where none are given; all else as in ``each``.
 
     Raises:
@@ -59,8 +88,12 @@ def with_weights(paths: Sequence[Path], weights: Sequence[float], each: Ingredie
     return [replace(each, path=path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
 
 
-def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: ExitStack) -> Path:
+def _open_base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: ExitStack) -> Path:
     """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
+    from ..checkpoints.gguf import open_base_folder
+    from ..files import check_writable
+    from ..formats.files import find_adapter_file
+
     problems: list[DoraError] = []
     folder = Path()
     for each in adapters:
@@ -69,7 +102,7 @@ def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: Ex
     with collecting(problems):
         check_writable(out, "--out", folder=True)
     with collecting(problems):
-        named = base or (None if problems else _named(adapters))
+        named = base or (None if problems else _find_base(adapters))
         if named:
             console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
             folder = stack.enter_context(open_base_folder(named, out))
@@ -77,8 +110,10 @@ def _base(adapters: Sequence[Ingredient], base: str | None, out: Path, stack: Ex
     return folder
 
 
-def _named(adapters: Sequence[Ingredient]) -> str:
+def _find_base(adapters: "Sequence[Ingredient]") -> str:
     """The one model that all the adapters name as their own."""
+    from ..formats.files import find_base_name
+
     names = {str(each.path): find_base_name(each.path) for each in adapters}
     if silent := [path for path, name in names.items() if not name]:
         raise UsageError(f"{', '.join(silent)} does not say which model it adapts; name it with --base MODEL")

@@ -36,11 +36,11 @@ def settings_tables() -> Group:
     for name, field in Recipe.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            parts.append(_table(f"{name}:", (_line(key, each) for key, each in inner.model_fields.items())))
+            parts.append(_table(f"{name}:", (_settings_line(key, each) for key, each in inner.model_fields.items())))
         elif name == "training":
-            parts.append(_table(f"{name}:", _training()))
+            parts.append(_table(f"{name}:", _training_lines()))
         else:
-            alone.append(_line(name, field))
+            alone.append(_settings_line(name, field))
     return Group(*parts, _table("of the recipe itself:", alone))
 
 
@@ -52,8 +52,8 @@ def _table(title: str, lines: Iterable[Line]) -> Table:
     return table
 
 
-def _line(name: str, field: FieldInfo) -> Line:
-    default = "needed" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+def _settings_line(name: str, field: FieldInfo) -> Line:
+    default = "needed" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
     choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
     said = " ".join((field.description or "").split())
     unsaid = [choice for choice in choices if str(choice) not in said]
@@ -61,7 +61,7 @@ def _line(name: str, field: FieldInfo) -> Line:
     return name, default, f"{listed}{said}"
 
 
-def _shown(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
@@ -69,11 +69,11 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _training() -> list[Line]:
+def _training_lines() -> list[Line]:
     """Where our defaults differ from the Trainer's, and those of its own that most recipes set."""
     own_of_trainer = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    theirs = [(name, _shown(own_of_trainer[name]), said) for name, said in _OFTEN_SET.items()]
-    ours = [(name, _shown(value), "") for name, value in DEFAULTS.items() if name != "log_level"]
+    theirs = [(name, _as_yaml(own_of_trainer[name]), said) for name, said in _OFTEN_SET.items()]
+    ours = [(name, _as_yaml(value), "") for name, value in DEFAULTS.items() if name != "log_level"]
     own = [(name, "null", "Stop after so many evaluations without a better loss.") for name in EXTRA]
     words = {
         "learning_rate": "Of A, and of all that has no rate of its own.",

@@ -1,7 +1,7 @@
 """Prompt styles: how a row of data becomes text, piece by piece, with the pieces to learn marked."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +9,16 @@ from jinja2 import TemplateError
 
 from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
-from .templates import columns_in, filled
+from .prepare import BadRow, Row
+from .templates import columns_in, fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a row's text; each is tokenised by itself, so that a prompt has the tokens it has in use."""
+    """A stretch of a row's text; each is tokenized by itself, so that a prompt has the tokens it has in use."""
 
     text: str
     learned: bool
@@ -39,16 +38,8 @@ class Style:
     """The text spells its own start and end tokens."""
 
 
-class BadRow(Exception):
-    """One row cannot be used: its kind, to count by, and what exactly is wrong."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
-
-
 def check_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
-    """Nothing, when the style is known and its columns are all there.
+    """Check that the style is known and its columns are all there.
 
     Raises:
         UsageError: with every column that is missing, the nearest names and those that there are.
@@ -87,7 +78,7 @@ def _fill(template: str, row: Row, setting: str) -> str:
     values = {column: _text(row, column) for column in columns}
     if not any(value.strip() for value in values.values()):
         raise BadRow("empty", f"nothing in {', '.join(columns)}")
-    return filled(template, values)
+    return fill_template(template, values)
 
 
 def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:

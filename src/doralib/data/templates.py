@@ -25,7 +25,7 @@ def columns_in(template: str, setting: str = "template") -> list[str]:
     return [name for name, _, _ in parts if name]
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
+def fill_template(template: str, values: Mapping[str, str]) -> str:
     """The template with these texts in its braces, as they are; without braces the text of that name."""
     if not {"{", "}"} & set(template):
         return values[template] if template else ""

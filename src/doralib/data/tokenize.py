@@ -1,7 +1,6 @@
 """From rows to batches: tokens, labels, padding; every row left out is counted."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,58 +10,16 @@ from torch import Tensor
 
 from ..errors import DoraError, UsageError
 from ..recipe import DataSettings
-from .encoding import pad_token
-from .prompts import STYLES, BadRow, Piece, Row
+from .prepare import IGNORED, BadRow, PreparedRows, Row, Sample, Tally
+from .prompts import STYLES, Piece
 from .rows import RawRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-IGNORED = -100
-"""The label of a token that does not count in the loss."""
-
-_SHOWN_PER_REASON = 3
 _ROWS_AT_ONCE = 1000
 _TOKENS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "length": datasets.Value("int32")})
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows."""
-
-    rows: int
-    kept: int
-    dropped: Mapping[str, int]
-    """Rows left out, by reason."""
-    truncated: int
-    tokens: int
-    label_tokens: int
-    examples: tuple[str, ...]
-    """The first rows of each reason, with their numbers in the file."""
-
-    def lines(self) -> list[str]:
-        """The report for a person, nothing when every row was taken whole."""
-        lost = [f"{count} left out, {reason}" for reason, count in self.dropped.items()]
-        cut = [f"{self.truncated} cut to max_length"] if self.truncated else []
-        return [f"of {self.rows} rows: {'; '.join(lost + cut)}", *self.examples] if lost or cut else []
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """Rows as tokens."""
-
-    rows: datasets.Dataset
-    """Columns input_ids, labels and length."""
-    report: Report
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and the answer that the data give."""
-
-    prompt: str
-    expected: str
 
 
 @dataclass(frozen=True)
@@ -87,13 +44,13 @@ class Collator:
         }
 
 
-def tokenise(
+def tokenize_rows(
     rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: "Tokenizer"
-) -> Tokenised:
+) -> PreparedRows:
     """The usable rows as tokens and labels; the target's end is marked by the tokenizer's end token.
 
     Args:
-        rows: not yet tokenised.
+        rows: not yet tokenized.
         numbers: the row's place in its file, for messages.
         settings: style, loss and length.
         tokenizer: of the model.
@@ -102,21 +59,21 @@ def tokenise(
         UsageError: if no row is usable, or the tokenizer cannot do the style.
         DoraError: if the tokenizer has no token for a target, or a row is bad and bad rows are errors.
     """
-    tally = _Tally()
+    tally = Tally()
     parts: list[datasets.Dataset] = []
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         chunk = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
-        parts += _tokenise_chunk(chunk, numbers[start:], settings, tokenizer, tally)
+        parts += _tokenize_chunk(chunk, numbers[start:], settings, tokenizer, tally)
     report = tally.report(len(rows))
     told = "\n".join(report.lines())
     if report.dropped and settings.bad_rows == "error":
         raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
     if not report.kept:
         raise UsageError(f"no row can be used, the data set is empty:\n{told}")
-    return Tokenised(datasets.concatenate_datasets(parts), report)
+    return PreparedRows(datasets.concatenate_datasets(parts), report)
 
 
-def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count: int) -> list[Sample]:
+def find_samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count: int) -> list[Sample]:
     """The first usable rows of validation (else of train) within max_length, as prompt and expected answer."""
     found: list[Sample] = []
     for row in raw.validation if raw.validation is not None else raw.train:
@@ -135,41 +92,8 @@ def samples(raw: RawRows, settings: DataSettings, tokenizer: "Tokenizer", count:
     return found
 
 
-class _Tally:
-    """Counts while the rows go by."""
-
-    def __init__(self) -> None:
-        self.kept = self.truncated = self.tokens = self.label_tokens = 0
-        self.kinds: Counter[str] = Counter()
-        self.shown: list[str] = []
-
-    def drop(self, number: int, bad: BadRow) -> None:
-        self.kinds[bad.kind] += 1
-        self._show(bad.kind, f"row {number}: {bad.detail}", self.kinds[bad.kind])
-
-    def cut(self, number: int, length: int) -> None:
-        self.truncated += 1
-        self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
-
-    def keep(self, labels: Sequence[int]) -> None:
-        self.kept += 1
-        self.tokens += len(labels)
-        self.label_tokens += sum(label != IGNORED for label in labels[1:])
-
-    def report(self, rows: int) -> Report:
-        return Report(
-            rows, self.kept, dict(self.kinds), self.truncated, self.tokens, self.label_tokens, tuple(self.shown)
-        )
-
-    def _show(self, kind: str, text: str, count: int) -> None:
-        if count <= _SHOWN_PER_REASON:
-            self.shown.append(f"  {text}")
-        elif count == _SHOWN_PER_REASON + 1:
-            self.shown.append(f"  more rows {kind} not shown")
-
-
-def _tokenise_chunk(
-    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: "Tokenizer", tally: _Tally
+def _tokenize_chunk(
+    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: "Tokenizer", tally: Tally
 ) -> Iterator[datasets.Dataset]:
     style, whole = STYLES[settings.style], []
     for number, row in zip(numbers, rows, strict=False):
@@ -218,7 +142,7 @@ def _join(
 
 
 def _fit(
-    input_ids: list[int], labels: list[int], number: int, settings: DataSettings, tally: _Tally
+    input_ids: list[int], labels: list[int], number: int, settings: DataSettings, tally: Tally
 ) -> tuple[list[int], list[int]]:
     """The row within max_length."""
     length, limit = len(input_ids), settings.max_length
@@ -241,8 +165,3 @@ def _start_tokens(tokenizer: "Tokenizer") -> list[int]:
 
 def _end_tokens(tokenizer: "Tokenizer") -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-
-
-def collator(tokenizer: "Tokenizer", most: int | None = None) -> Collator:
-    """Pads with the tokenizer's own token; padding is masked, so any token would do."""
-    return Collator(pad_token(tokenizer), most=most)

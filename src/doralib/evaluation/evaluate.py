@@ -3,19 +3,18 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ..adapters.inference import unchanged
-from ..console import console
 from ..data.encoding import context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
+from ..progress import Tick
 from .generation import Sampling, continuations, evaluation_mode
-from .likelihood import Request, log_likelihoods, option_requests, text_requests
+from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
 from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
 
@@ -43,16 +42,7 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
-        return {
-            "task": self.task,
-            "kind": self.kind,
-            "n": self.n,
-            "metrics": {name: score.to_json() for name, score in self.metrics.items()},
-            "confusion": self.confusion,
-            "wrong": list(self.wrong),
-            "cut": self.cut,
-            "seconds": self.seconds,
-        }
+        return {**asdict(self), "wrong": list(self.wrong)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     seed: int = 0,
-    progress: bool = True,
+    tick: Tick | None = None,
 ) -> dict[str, TaskResult]:
     """The result of each task by its name; all data is read and checked before the model is asked anything.
 
@@ -100,7 +90,7 @@ def evaluate(
         batch_size: texts in one forward; does not change the result beyond rounding.
         limit: only the first rows of each task.
         seed: of the bootstrap.
-        progress: show a bar in a terminal.
+        tick: gets each step forward, by the name of the task, whose total is 1.
 
     Raises:
         UsageError: if data, columns or labels do not fit, for all tasks at once.
@@ -108,17 +98,12 @@ def evaluate(
     """
     examples = _read_all(tasks, limit)
     results = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not (progress and console.is_terminal)
-    )
-    with bar, evaluation_mode(model), unchanged(model):
+    with evaluation_mode(model), unchanged(model):
         for task in tasks:
-            line = bar.add_task(task.name, total=1.0)
-            tick = lambda share, line=line: bar.advance(line, share)
-            scorer = _Scorer(model, tokenizer, batch_size, seed, tick)
+            advance = lambda share, name=task.name: tick(name, share, 1.0) if tick else None
+            scorer = _Scorer(model, tokenizer, batch_size, seed, advance)
             results[task.name] = _result(task, examples[task.name], scorer)
-            bar.update(line, completed=1.0)
+            advance(1.0)
     return results
 
 
@@ -237,7 +222,7 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise:
     return chosen, sum(cut for _, cut in asked)
 
 
-def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[Request], bool]:
+def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[LikelihoodRequest], bool]:
     """The requests for the options of one row."""
     limit, prompt = context_length(scorer.model), _prompt(task, example, scorer)
     try:
@@ -258,7 +243,7 @@ def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -
             )
 
 
-def _log_likelihoods(scorer: _Scorer, requests: Sequence[Request]) -> list[float]:
+def _log_likelihoods(scorer: _Scorer, requests: Sequence[LikelihoodRequest]) -> list[float]:
     pad = pad_token(scorer.tokenizer)
     return log_likelihoods(scorer.model, requests, batch_size=scorer.batch_size, pad=pad, tick=scorer.tick)
 

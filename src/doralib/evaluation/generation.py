@@ -85,7 +85,7 @@ def continuations(
     sampling: Sampling = GREEDY,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """The text that follows each tokenised prompt.
+    """The text that follows each tokenized prompt.
 
     Args:
         model: as for `generate`.

@@ -22,7 +22,7 @@ _LOGITS_AT_ONCE = 512  # rows of the vocabulary head: 100 MB in float32 at 49k w
 
 
 @dataclass(frozen=True)
-class Request:
+class LikelihoodRequest:
     """Asks for the log-probability of ``tokens[start:]`` after ``tokens[:start]``; start is at least 1."""
 
     tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class _Row:
 
 def option_requests(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, options: Sequence[str], *, chat: bool, limit: int | None
-) -> tuple[list[Request], bool]:
+) -> tuple[list[LikelihoodRequest], bool]:
     """One request for each option, all after the same tokens, and whether the prompt's beginning was cut to fit.
 
     The common tokens end where the first option departs from the prompt's own: an option may melt into its last token.
@@ -62,12 +62,12 @@ def option_requests(
     over = 0 if limit is None else max(0, max(map(len, whole)) - 1 - limit)
     if over >= shared:
         raise UsageError(f"an option has {max(map(len, whole)) - shared} tokens; the model takes {limit} in all")
-    return [Request(tuple(tokens[over:]), shared - over) for tokens in whole], over > 0
+    return [LikelihoodRequest(tuple(tokens[over:]), shared - over) for tokens in whole], over > 0
 
 
 def text_requests(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str, *, chat: bool, limit: int
-) -> tuple[list[Request], bool]:
+) -> tuple[list[LikelihoodRequest], bool]:
     """Requests that score each token of a text once, and whether the prompt's beginning was cut to fit.
 
     Each piece has at most ``limit`` tokens of input and begins with the last token of the piece before.
@@ -85,14 +85,14 @@ def text_requests(
     cut, requests = begin > 0, []
     while at < len(tokens):
         end = min(begin + limit + 1, len(tokens))
-        requests.append(Request(tuple(tokens[begin:end]), at - begin))
+        requests.append(LikelihoodRequest(tuple(tokens[begin:end]), at - begin))
         at, begin = end, end - 1
     return requests, cut
 
 
 def log_likelihoods(
     model: nn.Module,
-    requests: Sequence[Request],
+    requests: Sequence[LikelihoodRequest],
     *,
     batch_size: int,
     pad: int = 0,
@@ -136,7 +136,7 @@ def _num_shared(rows: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
-def _rows(requests: Sequence[Request]) -> list[_Row]:
+def _rows(requests: Sequence[LikelihoodRequest]) -> list[_Row]:
     """The fewest inputs that answer every request."""
     by_inputs: dict[tuple[int, ...], _Row] = {}
     for index, request in enumerate(requests):

@@ -22,10 +22,6 @@ class Score:
     low: float
     high: float
 
-    def to_json(self) -> dict[str, float]:
-        """The three numbers by name."""
-        return {"value": self.value, "low": self.low, "high": self.high}
-
 
 def confusion_counts(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> Counts:
     """(L, L): how many rows of each true label (row) were given each label (column)."""

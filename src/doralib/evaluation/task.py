@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked
-from ..data.rows import read
-from ..data.templates import columns_in, filled
+from ..data.prepare import Row
+from ..data.rows import read_rows
+from ..data.templates import columns_in, fill_template
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
-Row = Mapping[str, Any]
 _SHOWN = 12
 
 
-def plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """A value of a row or a label as text: true and false, whole numbers without a point, no space around."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -29,13 +29,13 @@ def plain(value: Any) -> str:
 def _labels(value: Any) -> Any:
     """A list of texts as a mapping from each text, stripped, to itself; keys of a mapping as plain text."""
     if isinstance(value, list | tuple):
-        return {plain(text): text for text in value}
+        return {plain_text(text): text for text in value}
     if isinstance(value, Mapping):
-        return {plain(key): text for key, text in value.items()}
+        return {plain_text(key): text for key, text in value.items()}
     return value
 
 
-def _several(value: Mapping[str, str]) -> Mapping[str, str]:
+def _check_two(value: Mapping[str, str]) -> Mapping[str, str]:
     if len(value) < 2:
         raise ValueError("at least two different labels are needed")
     return value
@@ -93,10 +93,10 @@ class ChoiceTask(Task):
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
             if truth is None:
-                bad[f"{plain(_value(self.answer, row))} of {len(texts)} choices"] += 1
+                bad[f"{plain_text(_value(self.answer, row))} of {len(texts)} choices"] += 1
             else:
                 made.append(Example(fill(self.prompt, row), texts[truth].strip(), self._options(texts), truth))
-        _refuse(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
+        _check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
         return made
 
     def _choices_of(self, row: Row) -> Sequence[Any]:
@@ -123,7 +123,7 @@ class ClassificationTask(Task):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        _several(self.labels)
+        _check_two(self.labels)
         return self
 
     def templates(self) -> list[str]:
@@ -132,8 +132,8 @@ class ClassificationTask(Task):
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         """One example a row, with the labels as options."""
         names, options = list(self.labels), tuple(self.labels.values())
-        answers = [plain(_value(self.answer, row)) for row in rows]
-        _refuse(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
+        answers = [plain_text(_value(self.answer, row)) for row in rows]
+        _check_answers(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
         return [
             Example(fill(self.prompt, row), answer, options, names.index(answer))
             for row, answer in zip(rows, answers, strict=True)
@@ -157,7 +157,7 @@ class GenerationTask(Task):
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         """One example a row; nothing to choose from."""
-        return [Example(fill(self.prompt, row), self.normal(plain(_value(self.answer, row)))) for row in rows]
+        return [Example(fill(self.prompt, row), self.normal(plain_text(_value(self.answer, row)))) for row in rows]
 
     def predicted(self, text: str) -> str:
         """The answer in a generated text."""
@@ -247,7 +247,7 @@ class Example:
 
 def fill(template: str, row: Row) -> str:
     """The template with the row's values as text; braces in values stay as they are."""
-    return filled(template, {name: str(row[name]) for name in columns_in(template)})
+    return fill_template(template, {name: str(row[name]) for name in columns_in(template)})
 
 
 def read_examples(task: Task, limit: int | None = None) -> list[Example]:
@@ -259,7 +259,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     """
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
-    dataset = read(task.data, f"task {task.name}: data", task.split)
+    dataset = read_rows(task.data, f"task {task.name}: data", task.split)
     rows: list[Row] = dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()
     known = dataset.column_names
     wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))
@@ -279,7 +279,7 @@ def _value(template: str, row: Row) -> Any:
 
 def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
     """Which of the texts an answer means: by its text, else its number, else its letter."""
-    said = plain(answer)
+    said = plain_text(answer)
     stripped = [text.strip() for text in texts]
     if said in stripped:
         return stripped.index(said)
@@ -292,7 +292,7 @@ def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
     return index if 0 <= index < len(texts) else None
 
 
-def _refuse(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
+def _check_answers(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
     if not bad:
         return
     shown = list_some([f"{value!r} ({count})" for value, count in bad.most_common()], _SHOWN, ", ")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from .. import functional as F
 from ..checkpoints.adapter import read_base_rows
 from ..checkpoints.safetensors import Checkpoint
-from ..state import AdapterState
+from ..state import AdapterState, LayerAdapter
 
 
 class Movement(NamedTuple):
@@ -32,3 +32,10 @@ def movements(state: AdapterState, checkpoint: Checkpoint) -> dict[str, Movement
         relative = length_O / F.row_norm_sq(W_OI).sqrt().clamp_min(1e-30)
         out[name] = Movement(relative.mean().item(), direction_O.mean().item())
     return out
+
+
+def change_norm(layer: LayerAdapter) -> float:
+    """|s B A|, without the (O, I) product; of experts over all of them."""
+    # |B A|² = tr((BᵀB)(A Aᵀ))
+    a, b = (factor.float() for factor in layer.factors)
+    return layer.scale * ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt().item()

@@ -1,266 +1,419 @@
-"""What a layer computes with that follows from A, B, m and the norm alone, made when one of them has changed."""
+"""What a layer computes with that follows from A, B, m and its frozen weight, made when one of them has changed.
 
+No version counter sees every write: not those of fused and 8-bit optimizers, of ``.data``, or to FSDP2's unsharded
+parameters. So the small tensors are kept as they were and compared bit by bit, (O + I) R numbers against O I R
+multiplications. Of the frozen weight the base tells whether it is another one.
+"""
+
+import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .norm import Change, Copy, FreshNorm, Seen, fresh
-from .operands import TINY_GAIN, Ready, _by_rows, ready_from
+from .. import functional as F
+from .dispatch import on_gpu
+from .norm import NormBase, OnDevice, norm_in_graph, register
+from .operands import Operands, make_operands
 
 
-class Member(Protocol):
-    """One layer's share."""
+class LayerCache:
+    """One layer's norm and operands, never stale."""
 
-    def has_changed(self) -> bool:
-        """Whether what it was made from last has changed, as far as it can know by itself."""
+    def __init__(self, base: NormBase) -> None:
+        self.base = base
+        self.group: Group | None = None
+        self.trusted: dict[torch.dtype, tuple[Tensor, Operands, Tensor | None]] | None = None
+        """Inside `doralib.unchanged`, by dtype what a call without gradients needs beside x: W, operands and bias."""
+        self._handle = register(self)
+        self._base_sq: tuple[Any, Tensor] | None = None
+        self._norm: _Norm | None = None
+        self._made: _Made | None = None
+        self._on_device: OnDevice | None = None
 
+    def operands(
+        self,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        m_O: Tensor | None,
+        s: float,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        n_O: Tensor | None = None,
+    ) -> Operands:
+        """What the operator takes for products in a dtype, outside the graph.
 
-M = TypeVar("M", bound=Member)
+        Args:
+            m_O: None for LoRA.
+            bias_O: The base's, which is not scaled.
+            n_O: A norm in place of the layer's own; the same tensor as long as its values are the same.
+        """
+        if m_O is not None and n_O is None and self.base.triton_weight() is not None:
+            n_O = self.constant_norm(a_RI, b_OR, s).clone()  # a kernel writes the next one in its place
+        request = _Request(self, a_RI, b_OR, m_O, s, bias_O, dtype, n_O)
+        learning, made = torch.is_grad_enabled(), self._made
+        if made is None or not made.is_for(request):
+            made = _make([request, *(self.group.stale_beside(self) if self.group is not None else ())])[0]
+        if learning:
+            if self.group is not None and request.has_own_norm:
+                self.group.remember(request)
+        elif made.operands.columns_OR is None:
+            made = self._made = made._replace(operands=made.operands.with_columns())
+        return made.operands
 
+    def norm(self, a_RI: Tensor, b_OR: Tensor, s: float, *, detach: bool) -> Tensor:
+        """``|W + s B A|`` by rows, (O,): a constant of the backward pass, or with its full gradient.
 
-class Together:
-    """The layers of one model that are in use: one that was taken along and then not asked is left out from there on.
+        Nobody writes to it. A row of length zero is given as infinity: m / n is then 0, and no pass has a NaN.
+        """
+        if detach and not torch.compiler.is_compiling():
+            return self.constant_norm(a_RI, b_OR, s)
+        return norm_in_graph(self, self._handle, a_RI, b_OR, s, detach=detach)
 
-    Nothing relies on it: a member that was left out, or changes again, finds out when it is asked itself.
-    """
+    def constant_norm(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """The norm outside the graph."""
+        W_OI = self.base.triton_weight()
+        if W_OI is not None:
+            return self._norm_by_triton(W_OI, a_RI, b_OR, s)
+        return _fresh_norms([_Request(self, a_RI, b_OR, None, s, None, b_OR.dtype, None)])[0].n_O
 
-    def __init__(self) -> None:
-        self._members: dict[int, weakref.ref[Any]] = {}
-        self._not_asked: set[int] = set()
+    @torch.no_grad()
+    def norm_at_start(self, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """The true norm while B = 0, bit for bit the one that the first forward pass will find; one pass over W."""
+        if self.base.triton_weight() is None:
+            return self.base_norm_sq().sqrt()
+        n_O = self.constant_norm(a_RI, b_OR, s)
+        return n_O.masked_fill(n_O.isinf(), 0)
 
-    def remember(self, member: Member) -> None:
-        """That it was asked."""
-        self._members[id(member)] = weakref.ref(member)
-        self._not_asked.discard(id(member))
+    def base_norm_sq(self) -> Tensor:
+        """Squared row lengths of the frozen weight, (O,); one pass over it, once."""
+        key = self.base.key()
+        if self._base_sq is None or self._base_sq[0] != key:
+            self._base_sq = key, self.base.row_norm_sq()
+        return self._base_sq[1]
 
-    def changed(self, asking: M) -> list[M]:
-        """Those beside the one that is asking that have changed; the caller makes them anew."""
-        # a list at once, and no error for a key that is gone: another thread may be asking too
-        known = [(key, ref()) for key, ref in list(self._members.items())]
-        others = [
-            (key, member) for key, member in known if member is not asking and (not member or member.has_changed())
-        ]
-        for key, member in others:
-            if member is None or key in self._not_asked:
-                self._members.pop(key, None)
-                self._not_asked.discard(key)
-        taken = [(key, member) for key, member in others if key in self._members]
-        self._not_asked |= {key for key, _ in taken}
-        return [member for _, member in taken if member is not None]
+    def known_norm(self, a_RI: Tensor, b_OR: Tensor, s: float) -> "_Norm | None":
+        """The norm that was made last, if it would be the same now."""
+        norm = self._norm
+        same = norm is not None and norm.s == s and norm.key == self.base.key()
+        return norm if same and norm.a_RI.equals(a_RI) and norm.b_OR.equals(b_OR) else None  # type: ignore[union-attr]
+
+    def is_stale(self, request: "_Request") -> bool:
+        """Whether parameters have changed since; a base that was moved or replaced waits for its own layer's call."""
+        norm, made = self._norm, self._made
+        return norm is not None and made is not None and norm.key == self.base.key() and not made.is_for(request)
+
+    @torch.no_grad()
+    def _norm_by_triton(self, W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
+        """Compared and, if need be, computed on the device: the host never waits."""
+        key = (*self.base.key(), s)
+        if self._on_device is None or self._on_device.key != key or self._on_device.a_RI.shape != a_RI.shape:
+            self._on_device = OnDevice.nothing_seen(key, a_RI, b_OR)
+        fused = on_gpu(W_OI)
+        assert fused is not None
+        _, *seen = self._on_device
+        n_O: Tensor = fused.fresh_row_norm(W_OI, a_RI, b_OR, s, *seen)
+        return n_O
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model's layers meet again under a copy of their own."""
+        """A copied or pickled layer makes its own."""
+        return {"base": self.base, "group": self.group}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["base"])  # type: ignore[misc]
+        self.group = state["group"]
+
+
+class Group:
+    """The caches of one model: an optimizer changes all its layers at once, and the first that is asked renews all.
+
+    A few operators over the rows of all layers take the place of as many for each between two large products: 3.8 % of
+    a step of 1x256 tokens (docs/bench.md, ablation). Nothing relies on it: a cache that was left out, or changes again,
+    finds out when it is asked itself.
+    """
+
+    def __init__(self, caches: Iterable[LayerCache] = ()) -> None:
+        self._asked: weakref.WeakKeyDictionary[LayerCache, _Asked] = weakref.WeakKeyDictionary()
+        for cache in caches:
+            cache.group = self
+
+    def remember(self, request: "_Request") -> None:
+        """What a cache was asked for, if it can be asked again: an optimizer changes parameters in their place."""
+        parameters = request.trained
+        if all(isinstance(t, nn.Parameter) for t in parameters):
+            tensors = parameters if request.bias_O is None else (*parameters, request.bias_O)
+            self._asked[request.cache] = _Asked(tuple(map(weakref.ref, tensors)), request.s, request.dtype)
+
+    def stale_beside(self, asking: LayerCache) -> list["_Request"]:
+        """What to make along with the one that is asking; one that is not asked afterwards is left out from then on."""
+        stale = []
+        for cache, asked in list(self._asked.items()):
+            request = None if cache is asking else asked.again(cache)
+            if request is None or not cache.is_stale(request):
+                continue
+            if asked.made_along:
+                self._asked.pop(cache, None)
+            else:
+                asked.made_along = True
+                stale.append(request)
+        return stale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model's caches meet again in a copy of their own."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
 
-def at_hand(refs: Sequence[weakref.ref[Tensor]]) -> tuple[Tensor, ...] | None:
-    """The tensors, where all of them live and hold values: FSDP2 frees the memory of a layer that is not computing."""
-    found = tuple(t for ref in refs if (t := ref()) is not None and (t.data_ptr() or not t.numel()))
-    return found if len(found) == len(refs) else None
+class _Asked:
+    """What a cache was asked for last."""
+
+    def __init__(self, tensors: tuple[weakref.ref[Tensor], ...], s: float, dtype: torch.dtype) -> None:
+        self.tensors, self.s, self.dtype, self.made_along = tensors, s, dtype, False
+
+    def again(self, cache: LayerCache) -> "_Request | None":
+        """The same for the values as they are; None where FSDP2 has freed the memory of a layer."""
+        found = [t for ref in self.tensors if (t := ref()) is not None and (t.data_ptr() or not t.numel())]
+        if len(found) < len(self.tensors):
+            return None
+        a_RI, b_OR, m_O, *bias = found
+        return _Request(cache, a_RI, b_OR, m_O, self.s, bias[0] if bias else None, self.dtype, None)
 
 
-class _Wanted(NamedTuple):
-    """A layer, and what its `Ready` is to be made from."""
+class Copy:
+    """A tensor's values as they were."""
 
-    kept: "Kept"
-    factors: tuple[Tensor, ...]
-    """A, B and, for DoRA, m."""
+    __slots__ = ("_address", "_nbytes", "_shape", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        """Of a tensor that nobody else writes to."""
+        self.value, self._shape, self._nbytes = value, value.shape, value.nbytes
+        self._address = value.data_ptr() if _memcmp is not None and _is_plain(value) else None
+
+    def equals(self, now: Tensor) -> bool:
+        """Whether a tensor is the same bit by bit, dtype and device included."""
+        value = self.value
+        if value.dtype is not now.dtype or self._shape != now.shape:
+            return False
+        if _memcmp is not None and self._address is not None and _is_plain(now):
+            return not _memcmp(self._address, now.data_ptr(), self._nbytes)
+        return value.device == now.device and torch.equal(value, now)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.is_cpu and type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+
+
+def _find_memcmp() -> Callable[[int, int, int], int] | None:
+    """C's own comparison: `torch.equal` costs generation in float32 6.4 % (docs/bench.md, ablation)."""
+    try:
+        # PyDLL: to give the interpreter's lock away and take it back would take as long as the comparison
+        memcmp = ctypes.PyDLL(None).memcmp
+    except (AttributeError, OSError, TypeError):  # no libc under that name, as on Windows
+        return None
+    memcmp.argtypes, memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return memcmp
+
+
+_memcmp = _find_memcmp()
+
+
+class _Request(NamedTuple):
+    """A cache, and what is wanted of it."""
+
+    cache: LayerCache
+    a_RI: Tensor
+    b_OR: Tensor
+    m_O: Tensor | None
     s: float
     bias_O: Tensor | None
     dtype: torch.dtype
     n_O: Tensor | None
-    """The norm where it is not `Kept.norm`'s."""
 
-    def key(self) -> Any:
-        """Differs once the norm would be another one with the same factors."""
-        return self.kept.norm.base.key() if self.has_own_norm() else None
-
+    @property
     def has_own_norm(self) -> bool:
-        """Whether the layer's own norm is wanted."""
-        return len(self.factors) == 3 and self.n_O is None
+        return self.m_O is not None and self.n_O is None
 
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return (self.a_RI, self.b_OR) if self.m_O is None else (self.a_RI, self.b_OR, self.m_O)
+
+    @property
     def watched(self) -> tuple[Tensor, ...]:
-        """What it follows from, beside the norm that is given."""
-        own = self.factors if self.n_O is None else self.factors[2:]
+        """What the operands follow from beside the norm, which follows from A and B itself."""
+        own = (self.a_RI, self.b_OR) if self.m_O is None else (self.m_O,)
         return own if self.bias_O is None else (*own, self.bias_O)
 
 
-class _Made(NamedTuple):
-    """A `Ready` and what it was made from."""
+class _Norm(NamedTuple):
+    """A norm and what it was made from."""
 
-    ready: Ready
-    copies: tuple[Copy, ...]
-    """Of `_Wanted.watched`."""
     key: Any
-    n_O: Tensor | None
-    """As it was given: the same tensor as long as what it follows from is the same."""
     s: float
+    a_RI: Copy
+    b_OR: Copy
+    n_O: Tensor
+
+
+class _Made(NamedTuple):
+    """Operands and what they were made from."""
+
+    operands: Operands
     dtype: torch.dtype
+    copies: tuple[Copy, ...]
+    """Of `_Request.watched`."""
 
-    def still(self, wanted: _Wanted) -> bool:
-        """Whether it would be the same now, bit for bit."""
-        if self.dtype is not wanted.dtype or self.s != wanted.s or self.n_O is not wanted.n_O:
+    def is_for(self, request: _Request) -> bool:
+        """Whether they would be the same now, bit for bit."""
+        operands = self.operands
+        if self.dtype is not request.dtype or operands.s != request.s:
             return False
-        return self.key == wanted.key() and self.same_values(wanted)
-
-    def same_values(self, wanted: _Wanted) -> bool:
-        """The same of what an optimiser changes."""
         # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
-        if self.ready.wide_a_RI.data_ptr() != wanted.factors[0].data_ptr():
+        if operands.wide_a_RI.data_ptr() != request.a_RI.data_ptr():
             return False
-        watched = wanted.watched()
-        return len(watched) == len(self.copies) and all(a.equals(b) for a, b in zip(self.copies, watched, strict=True))
-
-
-class Kept:
-    """One layer's `Ready`, never stale."""
-
-    def __init__(self, norm: FreshNorm) -> None:
-        self.together: Together | None = None
-        self.norm = norm
-        self.held: dict[torch.dtype, tuple[Tensor, Ready, Tensor | None]] | None = None
-        """By dtype what a call without gradients needs beside its input, inside `doralib.unchanged`."""
-        self._made: _Made | None = None
-        self._asked: tuple[tuple[weakref.ref[Tensor], ...], float, bool, torch.dtype] | None = None
-
-    def __call__(
-        self,
-        factors: tuple[Tensor, ...],
-        s: float,
-        bias_O: Tensor | None,
-        dtype: torch.dtype,
-        n_O: Tensor | None = None,
-    ) -> Ready:
-        """What is ready for products of a dtype, outside the graph.
-
-        Args:
-            factors: A, B and, for DoRA, m.
-            s: The scale.
-            bias_O: The layer's, which is not scaled.
-            dtype: Of the products.
-            n_O: For DoRA, a norm in place of the layer's own; the same tensor as long as its values are the same.
-        """
-        if n_O is None and len(factors) == 3 and self.norm.base.triton_weight() is not None:
-            # it is written to in place
-            n_O = self.norm.constant(*factors[:2], s).clone()
-        wanted, made = _Wanted(self, factors, s, bias_O, dtype, n_O), self._made
-        if made is None or not made.still(wanted):
-            others = [] if self.together is None else self.together.changed(self)
-            by_columns = not torch.is_grad_enabled()
-            made = _make([wanted, *(other for kept in others if (other := kept._wanted()))], by_columns)
-        if self.together is not None and torch.is_grad_enabled() and wanted.has_own_norm() and _are_parameters(factors):
-            self._asked = tuple(map(weakref.ref, wanted.watched())), s, bias_O is not None, dtype
-            self.together.remember(self)
-        return made.ready
-
-    def has_changed(self) -> bool:
-        """Whether the parameters that it was asked for last have changed."""
-        wanted, made = self._wanted(), self._made
-        # a base that was moved, replaced or sharded waits until its own layer asks
-        return bool(wanted and made and made.key == wanted.key() and not made.same_values(wanted))
-
-    def _wanted(self) -> _Wanted | None:
-        """For the parameters that it was asked for last, if they are still there."""
-        if self._asked is None:
-            return None
-        refs, s, has_bias, dtype = self._asked
-        found = at_hand(refs)
-        if found is None:
-            return None
-        return _Wanted(self, found[:3], s, found[3] if has_bias else None, dtype, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled layer makes its own."""
-        return {"norm": self.norm, "together": self.together}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["norm"])  # type: ignore[misc]
-        self.together = state["together"]
-
-
-def meet(layers: Iterable[Kept]) -> None:
-    """Let these be made anew together from now on."""
-    together = Together()
-    for layer in layers:
-        layer.together = together
-
-
-def _are_parameters(tensors: Sequence[Tensor]) -> bool:
-    """Whether an optimiser may change them, each in its place."""
-    return all(type(t) is nn.Parameter or isinstance(t, nn.Parameter) for t in tensors)
+        n_O = request.n_O
+        if request.has_own_norm:
+            norm = request.cache.known_norm(request.a_RI, request.b_OR, request.s)
+            if norm is None:
+                return False
+            n_O = norm.n_O
+        watched = request.watched
+        same = n_O is operands.n_O and len(watched) == len(self.copies)
+        return same and all(copy.equals(t) for copy, t in zip(self.copies, watched, strict=True))
 
 
 # what is made in inference mode could not be used by a later backward pass
 @torch.inference_mode(False)
 @torch.no_grad()
-def _make(wanted: Sequence[_Wanted], by_columns: bool) -> _Made:
-    """Make these, DoRA's of one rank, scale and dtype in one go; the first is returned."""
-    own = [each for each in wanted if each.has_own_norm()]
-    seen = fresh([Change(each.kept.norm, each.factors[0], each.factors[1], each.s) for each in own])
-    norms = dict(zip(map(id, own), seen, strict=True))
-    batches: dict[Any, list[_Wanted]] = {}
-    for each in wanted:
-        key: Any = id(each)
-        if len(each.factors) == 3:
-            a, b, m = each.factors
-            key = (len(a), each.s, each.bias_O is None, each.dtype, a.dtype, b.dtype, m.dtype, b.device)
-        batches.setdefault(key, []).append(each)
-    # the first, which is asked for, last
-    for batch in reversed(batches.values()):
-        if len(batch[0].factors) == 2:
-            made = [_made_lora(batch[0], by_columns)]
+def _make(requests: Sequence[_Request]) -> list[_Made]:
+    """Make the operands, DoRA's of one rank, scale and dtype in one go."""
+    own = [i for i, request in enumerate(requests) if request.has_own_norm]
+    norms = dict(zip(own, _fresh_norms([requests[i] for i in own]), strict=True))
+    batches: dict[Any, list[int]] = {}
+    for i, (_, a_RI, b_OR, m_O, s, bias_O, dtype, _) in enumerate(requests):
+        key: Any = i
+        if m_O is not None:
+            key = (len(a_RI), s, bias_O is None, dtype, a_RI.dtype, b_OR.dtype, m_O.dtype, b_OR.device)
+        batches.setdefault(key, []).append(i)
+    made: dict[int, _Made] = {}
+    for batch in batches.values():
+        first = requests[batch[0]]
+        if first.m_O is None:
+            made[batch[0]] = _make_lora(first)
         else:
-            made = _made_batch(batch, [_basis(each, norms.get(id(each))) for each in batch], by_columns)
-        for each, new in zip(batch, made, strict=True):
-            each.kept._made = new
-    return made[0]
+            made.update(
+                zip(batch, _make_dora([requests[i] for i in batch], [norms.get(i) for i in batch]), strict=True)
+            )
+    for i, request in enumerate(requests):
+        request.cache._made = made[i]
+    return [made[i] for i in range(len(requests))]
 
 
-class _Basis(NamedTuple):
-    """B and the norm that belongs to it, and what is left to compare of them."""
-
-    b_OR: Tensor
-    n_O: Tensor
-    copies: tuple[Copy, ...]
-    key: Any
+def _make_lora(request: _Request) -> _Made:
+    _, a_RI, b_OR, _, s, _, dtype, _ = request
+    copies = tuple(Copy(t.detach().clone()) for t in request.watched)
+    return _Made(make_operands(a_RI, b_OR.detach(), None, s, None, dtype), dtype, copies)
 
 
-def _basis(wanted: _Wanted, seen: Seen | None) -> _Basis:
-    if seen is not None:
-        return _Basis(seen.b_OR.value, seen.n_O, (seen.a_RI, seen.b_OR), seen.key)
-    assert wanted.n_O is not None
-    return _Basis(wanted.factors[1].detach(), wanted.n_O, (), None)
-
-
-def _made_batch(batch: list[_Wanted], bases: list[_Basis], by_columns: bool) -> list[_Made]:
-    first, rows = batch[0], [len(each.b_OR) for each in bases]
+def _make_dora(batch: list[_Request], norms: Sequence[_Norm | None]) -> list[_Made]:
+    first = batch[0]
+    # the norm belongs to the copies of A and B, whatever another thread does to the parameters meanwhile
+    factors = [r.b_OR.detach() if norm is None else norm.b_OR.value for r, norm in zip(batch, norms, strict=True)]
+    n_by_layer: list[Any] = [r.n_O if norm is None else norm.n_O for r, norm in zip(batch, norms, strict=True)]
+    rows = [len(b_OR) for b_OR in factors]
     # the copies of m and the bias are what the next call is compared with
-    m_O = torch.cat([each.factors[2].detach() for each in batch])
-    biases = [each.bias_O.detach() for each in batch if each.bias_O is not None]
-    bias_O = torch.cat(biases) if biases else None
-    gain_O = m_O / torch.cat([each.n_O for each in bases])
-    clear = not gain_O.numel() or gain_O.amin().item() >= TINY_GAIN
-    b_OR = torch.cat([each.b_OR for each in bases])
-    by_rows = (*_by_rows(b_OR, gain_O, first.s, bias_O, first.dtype, by_columns), m_O, bias_O)
-    columns = [repeat(None) if t is None else t.split(rows) for t in by_rows]
+    m_O = torch.cat([r.m_O.detach() for r in batch if r.m_O is not None])
+    biases = [r.bias_O.detach() for r in batch if r.bias_O is not None]
+    bias_O, gain_O = torch.cat(biases) if biases else None, m_O / torch.cat(n_by_layer)
+    whole = make_operands(first.a_RI, torch.cat(factors), gain_O, first.s, bias_O, first.dtype)
+    by_rows = (whole.gsb_OR, whole.wide_gsb_OR, whole.gain_O, whole.gs_O1, whole.rest_O, whole.shift_O, m_O, bias_O)
+    columns = [repeat(None) if t is None else _split_rows(t, rows) for t in by_rows]
     made = []
-    for each, basis, (*parts, own_m_O, own_bias_O) in zip(batch, bases, zip(*columns, strict=False), strict=True):
-        a_RI = each.factors[0].detach()
-        copies = (*basis.copies, *(Copy(t) for t in (own_m_O, own_bias_O) if t is not None))
-        ready = Ready._make([*parts, a_RI.to(first.dtype), a_RI, basis.n_O, clear])
-        made.append(_Made(ready, copies, basis.key, each.n_O, first.s, first.dtype))
+    for r, n_O, (gsb, wide_gsb, *rest, own_m_O, own_bias_O) in zip(
+        batch, n_by_layer, zip(*columns, strict=False), strict=True
+    ):
+        a_RI = r.a_RI.detach()
+        operands = Operands._make([r.s, a_RI.to(r.dtype), gsb, a_RI, wide_gsb, *rest, n_O, None])
+        copies = tuple(Copy(t) for t in (own_m_O, own_bias_O) if t is not None)
+        made.append(_Made(operands, r.dtype, copies))
     return made
 
 
-def _made_lora(wanted: _Wanted, by_columns: bool) -> _Made:
-    a_RI, b_OR = (p.detach() for p in wanted.factors)
-    ready = ready_from(a_RI, b_OR, None, wanted.s, None, wanted.dtype, by_columns)
-    copies = tuple(Copy(t.detach().clone()) for t in wanted.watched())
-    return _Made(ready, copies, None, None, wanted.s, wanted.dtype)
+def _fresh_norms(requests: Sequence[_Request]) -> list[_Norm]:
+    """The norms for these, the stale among them made in one go; not where Triton's kernels take the weight."""
+    found = [r.cache.known_norm(r.a_RI, r.b_OR, r.s) for r in requests]
+    stale = [r for r, norm in zip(requests, found, strict=True) if norm is None]
+    # not what is kept now: another thread may have put its own there
+    made = iter(_make_norms(stale) if stale else [])
+    return [norm or next(made) for norm in found]
+
+
+# a norm made in inference mode could not be kept for a later backward pass
+@torch.inference_mode(False)
+@torch.no_grad()
+def _make_norms(requests: Sequence[_Request]) -> list[_Norm]:
+    """Make these norms, all expanded squares of one rank in one go."""
+    batches: dict[Any, list[int]] = {}
+    for i, (cache, a_RI, b_OR, *_) in enumerate(requests):
+        R = len(a_RI)
+        key = (R, a_RI.dtype, b_OR.dtype, b_OR.device) if cache.base.expands(R) else i
+        batches.setdefault(key, []).append(i)
+    made: dict[int, _Norm] = {}
+    for batch in batches.values():
+        # autocast would run the products of float32 sums in half precision
+        with torch.autocast(requests[batch[0]].b_OR.device.type, enabled=False):
+            made.update(zip(batch, _make_norm_batch([requests[i] for i in batch]), strict=True))
+    for i, request in enumerate(requests):
+        request.cache._norm = made[i]
+    return [made[i] for i in range(len(requests))]
+
+
+def _make_norm_batch(batch: list[_Request]) -> list[_Norm]:
+    rows = [len(r.b_OR) for r in batch]
+    copy_OR = torch.cat([r.b_OR.detach() for r in batch])
+    copies = [
+        r._replace(a_RI=r.a_RI.detach().clone(), b_OR=b_OR)
+        for r, b_OR in zip(batch, _split_rows(copy_OR, rows), strict=True)
+    ]
+    n_O = _lengths(copies, copy_OR)
+    n_O.masked_fill_(n_O == 0, float("inf"))
+    return [
+        _Norm(r.cache.base.key(), r.s, Copy(r.a_RI), Copy(r.b_OR), own_n_O)
+        for r, own_n_O in zip(copies, n_O.split(rows), strict=True)
+    ]
+
+
+def _lengths(batch: list[_Request], all_b_OR: Tensor) -> Tensor:
+    """Of all rows of these layers, one below the other."""
+    squares = [r.cache.base_norm_sq() for r in batch]
+    alone = [
+        partial(r.cache.base.adapted_row_norm, sq, r.a_RI, r.b_OR, r.s) for r, sq in zip(batch, squares, strict=True)
+    ]
+    if not batch[0].cache.base.expands(len(batch[0].a_RI)):
+        return alone[0]()
+    dtype = squares[0].dtype
+    terms = [
+        F.expansion(r.cache.base.times_transposed(r.a_RI).to(dtype), r.a_RI.to(dtype), r.b_OR.to(dtype), r.s)
+        for r in batch
+    ]
+    W_sq_O = torch.cat(squares)
+    n_sq_O = F.expanded_square(W_sq_O, torch.cat(terms), all_b_OR.to(dtype))
+    if n_sq_O.is_meta or F.nothing_cancelled(W_sq_O, n_sq_O):
+        return F.length(n_sq_O)
+    # a layer with rows that may have cancelled is taken by itself
+    parts = zip(squares, n_sq_O.split([len(sq) for sq in squares]), alone, strict=True)
+    return torch.cat([F.length(part) if F.nothing_cancelled(sq, part) else own() for sq, part, own in parts])
+
+
+def _split_rows(t: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Each layer's rows of what was made for all, aligned as a tensor of its own would be.
+
+    A product's last bits may follow from the alignment of its operands. They must not follow from which layers were
+    made together.
+    """
+    return [own.clone() if own.is_cpu and own.data_ptr() % F.ALIGNMENT else own for own in t.split(list(rows))]

@@ -1,17 +1,14 @@
-"""The operators a layer computes with, one public function each, and which file's is used where.
+"""Which file's operators are used where: `eager` is plain torch, for every device and dtype.
 
-`eager` is plain torch, for every device and dtype. On a GPU where Triton's kernels have passed their trial `fused`
-takes its place.
+On a GPU where Triton's kernels have passed their trial `fused` takes its place.
 """
 
 import importlib.util
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import eager
 from .selfcheck import passes
 
 _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -38,10 +35,3 @@ def _fused() -> ModuleType:
     from . import fused  # noqa: PLC0415  # imports triton, which is optional
 
     return fused
-
-
-def dora_linear(x: Tensor, *operands: Any) -> Tensor:
-    """`eager.dora_linear`, by the fastest way there is for x."""
-    module = on_gpu(x) or eager
-    y: Tensor = module.dora_linear(x, *operands)
-    return y

@@ -1,21 +1,23 @@
-"""What the linear operator takes beside its input and W: small factors made from A, B and the gain."""
+"""What the adapted linear operator takes beside its input and W: small factors that follow from A, B and the gain."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-# below this gain the product is not read back from the output: the output may have underflowed
-TINY_GAIN = 1e-12
 
+class Operands(NamedTuple):
+    """Factors a row or a rank wide, outside the graph, each in the dtype that it is used in."""
 
-class Ready(NamedTuple):
-    """Small factors, a row or a rank wide, in the dtypes they are used in."""
-
+    s: float
+    a_RI: Tensor
+    """In the dtype of the products."""
     gsb_OR: Tensor
     """``s g ∘ B`` in the dtype of the products."""
+    wide_a_RI: Tensor
+    """A itself."""
     wide_gsb_OR: Tensor
-    """The same in the dtype of B."""
+    """``s g ∘ B`` in the dtype of B."""
     gain_O: Tensor | None
     """None for LoRA."""
     gs_O1: Tensor | None
@@ -24,47 +26,34 @@ class Ready(NamedTuple):
     """g - 1 in the dtype of the products; None where g itself loses nothing and there is no bias."""
     shift_O: Tensor | None
     """``(g - 1) ∘ bias``."""
-    a_RI: Tensor
-    """In the dtype of the products."""
-    wide_a_RI: Tensor
-    """A itself."""
-    n_O: Tensor | None = None
-    """The norm, where the gain is m / n and the gradient is m's."""
-    clear: bool | None = None
-    """Whether no gain is below TINY_GAIN; None: not known."""
+    n_O: Tensor | None
+    """The norm where the gradient is m's; None where it is the gain's."""
+    columns_OR: Tensor | None = None
+    """A copy of `wide_gsb_OR` laid out by columns, for one row without gradients. A training step never reads it:
+    another layout can give other bits."""
+
+    def with_columns(self) -> Self:
+        """With the copy by columns: without it a generated token in float32 takes 10 % longer (docs/bench.md)."""
+        return self._replace(columns_OR=self.wide_gsb_OR.T.contiguous().T)
 
 
-_ByRows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def ready_from(
+@torch.no_grad()
+def make_operands(
     a_RI: Tensor,
     b_OR: Tensor,
     gain_O: Tensor | None,
     s: float,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    by_columns: bool = False,
-) -> Ready:
-    """The same from a gain that is at hand.
-
-    Args:
-        by_columns: Lay ``s g ∘ B`` out so, which takes time; a product of one row with it then takes half as long.
-    """
-    return Ready(*_by_rows(b_OR, gain_O, s, bias_O, dtype, by_columns), a_RI.to(dtype), a_RI)
-
-
-def _by_rows(
-    b_OR: Tensor, gain_O: Tensor | None, s: float, bias_O: Tensor | None, dtype: torch.dtype, by_columns: bool
-) -> _ByRows:
-    """The fields of `Ready` that have a row for each output, in their order."""
-    gs_O1 = rest_O = shift_O = None
+    n_O: Tensor | None = None,
+) -> Operands:
+    """The operands for products in a dtype."""
+    a_RI, gs_O1, rest_O, shift_O = a_RI.detach(), None, None, None
     if gain_O is not None:
+        gain_O = gain_O.detach()
         gs_O1 = (gain_O * s)[:, None]
         if bias_O is not None or dtype != gain_O.dtype:
             rest_O = (gain_O - 1).to(dtype)
             shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
-    wide_OR = b_OR * (s if gs_O1 is None else gs_O1)
-    if by_columns:
-        wide_OR = wide_OR.T.contiguous().T
-    return wide_OR.to(dtype), wide_OR, gain_O, gs_O1, rest_O, shift_O
+    wide_gsb_OR = b_OR * (s if gs_O1 is None else gs_O1)
+    return Operands(s, a_RI.to(dtype), wide_gsb_OR.to(dtype), a_RI, wide_gsb_OR, gain_O, gs_O1, rest_O, shift_O, n_O)

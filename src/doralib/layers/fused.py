@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig, FusedParts
 from ..errors import DoraError, UsageError
-from ..kernels.norm import FreshNorm
-from ..kernels.operands import Ready
+from ..kernels.cache import LayerCache
+from ..kernels.operands import Operands
 from ..state import FusedAdapter, LayerAdapter, blocks
 from .base.linear import Dense
 from .base.opaque import Opaque
@@ -67,7 +67,7 @@ class DoraFused(DoraLinear):
         """Back to the start: every A as the paper draws it, B = 0, m = |W|."""
         self._start_factors()
         if self.lora_magnitude_vector is not None:
-            starts = [norm.at_start(a, b, self.scale) for norm, (a, b) in self._norms_and_factors()]
+            starts = [cache.norm_at_start(a, b, self.scale) for cache, (a, b) in self._caches_and_factors()]
             self.lora_magnitude_vector.copy_(torch.cat(starts))
 
     def gain(self) -> Tensor | None:
@@ -79,7 +79,7 @@ class DoraFused(DoraLinear):
         """The trained values; views, not copies."""
         m = self.lora_magnitude_vector
         values = self.lora_A.detach(), self.lora_fused_B.detach(), None if m is None else m.detach()
-        return FusedAdapter(self.rows_by_part, *values, self.scale, self.norm.base_norm_sq().sqrt())
+        return FusedAdapter(self.rows_by_part, *values, self.scale, self.cache.base_norm_sq().sqrt())
 
     def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
         """The parts of a change of the whole weight.
@@ -94,7 +94,7 @@ class DoraFused(DoraLinear):
         rows = [index.to(b.device) for index in self.rows_by_part]
         parts = [b[index, i * rank : (i + 1) * rank] for i, index in enumerate(rows)]
         stacked = torch.cat(parts)
-        m, w_O = adapter.m_O, self.norm.base_norm_sq().sqrt()
+        m, w_O = adapter.m_O, self.cache.base_norm_sq().sqrt()
         others = torch.ones(len(b), dtype=torch.bool).index_fill(0, self.rows.cpu(), 0)
         longer = m is not None and not torch.allclose(m.cpu()[others].to(w_O), w_O.cpu()[others], rtol=_SAME_LENGTH)
         if not torch.equal(blocks(stacked, rows, len(b)), b) or longer:
@@ -126,7 +126,7 @@ class DoraFused(DoraLinear):
         self.register_buffer("rows", torch.cat(rows).to(a.device), persistent=False)
         self.lora_A = nn.Parameter(a.new_empty(len(rows) * a.shape[0], a.shape[1]))
         self.lora_fused_B = nn.Parameter(b.new_empty(len(self.rows), b.shape[1]))
-        self.norms = [FreshNorm(_base_of_rows(self.base, index)) for index in rows]
+        self.part_caches = [LayerCache(_base_of_rows(self.base, index)) for index in rows]
         self._whole: tuple[list[Tensor], Tensor, Tensor] | None = None
 
     def _start_factors(self) -> None:
@@ -134,24 +134,24 @@ class DoraFused(DoraLinear):
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
-    def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
+    def _operands(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Operands:
         """With B and the norm of all rows kept until the norm of a part changes."""
         if m is None:
-            return super()._ready(factors, m, dtype)
+            return super()._operands(factors, m, dtype)
         lengths = self._lengths(detach=True)
         if self._whole is None or any(now is not then for now, then in zip(lengths, self._whole[0], strict=True)):
             self._whole = lengths, self.lora_B, self._among_all(torch.cat(lengths))
         _, b_OR, n_O = self._whole
-        return self.kept((self.lora_A, b_OR, self._among_all(m)), self.scale, self.bias, dtype, n_O)
+        return self.cache.operands(self.lora_A, b_OR, self._among_all(m), self.scale, self.bias, dtype, n_O)
 
-    def _is_prepared(self, x: Tensor) -> bool:  # noqa: ARG002
+    def _trains_by_cache(self, x: Tensor) -> bool:  # noqa: ARG002
         return False
 
     def _lengths(self, *, detach: bool) -> list[Tensor]:
-        return [norm(a, b, self.scale, detach=detach) for norm, (a, b) in self._norms_and_factors()]
+        return [cache.norm(a, b, self.scale, detach=detach) for cache, (a, b) in self._caches_and_factors()]
 
-    def _norms_and_factors(self) -> list[tuple[FreshNorm, tuple[Tensor, Tensor]]]:
-        return list(zip(self.norms, self.factors_by_part, strict=True))
+    def _caches_and_factors(self) -> list[tuple[LayerCache, tuple[Tensor, Tensor]]]:
+        return list(zip(self.part_caches, self.factors_by_part, strict=True))
 
     def _among_all(self, t: Tensor) -> Tensor:
         """Values of the adapted rows among ones, (O,)."""

@@ -7,12 +7,11 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..kernels.cache import Kept
-from ..kernels.dispatch import dora_linear, on_gpu
+from ..kernels import eager
+from ..kernels.cache import LayerCache
+from ..kernels.dispatch import on_gpu
 from ..kernels.dropout import Dropout, draw, dropped
-from ..kernels.eager import infer
-from ..kernels.norm import FreshNorm
-from ..kernels.operands import Ready
+from ..kernels.operands import Operands
 from ..state import LayerAdapter, MovedAdapter
 from .base.linear import Dense
 from .base.opaque import Opaque, Quantised
@@ -58,8 +57,7 @@ class DoraLinear(Masters):
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
         self.detach_norm = config.detach_norm
         self.start = config.init_lora_weights
-        self.norm = FreshNorm(base)
-        self.kept = Kept(self.norm)
+        self.cache = LayerCache(base)
         self.out_features, self.in_features = base.shape
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
@@ -83,7 +81,7 @@ class DoraLinear(Masters):
         """Back to the start: A and B as `init_lora_weights` says, with no change of the weight, and m = |W|."""
         self._start_factors()
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.norm.at_start(self.a_RI, self.b_OR, self.scale))
+            self.lora_magnitude_vector.copy_(self.cache.norm_at_start(self.a_RI, self.b_OR, self.scale))
 
     @property
     def r(self) -> int:
@@ -126,37 +124,35 @@ class DoraLinear(Masters):
         """``g = m / |W + s B A|``, (O,), or None for LoRA."""
         if self.lora_magnitude_vector is None:
             return None
-        n_O = self.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
+        n_O = self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
         return self.lora_magnitude_vector / n_O
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O), in the dtype that the base layer would return."""
+        """``g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias``, (..., I) to (..., O), in the dtype that the base layer would return."""
         if not self.enabled:
             return self.base_layer(x)
-        dtype = autocast_dtype(x)
+        dtype, compiling, learning = autocast_dtype(x), torch.compiler.is_compiling(), torch.is_grad_enabled()
         x = x if dtype is None else x.to(dtype)
-        compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        if self.kept.held and not (self.training or learning or compiling):
-            operands = self.kept.held.get(x.dtype)
-            if operands is not None:
-                return infer(x, *operands)
+        if self.cache.trusted and not (self.training or learning or compiling) and x.dtype in self.cache.trusted:
+            return eager.infer(x, *self.cache.trusted[x.dtype])
         dropout = self._draw_dropout(x)
         if isinstance(self.base, Opaque) or (compiling and on_gpu(x) is None):
-            return self._composed(x, dropout)
-        W_OI, bias_O = self.base.W_OI, self.base.bias
-        if dtype is not None:
-            W_OI = W_OI.to(dtype)
+            # the plain formula around the layer's own call: other storages, and what a compiler can see through
+            return self._around(self.base_layer(x), x, dropout)
+        W_OI, bias_O = self.base.W_OI if dtype is None else self.base.W_OI.to(dtype), self.base.bias
         factors, m = self.factors, self.lora_magnitude_vector
-        if dropout is None and not learning and on_gpu(x) is None:
-            ready = self._ready(factors, m, x.dtype)
-            bias_O = None if bias_O is None else bias_O.to(x.dtype)
-            # not a weight that autocast made: it would be a second copy of every layer's
-            if self.kept.held is not None and W_OI.dtype == self.base.dtype:
-                self.kept.held[x.dtype] = W_OI, ready, bias_O
-            return infer(x, W_OI, ready, bias_O)
-        if m is None or not self._is_prepared(x):
-            return dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
-        return dora_linear(x, W_OI, *factors, m, self.scale, bias_O, dropout, self._ready(factors, m, x.dtype))
+        infers = dropout is None and not learning
+        fused = on_gpu(x)
+        if fused is not None or not (infers or (m is not None and self._trains_by_cache(x))):
+            return (fused or eager).dora_linear(x, W_OI, *factors, self.gain(), self.scale, bias_O, dropout)
+        operands = self._operands(factors, m, x.dtype)
+        if not infers:
+            return eager.apply_operands(x, W_OI, (*factors, m), operands, bias_O, dropout)
+        bias_O = None if bias_O is None else bias_O.to(x.dtype)
+        # not a weight that autocast made: it would be a second copy of every layer's
+        if self.cache.trusted is not None and W_OI.dtype == self.base.dtype:
+            self.cache.trusted[x.dtype] = W_OI, operands, bias_O
+        return eager.infer(x, W_OI, operands, bias_O)
 
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.
@@ -211,22 +207,18 @@ class DoraLinear(Masters):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
 
-    def _ready(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Ready:
-        """What is kept for these factors and m."""
-        return self.kept(factors if m is None else (*factors, m), self.scale, self.base.bias, dtype)
+    def _operands(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Operands:
+        """What the cache has for these factors and m."""
+        return self.cache.operands(*factors, m, self.scale, self.base.bias, dtype)
 
-    def _is_prepared(self, x: Tensor) -> bool:
-        """Whether a training step reads `_ready`, not the gain: on a CPU, with the norm a constant."""
+    def _trains_by_cache(self, x: Tensor) -> bool:
+        """Whether a training step reads the cache, not the gain: on a CPU, with the norm a constant."""
         return x.is_cpu and self.detach_norm
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
         if not (self.training and self.dropout):
             return None
         return draw(x, self.dropout, exact=self.exact_dropout)
-
-    def _composed(self, x: Tensor, dropout: Dropout | None) -> Tensor:
-        """The plain formula around the layer's own call: other storages, and what a compiler can see through."""
-        return self._around(self.base_layer(x), x, dropout)
 
     def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
         self.base.refuse_backward(x)

@@ -11,8 +11,8 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
+from ..kernels.cache import LayerCache
 from ..kernels.dropout import dropped
-from ..kernels.norm import FreshNorm
 from ..state import AdapterState, BankAdapter, LayerAdapter
 from .base.linear import Dense
 from .base.registry import open_base
@@ -142,9 +142,11 @@ class DoraBank(DoraLinear):
         if self.lora_magnitude_vector is None:
             return None
         if self.detach_norm:
-            return self.lora_magnitude_vector / self.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
+            return self.lora_magnitude_vector / self.cache.norm(
+                self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True
+            )
         # not remembered: that would take both factors' memory for each layer
-        return self.lora_magnitude_vector / FreshNorm(self.base)(*self.factors, 1.0, detach=False)
+        return self.lora_magnitude_vector / LayerCache(self.base).norm(*self.factors, 1.0, detach=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype that the base layer would return."""
@@ -180,7 +182,7 @@ class DoraBank(DoraLinear):
         del self._parts
         if self.base.kind != "linear":
             raise DoraError(f"{type(self.base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
-        self.norm = FreshNorm(_Scaled(self.base, self.bank))
+        self.cache = LayerCache(_Scaled(self.base, self.bank))
         self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
         self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
 

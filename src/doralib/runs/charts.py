@@ -1,10 +1,10 @@
-"""Line charts as inline SVG that follow the page's colours, so a report needs no drawing library."""
+"""Line charts as inline SVG that follow the page's colors, so a report needs no drawing library."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .markup import Markup, el, joined
+from .markup import Markup, el, join
 
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 400, 220
@@ -18,7 +18,7 @@ class Series:
 
     name: str
     points: Sequence[Point]
-    colour: str = "a"
+    color: str = "a"
     """A class of the style sheet: a, b."""
     dots: bool = False
     smooth: bool = False
@@ -42,7 +42,7 @@ class _Scale:
 def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
     """A figure of the lines over each other by step, or None if there is no point to draw."""
     series = [
-        Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.colour, s.dots, s.smooth) for s in series
+        Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.color, s.dots, s.smooth) for s in series
     ]
     series = [s for s in series if s.points]
     if not series:
@@ -57,7 +57,7 @@ def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
         *(_y_tick(value, y) for value in y_ticks),
         *(_x_tick(value, x) for value in x_ticks if x.low <= value <= x.high),
         el("text", "step", class_="t", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 2, text_anchor="middle"),
-        *(_drawn(s, x, y) for s in series),
+        *(_draw(s, x, y) for s in series),
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
         aria_label=f"{title}: {'; '.join(_said(s) for s in series)}",
@@ -65,7 +65,7 @@ def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
     return el("figure", el("figcaption", el("b", title), *(_legend(s, len(series)) for s in series)), picture)
 
 
-def number(value: float) -> str:
+def number_text(value: float) -> str:
     """A number short enough to read at a glance, e.g. ``0.0012``, ``1.2e-05``, ``12,300``."""
     if not math.isfinite(value):
         return str(value)
@@ -78,16 +78,16 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _drawn(series: Series, x: _Scale, y: _Scale) -> Markup:
+def _draw(series: Series, x: _Scale, y: _Scale) -> Markup:
     smooth = series.smooth and len(series.points) >= _SMOOTH_FROM
-    lines = [el("polyline", class_=f"l {series.colour}{' faint' * smooth}", points=_path(series.points, x, y))]
+    lines = [el("polyline", class_=f"l {series.color}{' faint' * smooth}", points=_path(series.points, x, y))]
     if smooth:
-        lines.append(el("polyline", class_=f"l {series.colour}", points=_path(_running_mean(series.points), x, y)))
+        lines.append(el("polyline", class_=f"l {series.color}", points=_path(_running_mean(series.points), x, y)))
     shown = series.points if series.dots or len(series.points) == 1 else []
     for at, value in shown:
-        hint = el("title", f"{series.name} at {number(at)}: {number(value)}")
-        lines.append(el("circle", hint, class_=series.colour, cx=x(at), cy=y(value), r=3.5))
-    return joined(*lines)
+        hint = el("title", f"{series.name} at {number_text(at)}: {number_text(value)}")
+        lines.append(el("circle", hint, class_=series.color, cx=x(at), cy=y(value), r=3.5))
+    return join(*lines)
 
 
 def _path(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
@@ -95,7 +95,7 @@ def _path(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
 
 
 def _running_mean(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the mean of its neighbours, a twentieth of the line to either side."""
+    """Each value replaced by the mean of its neighbors, a twentieth of the line to either side."""
     reach = max(2, len(points) // 20)
     means = []
     for i, (at, _) in enumerate(points):
@@ -105,26 +105,26 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
 
 
 def _y_tick(value: float, y: _Scale) -> Markup:
-    return joined(
+    return join(
         el("line", class_="g", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(value), y2=y(value)),
-        el("text", number(value), class_="t", x=_LEFT - 6, y=y(value) + 4, text_anchor="end"),
+        el("text", number_text(value), class_="t", x=_LEFT - 6, y=y(value) + 4, text_anchor="end"),
     )
 
 
 def _x_tick(value: float, x: _Scale) -> Markup:
-    return el("text", number(value), class_="t", x=x(value), y=_HEIGHT - _BOTTOM + 16, text_anchor="middle")
+    return el("text", number_text(value), class_="t", x=x(value), y=_HEIGHT - _BOTTOM + 16, text_anchor="middle")
 
 
 def _legend(series: Series, num_series: int) -> Markup:
-    last = number(series.points[-1][1])
+    last = number_text(series.points[-1][1])
     if num_series == 1:
         return el("span", f"last {last}", class_="last")
-    return el("span", el("i", class_=series.colour), f"{series.name} {last}", class_="key")
+    return el("span", el("i", class_=series.color), f"{series.name} {last}", class_="key")
 
 
 def _said(series: Series) -> str:
     first, last = series.points[0], series.points[-1]
-    return f"{series.name} from {number(first[1])} to {number(last[1])}"
+    return f"{series.name} from {number_text(first[1])} to {number_text(last[1])}"
 
 
 def _range(low: float, high: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ _SEAL = "whole.json"
 
 
 @contextmanager
-def writing(final: Path) -> Iterator[Path]:
+def new_checkpoint(final: Path) -> Iterator[Path]:
     """An empty folder that becomes the checkpoint ``final`` when the block ends well.
 
     Raises:
@@ -30,7 +30,7 @@ def writing(final: Path) -> Iterator[Path]:
         # torch's own writer reports a full disk as a RuntimeError without a number
         if isinstance(error, RuntimeError) and not re.search("write|iostream", str(error), re.IGNORECASE):
             raise
-        last = newest(final.parent)
+        last = find_newest(final.parent)
         kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
         free = files.format_bytes(files.free_bytes(final.parent))
         raise DoraError(
@@ -45,7 +45,7 @@ def seal(folder: Path) -> None:
     files.write_json(folder / _SEAL, sizes)
 
 
-def newest(folder: Path) -> Path | None:
+def find_newest(folder: Path) -> Path | None:
     """The last whole checkpoint of a run; what was cut short or damaged is passed over."""
     return next((found for found in reversed(_by_step(folder)) if is_whole(found)), None)
 

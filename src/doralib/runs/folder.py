@@ -5,9 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +15,24 @@ import yaml
 from .. import files
 from ..errors import UsageError
 from ..recipe import Recipe
-from . import checkpointing as saving
+from . import checkpointing
+from .machine import cpu_name, package_versions
 
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run's files."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.samples = path / "samples.json"
+        self.summary = path / "summary.json"
 
     @property
     def trained(self) -> Path:
@@ -59,7 +41,7 @@ class RunFolder:
         return whole if whole.exists() else self.path / "adapter_model.safetensors"
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-        """Nothing, when this recipe may write here in this way.
+        """Check that this recipe may write here in this way.
 
         Raises:
             UsageError: if a run stands there and neither was asked for, or what was asked for cannot be.
@@ -86,7 +68,7 @@ class RunFolder:
         if not self.config.is_file():
             with files.replacing(self.config) as part:
                 part.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        files.write_json(self.path / "environment.json", environment())
+        files.write_json(self.environment, describe_environment())
 
     def read(self, path: Path, otherwise: Any) -> Any:
         """A JSON file of an earlier session, if there is one."""
@@ -104,12 +86,12 @@ class RunFolder:
             )
 
     def _how_far(self) -> str:
-        last = saving.newest(self.checkpoints)
+        last = checkpointing.find_newest(self.checkpoints)
         status = self.read(self.summary, {}).get("status", "not finished")
-        return f"{status}, " + (f"newest checkpoint at step {saving.step_of(last)}" if last else "no checkpoint")
+        return f"{status}, " + (f"newest checkpoint at step {checkpointing.step_of(last)}" if last else "no checkpoint")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions, hardware and, in a git repository, the commit."""
     commit = None
     try:
@@ -124,26 +106,13 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(_PACKAGES),
         "commit": commit,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:

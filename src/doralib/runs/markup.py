@@ -30,15 +30,15 @@ def el(name: str, /, *children: Child, **attributes: Child) -> Markup:
     )
     if name in _VOID:
         return Markup(f"<{name}{written}>")
-    return Markup(f"<{name}{written}>{joined(*children)}</{name}>")
+    return Markup(f"<{name}{written}>{join(*children)}</{name}>")
 
 
-def joined(*children: Child) -> Markup:
+def join(*children: Child) -> Markup:
     """Pieces one after the other, escaped unless they are Markup."""
     return Markup("".join(str(_escaped(child)) for child in children))
 
 
-def table(
+def html_table(
     head: list[Child], rows: list[list[Child]], class_: str = "", numbers: frozenset[int] = frozenset()
 ) -> Markup:
     """A table that scrolls sideways by itself on a narrow screen.

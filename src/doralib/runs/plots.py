@@ -14,7 +14,7 @@ _CURVES = {
     "gradient_norm": ("grad_norm", None),
     "tokens_per_second": ("tokens_per_second", None),
 }
-_COLOURS = ("#2563c9", "#c2560c")
+_COLORS = ("#2563c9", "#c2560c")
 
 
 def write_figures(record: RunRecord) -> list[Path]:
@@ -56,11 +56,11 @@ def new_figure(width: float = 6.4, height: float = 3.6) -> Any:
 def _curve(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) -> Any:
     figure = new_figure()
     axes = _clean(figure.add_subplot())
-    for (label, points), colour in zip(lines, _COLOURS, strict=False):
+    for (label, points), color in zip(lines, _COLORS, strict=False):
         if points:
             marker = "o" if label == "evaluation" or len(points) == 1 else None
             style = "--" if label == "evaluation" else "-"
-            axes.plot(*zip(*points, strict=True), style, label=label, color=colour, marker=marker, markersize=4)
+            axes.plot(*zip(*points, strict=True), style, label=label, color=color, marker=marker, markersize=4)
     axes.set_xlabel("step")
     axes.set_title(name, loc="left", fontsize=11)
     if sum(bool(points) for _, points in lines) > 1:
@@ -76,7 +76,7 @@ def _results(results: dict[str, dict[str, Any]]) -> Any | None:
     figure = new_figure(height=1.2 + 0.7 * len(tasks))
     axes = _clean(figure.add_subplot())
     # hollow and full, so that they differ in grey too
-    for when, colour, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLOURS[0], -0.14, _COLOURS[0])):
+    for when, color, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLORS[0], -0.14, _COLORS[0])):
         rows = [(i, _accuracies(results, task).get(when)) for i, task in enumerate(reversed(tasks))]
         found = [(i, score) for i, score in rows if score]
         if found:
@@ -84,7 +84,7 @@ def _results(results: dict[str, dict[str, Any]]) -> Any | None:
             low = [100 * (score["value"] - score.get("low", score["value"])) for _, score in found]
             high = [100 * (score.get("high", score["value"]) - score["value"]) for _, score in found]
             at = [i + shift for i, _ in found]
-            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=colour, mfc=fill, label=when, capsize=3)
+            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=color, mfc=fill, label=when, capsize=3)
     axes.set_yticks(range(len(tasks)), list(reversed(tasks)))
     axes.set_ylim(-0.5, len(tasks) - 0.5)
     axes.set_xlabel("accuracy in per cent, with 95 % intervals")

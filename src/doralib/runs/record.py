@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DoraError
 from ..files import read_json, read_yaml
+from .folder import RunFolder
 
 Values = dict[str, Any]
 
@@ -39,16 +40,17 @@ def read_run(run: Path) -> RunRecord:
     if not run.is_dir():
         raise DoraError(f"there is no run folder {run}")
     notes: list[str] = []
-    metrics = _metrics(run / "metrics.jsonl", notes)
-    results = _checked(run / "results.json", dict, notes)
-    samples = _checked(run / "samples.json", list, notes)
+    folder = RunFolder(run)
+    metrics = _read_metrics(folder.metrics, notes)
+    results = _read(folder.results, dict, notes)
+    samples = _read(folder.samples, list, notes)
     return RunRecord(
         path=run,
-        config=_checked(run / "config.yaml", dict, notes, read_yaml),
-        summary=_checked(run / "summary.json", dict, notes),
+        config=_read(folder.config, dict, notes, read_yaml),
+        summary=_read(folder.summary, dict, notes),
         results={when: _tasks(results.get(when)) for when in ("before", "after")},
         samples=[sample for sample in samples if isinstance(sample, dict)],
-        environment=_checked(run / "environment.json", dict, notes),
+        environment=_read(folder.environment, dict, notes),
         train=_by_step(metrics, "train"),
         evals=_by_step(metrics, "eval"),
         notes=tuple(notes),
@@ -60,7 +62,7 @@ def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
 
 
-def _checked(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
+def _read(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
     if not path.exists():
         notes.append(f"{path.name} is missing.")
         return kind()
@@ -75,7 +77,7 @@ def _checked(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path
     return value
 
 
-def _metrics(path: Path, notes: list[str]) -> list[Values]:
+def _read_metrics(path: Path, notes: list[str]) -> list[Values]:
     """The lines that are whole; a run that was killed leaves half a line at the end."""
     if not path.exists():
         notes.append(f"{path.name} is missing: there are no curves.")

@@ -1,7 +1,6 @@
 """One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
 
 import datetime
-import importlib.resources
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 from ..errors import UsageError
 from ..files import replacing
 from . import plots
-from .charts import Series, line_chart, number
-from .markup import Child, Markup, el, table
+from .charts import Series, line_chart, number_text
+from .markup import Child, Markup, el, html_table
 from .record import RunRecord, numbers, read_run
 from .report_results import confusion_section, results_section, wrong_section
 
@@ -44,7 +43,8 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
 
 
 def _page(record: RunRecord, notes: list[str]) -> str:
-    style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    now = datetime.datetime.now().astimezone()
     body = el(
         "main",
         _header(record),
@@ -55,11 +55,11 @@ def _page(record: RunRecord, notes: list[str]) -> str:
         confusion_section(record),
         _samples(record),
         wrong_section(record),
-        use_section(record),
+        _use_section(record),
         _rows_section(record),
         _configuration(record),
         _environment(record),
-        el("footer", f"Written by doralib {_now()} from the files in {record.path.resolve()}"),
+        el("footer", f"Written by doralib {now:on %Y-%m-%d at %H:%M} from the files in {record.path.resolve()}"),
     )
     head = el(
         "head",
@@ -72,17 +72,17 @@ def _page(record: RunRecord, notes: list[str]) -> str:
 
 
 def _title(record: RunRecord) -> str:
-    model = record.summary.get("base_model") or _at(record.config, "model", "path")
-    method = record.summary.get("method") or _at(record.config, "adapter", "method")
+    model = record.summary.get("base_model") or _find_setting(record.config, "model", "path")
+    method = record.summary.get("method") or _find_setting(record.config, "adapter", "method")
     name = Path(str(model)).name if model else "A model"
     return f"{name}, tuned by {METHODS.get(str(method), method) if method else 'doralib'}"
 
 
 def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
-    text, colour = _STATUS.get(str(status), (str(status), "bad"))
-    train = _at(record.config, "data", "train")
-    r = _at(record.config, "adapter", "r")
+    text, color = _STATUS.get(str(status), (str(status), "bad"))
+    train = _find_setting(record.config, "data", "train")
+    r = _find_setting(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
     parts = [
         f"on {_source(train)}" if train else "",
@@ -92,7 +92,7 @@ def _header(record: RunRecord) -> Markup:
     ]
     return el(
         "header",
-        el("div", text, class_=f"badge {colour}") if status else None,
+        el("div", text, class_=f"badge {color}") if status else None,
         el("h1", _title(record)),
         el("p", ", ".join(part for part in parts if part), class_="lead"),
     )
@@ -104,10 +104,10 @@ def _tiles(record: RunRecord) -> Markup | None:
     share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
-        "time": _duration(s["seconds"]) if _is_number(s.get("seconds")) else None,
+        "time": _time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
         "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
-        "parameters trained": _big(trained) + share if trained and _is_number(trained) else None,
-        "evaluation loss" if record.evals else "last loss": number(losses[-1][1]) if losses else None,
+        "parameters trained": _count_text(trained) + share if trained and _is_number(trained) else None,
+        "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
         "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
     }
     tiles = [el("div", el("span", name), el("b", value), class_="tile") for name, value in shown.items() if value]
@@ -150,12 +150,22 @@ def _sample(sample: dict[str, Any]) -> Markup:
     return el("div", el("p", sample.get("prompt"), class_="text"), el("div", *said, class_="said"), class_="sample")
 
 
+def _use_section(record: RunRecord) -> Markup | None:
+    """Commands and code with this run's own paths in them."""
+    base = record.summary.get("base_model")
+    if not base:
+        return None
+    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
+    content = [each for title, code in parts.items() for each in (el("h3", title), el("pre", code))]
+    return _section("Use it", "", *content)
+
+
 def _rows_section(record: RunRecord) -> Markup | None:
     dropped = record.summary.get("dropped_rows")
     if not isinstance(dropped, dict) or not any(dropped.values()):
         return None
     rows: list[list[Child]] = [[reason, count] for reason, count in dropped.items()]
-    return _section("Rows left out", "", table(["reason", "rows"], rows, numbers=frozenset({1})))
+    return _section("Rows left out", "", html_table(["reason", "rows"], rows, numbers=frozenset({1})))
 
 
 def _configuration(record: RunRecord) -> Markup | None:
@@ -175,7 +185,7 @@ def _configuration(record: RunRecord) -> Markup | None:
 def _environment(record: RunRecord) -> Markup | None:
     if not record.environment:
         return None
-    return _section("Environment", "", el("details", el("summary", "show"), _key_table(_flat(record.environment))))
+    return _section("Environment", "", el("details", el("summary", "show"), _key_table(_flatten(record.environment))))
 
 
 def _section(title: str, intro: str, *content: Child) -> Markup:
@@ -183,31 +193,31 @@ def _section(title: str, intro: str, *content: Child) -> Markup:
 
 
 def _key_table(values: dict[str, Any]) -> Markup:
-    lines = [el("tr", el("th", key, scope="row"), el("td", _plain(value))) for key, value in values.items()]
+    lines = [el("tr", el("th", key, scope="row"), el("td", _value_text(value))) for key, value in values.items()]
     return el("div", el("table", el("tbody", *lines), class_="plain"), class_="scroll")
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Nested keys joined by points."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{key}.")
+            flat |= _flatten(value, f"{above}{key}.")
         else:
             flat[f"{above}{key}"] = value
     return flat
 
 
-def _plain(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) or "-"
+        return ", ".join(f"{key}: {_value_text(inner)}" for key, inner in value.items()) or "-"
     if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value) or "-"
+        return ", ".join(_value_text(item) for item in value) or "-"
     # 0 and 1 are numbers here, though they equal false and true
     return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def _at(values: dict[str, Any], group: str, key: str) -> Any:
+def _find_setting(values: dict[str, Any], group: str, key: str) -> Any:
     inner = values.get(group)
     return inner.get(key) if isinstance(inner, dict) else None
 
@@ -220,7 +230,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _duration(seconds: float) -> str:
+def _time_text(seconds: float) -> str:
     """E.g. ``3 min 12 s``."""
     whole = round(seconds)
     if whole < 60:
@@ -230,27 +240,11 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _big(count: float) -> str:
+def _count_text(count: float) -> str:
     for size, unit in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:,}"
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().strftime("on %Y-%m-%d at %H:%M")
-
-
-def use_section(record: RunRecord) -> Markup | None:
-    """Commands and code with this run's own paths in them."""
-    base = record.summary.get("base_model")
-    if not base:
-        return None
-    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
-    content: list[Child] = []
-    for title, code in parts.items():
-        content += [el("h3", title), el("pre", code)]
-    return el("section", el("h2", "Use it"), *content)
 
 
 def _adapter(record: RunRecord, base: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .charts import number
-from .markup import Child, Markup, el, joined, table
+from .charts import number_text
+from .markup import Child, Markup, el, html_table, join
 from .record import RunRecord, Values
 
 _SHARES = ("accuracy", "macro_f1")
@@ -37,7 +37,7 @@ class _Change:
         return self.after.value - self.before.value if self.before and self.after else None
 
     @property
-    def colour(self) -> str | None:
+    def color(self) -> str | None:
         """Green where it got better, red where worse."""
         if not self.difference:
             return None
@@ -85,7 +85,7 @@ def wrong_section(record: RunRecord) -> Markup | None:
                 for item in wrong
             ]
             title = el("summary", f"{task}: {len(wrong)} shown")
-            blocks.append(el("details", title, table(["prompt", "expected", "answered"], rows, "wrong")))
+            blocks.append(el("details", title, html_table(["prompt", "expected", "answered"], rows, "wrong")))
     if not blocks:
         return None
     return el("section", el("h2", "Wrong answers"), el("p", "After training, at most 20 of each task."), *blocks)
@@ -129,13 +129,10 @@ def _picture(changes: Sequence[_Change]) -> Markup | None:
     place = lambda value: f"{100 * (value - low) / (high - low):.2f}%"
     lines = [_change_line(change, place) for change in changes]
     axis = el("div", *(el("span", f"{100 * t:.0f} %", style=f"left:{place(t)}") for t in ticks), class_="axis")
-    keys = [el("span", el("i", class_=when), when) for when in ("before", "after") if _any(changes, when)]
+    whens = [when for when in ("before", "after") if any(getattr(change, when) for change in changes)]
+    keys = [el("span", el("i", class_=when), when) for when in whens]
     empty = el("span", class_="empty")
-    return joined(el("p", *keys, class_="keys"), *lines, el("div", empty, axis, empty, class_="change"))
-
-
-def _any(changes: Sequence[_Change], when: str) -> bool:
-    return any(getattr(change, when) for change in changes)
+    return join(el("p", *keys, class_="keys"), *lines, el("div", empty, axis, empty, class_="change"))
 
 
 def _change_line(change: _Change, place: Any) -> Markup:
@@ -145,24 +142,17 @@ def _change_line(change: _Change, place: Any) -> Markup:
         if value:
             width = f"calc({place(value.high)} - {place(value.low)})"
             marks.append(el("i", class_=f"ci {when}", style=f"left:{place(value.low)};width:{width}"))
-            marks.append(el("i", class_=f"dot {when}", style=f"left:{place(value.value)}", title=_shown(change, when)))
-    name = el("b", change.task, el("small", f"{change.metric.replace('_', ' ')}, {_count(change.n)}"))
+            at, title = place(value.value), _text(change.metric, value.value)
+            marks.append(el("i", class_=f"dot {when}", style=f"left:{at}", title=title))
+    rows = f"{change.n:,} rows" if isinstance(change.n, int) else ""
+    name = el("b", change.task, el("small", f"{change.metric.replace('_', ' ')}, {rows}"))
     return el("div", name, el("div", *marks, class_="track"), _verdict(change), class_="change")
 
 
 def _verdict(change: _Change) -> Markup:
-    shown = [_shown(change, when) for when in ("before", "after") if getattr(change, when)]
-    difference = (
-        el("small", _difference(change), _unit(change), class_=change.colour)
-        if change.before and change.after
-        else None
-    )
-    return el("div", el("b", " \N{RIGHTWARDS ARROW} ".join(shown)), difference, class_="verdict")
-
-
-def _shown(change: _Change, when: str) -> str:
-    value: _Value = getattr(change, when)
-    return _text(change.metric, value.value)
+    shown = [_text(change.metric, value.value) for value in (change.before, change.after) if value]
+    arrow = " \N{RIGHTWARDS ARROW} "
+    return el("div", el("b", arrow.join(shown)), _difference(change, "small"), class_="verdict")
 
 
 def _table(changes: Sequence[_Change]) -> Markup:
@@ -171,45 +161,31 @@ def _table(changes: Sequence[_Change]) -> Markup:
     for change in changes:
         task = [change.task, change.n] if change.task != previous else ["", ""]
         values = [_cell(change.metric, change.before), _cell(change.metric, change.after)]
-        rows.append([*task, change.metric.replace("_", " "), *values, _difference_cell(change)])
+        rows.append([*task, change.metric.replace("_", " "), *values, _difference(change, "span") or "-"])
         previous = change.task
     head: list[Child] = ["task", "rows", "metric", "before", "after", "change"]
-    return table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
+    return html_table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
 
 
 def _cell(metric: str, value: _Value | None) -> Child:
     if value is None:
         return "-"
-    return joined(_text(metric, value.value), el("small", f"{_bare(metric, value.low)} to {_bare(metric, value.high)}"))
+    low, high = (_text(metric, end).removesuffix(" %") for end in (value.low, value.high))
+    return join(_text(metric, value.value), el("small", f"{low} to {high}"))
 
 
-def _difference_cell(change: _Change) -> Child:
-    return (
-        el("span", _difference(change), _unit(change), class_=change.colour) if change.difference is not None else "-"
-    )
-
-
-def _difference(change: _Change) -> str:
-    difference = change.difference or 0.0
-    if change.metric in _SHARES:
-        return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _unit(change: _Change) -> Markup | None:
-    return el("span", " points", class_="unit") if change.metric in _SHARES else None
+def _difference(change: _Change, tag: str) -> Markup | None:
+    """How much was gained or lost, in the color that says which; of shares in points."""
+    if change.difference is None:
+        return None
+    share = change.metric in _SHARES
+    text = f"{100 * change.difference:+.1f}" if share else f"{change.difference:+.3f}"
+    unit = el("span", " points", class_="unit") if share else None
+    return el(tag, text.replace("-", "\N{MINUS SIGN}"), unit, class_=change.color)
 
 
 def _text(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric in _SHARES else number(value)
-
-
-def _bare(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric in _SHARES else number(value)
-
-
-def _count(n: int | None) -> str:
-    return f"{n:,} rows" if isinstance(n, int) else ""
+    return f"{100 * value:.1f} %" if metric in _SHARES else number_text(value)
 
 
 def _matrix(result: Values | None) -> Markup | None:

@@ -67,7 +67,7 @@ _OLD_NAMES = {
 }
 
 
-def check(recipe: Recipe) -> dict[str, Any]:
+def check_arguments(recipe: Recipe) -> dict[str, Any]:
     """The `training` group with numbers for numbers that YAML read as text, such as 1e-3.
 
     Raises:
@@ -96,13 +96,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """The Trainer's arguments for checkpoints in ``folder``.
 
     Raises:
-        UsageError: as `check`, and for what TrainingArguments itself refuses.
+        UsageError: as `check_arguments`, and for what TrainingArguments itself refuses.
     """
-    given = check(recipe)
+    given = check_arguments(recipe)
     patient = given.pop("early_stopping_patience", None) is not None
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [given["report_to"]]

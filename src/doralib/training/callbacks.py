@@ -1,6 +1,7 @@
 """What a person sees of a training run, what its file of metrics keeps, and how it stops when told to."""
 
 import json
+import logging
 import math
 import signal
 import threading
@@ -9,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .. import files
-from ..console import console
-from .distributed import any_of_all
+from ..progress import Tick
+from .distributed import is_set_anywhere
 from .meter import Meter
+
+log = logging.getLogger(__name__)
 
 _STEPS_BEFORE_ESTIMATE = 3
 
@@ -49,51 +51,40 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers has no
         return {}
 
 
-class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar in a terminal, lines elsewhere: step, loss, tokens a second, time to go."""
+class StepLog(TrainerCallback):  # type: ignore[misc]
+    """Steps, losses, tokens a second and time to go: ticks for whoever draws them, else lines."""
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
+    def __init__(self, meter: Meter, tick: Tick | None) -> None:
+        self.meter, self.tick = meter, tick
         self.tokens_before, self.seconds_before = 0, 0.0
 
     def on_train_begin(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
         self.tokens_before, self.seconds_before = self.meter.tokens, self.meter.seconds
-        if console.is_terminal and state.is_world_process_zero:
-            columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        self._tick(state, state.global_step)
 
     def on_step_end(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
-        if self.meter.steps == _STEPS_BEFORE_ESTIMATE and state.is_world_process_zero:
-            console.print(f"expected time: {self._to_go(state)}, at {self._speed():,.0f} tokens a second")
+        self._tick(state, 1)
+        if self.meter.steps == _STEPS_BEFORE_ESTIMATE:
+            log.info(f"expected time: {self._to_go(state)}, at {self._speed():,.0f} tokens a second")
 
     def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         text = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            speed = f"{self._speed():,.0f} tokens/s"
-            if self.bar is not None:
-                self.bar.update(self.task, description=f"loss {logs['loss']:.4f}, {speed}")
+            loss, speed = f"loss {logs['loss']:.4f}", f"{self._speed():,.0f} tokens/s"
+            if self.tick is not None:
+                self._tick(state, 0, f"{loss}, {speed}")
             else:
-                rate = f"lr {logs['learning_rate']:.2e}"
-                console.print(f"{text}  loss {logs['loss']:.4f}  {rate}  {speed}  {self._to_go(state)} to go")
+                log.info(f"{text}  {loss}  lr {logs['learning_rate']:.2e}  {speed}  {self._to_go(state)} to go")
         elif "eval_loss" in logs:
-            console.print(f"{text}  validation loss {logs['eval_loss']:.4f}")
+            log.info(f"{text}  validation loss {logs['eval_loss']:.4f}")
 
-    def close(self) -> None:
-        """Take the bar away; again does nothing."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+    def on_train_end(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        # stopped early there are no more steps to come
+        self._tick(state, state.max_steps - state.global_step)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.close()
+    def _tick(self, state: TrainerState, steps: int, note: str = "") -> None:
+        if self.tick is not None:
+            self.tick("step", steps, state.max_steps, note)
 
     def _speed(self) -> float:
         seconds = self.meter.seconds - self.seconds_before
@@ -101,7 +92,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     def _to_go(self, state: TrainerState) -> str:
         each = (self.meter.seconds - self.seconds_before) / max(self.meter.steps, 1)
-        return duration(each * (state.max_steps - state.global_step))
+        return _estimate(each * (state.max_steps - state.global_step))
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
@@ -111,7 +102,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self.caught: int | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Catch the signals inside the block; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -125,7 +116,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
         # all stop after the same step, whichever process the signal reached first
-        if any_of_all(self.caught is not None):
+        if is_set_anywhere(self.caught is not None):
             self.caught = signal.SIGTERM if self.caught is None else self.caught
             control.should_save = control.should_training_stop = True
 
@@ -133,7 +124,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
-        console.print("stopping after this step, with a checkpoint; once more to stop at once")
+        log.info("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 class Tensorboard(TrainerCallback):  # type: ignore[misc]
@@ -162,8 +153,8 @@ class Tensorboard(TrainerCallback):  # type: ignore[misc]
             self.writer.close()
 
 
-def duration(seconds: float) -> str:
-    """Rounded to what matters: ``45 s``, ``3 min``, ``2 h 10 min``."""
+def _estimate(seconds: float) -> str:
+    """A time rounded up to what matters: ``45 s``, ``3 min``, ``2 h 10 min``."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = math.ceil(seconds / 60)

@@ -5,25 +5,25 @@ from accelerate import PartialState
 from torch import distributed
 
 
-def several() -> bool:
-    """Whether there are others."""
+def is_distributed() -> bool:
+    """Whether there are other processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_main() -> bool:
     """Whether this is the process that writes the run folder, and tells about it."""
-    return not several() or distributed.get_rank() == 0
+    return not is_distributed() or distributed.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Nothing before every process has come here."""
-    if several():
+    """Wait until every process has come here."""
+    if is_distributed():
         PartialState().wait_for_everyone()
 
 
-def any_of_all(flag: bool) -> bool:
-    """Whether the flag is set in any process; each asks at the same time."""
-    if not several():
+def is_set_anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process; all ask at the same time."""
+    if not is_distributed():
         return flag
     counted = torch.tensor(int(flag), device=PartialState().device)
     distributed.all_reduce(counted, distributed.ReduceOp.MAX)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..data.tokenize import IGNORED
+from ..data.prepare import IGNORED
 
 
 class LabelLoss:
@@ -18,7 +18,7 @@ class LabelLoss:
     module gets the full logits and the same loss.
 
     Args:
-        model: A causal language model for which `possible` holds.
+        model: A causal language model for which `is_possible` holds.
         label_smoothing: Share of the target spread over the vocabulary.
     """
 
@@ -28,7 +28,7 @@ class LabelLoss:
         self._hook = _head(model).register_forward_pre_hook(self._select)
 
     @staticmethod
-    def possible(model: nn.Module) -> bool:
+    def is_possible(model: nn.Module) -> bool:
         """Whether the loss is plain next-token cross entropy; a router's own loss, say, comes on top of it."""
         plain = getattr(model, "loss_type", None) == "ForCausalLM"
         return (

@@ -1,7 +1,6 @@
 """Recipes from a YAML file or by the name of a packaged one, with `key=value` on top."""
 
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ from ..errors import UsageError, did_you_mean
 from ..files import read_yaml
 from ..recipe import Recipe
 
+_FOLDER = Path(__file__).parents[1] / "recipes"
 
-def packaged() -> dict[str, Path]:
-    """The recipes that come with doralib, by name."""
-    folder = Path(str(resources.files("doralib"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with doralib, by name: NAME, or EXPERIMENT/NAME."""
+    paths = sorted(_FOLDER.rglob("*.yaml"))
+    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
 
 
 def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
@@ -41,11 +42,12 @@ def _read(path_or_name: str) -> dict[str, Any]:
         more = f"; a run's recipe is its {inside}" if inside.is_file() else ", and a recipe is a file"
         raise UsageError(f"{path_or_name} is a folder{more}")
     if not path.is_file():
-        known = packaged()
+        known = packaged_recipes()
         if path_or_name not in known:
-            near = [*known, *(p.name for p in path.parent.glob("*.y*ml"))]
+            beside = [each.name for each in path.parent.glob("*.y*ml")]
+            hint = did_you_mean(path_or_name, known) or did_you_mean(path.name, beside)
             raise UsageError(
-                f"there is no recipe {path_or_name!r}{did_you_mean(path.name, near)} (looked for the file "
+                f"there is no recipe {path_or_name!r}{hint} (looked for the file "
                 f"{path.absolute()}, and among the packaged recipes: {', '.join(known) or 'none'})"
             )
         path = known[path_or_name]

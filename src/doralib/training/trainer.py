@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -21,14 +20,14 @@ from .. import files
 from ..adapters.param_groups import learning_rates
 from ..adapters.save_load import save_adapter
 from ..config import DoraConfig
-from ..data.encoding import context_length
-from ..data.tokenize import IGNORED, Tokenised, collator
+from ..data.prepare import IGNORED
 from ..errors import DoraError, UsageError
-from ..runs import checkpointing as saving
+from ..runs import checkpointing
 from ..state import MAGNITUDE
 from .distributed import wait_for_all
 from .loss import LabelLoss
 from .meter import Meter
+from .modality import Collate, Prepared
 from .sampler import SeededSampler
 
 _WEIGHTS = "adapter.safetensors"
@@ -45,9 +44,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     Args:
         model: Adapted.
         args: Of the stock Trainer.
-        tokenizer: Its padding token fills the batches.
-        train: Tokenised rows.
-        validation: Likewise, or None.
+        processor: The model's tokenizer or processor, which checkpoints keep.
+        collate: Makes a batch of rows.
+        data: Rows to train on and, if there are some, to measure the loss on.
         adapter: Its learning rates by the kind of a parameter, and whether a checkpoint is an adapter.
     """
 
@@ -55,30 +54,30 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        tokenizer: PreTrainedTokenizerBase,
-        train: Tokenised,
-        validation: Tokenised | None,
+        processor: Any,
+        collate: Collate,
+        data: Prepared,
         adapter: DoraConfig,
     ) -> None:
         self.meter = Meter()
         self.adapter = adapter
         self.resumed_from: Path | None = None
         self.sampler: SeededSampler | None = None
-        self._lengths: list[int] = train.rows["length"][:]
+        self._lengths: list[int] = data.train.rows["length"][:]
         self._staging: Path | None = None
         self._eval_totals: Tensor | None = None
-        with _known_as_adapted(model):
+        with _mark_as_adapted(model):
             super().__init__(
                 model=model,
                 args=args,
-                processing_class=tokenizer,
-                data_collator=collator(tokenizer, context_length(model)),
-                train_dataset=train.rows,
-                eval_dataset=None if validation is None else validation.rows,
+                processing_class=processor,
+                data_collator=collate,
+                train_dataset=data.train.rows,
+                eval_dataset=data.validation and data.validation.rows,
                 callbacks=[_Bookkeeper(self)],
             )
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
-        possible = LabelLoss.possible(model) and not args.torch_compile and args.n_gpu <= 1
+        possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
         self.label_loss = LabelLoss(model, args.label_smoothing_factor) if possible else None
         if self.label_loss is not None:
             # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
@@ -89,7 +88,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.resumed_from = resume_from_checkpoint
         return super().train(None if resume_from_checkpoint is None else str(resume_from_checkpoint))
 
-    def take_if_done(self, checkpoint: Path | None) -> bool:
+    def load_if_done(self, checkpoint: Path | None) -> bool:
         """Whether the checkpoint is of the last step; then its weights are taken, or the best ones if they are wanted.
 
         The stock Trainer would make one step too many.
@@ -105,8 +104,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self._load_from_checkpoint(best or str(checkpoint))
         return True
 
-    def leave(self) -> None:
-        """Take off what training put around the model: hooks and automatic casts."""
+    def unwrap(self) -> None:
+        """Remove what training put around the model: hooks and automatic casts."""
         if self.label_loss is not None:
             self.label_loss.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -143,18 +142,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.meter.add_tokens(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise LossNotFinite(self._not_finite(f"the loss became {loss.item()}"))
+            raise self._not_finite(f"the loss became {loss.item()}")
         return loss
 
     def check_gradients(self) -> None:
-        """Nothing, when every gradient is finite.
+        """Check that every gradient is finite; under float16 the gradient scaler does.
 
         Raises:
-            LossNotFinite: otherwise; under float16 the gradient scaler handles it.
+            LossNotFinite: if one is not.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise LossNotFinite(self._not_finite("the gradient became NaN or infinite"))
+            raise self._not_finite("the gradient became NaN or infinite")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics of the validation rows; leaves the random numbers of training alone."""
@@ -190,7 +189,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The stock optimizer; what has a learning rate of its own is moved into a group of its own."""
         fresh = self.optimizer is None
-        with _made_as_asked("optim, optim_args"):
+        with _blame_settings("optim, optim_args"):
             optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
         if not fresh:
             return optimizer
@@ -205,7 +204,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
         """The stock schedule of learning rates."""
-        with _made_as_asked("lr_scheduler_type, lr_scheduler_kwargs"):
+        with _blame_settings("lr_scheduler_type, lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -221,19 +220,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._refuse_poisoned()
+        self._check_weights()
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
         if self.args.world_size > 1:
-            self._write_together(final, model, trial)
+            self._write_in_place(final, model, trial)
         else:
-            with saving.writing(final) as part:
+            with checkpointing.new_checkpoint(final) as part:
                 self._write(part, final, model, trial)
         best = self.state.best_model_checkpoint
         if self.args.should_save:
-            saving.prune(folder, self.args.save_total_limit, Path(best) if best else None)
+            checkpointing.prune(folder, self.args.save_total_limit, Path(best) if best else None)
 
-    def _write_together(self, final: Path, model: nn.Module, trial: Any) -> None:
+    def _write_in_place(self, final: Path, model: nn.Module, trial: Any) -> None:
         """In its place, where every process puts its random numbers; no checkpoint to anyone before it is sealed."""
         loss_since_log = float(self.accelerator.reduce(self._tr_loss, "mean"))
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -244,7 +243,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         wait_for_all()
         if self.args.should_save:
             files.write_json(final / _METER, self.meter.state(loss_since_log, self._globalstep_last_logged))
-            saving.seal(final)
+            checkpointing.seal(final)
         wait_for_all()
 
     def _write(self, part: Path, final: Path, model: nn.Module, trial: Any) -> None:
@@ -267,13 +266,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict
         folder = Path(output_dir or self.args.output_dir)
-        files.write_tensors(folder / _WEIGHTS, {name: source[name] for name in sorted(_kept(self.model))})
+        files.write_tensors(
+            folder / _WEIGHTS, {name: source[name] for name in sorted(_checkpoint_parameters(self.model))}
+        )
         if self.adapter.method != "full":
             save_adapter(self.model, folder)  # so that an earlier state can be scored, merged and converted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = files.read_tensors(Path(resume_from_checkpoint) / _WEIGHTS)
-        into = _kept(model or self.model)
+        into = _checkpoint_parameters(model or self.model)
         wrong = sorted(
             name
             for name in into.keys() | tensors.keys()
@@ -291,15 +292,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _refuse_poisoned(self) -> None:
+    def _check_weights(self) -> None:
         bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if bad:
-            raise LossNotFinite(self._not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,"))
+            raise self._not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,")
 
-    def _not_finite(self, what: str) -> str:
-        last = saving.newest(Path(self.args.output_dir))
+    def _not_finite(self, what: str) -> LossNotFinite:
+        last = checkpointing.find_newest(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-        return (
+        return LossNotFinite(
             f"{what} at step {self.state.global_step + 1}; training stopped there, {kept}\n"
             f"  a lower training.learning_rate (it is {self.args.learning_rate:g}), a longer training.warmup_steps or "
             "model.dtype: float32 usually help; start again with --overwrite or another out"
@@ -307,8 +308,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
 
 @contextmanager
-def _made_as_asked(settings: str) -> Iterator[None]:
-    """What cannot be made of these settings is the user's to mend; only making it shows it."""
+def _blame_settings(settings: str) -> Iterator[None]:
+    """Name the settings in an error inside the block: only making a thing of them shows that it cannot be made."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
@@ -316,8 +317,8 @@ def _made_as_asked(settings: str) -> Iterator[None]:
 
 
 @contextmanager
-def _known_as_adapted(model: Any) -> Iterator[None]:
-    """The stock Trainer refuses a quantised model without PEFT's mark; with the mark the model could not be saved."""
+def _mark_as_adapted(model: Any) -> Iterator[None]:
+    """Give a model PEFT's mark inside the block: Trainer wants it on a quantized one, and saving must not see it."""
     model._hf_peft_config_loaded = True
     try:
         yield
@@ -325,7 +326,7 @@ def _known_as_adapted(model: Any) -> Iterator[None]:
         del model._hf_peft_config_loaded
 
 
-def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+def _checkpoint_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a checkpoint holds: all that is trained, and where A and B began, if that was a part of the weight."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith((".start_A", ".start_B"))}
 

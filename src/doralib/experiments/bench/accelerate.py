@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...console import console
 from ...peft import accelerate
-from .options import AccelerateOptions, batch_of, switched
+from .measure import log
+from .options import AccelerateOptions, batch_of, switch_values
 from .step import case_name, time_steps
-from .subjects import ACCELERATED, REFERENCE, Adapter, build, known, nudge, trained
+from .subjects import ACCELERATED, REFERENCE, AdapterSettings, build, check_subjects, nudge, trained_parameters
 from .tables import Bars, Report, Table, ratio_bars, ratio_goal, timing_table
 from .workload import base_model, token_batch
 
@@ -19,16 +19,18 @@ BEFORE = "peft-dora"
 
 def bench_accelerate(options: AccelerateOptions) -> Report:
     """Seconds of a training step by PEFT's LoRA, PEFT's DoRA, and the same DoRA accelerated; and that they agree."""
-    names = known(options.subjects or (REFERENCE, BEFORE, ACCELERATED))
+    names = check_subjects(options.subjects or (REFERENCE, BEFORE, ACCELERATED))
     cases: list[dict[str, Any]] = []
     bars = Bars("PEFT before and after accelerate, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
     for dtype in options.dtype:
         base, described = base_model(options.model, options.layers, dtype)
         agreement = agreement_of(base, options)
-        for tokens, dropout, checkpointing in product(options.tokens, options.dropout, switched(options.checkpointing)):
+        for tokens, dropout, checkpointing in product(
+            options.tokens, options.dropout, switch_values(options.checkpointing)
+        ):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
             name = case_name(settings)
-            console.print(f"accelerate: {name}")
+            log.info(f"accelerate: {name}")
             summary = time_steps(base, settings, options, names)
             cases.append({"name": name, "settings": {**settings, **described}, "agreement": agreement, **summary})
             bars.groups[name] = ratio_bars(summary)
@@ -50,7 +52,7 @@ def bench_accelerate(options: AccelerateOptions) -> Report:
 
 def agreement_of(base: nn.Module, options: AccelerateOptions) -> dict[str, float]:
     """How far outputs and gradients of one model move when it is accelerated, as a share of themselves."""
-    model = build(BEFORE, base, Adapter(options.r))
+    model = build(BEFORE, base, AdapterSettings(options.r))
     torch.manual_seed(0)
     nudge(model, 0.01)
     tokens = min(batch_of(options.tokens[0])[1], 64)
@@ -66,7 +68,7 @@ def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     model.train().zero_grad()
     output = model(**batch)
     output.loss.backward()
-    gradient = torch.cat([p.grad.float().flatten() for p in trained(model) if p.grad is not None])
+    gradient = torch.cat([p.grad.float().flatten() for p in trained_parameters(model) if p.grad is not None])
     return output.logits.detach().float().flatten(), gradient
 
 

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...console import console
 from ...files import format_bytes
 from .counting import allocations, peak
-from .measure import Turn, interleave, spread
+from .measure import Turn, interleave, log, spread
 from .options import AdaptOptions
-from .subjects import SUBJECTS, TARGETS, Adapter, share
+from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
 from .tables import Bar, Bars, Goal, Report, Table, ms
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
@@ -25,13 +24,13 @@ _SECONDS = 10.0
 
 def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
-    adapter = Adapter(options.r)
-    console.print("adapt: meta")
-    cases = [_case("meta", _llama(options, options.layers, vocab=128256, real=False), adapter, options)]
+    adapter = AdapterSettings(options.r)
+    log.info("adapt: meta")
+    cases = [_case("meta", _build_llama(options, options.layers, vocab=128256, real=False), adapter, options)]
     count = min(options.real_layers, options.layers, _layers_that_fit(options))
     if count:
-        console.print(f"adapt: {count} real layers")
-        cases.append(_case("real", _llama(options, count, vocab=256, real=True), adapter, options))
+        log.info(f"adapt: {count} real layers")
+        cases.append(_case("real", _build_llama(options, count, vocab=256, real=True), adapter, options))
     bars = Bars("Putting adapters on", "seconds", line=None)
     bars.groups = {
         case["name"]: [Bar(name, s["median"], s["low"], s["high"]) for name, s in case["seconds"].items()]
@@ -52,7 +51,7 @@ def bench_adapt(options: AdaptOptions) -> Report:
     )
 
 
-def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -> dict[str, Any]:
+def _case(kind: str, base: nn.Module, adapter: AdapterSettings, options: AdaptOptions) -> dict[str, Any]:
     failed: dict[str, str] = {}
     turns: dict[str, Turn] = {PASS: Turn(lambda: _one_pass(base))} if kind == "real" else {}
     workers = {}
@@ -86,13 +85,15 @@ def _case(kind: str, base: nn.Module, adapter: Adapter, options: AdaptOptions) -
 class _Worker:
     """One method; each call on modules of its own around the same weights."""
 
-    def __init__(self, base: nn.Module, method: Callable[[nn.Module, Adapter], nn.Module], adapter: Adapter) -> None:
+    def __init__(
+        self, base: nn.Module, method: Callable[[nn.Module, AdapterSettings], nn.Module], adapter: AdapterSettings
+    ) -> None:
         self.base, self.method, self.adapter = base, method, adapter
         self.model: nn.Module | None = None
 
     def prepare(self) -> None:
         """A model without an adapter."""
-        self.model = share(self.base)
+        self.model = share_weights(self.base)
 
     def run(self) -> None:
         """Put it on."""
@@ -100,7 +101,7 @@ class _Worker:
         self.model = self.method(self.model, self.adapter)
 
 
-def _llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
+def _build_llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=4096 // options.divide,

@@ -1,7 +1,7 @@
 """What a call costs besides time: its matrix products, the memory it keeps for its backward pass, what it allocates."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -48,7 +48,6 @@ class Saved:
     weights: int = 0
     """Parameters, which exist anyway."""
     rest: int = 0
-    seen: set[int] = field(default_factory=set, repr=False)
 
     @property
     def with_output(self) -> int:

@@ -7,7 +7,7 @@ from ...files import replacing
 from ...runs.plots import new_figure
 from .tables import Bars
 
-_COLOURS = ("#8a94a3", "#c2560c", "#e0a458", "#2563c9", "#0f8a6c", "#7a4fbf", "#b83280", "#4b5563", "#65a30d")
+_COLORS = ("#8a94a3", "#c2560c", "#e0a458", "#2563c9", "#0f8a6c", "#7a4fbf", "#b83280", "#4b5563", "#65a30d")
 
 
 def write_bars(bars: Bars, path: Path) -> Path:
@@ -17,11 +17,11 @@ def write_bars(bars: Bars, path: Path) -> Path:
         UsageError: if matplotlib is not installed.
     """
     labels = list(dict.fromkeys(bar.label for group in bars.groups.values() for bar in group))
-    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(labels)}
+    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
     num_bars = sum(len(group) + 1 for group in bars.groups.values())
     figure = new_figure(width=7.5, height=1.4 + 0.24 * num_bars)
     axes = figure.add_subplot()
-    _draw(axes, bars, colours)
+    _draw(axes, bars, colors)
     axes.set_title(bars.title, loc="left", fontsize=11, pad=14)
     axes.set_xlabel(bars.axis)
     axes.spines[["top", "right"]].set_visible(False)
@@ -31,7 +31,7 @@ def write_bars(bars: Bars, path: Path) -> Path:
     return path
 
 
-def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
+def _draw(axes: Any, bars: Bars, colors: dict[str, str]) -> None:
     ticks: list[tuple[float, str]] = []
     at = 0.0
     for name, group in bars.groups.items():
@@ -41,7 +41,7 @@ def _draw(axes: Any, bars: Bars, colours: dict[str, str]) -> None:
             axes.vlines(bars.line, *ends, color="#222222", linewidth=1, linestyle="--", zorder=2.5)
         for bar in group:
             at += 1
-            axes.barh(at, bar.value, color=colours[bar.label], height=0.8)
+            axes.barh(at, bar.value, color=colors[bar.label], height=0.8)
             axes.errorbar(
                 bar.value,
                 at,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.inference import unchanged
-from ...console import console
-from .measure import Turn, interleave, spread
+from .measure import Turn, interleave, log, spread
 from .options import GenerateOptions
-from .subjects import REFERENCE, Adapter, PeftNormCache, build, known, nudge
+from .subjects import REFERENCE, AdapterSettings, build, check_subjects, import_peft, nudge
 from .tables import Bar, Bars, Goal, Report, Table, ratio_text
 from .workload import base_model, token_batch
 
@@ -24,12 +23,12 @@ SUBJECTS = ("base", REFERENCE, "peft-dora", CACHED, "ours-lora", "ours-dora", HE
 def bench_generate(options: GenerateOptions) -> Report:
     """Tokens per second of greedy writing with a key-value cache."""
     names = list(options.subjects or SUBJECTS)
-    known(name for name in names if name not in (CACHED, HELD))
+    check_subjects(name for name in names if name not in (CACHED, HELD))
     cases: list[dict[str, Any]] = []
     tables = []
     bars = Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round")
     for dtype in options.dtype:
-        console.print(f"generate: {dtype}")
+        log.info(f"generate: {dtype}")
         base, described = base_model(options.model, options.layers, dtype)
         case = {"name": dtype, "settings": {"dtype": dtype, **described}, **_case(base, names, options)}
         cases.append(case)
@@ -87,9 +86,9 @@ def _case(base: nn.Module, names: list[str], options: GenerateOptions) -> dict[s
     prompt = token_batch(vocab, options.batch, options.prompt)["input_ids"]
     writers = {}
     for name in names:
-        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, Adapter(options.r))
+        model = build({CACHED: "peft-dora", HELD: "ours-dora"}.get(name, name), base, AdapterSettings(options.r))
         nudge(model)
-        contexts = {CACHED: PeftNormCache, HELD: partial(unchanged, model)}
+        contexts = {CACHED: import_peft().helpers.DoraCaching, HELD: partial(unchanged, model)}
         writers[name] = Writer(model, prompt, options.new, contexts.get(name, nullcontext))
     turns = {name: Turn(writer.write, writer.read_prompt) for name, writer in writers.items()}
     rounds = interleave(turns, options.rounds, options.warmup)

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...console import console
 from ...files import format_bytes
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
-from .measure import Turn, interleave
+from .measure import Turn, interleave, log
 from .options import LayerOptions, batch_of, sizes
-from .subjects import Adapter, build, known, nudge, pairs, usual
+from .subjects import AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
 from .tables import ms as milliseconds
 
@@ -55,14 +54,14 @@ class Pass:
 
 
 def bench_layer(options: LayerOptions) -> Report:
-    """Forward and backward after an optimiser step, for every shape, dtype, number of tokens and dropout."""
-    known(options.subjects or [])
+    """Forward and backward after an optimizer step, for every shape, dtype, number of tokens and dropout."""
+    check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("One layer, forward and backward, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
     for shape, dtype, tokens, dropout in product(options.shapes, options.dtype, options.tokens, options.dropout):
         settings = {"shape": shape, "dtype": dtype, "tokens": tokens, "dropout": dropout, "r": options.r}
         name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        console.print(f"layer: {name}")
+        log.info(f"layer: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)
         bars.groups[name] = ratio_bars(case)
@@ -107,8 +106,8 @@ def _case(settings: dict[str, Any], options: LayerOptions) -> dict[str, Any]:
     N, dtype = rows[0] * rows[1], getattr(torch, settings["dtype"])
     torch.manual_seed(0)
     base, x, dy = OneLayer(O, I, dtype), torch.randn(N, I).to(dtype), torch.randn(N, O).to(dtype)
-    adapter = Adapter(options.r, settings["dropout"], ("proj",))
-    names = list(options.subjects or usual(settings["dtype"], settings["dropout"]))
+    adapter = AdapterSettings(options.r, settings["dropout"], ("proj",))
+    names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
     models = {name: build(name, base, adapter) for name in names}
     passes = {name: Pass(model, x, dy) for name, model in models.items()}
     turns = {name: Turn(each, each.after_optimizer_step) for name, each in passes.items()}

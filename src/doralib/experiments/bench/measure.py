@@ -1,11 +1,11 @@
 """Interleaved timing: subjects take turns in one process, and ratios are taken within a round.
 
-A neighbour on the machine slows whole rounds, so the median over rounds of a ratio within one round is steadier than
+A neighbor on the machine slows whole rounds, so the median over rounds of a ratio within one round is steadier than
 the ratio of two medians.
 """
 
 import gc
-import importlib.metadata
+import logging
 import os
 import platform
 import statistics
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from ...runs.machine import cpu_name, package_versions
+
+log = logging.getLogger(__name__)
 PACKAGES = ("doralib", "torch", "transformers", "peft")
 
 
@@ -43,7 +46,7 @@ class Rounds:
         return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
 
     def _ratio(self, over: str, under: str) -> dict[str, Any]:
-        """The spread; and as a neighbour on the machine only ever adds time, the ratio of the fastest rounds."""
+        """The spread; and as a neighbor on the machine only ever adds time, the ratio of the fastest rounds."""
         of_minima = min(self.seconds[over]) / min(self.seconds[under])
         return {**spread(self.ratios(over, under)), "of_minima": of_minima}
 
@@ -73,7 +76,7 @@ def interleave(turns: Mapping[str, Turn], rounds: int, warmup: int = 1) -> Round
 
 
 def order_of(names: list[str], number: int) -> list[str]:
-    """The order of one round: rotated by one each round and reversed every other cycle, so that neighbours change."""
+    """The order of one round: rotated by one each round and reversed every other cycle, so that neighbors change."""
     start = number % len(names)
     order = names[start:] + names[:start]
     return order[::-1] if number // len(names) % 2 else order
@@ -85,22 +88,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "low": low, "high": high, "min": min(values), "all": list(values)}
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(PACKAGES),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()),
     }
 
 
-class Neighbours:
+class Neighbors:
     """How much of the machine other processes take while this one measures."""
 
     def __init__(self) -> None:
@@ -139,17 +142,3 @@ def _timed(turn: Turn) -> float:
         return time.perf_counter() - start
     finally:
         gc.enable()
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

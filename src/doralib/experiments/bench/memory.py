@@ -2,7 +2,7 @@
 
 Two numbers: what torch's CPU allocator held at most over what it held before the step (exact, from the profiler's
 allocation events), and the peak of the process's resident memory, as the kernel counts it (Linux only). Run as
-``python -m doralib.bench.memory REQUEST.json ANSWER.json`` this module measures one subject.
+``python -m doralib.experiments.bench.memory REQUEST.json ANSWER.json`` this module measures one subject.
 """
 
 import json
@@ -14,13 +14,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...console import console
 from ...errors import DoraError
 from ...files import format_bytes, read_json, write_json
 from .counting import allocations, peak
-from .measure import order_of, spread
-from .options import MemoryOptions, batch_of, switched
-from .subjects import REFERENCE, Adapter, build, known, pairs, usual
+from .measure import log, order_of, spread
+from .options import MemoryOptions, batch_of, switch_values
+from .step import case_name
+from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
 from .tables import Bars, Goal, Report, Table, ratio_bars
 from .workload import TrainingStep, base_model, token_batch
 
@@ -32,16 +32,15 @@ _MEASURES = ("total_bytes", "step_bytes", "resident_bytes")
 
 def bench_memory(options: MemoryOptions) -> Report:
     """Peak bytes of a training step: dtype x tokens x dropout x checkpointing, a process for each subject."""
-    known(options.subjects or [])
+    check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("Peak memory of a training step over PEFT LoRA", "total bytes / total bytes of PEFT LoRA")
     for dtype, tokens, dropout, checkpointing in product(
-        options.dtype, options.tokens, options.dropout, switched(options.checkpointing)
+        options.dtype, options.tokens, options.dropout, switch_values(options.checkpointing)
     ):
         settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-        name = f"{dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        name += ", checkpointing" * checkpointing
-        console.print(f"memory: {name}")
+        name = case_name(settings)
+        log.info(f"memory: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
         cases.append(case)
         bars.groups[name] = ratio_bars({"ratios": case["ratios"]["total_bytes"]})
@@ -66,7 +65,7 @@ def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     """Bytes of one subject, in this process."""
     base, described = base_model(request["model"], request["layers"], request["dtype"])
     batch = token_batch(described["vocab_size"], *batch_of(request["tokens"]))
-    model = build(request["subject"], base, Adapter(request["r"], request["dropout"]))
+    model = build(request["subject"], base, AdapterSettings(request["r"], request["dropout"]))
     step = TrainingStep(model, batch, checkpointing=request["checkpointing"])
     step()
     cleared = _clear_peak()
@@ -91,7 +90,7 @@ def _tensors(model: Any) -> list[Any]:
 
 
 def _case(settings: dict[str, Any], options: MemoryOptions) -> dict[str, Any]:
-    names = list(options.subjects or usual(settings["dtype"], settings["dropout"]))
+    names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
     shared = {"model": options.model, "layers": options.layers, "r": options.r, **settings}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     orders = [order_of(names, number) for number in range(options.rounds)]
@@ -122,7 +121,7 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         write_json(asked, request)
-        command = [sys.executable, "-W", "ignore", "-m", "doralib.bench.memory", str(asked), str(answered)]
+        command = [sys.executable, "-W", "ignore", "-m", __name__, str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _ALLOCATOR)
         if done.returncode:
             raise DoraError(f"measuring {json.dumps(request)} failed:\n{done.stderr[-2000:]}")

@@ -6,52 +6,35 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...checkpoints.safetensors import Slot, lay_out, write_at
-from ...config import DoraConfig
-from ...console import console
 from ...errors import DoraError
-from ...files import format_bytes, free_bytes, replacing, write_json, write_tensors
-from ...formats.peft import to_peft
-from ...functional import BLOCK_ELEMENTS, row_blocks
-from ...state import AdapterState, LayerAdapter
-from .measure import spread
+from ...files import format_bytes, free_bytes
+from .llama_files import HIDDEN, LAYERS, RANK, VOCAB, layer_numbers, write_model
+from .measure import log, spread
 from .options import MergeOptions
+from .subjects import TARGETS
 from .tables import Bar, Bars, Goal, Report, Table
 
-HIDDEN, INNER, KV, VOCAB, LAYERS = 4096, 14336, 1024, 128256, 32
-PROJECTIONS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-SHARD_BYTES = 5 * 10**9
-RANK = 16
-_OURS = """
+_PEAK_BYTES = 2e9
+_COPY, _OURS = "copy", "doralib"
+_MERGING = """
 import sys
 from pathlib import Path
 from doralib import merge_checkpoint
 merge_checkpoint(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
 """
-_PEFT = """
+_PEFT_MERGING = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto")
 PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="5GB")
 """
-_COPY = """
+_COPYING = """
 import shutil, sys
 shutil.copytree(sys.argv[2], sys.argv[3])
 """
@@ -80,16 +63,16 @@ def bench_merge(scale_gb: float, out: Path, *, rounds: int = 3, peft_gb: float =
     Returns:
         Medians, each run, ratios to copying, and what was measured on how many layers.
     """
-    layers = max(1, min(LAYERS, round(scale_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // _layer_numbers()))
-    small = max(1, min(layers, round(peft_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // _layer_numbers()))
+    layers = max(1, min(LAYERS, round(scale_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // layer_numbers()))
+    small = max(1, min(layers, round(peft_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // layer_numbers()))
     report: dict[str, Any] = {
         "shape": "LLaMA-3-8B, bfloat16, random weights",
         "adapter": f"DoRA r {RANK} on {', '.join(TARGETS)}",
-        "whole": _measured({"copy": _COPY, "doralib": _OURS}, layers, out, rounds),
+        "whole": _measured({_COPY: _COPYING, _OURS: _MERGING}, layers, out, rounds),
         "threads": torch.get_num_threads(),
     }
     if peft_gb:
-        report["beside PEFT"] = _measured({"copy": _COPY, "doralib": _OURS, "PEFT": _PEFT}, small, out, rounds)
+        report["beside PEFT"] = _measured({_COPY: _COPYING, _OURS: _MERGING, "PEFT": _PEFT_MERGING}, small, out, rounds)
     return report
 
 
@@ -133,101 +116,9 @@ def _run(work: str, adapter: Path, base: Path, target: Path) -> dict[str, float]
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def write_model(folder: Path, layers: int) -> tuple[Path, Path]:
-    """A random model and adapter of LLaMA-3-8B's shapes, written unless they are there: (base, adapter) folders."""
-    base, adapter = folder / "base", folder / "adapter"
-    if not (base / "model.safetensors.index.json").is_file():
-        _write_base(base, layers)
-    if not (adapter / "adapter_config.json").is_file():
-        _write_adapter(adapter, layers, base)
-    return base, adapter
-
-
-def _layer_numbers() -> int:
-    return sum(out * in_ for out, in_ in PROJECTIONS.values()) + 2 * HIDDEN
-
-
-def _shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
-    for i in range(layers):
-        for name, shape in PROJECTIONS.items():
-            yield f"model.layers.{i}.{name}.weight", shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{i}.{name}.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCAB, HIDDEN)
-
-
-def _write_base(base: Path, layers: int) -> None:
-    slots = [Slot(name, "BF16", shape, base, 0, 0).cast("BF16") for name, shape in _shapes(layers)]
-    groups: list[list[Slot]] = [[]]
-    for slot in slots:
-        if groups[-1] and sum(each.nbytes for each in groups[-1]) + slot.nbytes > SHARD_BYTES:
-            groups.append([])
-        groups[-1].append(slot)
-    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    weight_map = {slot.name: file for file, group in zip(files, groups, strict=True) for slot in group}
-    total = sum(slot.nbytes for slot in slots)
-    with replacing(base, total) as part:
-        part.mkdir()
-        for file, group in zip(files, groups, strict=True):
-            _write_shard(part / file, group)
-        write_json(part / "config.json", _config(layers))
-        write_json(part / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_shard(path: Path, slots: list[Slot]) -> None:
-    header, placed = lay_out(slots, path, {"format": "pt"})
-    path.write_bytes(header)
-    # the same noise in every block: neither copying nor merging looks at the numbers
-    noise = torch.randn(BLOCK_ELEMENTS).mul_(0.02).bfloat16()
-    for slot in placed:
-        for rows in row_blocks(*slot.matrix):
-            count = (rows.stop - rows.start) * slot.matrix[1]
-            write_at(path, slot.start + rows.start * slot.row_bytes, noise[:count])
-
-
-def _config(layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def _write_adapter(adapter: Path, layers: int, base: Path) -> None:
-    adapted = {
-        f"model.layers.{i}.{name}": _layer(*shape)
-        for i in range(layers)
-        for name, shape in PROJECTIONS.items()
-        if name.endswith(TARGETS)
-    }
-    config = DoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
-    tensors, settings = to_peft(config, AdapterState(adapted, {}, str(base)))
-    write_tensors(adapter / "adapter_model.safetensors", tensors)
-    write_json(adapter / "adapter_config.json", settings)
-
-
-def _layer(out: int, in_: int) -> LayerAdapter:
-    a_RI, b_OR = torch.randn(RANK, in_) / in_**0.5, torch.randn(out, RANK) * 0.02
-    m_O: Tensor = torch.full((out,), 0.02 * in_**0.5) * (1 + 0.01 * torch.randn(out))
-    return LayerAdapter(a_RI, b_OR, m_O, 2.0)
-
-
-_COPY, _OURS = "copy", "doralib"
-_PEAK_BYTES = 2e9
-
-
 def report_merge(options: MergeOptions) -> Report:
     """Merging a checkpoint of LLaMA-3-8B's shapes beside copying it and beside PEFT."""
-    console.print(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
+    log.info(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
     if options.work is not None:
         folder = Path(options.work)
         folder.mkdir(parents=True, exist_ok=True)

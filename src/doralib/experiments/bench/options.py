@@ -196,6 +196,6 @@ def batch_of(text: str) -> tuple[int, int]:
     return math.prod(first), last
 
 
-def switched(switch: Switch) -> list[bool]:
+def switch_values(switch: Switch) -> list[bool]:
     """off, on or both as truth values."""
     return {"off": [False], "on": [True], "both": [False, True]}[switch]

@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ...console import console
-from .measure import spread
+from .measure import log, spread
 from .options import ProfileOptions, batch_of
 from .step import case_name
-from .subjects import Adapter, build, known
+from .subjects import AdapterSettings, build, check_subjects
 from .tables import Bar, Bars, Report, Table
 from .workload import TrainingStep, base_model, token_batch
 
@@ -22,7 +21,7 @@ _SHOWN = 14
 
 def bench_profile(options: ProfileOptions) -> Report:
     """Milliseconds and calls of each operator in a training step, without those it calls: dtype x tokens x dropout."""
-    names = known(options.subjects or SUBJECTS)
+    names = check_subjects(options.subjects or SUBJECTS)
     cases: list[dict[str, Any]] = []
     bars = Bars("A training step by operators", "milliseconds a step, under the profiler", line=None)
     for dtype in options.dtype:
@@ -30,7 +29,7 @@ def bench_profile(options: ProfileOptions) -> Report:
         for tokens, dropout in product(options.tokens, options.dropout):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": False}
             name = case_name(settings)
-            console.print(f"profile: {name}")
+            log.info(f"profile: {name}")
             case = _case(base, settings, names, options)
             cases.append({"name": name, "settings": {**settings, **described}, "subjects": case})
             bars.groups[name] = [
@@ -53,7 +52,9 @@ def bench_profile(options: ProfileOptions) -> Report:
 
 def _case(base: nn.Module, settings: dict[str, Any], names: Sequence[str], options: ProfileOptions) -> dict[str, Any]:
     batch = token_batch(base.config.vocab_size, *batch_of(settings["tokens"]))  # type: ignore[union-attr, arg-type]
-    steps = {name: TrainingStep(build(name, base, Adapter(options.r, settings["dropout"])), batch) for name in names}
+    steps = {
+        name: TrainingStep(build(name, base, AdapterSettings(options.r, settings["dropout"])), batch) for name in names
+    }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     operators: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for step in steps.values():

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from ...console import console
-from .measure import Turn, interleave
+from .measure import Turn, interleave, log
 from .options import RankOptions, batch_of
-from .subjects import REFERENCE, Adapter, build, known
+from .subjects import REFERENCE, AdapterSettings, build, check_subjects
 from .tables import Bar, Bars, Goal, Report, Table, ms, ratio_text
 from .workload import TrainingStep, base_model, token_batch
 
@@ -16,7 +15,7 @@ SUBJECTS = (REFERENCE, "ours-dora")
 
 def bench_rank(options: RankOptions) -> Report:
     """Seconds of a training step at each rank, all ranks and methods in turn."""
-    names = known(options.subjects or SUBJECTS)
+    names = check_subjects(options.subjects or SUBJECTS)
     cases: list[dict[str, Any]] = []
     bars = Bars("Training step by rank", f"time / time of {REFERENCE} at the lowest rank in the same round")
     tables = []
@@ -24,7 +23,7 @@ def bench_rank(options: RankOptions) -> Report:
         base, described = base_model(options.model, options.layers, dtype)
         for tokens in options.tokens:
             name = f"{dtype}, {tokens} tokens"
-            console.print(f"rank: {name}")
+            log.info(f"rank: {name}")
             summary = _case(base, tokens, names, options)
             cases.append({"name": name, "settings": {"dtype": dtype, "tokens": tokens, **described}, **summary})
             tables.append(_table(name, summary, names, options.ranks))
@@ -44,7 +43,9 @@ def bench_rank(options: RankOptions) -> Report:
 def _case(base: nn.Module, tokens: str, names: list[str], options: RankOptions) -> dict[str, Any]:
     batch = token_batch(base.config.vocab_size, *batch_of(tokens))  # type: ignore[union-attr, arg-type]
     turns = {
-        _at(name, r): Turn(TrainingStep(build(name, base, Adapter(r)), batch)) for r in options.ranks for name in names
+        _at(name, r): Turn(TrainingStep(build(name, base, AdapterSettings(r)), batch))
+        for r in options.ranks
+        for name in names
     }
     rounds = interleave(turns, options.rounds, options.warmup)
     lowest = _at(REFERENCE, min(options.ranks))

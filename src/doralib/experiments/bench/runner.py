@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...console import console
 from ...errors import UsageError, did_you_mean
 from ...files import replacing, write_json
 from ...runs.plots import new_figure
@@ -14,13 +13,14 @@ from .adapt import bench_adapt
 from .figures import write_bars
 from .generate import bench_generate
 from .layer import bench_layer
-from .measure import Neighbours, machine
+from .measure import Neighbors, describe_machine
 from .memory import bench_memory
 from .merge import report_merge
 from .profile import bench_profile
 from .rank import bench_rank
 from .step import bench_step
-from .tables import Report, goal_table, markdown, rich_table
+from .subjects import import_peft
+from .tables import Report, markdown
 
 EVERYTHING = "all"
 
@@ -45,12 +45,15 @@ BENCHES = {
 }
 
 
-def run_bench(name: str, out: str | Path, *, quick: bool = False, **options: Any) -> dict[str, Any]:
+def run_bench(
+    name: str, out: str | Path, *, quick: bool = False, done: Callable[[Report], None] | None = None, **options: Any
+) -> dict[str, Any]:
     """Measure; OUT/NAME.json, OUT/NAME.md and OUT/NAME.png are written, and what is in the JSON is returned.
 
     Args:
         name: A row of `BENCHES`, or "all": each takes those of the options that it knows; by name then.
         quick: Sizes for a look at the command, not for figures to quote; the options go before them.
+        done: Gets each report once its files are written.
 
     Raises:
         UsageError: if there is no such measurement or option, before anything is run.
@@ -58,12 +61,18 @@ def run_bench(name: str, out: str | Path, *, quick: bool = False, **options: Any
     if name != EVERYTHING and name not in BENCHES:
         names = [*BENCHES, EVERYTHING]
         raise UsageError(f"bench: there is no {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}")
-    new_figure()  # without matplotlib, say so now and not in half an hour
+    # without matplotlib or PEFT, say so now and not in half an hour
+    new_figure()
+    import_peft()
     chosen = {name: BENCHES[name]} if name != EVERYTHING else BENCHES
     _refuse_unknown(chosen, options)
-    checked = {key: _checked(bench, options, quick=quick) for key, bench in chosen.items()}
-    reports = {key: _run(bench, checked[key], Path(out)) for key, bench in chosen.items()}
-    return reports if name == EVERYTHING else reports[name]
+    checked = {key: _check_options(bench, options, quick=quick) for key, bench in chosen.items()}
+    values = {}
+    for key, bench in chosen.items():
+        report, values[key] = _run(bench, checked[key], Path(out))
+        if done is not None:
+            done(report)
+    return values if name == EVERYTHING else values[name]
 
 
 def _refuse_unknown(chosen: dict[str, Bench], options: dict[str, Any]) -> None:
@@ -75,14 +84,14 @@ def _refuse_unknown(chosen: dict[str, Bench], options: dict[str, Any]) -> None:
         )
 
 
-def _checked(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
+def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
     own = {key: value for key, value in options.items() if key in bench.options.model_fields}
     return bench.options(**({**bench.options.QUICK, **own} if quick else own))
 
 
-def _run(bench: Bench, options: settings.Options, out: Path) -> dict[str, Any]:
+def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:
     # asked before the measurement, which loads the machine itself
-    where, neighbours = machine(), Neighbours()
+    where, neighbours = describe_machine(), Neighbors()
     report = bench.measure(options)
     where["cores_busy_elsewhere"] = neighbours.cores()
     value = report.to_json(where)
@@ -91,7 +100,4 @@ def _run(bench: Bench, options: settings.Options, out: Path) -> dict[str, Any]:
     with replacing(out / f"{report.name}.md") as part:
         part.write_text(markdown(report, where), encoding="utf-8")
     write_bars(report.bars, out / f"{report.name}.png")
-    for table in [*report.tables, *([goal_table(report.goals)] if report.goals else [])]:
-        console.print(rich_table(table))
-    console.print(f"written: {out / report.name}.json, .md and .png")
-    return value
+    return report, value

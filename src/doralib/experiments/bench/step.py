@@ -6,25 +6,26 @@ from typing import Any
 
 from torch import nn
 
-from ...console import console
-from .measure import Rounds, Turn, interleave
-from .options import StepOptions, batch_of, switched
-from .subjects import Adapter, build, known, pairs, usual
+from .measure import Rounds, Turn, interleave, log
+from .options import StepOptions, batch_of, switch_values
+from .subjects import AdapterSettings, build, check_subjects, default_subjects, pairs
 from .tables import Bars, Goal, Report, ratio_bars, ratio_goal, timing_table
 from .workload import TrainingStep, base_model, token_batch
 
 
 def bench_step(options: StepOptions) -> Report:
     """Seconds of forward, backward and AdamW: dtype x tokens x dropout x checkpointing."""
-    known(options.subjects or [])
+    check_subjects(options.subjects or [])
     cases: list[dict[str, Any]] = []
     bars = Bars("Training step, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
     for dtype in options.dtype:
         base, described = base_model(options.model, options.layers, dtype)
-        for tokens, dropout, checkpointing in product(options.tokens, options.dropout, switched(options.checkpointing)):
+        for tokens, dropout, checkpointing in product(
+            options.tokens, options.dropout, switch_values(options.checkpointing)
+        ):
             settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-            console.print(f"step: {case_name(settings)}")
-            names = list(options.subjects or usual(dtype, dropout))
+            log.info(f"step: {case_name(settings)}")
+            names = list(options.subjects or default_subjects(dtype, dropout))
             summary = time_steps(base, settings, options, names)
             cases.append({"name": case_name(settings), "settings": {**settings, **described}, **summary})
             bars.groups[case_name(settings)] = ratio_bars(summary)
@@ -47,7 +48,7 @@ def bench_step(options: StepOptions) -> Report:
 
 def time_steps(base: nn.Module, settings: dict[str, Any], options: StepOptions, names: Sequence[str]) -> dict[str, Any]:
     """One case: the subjects' steps in turn, and the loss before the first."""
-    adapter = Adapter(options.r, settings["dropout"])
+    adapter = AdapterSettings(options.r, settings["dropout"])
     batch = token_batch(base.config.vocab_size, *batch_of(settings["tokens"]))  # type: ignore[union-attr, arg-type]
     steps = {
         name: TrainingStep(build(name, base, adapter), batch, checkpointing=settings["checkpointing"]) for name in names

@@ -13,20 +13,13 @@ from ...config import DoraConfig
 from ...errors import UsageError, did_you_mean
 from ...peft import accelerate
 
-try:
-    import peft
-    from peft.helpers import DoraCaching
-except ImportError:
-    raise UsageError("the benchmarks compare with PEFT, which is not installed: pip install peft==0.21.2") from None
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 REFERENCE = "peft-lora"
 ACCELERATED = "peft-dora-accelerated"
-PeftNormCache = DoraCaching
 FLOOR = "frozen"
 
 
-class Adapter(NamedTuple):
+class AdapterSettings(NamedTuple):
     """What is the same for every method."""
 
     r: int = 16
@@ -39,17 +32,30 @@ class Adapter(NamedTuple):
         return 2 * self.r
 
 
-def build(name: str, base: nn.Module, adapter: Adapter) -> nn.Module:
+def import_peft() -> Any:
+    """The package `peft`.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        import peft.helpers  # noqa: PLC0415  only a measurement needs it
+    except ImportError:
+        raise UsageError("the benchmarks compare with PEFT, which is not installed: pip install peft==0.21.2") from None
+    return peft
+
+
+def build(name: str, base: nn.Module, adapter: AdapterSettings) -> nn.Module:
     """A model of its own with that adapter, around the base's own weight tensors.
 
     Raises:
         UsageError: if there is no such subject.
     """
-    known([name])
-    return SUBJECTS[name](share(base), adapter)
+    check_subjects([name])
+    return SUBJECTS[name](share_weights(base), adapter)
 
 
-def known(names: Iterable[str]) -> list[str]:
+def check_subjects(names: Iterable[str]) -> list[str]:
     """The names, if each is a row of `SUBJECTS`.
 
     Raises:
@@ -61,7 +67,7 @@ def known(names: Iterable[str]) -> list[str]:
     return names
 
 
-def usual(dtype: str, dropout: float) -> list[str]:
+def default_subjects(dtype: str, dropout: float) -> list[str]:
     """Who takes part in a case unless the user says."""
     ours = ["ours-dora-adapter", "ours-dora-exact"] if dropout else ["ours-dora"]
     low = ["peft-lora-bf16"] if dtype == "bfloat16" else []
@@ -76,38 +82,38 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(over, under) for over, under in found if under in names]
 
 
-def share(model: nn.Module) -> nn.Module:
+def share_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimiser gets."""
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer gets."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def nudge(model: nn.Module, size: float = 1e-4) -> None:
-    """Move what is trained, as an optimiser would: whatever was computed from it before is stale."""
-    for p in trained(model):
+    """Move what is trained, as an optimizer would: whatever was computed from it before is stale."""
+    for p in trained_parameters(model):
         p.add_(torch.randn_like(p), alpha=size)
 
 
-def _frozen(model: nn.Module, _: Adapter) -> nn.Module:
+def _frozen(model: nn.Module, _: AdapterSettings) -> nn.Module:
     model.requires_grad_(False)
     if callable(want_input_gradients := getattr(model, "enable_input_require_grads", None)):
         want_input_gradients()
     return model
 
 
-def _base(model: nn.Module, _: Adapter) -> nn.Module:
+def _base(model: nn.Module, _: AdapterSettings) -> nn.Module:
     return model.requires_grad_(False)
 
 
 def _ours(
     model: nn.Module,
-    adapter: Adapter,
+    adapter: AdapterSettings,
     *,
     method: Literal["dora", "lora"],
     dropout_mode: Literal["adapter", "exact"] = "adapter",
@@ -123,7 +129,8 @@ def _ours(
     return adapt(model, config)
 
 
-def _peft(model: nn.Module, adapter: Adapter, *, use_dora: bool, float32_masters: bool = True) -> nn.Module:
+def _peft(model: nn.Module, adapter: AdapterSettings, *, use_dora: bool, float32_masters: bool = True) -> nn.Module:
+    peft = import_peft()
     settings: dict[str, Any] = {
         "r": adapter.r,
         "lora_alpha": adapter.alpha,
@@ -135,7 +142,7 @@ def _peft(model: nn.Module, adapter: Adapter, *, use_dora: bool, float32_masters
     return wrapped
 
 
-SUBJECTS: dict[str, Callable[[nn.Module, Adapter], nn.Module]] = {
+SUBJECTS: dict[str, Callable[[nn.Module, AdapterSettings], nn.Module]] = {
     "base": _base,
     "frozen": _frozen,  # the same with a gradient of its input: no adapter can cost less
     "peft-lora": partial(_peft, use_dora=False),

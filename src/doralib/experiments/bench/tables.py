@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from .subjects import REFERENCE
 
 QUIET = 0.15
@@ -137,18 +135,6 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
         head += ["", f"**Other processes kept {others:g} cores busy meanwhile: these times are not to be quoted.**"]
     tables = [*([goal_table(report.goals)] if report.goals else []), *report.tables]
     return "\n".join([*head, *(line for table in tables for line in ["", *_lines(table)])]) + "\n"
-
-
-def rich_table(table: Table) -> RichTable:
-    """For the terminal; in a narrow one figures go on in a second line, and no name is cut or broken."""
-    shown = RichTable(title=table.title, title_justify="left")
-    names = all(" " not in row[0] for row in table.rows)
-    for i, column in enumerate(table.columns):
-        # the columns that may wrap give way first; sentences in the first one wrap at their words
-        shown.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=names and not i)
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def ms(seconds: float) -> str:

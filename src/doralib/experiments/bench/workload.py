@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from ...checkpoints.load import load_base
 from ...recipe import ModelSettings
-from .subjects import trained
+from .subjects import trained_parameters
 
 DEMO_MODEL = Path("~/.cache/doralib/SmolLM2-135M-Instruct")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,13 +41,13 @@ def base_model(model: str | None, layers: int | None, dtype: str) -> tuple[nn.Mo
     path = str(DEMO_MODEL.expanduser()) if model is None and DEMO_MODEL.expanduser().is_dir() else model or "smollm2"
     if path not in SHAPES and layers is None:
         loaded = load_base(ModelSettings(path=path, dtype=dtype))[0]
-        return loaded, _described(path, loaded.config, "its own")
+        return loaded, _describe(path, loaded.config, "its own")
     config = _config(path)
     if layers is not None:
         _shorten(config, layers)
     torch.manual_seed(0)
     built: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return built, _described(path, config, "random")
+    return built, _describe(path, config, "random")
 
 
 def token_batch(vocab_size: int, sequences: int, tokens: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class TrainingStep:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        parameters = trained(model)
+        parameters = trained_parameters(model)
         # as transformers.Trainer chooses it
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
@@ -80,7 +80,7 @@ class TrainingStep:
         return float(loss.detach())
 
     def state_bytes(self) -> int:
-        """Memory of the optimiser between steps."""
+        """Memory of the optimizer between steps."""
         states = self.optimizer.state.values() if self.optimizer is not None else []
         return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
 
@@ -100,7 +100,7 @@ def _shorten(config: PretrainedConfig, layers: int) -> None:
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
 
 
-def _described(path: str, config: PretrainedConfig, weights: str) -> dict[str, Any]:
+def _describe(path: str, config: PretrainedConfig, weights: str) -> dict[str, Any]:
     fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     return {
         "model": path,

@@ -1,0 +1,70 @@
+"""The terminal: where messages for a person go, and bars where they can move."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..progress import Tick
+
+# in a file or a pipe a line may be long: rich would fold names at 80 columns there, where nothing scrolls
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+
+# paths and data are printed as they are: "[b]" and ":dog:" in them are no commands
+console = Console(width=_WIDTH, markup=False, emoji=False)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints what the library logs; a mapping becomes a table of names and what they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        if not isinstance(record.msg, dict):
+            console.print(record.getMessage())
+            return
+        table = Table(show_header=False, box=None)
+        for name, text in record.msg.items():
+            table.add_row(name, text)
+        console.print(table)
+
+
+def print_log() -> None:
+    """From now on print what the library logs."""
+    logger = logging.getLogger("doralib")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+
+
+@contextmanager
+def bars() -> Iterator[Tick | None]:
+    """What draws a bar for each thing that is under way; None where no bar can move, in a file or a pipe."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    tasks: dict[str, Task] = {}
+
+    def tick(what: str, amount: float, total: float, note: str = "") -> None:
+        if what not in tasks:
+            # not before: bars of transformers show while a model is loaded
+            progress.start()
+            progress.add_task(what, total=total, note="")
+            tasks[what] = progress.tasks[-1]
+        task = tasks[what]
+        if task.finished and amount:
+            # scored again after training
+            progress.reset(task.id)
+        progress.update(task.id, advance=amount, note=note or task.fields["note"])
+        progress.update(task.id, visible=not task.finished)
+
+    try:
+        yield tick
+    finally:
+        progress.stop()

@@ -1,0 +1,42 @@
+"""`doralib train`."""
+
+from typing import Annotated
+
+import typer
+
+from ..errors import check_given_once
+from .console import bars, console
+
+
+def _show_settings(wanted: bool) -> None:
+    if wanted:
+        from .settings import settings_tables
+
+        console.print(settings_tables())
+        raise typer.Exit
+
+
+def train_command(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe: sentiment, demo.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that stands there; start again.")
+    ] = False,
+    _settings: Annotated[
+        bool,
+        typer.Option(
+            "--settings", is_eager=True, callback=_show_settings, help="Every setting of a recipe, with its default."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a model as RECIPE says."""
+    from ..training import job
+    from ..training.recipe_file import read_recipe
+
+    check_given_once(changes or [])
+    chosen = read_recipe(recipe, changes or [])
+    with bars() as tick:
+        job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)

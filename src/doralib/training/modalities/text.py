@@ -1,0 +1,74 @@
+"""Text: rows become prompts and targets for a causal language model."""
+
+import logging
+import math
+from typing import Any
+
+from torch import nn
+
+from ...checkpoints.load import Loaded, load_base
+from ...data.encoding import context_length, encode, pad_token
+from ...data.prompts import STYLES, check_columns
+from ...data.rows import RawRows, read_both
+from ...data.tokenize import Collator, find_samples, tokenize_rows
+from ...evaluation.generation import continuations
+from ...recipe import DataSettings, ModelSettings
+from ..modality import Collate, Prepared
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 5
+_SAMPLE_TOKENS = 64
+
+
+def check_rows(settings: DataSettings, seed: int) -> RawRows:
+    """The rows, with all columns that the style names."""
+    rows = read_both(settings, seed)
+    check_columns(settings, rows.train.column_names, settings.train)
+    if rows.validation is not None:
+        check_columns(settings, rows.validation.column_names, str(settings.validation))
+    return rows
+
+
+def load(settings: ModelSettings) -> Loaded:
+    """A causal language model and its tokenizer."""
+    return load_base(settings)
+
+
+def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+    """Tokens and labels."""
+    settings = _within(settings, model)
+    train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
+    validation = None
+    if rows.validation is not None:
+        validation = tokenize_rows(rows.validation, rows.validation_numbers, settings, processor)
+    return Prepared(train, validation, find_samples(rows, settings, processor, _SAMPLES))
+
+
+def collate(model: nn.Module, processor: Any) -> Collate:
+    """Rows padded with the tokenizer's own token; padding is masked, so any token would do."""
+    return Collator(pad_token(processor), most=context_length(model))
+
+
+def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]) -> list[str]:
+    """What the model writes after each prompt, about as long as the expected answers."""
+    closed = STYLES[settings.style].closed
+    longest = max(len(encode(processor, sample["expected"], chat=True)) for sample in asked)
+    prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
+    room = (context_length(model) or math.inf) - max(map(len, prompts))
+    return continuations(
+        model,
+        processor,
+        prompts,
+        max_new_tokens=max(1, int(min(longest + 8, _SAMPLE_TOKENS, room))),
+        batch_size=_SAMPLES,
+    )
+
+
+def _within(settings: DataSettings, model: nn.Module) -> DataSettings:
+    """With no more tokens a row than the model takes: beyond, learned positions fail and turned ones mean nothing."""
+    limit = context_length(model)
+    if limit is None or settings.max_length <= limit:
+        return settings
+    log.info(f"data.max_length is {settings.max_length}, and the model takes {limit} tokens: {limit} is used")
+    return settings.model_copy(update={"max_length": limit})

@@ -1,0 +1,45 @@
+"""What a kind of data (text, images, speech) does for a job; the life cycle and the trainer know nothing else of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..checkpoints.load import Loaded
+from ..data.prepare import PreparedRows, Row, Sample
+from ..data.rows import RawRows
+from ..recipe import DataSettings, ModelSettings
+
+Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a job as its model takes them."""
+
+    train: PreparedRows
+    validation: PreparedRows | None
+    samples: list[Sample]
+    """A few prompts, answered before and after training for the report."""
+
+
+class Modality(Protocol):
+    """The functions of a file in `modalities`."""
+
+    def check_rows(self, settings: DataSettings, seed: int) -> RawRows:
+        """The rows of training and validation; raises what can be said against them without the model."""
+
+    def load(self, settings: ModelSettings) -> Loaded:
+        """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor."""
+
+    def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+        """The rows as this model takes them; raises if none is left."""
+
+    def collate(self, model: nn.Module, processor: Any) -> Collate:
+        """The function that makes one batch of rows: `labels`, and the arguments of the model's forward."""
+
+    def samples(
+        self, model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]
+    ) -> list[str]:
+        """What the model answers to each sample, given as ``{"prompt": ..., "expected": ...}``."""
