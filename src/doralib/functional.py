@@ -175,18 +175,29 @@ def gain(m_O: Tensor, n_O: Tensor) -> Tensor:
     return torch.where(alive, m_O / torch.where(alive, n_O, 1), 0)
 
 
+def add_gain(base: Tensor, product: Tensor, gain: Tensor, turned: Tensor | None = None) -> Tensor:
+    """``base + (g - 1) ∘ product + turned``: an adapted layer's output from the frozen layer's own.
+
+    Written with g - 1, so that g = 1 and no turn give the base output bit for bit, and a bfloat16 product loses nothing
+    where g is near 1.
+
+    Args:
+        product: The frozen layer's output without its bias.
+        gain: g, of a shape that multiplies it.
+        turned: ``g ∘ (s B A x)``; None: A and B turn nothing.
+    """
+    change = (gain - 1).to(base.dtype) * product
+    return base + (change if turned is None else change + turned)
+
+
 def compose(base_NO: Tensor, lora_NO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
     """``g ∘ (z + s x Aᵀ Bᵀ) + bias`` from the frozen layer's own output ``base = z + bias``.
-
-    Written with g - 1, so that g = 1 and B = 0 give the base output bit for bit, and a bfloat16 product loses nothing
-    where g is near 1.
 
     Args:
         lora_NO: ``s x Aᵀ Bᵀ``.
     """
-    rest_O = (gain_O - 1).to(base_NO.dtype)
     product_NO = base_NO if bias_O is None else base_NO - bias_O.to(base_NO.dtype)
-    return base_NO + (rest_O * product_NO + gain_O.to(base_NO.dtype) * lora_NO)
+    return add_gain(base_NO, product_NO, gain_O, gain_O.to(base_NO.dtype) * lora_NO)
 
 
 def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: Tensor) -> Tensor:
@@ -199,7 +210,7 @@ def compose_exact(base_NO: Tensor, dropped_NO: Tensor, lora_NO: Tensor, gain_O: 
         dropped_NO: ``W x~``, no bias.
         lora_NO: ``s B A x~``.
     """
-    return base_NO + ((gain_O - 1).to(base_NO.dtype) * dropped_NO + gain_O.to(base_NO.dtype) * lora_NO)
+    return add_gain(base_NO, dropped_NO, gain_O, gain_O.to(base_NO.dtype) * lora_NO)
 
 
 @torch.no_grad()

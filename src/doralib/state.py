@@ -1,7 +1,8 @@
 """An adapter as named tensors and a few numbers: the currency of files, merging and models."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,15 +10,16 @@ from torch import Tensor
 from .errors import DoraError
 from .functional import difference
 
+# what is trained, by the fields of values
+_SHORT_NAMES = {"a_RI": "A", "b_OR": "B", "m_O": "m", "A": "A", "B": "B", "start_A": "start A", "start_B": "start B"}
+_SHORT_NAMES |= {"d_R": "d", "b_O": "b", "parts_b_OR": "B", "parts_m_O": "m"}
 # PEFT's key, and a live layer's parameter of that name
 MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
-class LayerAdapter:
-    """The trained part of one layer, as a change of its rows; without ``m_O`` it is LoRA.
-
-    A row of a convolution is all that makes one output channel; of an embedding, one dimension over the vocabulary.
+class LowRankValues:
+    """A, B and m themselves.
 
     Raises:
         DoraError: if the shapes do not fit each other.
@@ -28,118 +30,75 @@ class LayerAdapter:
     b_OR: Tensor
     """(O, R), or (O, R, 1...) for a convolution."""
     m_O: Tensor | None
-    """(O,): the length of each output row."""
-    scale: float
-    """s of ``s B A``: lora_alpha / r, or / sqrt(r) with rsLoRA."""
-    kind: str = ""
-    """linear, convolution, transposed_convolution, embedding, token_embedding (rows are tokens) or experts; "":
-    linear or convolution, as A's shape says."""
 
     def __post_init__(self) -> None:
         a, b, m = self.a_RI, self.b_OR, self.m_O
         pointwise = a.dim() == b.dim() >= 2 and set(b.shape[2:]) <= {1}
         if not (pointwise and a.shape[0] == b.shape[1] and (m is None or m.shape == b.shape[:1])):
-            found = f"A {tuple(a.shape)}, B {tuple(b.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
-            raise DoraError(f"an adapter needs A (r, in), B (out, r) and m (out,), found {found}")
-        if not self.kind:
-            object.__setattr__(self, "kind", "convolution" if self.kernel else "linear")
+            raise DoraError(f"an adapter needs A (r, in), B (out, r) and m (out,), found {_shapes(a, b, m)}")
 
     @property
     def rank(self) -> int:
-        """R."""
         return self.a_RI.shape[0]
 
     @property
-    def kernel(self) -> tuple[int, ...]:
-        """A convolution's taps; () elsewhere."""
-        return tuple(self.a_RI.shape[2:])
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """(O, I) of the weight it belongs to, or (O, I / groups, taps...)."""
         return self.b_OR.shape[0], *self.a_RI.shape[1:]
 
-    @property
-    def magnitude_alone(self) -> bool:
-        """Whether only lengths are trained, which in files is A and B of zeros."""
-        return self.m_O is not None and not (self.a_RI.any() or self.b_OR.any())
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
-        return self.a_RI.flatten(1), self.b_OR.flatten(1)
+@dataclass(frozen=True)
+class MovedValues:
+    """A and B that started as a part of the weight: the change ``s (B A - B0 A0)``, of rank 2 R."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is trained, by short names."""
-        named = {"A": self.a_RI, "B": self.b_OR, "m": self.m_O}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def narrowed(self, shape: tuple[int, ...]) -> "LayerAdapter":  # noqa: ARG002
-        """The adapter for a weight of this shape: itself, where its own tensors say its shape."""
-        return self
-
-
-class MovedAdapter(LayerAdapter):
-    """A layer of which A and B started as a part of the weight: the change ``s (B A - B0 A0)``, of rank 2 r.
-
-    ``a_RI`` and ``b_OR`` are the factors of that, made when they are asked for; what is trained is A, B and m.
-    """
-
-    scale = 1.0
-
-    def __init__(
-        self, A: Tensor, B: Tensor, m_O: Tensor | None, scale: float, kind: str, start: tuple[Tensor, Tensor]
-    ) -> None:
-        for name, value in {"trained": (A, B), "start": start, "m_O": m_O, "scale": scale, "kind": kind}.items():
-            object.__setattr__(self, name, value)
-
-    trained: tuple[Tensor, Tensor]
-    start: tuple[Tensor, Tensor]
+    A: Tensor
+    B: Tensor
+    m_O: Tensor | None
+    start_A: Tensor
+    start_B: Tensor
 
     @property
     def a_RI(self) -> Tensor:
         """``[A; A - A0]``, made anew."""
-        return difference(*self.trained, *self.start)[0]
+        return difference(self.A, self.B, self.start_A, self.start_B)[0]
 
     @property
     def b_OR(self) -> Tensor:
         """``[B - B0, B0]``, made anew."""
-        return difference(*self.trained, *self.start)[1]
+        return difference(self.A, self.B, self.start_A, self.start_B)[1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is trained, and where it started."""
-        names = ("A", "B", "start A", "start B")
-        named: dict[str, Tensor | None] = dict(zip(names, (*self.trained, *self.start), strict=True))
-        return {name: tensor for name, tensor in {**named, "m": self.m_O}.items() if tensor is not None}
+    @property
+    def rank(self) -> int:
+        return 2 * self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.B.shape[0], *self.A.shape[1:]
 
 
-class BankAdapter(LayerAdapter):
-    """A layer of VeRA or DVoRA: ``diag(b) B diag(d) A`` with A and B random and shared by all layers.
+@dataclass(frozen=True)
+class BankValues:
+    """VeRA and DVoRA: ``diag(b) B diag(d) A`` with A and B random and shared by all layers.
 
-    A and B are the whole bank's, views; the layer takes as many of their columns and rows as its weight has, and its
-    own ``a_RI`` and ``b_OR`` are products made when they are asked for.
+    A and B are the whole bank's, views; the layer takes as many of their columns and rows as its weight has.
+
+    Raises:
+        DoraError: if the shapes do not fit each other.
     """
-
-    kind = "linear"
-    scale = 1.0
-    magnitude_alone = False
-
-    def __init__(self, bank: tuple[Tensor, Tensor], d_R: Tensor, b_O: Tensor, m_O: Tensor | None, num_in: int) -> None:
-        values = {"bank": bank, "d_R": d_R, "b_O": b_O, "m_O": m_O, "num_in": num_in}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        a, b = bank
-        fits = a.shape[0] == b.shape[1] == len(d_R) and len(b_O) <= len(b) and num_in <= a.shape[1]
-        if not fits or (m_O is not None and m_O.shape != b_O.shape):
-            raise DoraError(
-                f"a layer of a bank A {tuple(a.shape)}, B {tuple(b.shape)} needs d (r,), b (out,) and m (out,), found "
-                f"d {tuple(d_R.shape)}, b {tuple(b_O.shape)}" + ("" if m_O is None else f", m {tuple(m_O.shape)}")
-            )
 
     bank: tuple[Tensor, Tensor]
     d_R: Tensor
     b_O: Tensor
+    m_O: Tensor | None
     num_in: int
+
+    def __post_init__(self) -> None:
+        (a, b), d, m = self.bank, self.d_R, self.m_O
+        fits = a.shape[0] == b.shape[1] == len(d) and len(self.b_O) <= len(b) and self.num_in <= a.shape[1]
+        if not fits or (m is not None and m.shape != self.b_O.shape):
+            raise DoraError(
+                f"a layer of a bank A {tuple(a.shape)}, B {tuple(b.shape)} needs d (r,), b (out,) and m (out,), found "
+                f"d {tuple(d.shape)}, b {tuple(self.b_O.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
+            )
 
     @property
     def a_RI(self) -> Tensor:
@@ -156,109 +115,211 @@ class BankAdapter(LayerAdapter):
         return len(self.d_R)
 
     @property
-    def kernel(self) -> tuple[int, ...]:
-        return ()
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return len(self.b_O), self.num_in
 
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"d": self.d_R, "b": self.b_O, "m": self.m_O}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def narrowed(self, shape: tuple[int, ...]) -> LayerAdapter:
-        O = len(self.b_O)
-        if len(shape) != 2 or O not in shape:
-            return self
-        num_in = shape[1] if shape[0] == O else shape[0]
-        return BankAdapter(self.bank, self.d_R, self.b_O, self.m_O, num_in) if num_in <= self.bank[0].shape[1] else self
+@dataclass(frozen=True)
+class FusedValues:
+    """A, B and m of some parts of a fused projection.
 
-
-class ExpertsAdapter(LayerAdapter):
-    """A stack of weights, (E, O, I), of which each is a layer: A (E, R, I), B (E, O, R) and m (E, O)."""
-
-    def __post_init__(self) -> None:
-        a, b, m = self.a_RI, self.b_OR, self.m_O
-        fits = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
-        if not fits or (m is not None and m.shape != b.shape[:2]):
-            found = f"A {tuple(a.shape)}, B {tuple(b.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
-            raise DoraError(f"experts need A (e, r, in), B (e, out, r) and m (e, out), found {found}")
-        object.__setattr__(self, "kind", "experts")
-
-    @property
-    def rank(self) -> int:
-        return self.a_RI.shape[1]
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.b_OR.shape[:2], self.a_RI.shape[2]
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.a_RI, self.b_OR
-
-
-class FusedAdapter(LayerAdapter):
-    """Some parts of a fused projection, each with A, B and m of its own.
-
-    As a change of the whole weight it is one layer of rank R times the number of parts: A stacked, B with a block for
-    each part and zeros elsewhere, and the base's own lengths m = |w| of the rows that are left alone.
+    As a change of the whole weight they are of rank R times the number of parts: A stacked, B with a block for each
+    part and zeros elsewhere, and the base's own lengths m = |w| of the rows that are left alone.
     """
-
-    kind = "linear"
-
-    def __init__(
-        self, rows: tuple[Tensor, ...], a_PRI: Tensor, b_OR: Tensor, m_O: Tensor | None, scale: float, w_O: Tensor
-    ) -> None:
-        values = {"rows": rows, "stacked_A": a_PRI, "stacked_B": b_OR, "stacked_m": m_O, "scale": scale, "w_O": w_O}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     rows: tuple[Tensor, ...]
     """The row numbers of each part."""
-    stacked_A: Tensor
-    """(P R, I)."""
-    stacked_B: Tensor
-    """(rows of all parts, R)."""
-    stacked_m: Tensor | None
+    a_RI: Tensor
+    """A of all parts, one below the other, (P R, I)."""
+    parts_b_OR: Tensor
+    """B of all parts, one below the other, (rows of all parts, R)."""
+    parts_m_O: Tensor | None
+    """(rows of all parts,)."""
     w_O: Tensor
     """Lengths of the frozen rows, (O,)."""
 
     @property
-    def a_RI(self) -> Tensor:
-        """A of all parts, (P R, I)."""
-        return self.stacked_A
-
-    @property
     def b_OR(self) -> Tensor:
         """B with a block for each part, (O, P R), made anew."""
-        return blocks(self.stacked_B, self.rows, len(self.w_O))
+        return blocks(self.parts_b_OR, self.rows, len(self.w_O))
 
     @property
     def m_O(self) -> Tensor | None:
         """Lengths of all rows, made anew."""
-        if self.stacked_m is None:
+        if self.parts_m_O is None:
             return None
-        return self.w_O.to(self.stacked_m).index_copy(0, torch.cat(self.rows), self.stacked_m)
+        return self.w_O.to(self.parts_m_O).index_copy(0, torch.cat(self.rows), self.parts_m_O)
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.w_O), self.stacked_A.shape[1]
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"A": self.stacked_A, "B": self.stacked_B, "m": self.stacked_m}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return len(self.w_O), self.a_RI.shape[1]
 
 
 def blocks(b_OR: Tensor, rows: Sequence[Tensor], num_rows: int) -> Tensor:
     """B of the parts at their rows, (O, P R): part p's in the columns of A's rows p R to (p + 1) R, zeros elsewhere."""
     diagonal = torch.block_diag(*b_OR.split([len(index) for index in rows]))
     return diagonal.new_zeros(num_rows, diagonal.shape[1]).index_copy(0, torch.cat(tuple(rows)), diagonal)
+
+
+@dataclass(frozen=True)
+class ExpertsValues:
+    """Of a stack of weights, (E, O, I), of which each is a layer: A (E, R, I), B (E, O, R) and m (E, O).
+
+    Raises:
+        DoraError: if the shapes do not fit each other.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    m_O: Tensor | None
+
+    def __post_init__(self) -> None:
+        a, b, m = self.a_RI, self.b_OR, self.m_O
+        fits = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+        if not fits or (m is not None and m.shape != b.shape[:2]):
+            raise DoraError(f"experts need A (e, r, in), B (e, out, r) and m (e, out), found {_shapes(a, b, m)}")
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.b_OR.shape[:2], self.a_RI.shape[2]
+
+
+Values = LowRankValues | MovedValues | BankValues | FusedValues | ExpertsValues
+
+
+def map_tensors(values: Values, change: Callable[[Tensor], Tensor]) -> Values:
+    """The same values with every tensor changed, one field after the other."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(change, value))
+        return change(value) if isinstance(value, Tensor) else value
+
+    return replace(values, **{each.name: changed(getattr(values, each.name)) for each in fields(values)})
+
+
+def _shapes(a: Tensor, b: Tensor, m: Tensor | None) -> str:
+    return f"A {tuple(a.shape)}, B {tuple(b.shape)}" + ("" if m is None else f", m {tuple(m.shape)}")
+
+
+@dataclass(frozen=True, init=False)
+class LayerAdapter:
+    """The trained part of one layer, as a change of its rows; without ``m_O`` it is LoRA.
+
+    A row of a convolution is all that makes one output channel; of an embedding, one dimension over the vocabulary.
+    It is made of A, B and m, or of other values that A, B and m follow from.
+
+    Raises:
+        DoraError: if the shapes do not fit each other.
+    """
+
+    values: Values
+    """What is trained."""
+    scale: float
+    """s of ``s B A``: lora_alpha / r, or / sqrt(r) with rsLoRA."""
+    kind: str
+    """linear, convolution, transposed_convolution, embedding, token_embedding (rows are tokens) or experts."""
+
+    def __init__(
+        self,
+        a_RI: Tensor | None = None,
+        b_OR: Tensor | None = None,
+        m_O: Tensor | None = None,
+        scale: float = 1.0,
+        kind: str = "",
+        *,
+        values: Values | None = None,
+    ) -> None:
+        if values is None:
+            assert a_RI is not None
+            assert b_OR is not None
+            values = LowRankValues(a_RI, b_OR, m_O)
+        elif any(t is not None for t in (a_RI, b_OR, m_O)):
+            raise TypeError("A, B and m follow from the values of an adapter: replace those")
+        by_shape = "linear" if len(values.shape) == 2 else "convolution"
+        kind = kind or ("experts" if isinstance(values, ExpertsValues) else by_shape)
+        for name, value in {"values": values, "scale": scale, "kind": kind}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def a_RI(self) -> Tensor:
+        """(R, I), or (R, I / groups, taps...) for a convolution; any float dtype."""
+        return self.values.a_RI
+
+    @property
+    def b_OR(self) -> Tensor:
+        """(O, R), or (O, R, 1...) for a convolution."""
+        return self.values.b_OR
+
+    @property
+    def m_O(self) -> Tensor | None:
+        """(O,): the length of each output row."""
+        return self.values.m_O
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.values.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I) of the weight it belongs to, (O, I / groups, taps...), or (E, O, I) of a stack."""
+        return self.values.shape
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's taps; () elsewhere."""
+        return () if self.kind == "experts" else self.shape[2:]
+
+    @property
+    def turns_rows(self) -> bool:
+        """Whether it changes the direction of any row."""
+        return all(bool(factor.any()) for factor in self.factors)
+
+    @property
+    def magnitude_alone(self) -> bool:
+        """Whether only lengths are trained, which in files is A and B of zeros."""
+        if self.m_O is None or isinstance(self.values, BankValues):
+            return False
+        return not (self.a_RI.any() or self.b_OR.any())
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, I · taps) and B (O, R) as matrices, views: s B A is the change of the weight's rows."""
+        if self.kind == "experts":
+            return self.a_RI, self.b_OR
+        return self.a_RI.flatten(1), self.b_OR.flatten(1)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each weight of a stack, or of each adapted part of a fused one; views where they are trained."""
+        values = self.values
+        if isinstance(values, FusedValues):
+            sizes = [len(rows) for rows in values.rows]
+            return list(zip(values.a_RI.chunk(len(sizes)), values.parts_b_OR.split(sizes), strict=True))
+        if isinstance(values, ExpertsValues):
+            return list(zip(values.a_RI, values.b_OR, strict=True))
+        return [(values.a_RI, values.b_OR)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by short names."""
+        named = {_SHORT_NAMES.get(each.name, ""): getattr(self.values, each.name) for each in fields(self.values)}
+        return {name: tensor for name, tensor in named.items() if name and tensor is not None}
+
+    def narrowed(self, shape: tuple[int, ...]) -> "LayerAdapter":
+        """The adapter for a weight of this shape: itself, where its own tensors say its shape."""
+        values, O = self.values, self.shape[0]
+        if not isinstance(values, BankValues) or len(shape) != 2 or O not in shape:
+            return self
+        num_in = shape[1] if shape[0] == O else shape[0]
+        return replace(self, values=replace(values, num_in=num_in)) if num_in <= values.bank[0].shape[1] else self
 
 
 @dataclass(frozen=True)

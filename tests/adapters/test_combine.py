@@ -14,7 +14,7 @@ from torch import nn
 import doralib
 from doralib import DoraConfig, DoraError, UsageError
 from doralib import functional as F
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.layers.base.registry import open_base
 from doralib.layers.wrapper import TrainedCopy
 
@@ -73,7 +73,7 @@ def by_hand(model, weights):
     plain = doralib.remove(copy.deepcopy(model)).double()
     changes = {}
     for name, weight in weights.items():
-        for place, layer in live.layers_of(model, name).items():
+        for place, layer in registry.layers_of(model, name).items():
             if isinstance(layer, TrainedCopy):
                 change = layer.trained.weight.double() - layer.base_layer.weight.double()
             else:
@@ -84,14 +84,14 @@ def by_hand(model, weights):
     for place, change in changes.items():
         module = plain.get_submodule(place)
         base = open_base(module)
-        module.weight.data = base.replaced(base.W_OI + change).weight.data
+        module.weight.data = base.with_weight(base.W_OI + change).weight.data
     return plain
 
 
 def test_every_method_together(several, tmp_path):
     want = by_hand(several, WEIGHTS)(ids()).logits
     doralib.add_weighted_adapter(several, WEIGHTS, "all")
-    q = live.layers_of(several, "all")["model.layers.0.self_attn.q_proj"]
+    q = registry.layers_of(several, "all")["model.layers.0.self_attn.q_proj"]
     assert q.r == 4 + 3 + 5  # the lengths alone add no rank
     assert doralib.active_adapter(several) == "maths"
     doralib.set_adapter(several, "all")
@@ -102,7 +102,7 @@ def test_every_method_together(several, tmp_path):
     again = doralib.load_adapter(make_llama(), tmp_path)
     assert torch.equal(again(ids()).logits, got)
     again(ids(), labels=ids()).loss.backward()
-    assert all(p.grad.isfinite().all() for _, p in live.trainable(again))
+    assert all(p.grad.isfinite().all() for _, p in registry.trainable(again))
     torch.testing.assert_close(doralib.merge(again)(ids()).logits.double(), want, rtol=1e-4, atol=2e-5)
 
 
@@ -123,8 +123,8 @@ def test_lora_alone_stays_lora(several, tmp_path):
     weights = {"code": 1.5, "vera": -0.5}
     want = by_hand(several, weights)(ids()).logits
     doralib.add_weighted_adapter(several, weights, "both")
-    assert live.config_of(several, "both").method == "lora"
-    assert all(layer.lora_magnitude_vector is None for layer in live.layers_of(several, "both").values())
+    assert registry.config_of(several, "both").method == "lora"
+    assert all(layer.lora_magnitude_vector is None for layer in registry.layers_of(several, "both").values())
     torch.testing.assert_close(doralib.set_adapter(several, "both")(ids()).logits.double(), want, rtol=1e-4, atol=2e-5)
     doralib.save_adapter(several, tmp_path)
     twin = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
@@ -155,15 +155,15 @@ def test_every_kind_of_layer(model, tmp_path):
             module.weight.data *= 1.5
             module.__class__ = nn.Linear
             for name in "ab":
-                if place in live.layers_of(model, name):
-                    live.layers_of(model, name)[place].base = open_base(module)
-    for place in live.layers_of(model, "a"):
+                if place in registry.layers_of(model, name):
+                    registry.layers_of(model, name)[place].base = open_base(module)
+    for place in registry.layers_of(model, "a"):
         module = base.get_submodule(place)
         W = open_base(module).W_OI.detach().double().clone()
-        change = 0.6 * (live.layers_of(model, "a")[place].merged_weight() - W)
-        if place in live.layers_of(model, "b"):
-            change = change + 1.2 * (live.layers_of(model, "b")[place].merged_weight() - W)
-        module.weight.data = open_base(module).replaced(W + change).weight.data
+        change = 0.6 * (registry.layers_of(model, "a")[place].merged_weight() - W)
+        if place in registry.layers_of(model, "b"):
+            change = change + 1.2 * (registry.layers_of(model, "b")[place].merged_weight() - W)
+        module.weight.data = open_base(module).with_weight(W + change).weight.data
     torch.testing.assert_close(got, outputs(base, x), rtol=1e-4, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def small(**changes):
 
 def test_rows_that_cannot_be_said_are_refused_by_name():
     model = small()
-    layers = {name: live.layers_of(model, name)["0"] for name in "ab"}
+    layers = {name: registry.layers_of(model, name)["0"] for name in "ab"}
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_magnitude_vector.copy_(layer.cache.norm(layer.a_RI, layer.b_OR, layer.scale, detach=True))
@@ -204,8 +204,8 @@ def test_rows_of_length_zero(turned):
     doralib.add_weighted_adapter(model, {"a": 0.5, "b": 0.25}, "c")
     want = base.weight.double()
     for name, weight in {"a": 0.5, "b": 0.25}.items():
-        want = want + weight * (live.layers_of(model, name)["0"].merged_weight() - base.weight)
-    c = live.layers_of(model, "c")["0"]
+        want = want + weight * (registry.layers_of(model, name)["0"].merged_weight() - base.weight)
+    c = registry.layers_of(model, "c")["0"]
     torch.testing.assert_close(c.merged_weight().double(), want.detach(), rtol=1e-5, atol=1e-6)
     y = doralib.set_adapter(model, "c")(torch.randn(3, 5))
     y.sum().backward()
@@ -228,11 +228,11 @@ def test_biases_and_whole_modules_are_combined_linearly(tmp_path):
         doralib.set_adapter(model, name)
         move(model, seed=ord(name))
     weights = {"a": 0.5, "b": -2.0, "c": 1.5}
-    states = {name: live.state_of(model, name).extra for name in weights}
+    states = {name: registry.state_of(model, name).extra for name in weights}
     doralib.add_weighted_adapter(model, weights, "d")
     for key, T in {"0.bias": base[0].bias, "2.bias": base[2].bias, "1.weight": base[1].weight}.items():
         want = T + sum(w * (states[name][key] - T) for name, w in weights.items() if key in states[name])
-        torch.testing.assert_close(live.state_of(model, "d").extra[key], want.detach())
+        torch.testing.assert_close(registry.state_of(model, "d").extra[key], want.detach())
     doralib.save_adapter(model, tmp_path, "d")
     x = torch.randn(4, 5)
     again = doralib.load_adapter(base, tmp_path)

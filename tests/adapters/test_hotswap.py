@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import doralib
 from doralib import DoraConfig, DoraError
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 
 TARGETS = ("q_proj", "v_proj", "up_proj")
 SLOT = DoraConfig(r=6, lora_alpha=12, target_modules=TARGETS)
@@ -39,12 +39,12 @@ def test_the_numbers_are_the_new_adapters(tmp_path, config, beside):
     if beside:
         doralib.add_adapter(model, "other", CONFIGS["code"])
     before = {name: (id(p), p.shape) for name, p in model.named_parameters()}
-    scales = {name: layer.scale for name, layer in live.layers_of(model, "default").items()}
+    scales = {name: layer.scale for name, layer in registry.layers_of(model, "default").items()}
     for _ in range(2):
         assert doralib.hotswap_adapter(model, folder) is model
         torch.testing.assert_close(model(ids()).logits, want(ids()).logits, rtol=1e-5, atol=1e-5)
     assert before == {name: (id(p), p.shape) for name, p in model.named_parameters()}
-    assert scales == {name: layer.scale for name, layer in live.layers_of(model, "default").items()}
+    assert scales == {name: layer.scale for name, layer in registry.layers_of(model, "default").items()}
     doralib.save_adapter(model, tmp_path / "back")
     again = doralib.load_adapter(make_llama(), tmp_path / "back")
     assert torch.equal(again(ids()).logits, model(ids()).logits)
@@ -53,8 +53,8 @@ def test_the_numbers_are_the_new_adapters(tmp_path, config, beside):
 def test_powers_of_two_and_equal_scales_are_exact(tmp_path):
     folder, want = saved(tmp_path, DoraConfig(r=3, lora_alpha=12, target_modules=TARGETS))
     model = doralib.hotswap_adapter(move(doralib.adapt(make_llama(), SLOT), seed=5), folder)
-    for name, layer in live.layers_of(model, "default").items():
-        theirs = live.state_of(want).layers[name]
+    for name, layer in registry.layers_of(model, "default").items():
+        theirs = registry.state_of(want).layers[name]
         assert torch.equal(layer.lora_B[:, :3] * layer.scale, theirs.b_OR * theirs.scale)
         assert not layer.lora_B[:, 3:].any()
         assert not layer.lora_A[3:].any()

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
 from doralib import DoraConfig, DoraError, UsageError
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
+from doralib.adapters import registry
+from doralib.adapters.save_load import complete_hints
+from doralib.adapters.scan import Scan
 from doralib.kernels import cache
 from doralib.layers.base.opaque import Opaque
 from doralib.layers.linear import DoraLinear
-from doralib.layers.multi_adapter import Switched
+from doralib.layers.multi_adapter import MultiAdapter
 
 CONFIGS = {
     "maths": DoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "v_proj", "up_proj"), rank_pattern={"v_proj": 2}),
@@ -106,7 +107,7 @@ def test_the_frozen_weights_are_there_once(several):
     assert len(several.state_dict()) == len(names)
     twin = copy.deepcopy(several)
     for place in twin.modules():
-        if isinstance(place, Switched):
+        if isinstance(place, MultiAdapter):
             assert all(layer.base_layer is place.base_layer for layer in place.adapters.values())
             assert all(
                 layer.base.module is place.base_layer for layer in place.adapters.values() if hasattr(layer, "base")
@@ -161,7 +162,7 @@ def test_deleting_leaves_the_others(several, alone):
             assert doralib.active_adapter(several) is None
             assert torch.equal(several(ids()).logits, make_llama()(ids()).logits)
             assert torch.equal(doralib.set_adapter(several, left[0])(ids()).logits, alone[left[0]][1])
-    assert not any(isinstance(m, Switched | DoraLinear) for m in several.modules())
+    assert not any(isinstance(m, MultiAdapter | DoraLinear) for m in several.modules())
     assert {name: p.requires_grad for name, p in several.named_parameters()} == flags
 
 
@@ -184,8 +185,8 @@ def test_files_of_any_format(several, name, tmp_path):
     from doralib.formats.base import Hints
     from doralib.formats.files import write_raw_adapter
 
-    given, config = inject._knowing(Hints(), several), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
-    state = live.state_of(move(doralib.adapt(make_llama(), config), seed=9))
+    given, config = complete_hints(Hints(), Scan(several)), CONFIGS["maths"].model_copy(update={"rank_pattern": {}})
+    state = registry.state_of(move(doralib.adapt(make_llama(), config), seed=9))
     write_raw_adapter(FORMATS[name].write(config, state, given), FORMATS[name], tmp_path)
     want = doralib.load_adapter(make_llama(), tmp_path)(ids()).logits
     doralib.load_adapter(several, tmp_path, "theirs")
@@ -212,7 +213,7 @@ def test_biases_change_with_the_adapter(tmp_path):
         assert torch.equal(doralib.set_adapter(model, name)(x), want[name])
         with doralib.disabled(model):
             assert torch.equal(model(x), base()(x))
-        assert live.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
+        assert registry.state_of(model, "a").extra.keys() == {"0.bias", "2.bias"}
         trained = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
         assert trained == {"a": {"0.bias", "2.bias"}, "b": {"2.bias"}, "c": set()}[name]
     with doralib.disabled(model):  # what is switched to meanwhile shows afterwards
@@ -389,7 +390,7 @@ def test_rows_and_their_gradients(model, method, seed):
     move(model, seed=seed)
     x = x.double() if x.is_floating_point() else x
     weight = torch.randn_like(outputs(model, x))
-    params = dict(live.trainable(model))
+    params = dict(registry.trainable(model))
 
     def gradients(y):
         model.zero_grad()

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import doralib
-from doralib.adapters import registry as live
-from doralib.adapters.merge import dequantise
+from doralib.adapters import registry
+from doralib.adapters.merge import dequantize
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
@@ -28,10 +28,10 @@ from doralib.checkpoints.verify import verify_merge
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
 from doralib.formats.base import Hints
-from doralib.layers.base.opaque import Quantised
+from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
 
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:quantising the merged weights again")
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:quantizing the merged weights again")
 
 OTHER = DoraConfig(method="lora", r=3, target_modules=("q_proj", "up_proj"))
 VECTORS = DoraConfig(method="dvora", r=8, target_modules=("q_proj", "o_proj"))
@@ -42,7 +42,7 @@ ALL = {"turned": CONFIG, "other": OTHER, "vectors": VECTORS, "lengths": LENGTHS}
 def moved(model, name, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for place in live.layers_of(model, name).values():
+        for place in registry.layers_of(model, name).values():
             for key, p in place.named_parameters(recurse=False):
                 by = torch.randn(p.shape, generator=generator)
                 p.copy_(p * (1 + 0.1 * by) if "magnitude" in key else 0.2 * by)
@@ -80,10 +80,10 @@ def test_several_adapters_share_a_quantised_base(kind, even_llama_folder):
     twin = several(even_llama_folder, kind)
     changes = {}
     for name, weight in {"turned": 0.5, "vectors": -0.7}.items():
-        for place, layer in live.layers_of(twin, name).items():
+        for place, layer in registry.layers_of(twin, name).items():
             W = layer.base.W_OI.double()
             changes[place] = changes.get(place, 0) + weight * (layer.merged_weight().double() - W)
-    for place, layer in live.layers_of(model, "sum").items():
+    for place, layer in registry.layers_of(model, "sum").items():
         want = layer.base.W_OI.double() + changes[place]
         torch.testing.assert_close(layer.merged_weight().double(), want, rtol=1e-4, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_a_merge_is_undone_bit_for_bit(kind, many, even_llama_folder, tmp_path):
         model = doralib.adapt(load(even_llama_folder, kind), CONFIG)
         moved(model, "default")
     want, before, report = logits(model), bits(model), doralib.merge_report(model)
-    layers = live.layers_of(model, doralib.active_adapter(model))
+    layers = registry.layers_of(model, doralib.active_adapter(model))
     assert [row.layer for row in report] == list(layers)
     W = {name: layer.base.W_OI for name, layer in layers.items()}
     values = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name or "vera_" in name}
@@ -226,7 +226,7 @@ def live_sum(base, ingredients):
     total = {}
     for each in ingredients:
         model = doralib.load_adapter(load(base), each.path)
-        for name, layer in live.layers_of(model, "default").items():
+        for name, layer in registry.layers_of(model, "default").items():
             W = layer.base.W_OI.double()
             total[name] = total.get(name, W) + each.weight * (layer.merged_weight().double() - W)
     return total
@@ -277,9 +277,9 @@ def test_a_format_that_needs_the_bases_names_and_shapes(kind, bases, adapter, ev
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-6) for key in ours)
     model, _ = load_model(str(tmp_path / "kohya.safetensors"), base=str(base), dtype="float32", given=Hints())
-    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantised)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantized)
     want = logits(load(tmp_path / "ours"))
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
 
 
@@ -385,7 +385,7 @@ def test_experts_that_are_quantised_one_by_one(special, tmp_path):
         assert (summary.layers, len(summary.requantised)) == (20, 0 if dtype else 20)
     before, dense = find_quantized(Checkpoint.open(tmp_path / "base")), stored(tmp_path / "dense")
     after = find_quantized(Checkpoint.open(tmp_path / "again"))
-    state = doralib.adapters.save_load.read_adapter(folder / "adapter")[1]
+    state = doralib.adapters.save_load.read_for_model(folder / "adapter")[1]
     for e in range(3):
         share = state.layers["model.layers.1.mlp.experts.down_proj"]
         name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import doralib
-from doralib.adapters.merge import dequantise
+from doralib.adapters.merge import dequantize
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
-from doralib.layers.base.opaque import Quantised
+from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
 from doralib.quantization.error import QuantizationCost, format_costs, is_change_lost
 
@@ -73,7 +73,7 @@ def train(model, steps=4, rate=0.05):
 
 
 def quantised(model):
-    return {name for name, module in model.named_modules() if isinstance(open_base(module), Quantised)}
+    return {name for name, module in model.named_modules() if isinstance(open_base(module), Quantized)}
 
 
 @each_kind
@@ -105,7 +105,7 @@ def test_the_loss_curve_is_that_of_the_dense_twin(kind, even_llama_folder):
     for dense in (False, True):
         model = load(even_llama_folder, kind)
         if dense:
-            dequantise(model, torch.float32)
+            dequantize(model, torch.float32)
         torch.manual_seed(3)
         losses.append(train(doralib.adapt(model, CONFIG)))
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-4)
@@ -191,7 +191,7 @@ def test_an_evaluation_does_not_spoil_layers_without_an_adapter(even_llama_folde
 
 def test_a_quantised_module_cannot_be_trained_whole(even_llama_folder):
     config = DoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("mlp",))
-    with pytest.raises(DoraError, match="quantised and cannot be trained whole"):
+    with pytest.raises(DoraError, match="quantized and cannot be trained whole"):
         doralib.adapt(load(even_llama_folder, "nf4"), config)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import doralib
 from doralib import DoraConfig, DoraError, UsageError
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.layers.linear import DoraLinear
-from doralib.layers.multi_adapter import Switched
+from doralib.layers.multi_adapter import MultiAdapter
 from doralib.layers.wrapper import TrainedCopy
 
 
@@ -57,14 +57,16 @@ def keep(request, tmp_path):
 def test_there_and_back(name, keep, dtype):
     model = move(doralib.adapt(make_llama().to(dtype), CONFIGS[name], name))
     model.model.norm.weight.requires_grad_(True)
-    live.layers_of(model, name)[
-        "model.layers.0.self_attn.v_proj" if name in ("maths", "lengths") else next(iter(live.layers_of(model, name)))
+    registry.layers_of(model, name)[
+        "model.layers.0.self_attn.v_proj"
+        if name in ("maths", "lengths")
+        else next(iter(registry.layers_of(model, name)))
     ].requires_grad_(False)
     logits, before = model(ids()).logits, snapshot(model)
     plain = doralib.merge(copy.deepcopy(model))
     for _ in range(2):
         assert doralib.merge_adapter(model, keep) is model
-        assert not any(isinstance(m, DoraLinear | TrainedCopy | Switched) for m in model.modules())
+        assert not any(isinstance(m, DoraLinear | TrainedCopy | MultiAdapter) for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert torch.equal(model(ids()).logits, plain(ids()).logits)
         assert doralib.unmerge_adapter(model) is model
@@ -109,7 +111,7 @@ def test_several_stay_with_the_model(keep):
             lambda: doralib.merge_adapter(model),
             lambda: doralib.disable(model),
         ):
-            with pytest.raises(UsageError, match="folded in"):
+            with pytest.raises(UsageError, match="adapter is merged"):
                 call()
         doralib.unmerge_adapter(model)
         assert_same_outputs(model(ids()).logits, logits, keep)
@@ -147,13 +149,13 @@ def test_every_kind_of_layer(model, keep):
 
 def test_with_a_file_the_frozen_weights_are_in_no_memory(tmp_path):
     model = move(doralib.adapt(make_llama(), CONFIGS["maths"]))
-    frozen = {name: layer.base_layer.weight for name, layer in live.layers_of(model, "default").items()}
+    frozen = {name: layer.base_layer.weight for name, layer in registry.layers_of(model, "default").items()}
     values = {name: p.detach().clone() for name, p in frozen.items()}
     doralib.merge_adapter(model, tmp_path / "frozen.safetensors")
     assert sum(p.numel() for p in frozen.values()) == 0
     stored = load_file(tmp_path / "frozen.safetensors")
     assert all(torch.equal(stored[f"{name}.weight"], value) for name, value in values.items())
-    with pytest.raises(UsageError, match="folded in"):
+    with pytest.raises(UsageError, match="adapter is merged"):
         doralib.merge_adapter(model)
     (tmp_path / "frozen.safetensors").rename(tmp_path / "moved")
     with pytest.raises(DoraError, match="no file"):
@@ -175,10 +177,10 @@ def test_what_comes_back_from_a_file_is_in_memory_of_its_own(tmp_path):
 
 def test_refusals(tmp_path):
     model = make_llama()
-    with pytest.raises(UsageError, match="no adapter is folded in"):
+    with pytest.raises(UsageError, match="no adapter is merged"):
         doralib.unmerge_adapter(model)
     doralib.adapt(model, CONFIGS["maths"])
-    with pytest.raises(UsageError, match="no adapter is folded in"):
+    with pytest.raises(UsageError, match="no adapter is merged"):
         doralib.unmerge_adapter(model)
     (tmp_path / "there").write_text("")
     with pytest.raises(UsageError, match="exists already"):
@@ -191,7 +193,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UsageError, match="no adapter is active"):
         doralib.merge_adapter(model)
     full = doralib.adapt(make_llama(), DoraConfig(method="full"))
-    with pytest.raises(UsageError, match="nothing to fold in"):
+    with pytest.raises(UsageError, match="nothing to merge"):
         doralib.merge_adapter(full)
 
 

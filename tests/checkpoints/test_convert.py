@@ -9,7 +9,7 @@ from adapted import move
 
 import doralib
 from doralib.adapters.registry import trainable
-from doralib.adapters.save_load import read_adapter
+from doralib.adapters.save_load import read_for_model
 from doralib.checkpoints.convert import TARGETS, ConversionRequest, convert_adapter
 from doralib.checkpoints.lowrank import find_nearest_lora
 from doralib.cli.convert import convert_and_show
@@ -43,7 +43,7 @@ def test_there_and_back(to, trained, tmp_path):
     adapter, base = trained
     convert_adapter(ConversionRequest(adapter, to, tmp_path / "there", base=base))
     convert_adapter(ConversionRequest(tmp_path / "there", "peft", tmp_path / "back", base=base))
-    want, got = (read_adapter(folder)[1].layers for folder in (adapter, tmp_path / "back"))
+    want, got = (read_for_model(folder)[1].layers for folder in (adapter, tmp_path / "back"))
     assert got.keys() == want.keys()
     for name, layer in want.items():
         torch.testing.assert_close(
@@ -74,7 +74,7 @@ def test_tensorrt_needs_the_base(trained, tmp_path):
         convert_adapter(ConversionRequest(adapter, "tensorrt", tmp_path / "trt"))
     done = convert_adapter(ConversionRequest(adapter, "tensorrt", tmp_path / "trt", base=base))
     assert "--dora_plugin=enable" in done.notes[0]
-    weights, ours = read_tensors(Path(base) / "model.safetensors"), read_adapter(adapter)[1].layers
+    weights, ours = read_tensors(Path(base) / "model.safetensors"), read_for_model(adapter)[1].layers
     written = read_tensors(tmp_path / "trt" / "adapter_model.safetensors")
     for name, layer in ours.items():
         V = weights[f"{name}.weight"].double() + layer.scale * layer.b_OR.double() @ layer.a_RI.double()
@@ -91,7 +91,7 @@ def test_tensorrt_is_read_with_the_base(trained, tmp_path, tiny_llama_folder):
         convert_adapter(ConversionRequest(tmp_path / "trt", "peft", tmp_path / "back"))
     done = convert_adapter(ConversionRequest(tmp_path / "trt", "peft", tmp_path / "back", base=base))
     assert done.source == "tensorrt"
-    ours, back = (read_adapter(folder)[1].layers for folder in (adapter, tmp_path / "back"))
+    ours, back = (read_for_model(folder)[1].layers for folder in (adapter, tmp_path / "back"))
     assert ours.keys() == back.keys()
     for name, layer in ours.items():
         torch.testing.assert_close(back[name].m_O, layer.m_O)
@@ -121,9 +121,9 @@ def test_requests_that_cannot_be_right(trained, tmp_path):
 def test_the_lora_is_the_nearest_of_its_rank(rank, trained, tmp_path):
     adapter, base = trained
     done = convert_adapter(ConversionRequest(adapter, "lora", tmp_path / "lora", base=base, rank=rank))
-    config, state = read_adapter(tmp_path / "lora")
+    config, state = read_for_model(tmp_path / "lora")
     assert config.method == "lora"
-    weights, ours = read_tensors(Path(base) / "model.safetensors"), read_adapter(adapter)[1].layers
+    weights, ours = read_tensors(Path(base) / "model.safetensors"), read_for_model(adapter)[1].layers
     assert [each.layer for each in done.errors] == list(ours)
     for each in done.errors:
         W, layer, lora = weights[f"{each.layer}.weight"].double(), ours[each.layer], state.layers[each.layer]
@@ -188,7 +188,7 @@ def test_a_pipelines_adapter_becomes_one_models(tmp_path):
     with pytest.raises(UsageError, match=r"several parts of a pipeline \(text_encoder, unet\)"):
         convert_adapter(ConversionRequest(tmp_path, "peft", tmp_path / "out"))
     done = convert_adapter(ConversionRequest(tmp_path, "peft", tmp_path / "out", given=Hints(component="unet")))
-    assert list(read_adapter(tmp_path / "out")[1].layers) == ["down_blocks.0.to_q"]
+    assert list(read_for_model(tmp_path / "out")[1].layers) == ["down_blocks.0.to_q"]
     assert "1 layers of other parts" in done.notes[1]
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import doralib
 from doralib import DoraConfig
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.checkpoints.merge import RECORD, Ingredient, merge_checkpoint
 from doralib.checkpoints.verify import verify_merge
 from doralib.errors import DoraError, UsageError
@@ -287,7 +287,7 @@ def test_verify_of_several_adapters_in_several_formats(tmp_path, tiny_llama_fold
     for seed, (name, each) in enumerate(settings.items()):
         model = moved(tiny_llama_folder, tmp_path / name, each, seed)
         if name == "b":
-            content = FORMATS["mlx"].write(live.config_of(model), live.state_of(model), Hints())
+            content = FORMATS["mlx"].write(registry.config_of(model), registry.state_of(model), Hints())
             write_raw_adapter(content, FORMATS["mlx"], tmp_path / "mlx")
     parts = [
         Ingredient(tmp_path / name, weight) for name, weight in {"a": 0.5, "mlx": 0.7, "c": -0.25, "d": 1.0}.items()

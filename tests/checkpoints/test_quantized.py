@@ -11,7 +11,7 @@ from conftest import make_tokenizer
 from torch import nn
 
 import doralib
-from doralib.adapters.merge import dequantise
+from doralib.adapters.merge import dequantize
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.checkpoints.quantized import find_quantized
 from doralib.checkpoints.safetensors import Checkpoint
@@ -69,7 +69,7 @@ def weights(model):
 def formula(base_folder, adapter):
     """What every layer should become, in float64, from transformers' own reading of both."""
     model = load(base_folder)
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     want = {name: module.weight.double() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors = read_tensors(adapter / "adapter_model.safetensors")
     for key, A in tensors.items():

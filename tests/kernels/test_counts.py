@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BartConfig, BartModel
 
 import doralib
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.config import DoraConfig
 from doralib.layers.vera import DoraBank
 
@@ -43,7 +43,7 @@ def total(size):
 def count(size, **settings):
     block = llama(size)
     doralib.adapt(block, DoraConfig(**settings))
-    return SIZES[size][3] * sum(p.numel() for _, p in live.trainable(block))
+    return SIZES[size][3] * sum(p.numel() for _, p in registry.trainable(block))
 
 
 def test_totals():
@@ -152,9 +152,9 @@ def test_vl_bart(features, method, norms, trained, printed):
         for module in model.bart.modules():
             if isinstance(module, nn.LayerNorm):
                 module.weight.requires_grad_(True)
-    found = sum(p.numel() for _, p in live.trainable(model))
+    found = sum(p.numel() for _, p in registry.trainable(model))
     assert found == trained
     assert len([m for m in model.modules() if isinstance(m, doralib.layers.linear.DoraLinear)]) == 36
     frozen = base + sum(p.numel() for p in model.visual_embedding.trained.parameters())
-    added = found - sum(p.numel() for n, p in live.trainable(model) if "lora" not in n)
+    added = found - sum(p.numel() for n, p in registry.trainable(model) if "lora" not in n)
     assert prints(found / (frozen + added), printed), found / (frozen + added)

@@ -7,6 +7,7 @@ from torch import nn
 
 from doralib.config import DoraConfig
 from doralib.experiments.bench.counting import allocations, peak
+from doralib.layers.base.registry import open_base
 from doralib.layers.convolution import DoraConv
 from doralib.layers.embedding import DoraEmbedding
 from doralib.layers.linear import DoraLinear
@@ -32,7 +33,9 @@ def make(kind, dtype, **changes):
     module = module.to_empty(device="cpu").to(dtype)
     nn.init.normal_(module.weight)
     config = DoraConfig(r=R, method="dvora" if kind == "bank" else "dora", **changes)
-    layer = cls(module, bank_for([module], config), config) if kind == "bank" else cls(module, R, 2.0, config)
+    layer = (
+        cls(module, bank_for([open_base(module)], config), config) if kind == "bank" else cls(module, R, 2.0, config)
+    )
     return move(layer)
 
 

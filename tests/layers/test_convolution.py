@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import doralib
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -289,7 +289,7 @@ def test_peft_reads_and_computes_the_same(geometry, method, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     again = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "theirs")
     assert torch.equal(again(x), model(x))
-    want, got = live.state_of(model).layers["0"], live.state_of(again).layers["0"]
+    want, got = registry.state_of(model).layers["0"], registry.state_of(again).layers["0"]
     assert (want.kind, want.kernel, want.shape) == (got.kind, got.kernel, got.shape)
 
 

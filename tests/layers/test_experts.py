@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import doralib
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
-from doralib.adapters.scan import expert_weights
+from doralib.adapters import registry
+from doralib.adapters.save_load import load_into, read_for_model
+from doralib.adapters.scan import Scan
 from doralib.checkpoints.experts import find_transposed_experts
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.config import DoraConfig
@@ -109,7 +109,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(is_transposed, method, dtyp
     assert torch.equal(weights, holder.base_layer.up_proj)
     assert weights.dtype == dtype
     assert weights.is_contiguous()
-    assert all(p.dtype == torch.float32 for _, p in live.trainable(net))
+    assert all(p.dtype == torch.float32 for _, p in registry.trainable(net))
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -206,7 +206,7 @@ def test_a_step_and_generation(name, method):
     before = logits(model)
     doralib.adapt(model, config(method=method))
     assert torch.equal(logits(model), before)
-    trained = dict(live.trainable(model))
+    trained = dict(registry.trainable(model))
     assert sum(".experts." in n for n in trained) == 2 * 2 * (3 if method == "dora" else 2)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0)
     losses = []
@@ -234,7 +234,7 @@ def test_every_way_of_computing_experts(name, implementation):
 
 def test_checkpointing_gives_the_same_gradients():
     model = move(doralib.adapt(build("olmoe"), config())).train()
-    trained = [p for _, p in live.trainable(model)]
+    trained = [p for _, p in registry.trainable(model)]
     want = torch.autograd.grad(model(ids(), labels=ids()).loss, trained)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     got = torch.autograd.grad(model(ids(), labels=ids()).loss, trained)
@@ -261,7 +261,7 @@ def test_save_load_merge(name, method, tmp_path):
     torch.testing.assert_close(logits(stored), want, atol=1e-5, rtol=1e-4)
     files = [load_file(tmp_path / each / "model.safetensors") for each in ("base", "out")]
     assert files[0].keys() == files[1].keys()
-    inject.load_into(move(model), live.state_of(again))
+    load_into(move(model), registry.state_of(again))
     assert torch.equal(logits(model), want)
 
 
@@ -328,7 +328,7 @@ def test_the_axis_of_square_stacks():
 
 @pytest.mark.parametrize("name", ["peft_experts", "peft_experts_transposed"])
 def test_pefts_files_give_pefts_weights(name):
-    (_, state), expected = inject.read_adapter(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
+    (_, state), expected = read_for_model(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
     stacks = {n: layer for n, layer in state.layers.items() if layer.kind == "experts"}
     assert set(stacks) == {n.removeprefix("base.") for n in expected if n.startswith("base.")}
     assert {layer.rank for layer in stacks.values()} == {2, 3}
@@ -420,8 +420,8 @@ def test_the_nearest_lora_of_every_expert(apart, tmp_path):
     )
     assert all(each.relative < 1e-5 for each in convert_adapter(request).errors)
     lora = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "l")
-    assert live.config_of(lora).method == "lora"
-    assert {n for n, layer in live.state_of(lora).layers.items() if layer.kind == "experts"}
+    assert registry.config_of(lora).method == "lora"
+    assert {n for n, layer in registry.state_of(lora).layers.items() if layer.kind == "experts"}
     ours, theirs = (dict(doralib.merge(each).named_parameters()) for each in (model, lora))
     for name, p in ours.items():
         torch.testing.assert_close(theirs[name], p, rtol=1e-5, atol=1e-5)
@@ -435,7 +435,7 @@ def test_inspect_says_how_far_the_experts_moved(apart, tmp_path):
     plain = build("olmoe")
     save_base(plain, tmp_path / "base", apart=apart)
     model = move(doralib.adapt(copy.deepcopy(plain), config()))
-    moved = movements(live.state_of(model), Checkpoint.open(tmp_path / "base"))
+    moved = movements(registry.state_of(model), Checkpoint.open(tmp_path / "base"))
     after, before = dict(doralib.merge(model).named_parameters()), dict(plain.named_parameters())
     stacks = [name for name in moved if "experts" in name]
     assert len(stacks) == 4
@@ -516,7 +516,7 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
         doralib.load_adapter(nn.ModuleDict({"other": Experts(False)}), tmp_path)
     model = make(True, torch.float32, moved=False)
     doralib.load_adapter(model, tmp_path)
-    assert torch.equal(model["experts"].up_proj.lora_A, inject.read_adapter(tmp_path)[1].layers["experts.up_proj"].a_RI)
+    assert torch.equal(model["experts"].up_proj.lora_A, read_for_model(tmp_path)[1].layers["experts.up_proj"].a_RI)
 
 
 def test_targets_and_inspect(tmp_path):
@@ -531,7 +531,7 @@ def test_targets_and_inspect(tmp_path):
         return console.export_text()
 
     plain = build("qwen2_moe")
-    assert set(expert_weights(plain)) == {f"model.layers.{i}.mlp.{p}" for i in (0, 1) for p in PARAMETERS}
+    assert set(Scan(plain).stacks) == {f"model.layers.{i}.mlp.{p}" for i in (0, 1) for p in PARAMETERS}
     plain.save_pretrained(tmp_path / "base")
     from conftest import make_tokenizer
 

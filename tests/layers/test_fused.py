@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
+from doralib.adapters import registry
+from doralib.adapters.save_load import load_into
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig, FusedParts
 from doralib.errors import DoraError, UsageError
@@ -297,10 +297,10 @@ def test_models_save_load_merge_and_peft_computes_the_same(name, method, rslora,
 
 def test_a_whole_adapter_does_not_load_into_parts():
     whole = config("gpt2", fused_modules={}, r=6)
-    given = live.state_of(move(doralib.adapt(build("gpt2"), whole)))
+    given = registry.state_of(move(doralib.adapt(build("gpt2"), whole)))
     model = doralib.adapt(build("gpt2"), config("gpt2", rank_pattern={"c_fc": 6}))
     with pytest.raises(DoraError, match="changes more than the parts q, v"):
-        inject.load_into(model, given)
+        load_into(model, given)
 
 
 def test_fused_modules_are_checked():
@@ -341,7 +341,7 @@ def test_convert_takes_them_as_one_layer(tmp_path):
     doralib.save_adapter(model, tmp_path / "adapter")
     convert_adapter(ConversionRequest(adapter=tmp_path / "adapter", to="mlx", out=tmp_path / "mlx"))
     got = read_any_format(tmp_path / "mlx", Hints())[1].state.layers
-    for name, layer in live.state_of(model).layers.items():
+    for name, layer in registry.state_of(model).layers.items():
         assert got[name].rank == 6
         torch.testing.assert_close(
             got[name].scale * got[name].b_OR @ got[name].a_RI, layer.scale * layer.b_OR @ layer.a_RI

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import doralib
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
+from doralib.adapters import registry
+from doralib.adapters.save_load import load_into
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -239,7 +239,7 @@ def test_states_go_from_model_to_model_and_files_do_not(tmp_path):
     model = move(doralib.adapt(make_llama(), config), 0.3)
     doralib.adapt(other, config)  # from other random numbers
     assert not torch.equal(*(m.model.layers[0].self_attn.q_proj.start_A for m in (model, other)))
-    inject.load_into(other, live.state_of(model))
+    load_into(other, registry.state_of(model))
     assert torch.equal(other(ids()).logits, model(ids()).logits)
     doralib.save_adapter(model, tmp_path)
     with pytest.raises(DoraError, match=r"'pissa_niter_1'.*load it into a plain model"):
@@ -293,4 +293,16 @@ def test_nothing_is_decomposed_on_the_meta_device():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4096, 4096))
     model = doralib.adapt(net, DoraConfig(r=8, target_modules=("0",), init_lora_weights="pissa"))
-    assert sum(p.numel() for _, p in live.trainable(model)) == 8 * 2 * 4096 + 4096
+    assert sum(p.numel() for _, p in registry.trainable(model)) == 8 * 2 * 4096 + 4096
+
+
+@pytest.mark.parametrize("start", ["kaiming", "pissa", "olora"])
+def test_a_layer_that_is_filled_with_nothing_is_the_base_layer(start):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 5), torch.randn(3, 6)
+    want = linear(x)
+    layer = DoraLinear(linear, 2, 1.5, DoraConfig(r=2, init_lora_weights=start))
+    move(layer)
+    assert not torch.allclose(layer(x), want)
+    layer.fill(None)
+    torch.testing.assert_close(layer(x), want)

@@ -169,7 +169,7 @@ def test_merged_equals_adapted(kind, method, dtype):
 
 
 def test_an_unknown_storage_is_refused_where_its_weight_is_needed():
-    with pytest.raises(DoraError, match="merge the saved adapter into the unquantised model"):
+    with pytest.raises(DoraError, match="merge the saved adapter into the unquantized model"):
         make("hidden").merged()
 
 

@@ -10,8 +10,8 @@ from conftest import make_llama
 from torch import nn
 
 import doralib
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
+from doralib.adapters import registry
+from doralib.adapters.save_load import load_into
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -105,7 +105,7 @@ def test_what_turns_rows_does_not_load_into_magnitudes():
     model = doralib.adapt(make_llama(), config())
     other = move(doralib.adapt(make_llama(), config(target_modules=(*QKV, *REST), magnitude_modules=(), r=1)))
     with pytest.raises(DoraError, match="turns its rows"):
-        inject.load_into(model, live.state_of(other))
+        load_into(model, registry.state_of(other))
 
 
 def test_magnitude_modules_are_checked():
@@ -137,7 +137,7 @@ def test_a_fresh_bank_changes_nothing_bit_for_bit(method, dtype):
     doralib.adapt(model, banked(method))
     assert torch.equal(model(ids()).logits, before)
     magnitude = {"lora_magnitude_vector"} if method == "dvora" else set()
-    trained = {name.rpartition(".")[2] for name, _ in live.trainable(model)}
+    trained = {name.rpartition(".")[2] for name, _ in registry.trainable(model)}
     assert trained == {"vera_lambda_d", "vera_lambda_b"} | magnitude
 
 
@@ -214,7 +214,7 @@ def test_vera_trains_as_pefts():
     theirs = peft.get_peft_model(copy.deepcopy(plain), settings).train()
     losses = []
     for model in (ours, theirs):
-        vectors = sorted((n.split("model.layers.")[1].replace(".default", ""), p) for n, p in live.trainable(model))
+        vectors = sorted((n.split("model.layers.")[1].replace(".default", ""), p) for n, p in registry.trainable(model))
         optimizer = torch.optim.AdamW([p for _, p in vectors], lr=0.05)
         for _ in range(3):
             loss = model(ids(), labels=ids()).loss

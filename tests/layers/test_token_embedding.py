@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
-from doralib.adapters import adapt as inject
-from doralib.adapters import registry as live
+from doralib.adapters import registry
+from doralib.adapters.save_load import load_into
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
@@ -151,7 +151,7 @@ def test_a_model_trains_saves_loads_and_merges(tmp_path):
     plain.save_pretrained(tmp_path / "base")
     model = doralib.adapt(copy.deepcopy(plain), config())
     assert torch.equal(logits(model), logits(plain))
-    optimiser = torch.optim.AdamW([p for _, p in live.trainable(model)], lr=0.02, weight_decay=0)
+    optimiser = torch.optim.AdamW([p for _, p in registry.trainable(model)], lr=0.02, weight_decay=0)
     losses = []
     for _ in range(3):
         losses.append(loss := model(ids(), labels=ids()).loss)
@@ -192,7 +192,7 @@ def test_one_axis_does_not_load_into_the_other(tmp_path):
     )
     assert type(by_dimension[0]) is DoraEmbedding
     with pytest.raises(DoraError, match="token embedding in the adapter, embedding in the model"):
-        inject.load_into(by_dimension, live.state_of(by_token))
+        load_into(by_dimension, registry.state_of(by_token))
     doralib.save_adapter(by_token, tmp_path)
     with pytest.raises(DoraError, match=r"\(6, 6\) in the adapter, \(9, 6\) in the model"):
         doralib.load_adapter(nn.Sequential(nn.Embedding(9, 6)), tmp_path)
@@ -229,7 +229,7 @@ def test_mlxs_file_gives_mlxs_numbers():
     model["embed_tokens"].weight.data = expected["base.embed_tokens"].clone()
     doralib.load_adapter(model, GOLDEN)
     assert type(model["embed_tokens"]) is DoraTokenEmbedding
-    assert live.config_of(model).embedding_axis == "token"
+    assert registry.config_of(model).embedding_axis == "token"
     x = expected["base.tokens"].long()
     torch.testing.assert_close(model["embed_tokens"](x), expected["merged.tokens"])
     torch.testing.assert_close(doralib.merge(model)["embed_tokens"].weight.detach(), expected["merged.embed_tokens"])

@@ -12,7 +12,7 @@ from torch import nn
 from doralib import functional as F
 from doralib.config import DoraConfig
 from doralib.errors import DoraError
-from doralib.layers.base.opaque import Opaque, Quantised
+from doralib.layers.base.opaque import Opaque, Quantized
 from doralib.layers.base.registry import open_base
 from doralib.layers.linear import DoraLinear
 
@@ -118,7 +118,7 @@ def make(storage, moved=True, base=None, **changes):
 def test_the_dense_weight_is_the_packages_own_by_any_block_of_rows(storage, monkeypatch):
     module = make_base(storage)
     base, W = open_base(module), dense(module)
-    assert type(base) is Quantised
+    assert type(base) is Quantized
     assert base.shape == (O, I)
     assert base.W_OI.dtype == base.dtype == torch.float32
     torch.testing.assert_close(base.W_OI, W, rtol=2e-7, atol=0)

@@ -14,7 +14,7 @@ from conftest import make_llama
 
 import doralib
 from doralib import DoraConfig
-from doralib.adapters import registry as live
+from doralib.adapters import registry
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
@@ -41,14 +41,14 @@ def adapted(**changes):
 def nvlabs(model, folder, field="Wdecompose_target_modules", **changes):
     """What the paper's code saves, from its description alone (PEERS 5c): a pickle of tensors, magnitudes (out, 1)."""
     tensors = {}
-    for name, layer in live.state_of(model).layers.items():
+    for name, layer in registry.state_of(model).layers.items():
         prefix = f"base_model.model.{name}."
         if not layer.magnitude_alone:
             tensors |= {f"{prefix}lora_A.weight": layer.a_RI, f"{prefix}lora_B.weight": layer.b_OR}
         tensors[f"{prefix}weight_m_wdecomp.weight"] = layer.m_O[:, None]
     folder.mkdir()
     torch.save({name: t.clone() for name, t in tensors.items()}, folder / "adapter_model.bin")
-    config = live.config_of(model)
+    config = registry.config_of(model)
     settings = {
         "peft_type": "DORA",
         "r": config.r,
@@ -72,7 +72,7 @@ def written(model, name, folder, base):
         nvlabs(model, folder)
         return folder
     known = Hints(shapes={n: s.shape for n, s in _modules(base).items()}, config=read_json(base / "config.json"))
-    content = FORMATS[name].write(live.config_of(model), live.state_of(model), known)
+    content = FORMATS[name].write(registry.config_of(model), registry.state_of(model), known)
     return write_raw_adapter(content, FORMATS[name], folder)
 
 
@@ -161,7 +161,7 @@ def test_only_headers_of_the_base_are_read_for_names(tmp_path, tiny_llama_folder
 
     monkeypatch.setattr(sys.modules["doralib.checkpoints.stream"], "read_rows", recorded)
     merge_checkpoint(file, tiny_llama_folder, tmp_path / "out")
-    assert set(read) == {f"{name}.weight" for name in live.state_of(adapted()).layers}
+    assert set(read) == {f"{name}.weight" for name in registry.state_of(adapted()).layers}
 
 
 # NVlabs' modules of magnitude alone
@@ -184,9 +184,9 @@ def test_modules_of_magnitude_alone(field, tmp_path, tiny_llama_folder):
     loaded, _ = load_model(str(tmp_path / "nv"), base=str(tiny_llama_folder))
     torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-5, rtol=1e-4)
     assert isinstance(loaded.model.layers[0].self_attn.o_proj, doralib.layers.magnitude.DoraMagnitude)
-    config = live.config_of(loaded)
+    config = registry.config_of(loaded)
     assert (config.magnitude_modules, config.r, config.dropout_mode) == (("o_proj", "up_proj"), R, "exact")
-    trained = {name.rpartition(".")[2] for name, p in live.trainable(loaded) if "o_proj" in name}
+    trained = {name.rpartition(".")[2] for name, p in registry.trainable(loaded) if "o_proj" in name}
     assert trained == {"lora_magnitude_vector"}
     doralib.save_adapter(loaded, tmp_path / "ours")
     again = doralib.load_adapter(make_llama(), tmp_path / "ours")
@@ -199,7 +199,7 @@ def test_magnitudes_alone_without_settings_of_them_go_by_whole_names(tmp_path, t
     nvlabs(model, tmp_path / "nv", Wdecompose_target_modules=None)
     loaded, _ = load_model(str(tmp_path / "nv"), base=str(tiny_llama_folder))
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
-    assert "model.layers.0.self_attn.o_proj" in live.config_of(loaded).magnitude_modules
+    assert "model.layers.0.self_attn.o_proj" in registry.config_of(loaded).magnitude_modules
 
 
 def test_magnitudes_alone_need_the_base_and_fit_it(tmp_path, tiny_llama_folder):
@@ -241,7 +241,7 @@ def test_convert_carries_our_own_settings(tmp_path):
     model = adapted(lora_dropout=0.1, detach_norm=False, magnitude_lr_ratio=2.0, dropout_mode="adapter")
     doralib.save_adapter(model, tmp_path / "ours")
     done = convert_adapter(ConversionRequest(tmp_path / "ours", "peft", tmp_path / "again"))
-    assert read_any_format(tmp_path / "again", Hints())[1].config == live.config_of(model)
+    assert read_any_format(tmp_path / "again", Hints())[1].config == registry.config_of(model)
     assert (
         "detach_norm False, magnitude_lr_ratio 2.0, dropout_mode adapter: kept in doralib_config.json" in done.notes[0]
     )

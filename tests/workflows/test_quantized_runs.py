@@ -7,7 +7,7 @@ import torch
 
 from doralib.checkpoints.load import load_base, load_model
 from doralib.errors import UsageError
-from doralib.layers.base.opaque import Quantised
+from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base
 from doralib.recipe import ModelSettings, Recipe
 from doralib.training.job import fine_tune, train
@@ -46,9 +46,9 @@ def test_a_run(quantization, even_llama_folder, tmp_path):
     assert curve[-1] < curve[0] - 0.2
     assert {path.name for path in run.iterdir()} >= {"adapter_model.safetensors", "config.yaml"}
     model, _ = load_model(str(run), dtype="float32")
-    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantised)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.base, Quantized)
     plain, _ = load_model(str(run), base=str(even_llama_folder), dtype="float32")
-    assert not isinstance(plain.model.layers[0].self_attn.q_proj.base, Quantised)
+    assert not isinstance(plain.model.layers[0].self_attn.q_proj.base, Quantized)
 
 
 def test_the_curve_is_the_same_with_evaluations_between(even_llama_folder, tmp_path):
@@ -67,7 +67,7 @@ def test_loading(quantization, storage, even_llama_folder):
         state = model.model.layers[0].mlp.up_proj.weight.quant_state
         assert state.nested
         assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
-    assert not isinstance(open_base(model.lm_head), Quantised)
+    assert not isinstance(open_base(model.lm_head), Quantized)
 
 
 def test_what_cannot_be(even_llama_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Put adapters on a model in place, switch them, read and write them, take them off or fold them in."""
+"""Put adapters on a model in place, switch them off and on, take them off."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,26 +8,29 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..errors import UsageError
-from ..layers.multi_adapter import Switched, Wrapper
-from ..layers.wrapper import original
-from .build import chosen_by_config, wrappers_for
-from .fsdp import refuse_sharded
+from ..layers.wrapper import Place, base_module
+from .build import Targets, choose_by_config, make_layers
+from .fsdp import check_unsharded
 from .registry import (
     DEFAULT,
     Adapter,
     Record,
+    base_biases,
     bias_of,
+    check_not_full,
+    error_of,
+    find_record,
     free_record_of,
-    listed,
-    make_switched,
-    plain,
-    put,
+    make_multiple,
+    places_of,
     record_of,
+    set_module,
+    set_record,
     show_biases,
-    show_the_right_biases,
-    wrapped,
+    show_current_biases,
 )
-from .targets import choose, matching
+from .scan import Scan
+from .targets import choose, match_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,15 +44,17 @@ def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Mode
         UsageError: if a target is misspelt, tied, already adapted or not linear; all problems at once, and the model
             is left as it was.
     """
-    if hasattr(model, "_doralib"):
+    if find_record(model) is not None:
         raise UsageError(
             "this model is adapted already; doralib.remove(model) takes the adapter off, and "
             "doralib.add_adapter(model, name, config) puts another beside it"
         )
     if config.method == "full":
         return _train_in_full(model, config)
-    refuse_name(adapter_name)
-    return _wrap(model, config, *chosen_by_config(model, config), adapter_name)
+    found = Scan(model)
+    check_name(adapter_name)
+    put_first(found, config, choose_by_config(found, config), adapter_name)
+    return model
 
 
 def add_adapter(model: Model, adapter_name: str, config: DoraConfig) -> Model:
@@ -58,19 +63,18 @@ def add_adapter(model: Model, adapter_name: str, config: DoraConfig) -> Model:
     Raises:
         UsageError: as `adapt`, and if the name is taken; the model is left as it was.
     """
-    _refuse_beside(model, adapter_name, config)
-    with plain(model):
-        chosen, whole = chosen_by_config(model, config)
-        wrappers, biases = wrappers_for(model, config, chosen, whole)
-    return _beside(model, adapter_name, config, wrappers, biases)
+    check_beside(model, adapter_name, config)
+    found = Scan(model)
+    put_beside(found, config, choose_by_config(found, config), adapter_name)
+    return model
 
 
 def remove(model: Model) -> Model:
     """Take every adapter off in place: the model as it was before `adapt`."""
     record = free_record_of(model)
     show_biases(model, None)
-    _unwrap(model, lambda _, wrapper: original(wrapper))
-    _restore(model, record)
+    replace_places(model, lambda _, place: base_module(place))
+    restore(model, record)
     return model
 
 
@@ -94,8 +98,8 @@ def disabled(model: Model) -> Iterator[Model]:
         enable(model)
 
 
-def refuse_name(adapter_name: str) -> None:
-    """Nothing, where parameters can bear the name.
+def check_name(adapter_name: str) -> None:
+    """Check that parameters can bear the name.
 
     Raises:
         UsageError: if they cannot.
@@ -107,10 +111,15 @@ def refuse_name(adapter_name: str) -> None:
 _ADAPT_FIRST = "adapt, or load the adapter, before fully_shard, which does not see parameters that come later"
 
 
-def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
+def check_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
+    """Check that a model that has adapters can take one more, of this name.
+
+    Raises:
+        UsageError: if it cannot.
+    """
     record = free_record_of(model)
-    refuse_sharded(model, "another adapter", _ADAPT_FIRST)
-    refuse_name(adapter_name)
+    check_unsharded(model, "another adapter", _ADAPT_FIRST)
+    check_name(adapter_name)
     if adapter_name in record.adapters:
         raise UsageError(
             f"there is an adapter {adapter_name!r} already; doralib.delete_adapter(model, {adapter_name!r}) takes it "
@@ -120,75 +129,74 @@ def _refuse_beside(model: nn.Module, adapter_name: str, config: DoraConfig) -> N
         raise UsageError("full fine-tuning changes the weights themselves; there can be no adapter beside it")
 
 
-def _wrap(model: Model, config: DoraConfig, chosen: list[str], whole: list[str], adapter_name: str) -> Model:
-    refuse_sharded(model, "an adapter", _ADAPT_FIRST)
+def put_first(found: Scan, config: DoraConfig, targets: Targets, adapter_name: str) -> None:
+    """Put the first adapter on a model; nothing else of it trains from now on."""
+    model = found.model
+    check_unsharded(model, "an adapter", _ADAPT_FIRST)
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    wrappers, biases = wrappers_for(model, config, chosen, whole)
+    layers, biases = make_layers(found, config, targets)
     model.requires_grad_(False)
-    for name, wrapper in wrappers.items():
-        put(model, name, wrapper.train(model.get_submodule(name).training))
-    model._doralib = Record(frozen, {adapter_name: Adapter(config)}, adapter_name, {}, adapter_name)  # type: ignore[assignment]
+    for name, layer in layers.items():
+        set_module(model, name, layer.train(found.modules[name].training))
+    adapter = Adapter(config)
+    record = Record(frozen, {adapter_name: adapter}, adapter_name, {}, adapter_name)
+    set_record(model, record)
     for name in biases:
         bias = bias_of(model, name).requires_grad_(True)
-        record_of(model).biases[name] = bias.detach().clone()
-        record_of(model).adapters[adapter_name].biases[name] = bias.data
-    return model
+        record.biases[name], adapter.biases[name] = bias.detach().clone(), bias.data
 
 
-def _beside(
-    model: Model, adapter_name: str, config: DoraConfig, wrappers: dict[str, Wrapper], biases: list[str]
-) -> Model:
-    record, places = record_of(model), [name for name, _ in wrapped(model)]
+def put_beside(found: Scan, config: DoraConfig, targets: Targets, adapter_name: str) -> None:
+    """Put an adapter beside those that a model has; it computes when it is made the active one."""
+    model = found.model
+    record, places = record_of(model), places_of(model)
+    with base_biases(model):
+        layers, biases = make_layers(found, config, targets)
     if nested := [
         f"{ours} and {theirs}"
-        for ours in wrappers
-        for theirs in places
+        for ours in layers
+        for theirs, _ in places
         if ours.startswith(theirs + ".") or theirs.startswith(ours + ".")
     ]:
-        raise listed("adapters cannot change a module and a part of it side by side", nested)
-    make_switched(model)
-    for name, wrapper in wrappers.items():
-        place = model.get_submodule(name)
-        if not isinstance(place, Switched):
-            place = Switched(place, name).train(place.training)
-            place.active, place.enabled = record.active, record.enabled
-            put(model, name, place)
-        place.hold(adapter_name, wrapper.train(place.training))
+        raise error_of("adapters cannot change a module and a part of it side by side", nested)
+    for name in dict.fromkeys([*(name for name, _ in places), *layers]):
+        place = make_multiple(model, name)
+        if name in layers:
+            place.add_layer(adapter_name, layers[name].train(place.training))
     values = {name: record.biases.setdefault(name, bias_of(model, name).detach().clone()).clone() for name in biases}
     record.adapters[adapter_name] = Adapter(config, values)
-    return model
 
 
 def _train_in_full(model: Model, config: DoraConfig) -> Model:
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    wanted = config.target_modules
-    chosen = [""] if wanted is None else choose(model, config) if wanted == "all-linear" else []
-    chosen = chosen or matching(model, wanted or (), "target_modules")
+    wanted, found = config.target_modules, Scan(model)
+    chosen = [""] if wanted is None else choose(found, config) if wanted == "all-linear" else []
+    chosen = chosen or match_modules(found, wanted or (), "target_modules")
     model.requires_grad_(False)
     for name in chosen:
         model.get_submodule(name).requires_grad_(True)
-    model._doralib = Record(frozen, {DEFAULT: Adapter(config)}, DEFAULT)  # type: ignore[assignment]
+    set_record(model, Record(frozen, {DEFAULT: Adapter(config)}, DEFAULT))
     return model
 
 
-def _unwrap(model: nn.Module, plain: Callable[[str, Wrapper | Switched], nn.Module]) -> None:
-    """Every plain layer is made before the first is put back."""
-    replaced = [(name, plain(name, wrapper).train(wrapper.training)) for name, wrapper in wrapped(model)]
-    for name, module in replaced:
-        put(model, name, module)
+def replace_places(model: nn.Module, make_plain: Callable[[str, Place], nn.Module]) -> None:
+    """Put a plain module in every place; all are made before the first is put in."""
+    modules = {name: make_plain(name, place).train(place.training) for name, place in places_of(model)}
+    for name, module in modules.items():
+        set_module(model, name, module)
 
 
-def _restore(model: nn.Module, record: Record) -> None:
+def restore(model: nn.Module, record: Record) -> None:
+    """Let parameters train that trained before the model had adapters, and forget the adapters."""
     for name, p in model.named_parameters():
         p.requires_grad_(record.frozen[name])
-    del model._doralib
+    set_record(model, None)
 
 
 def _switch(model: nn.Module, *, enabled: bool) -> None:
     record = record_of(model)
-    if any(adapter.config.method == "full" for adapter in record.adapters.values()):
-        raise UsageError("full fine-tuning changes the weights themselves; there is no adapter to switch")
-    for _, wrapper in wrapped(model):
-        wrapper.enabled = enabled
+    check_not_full(record)
+    for _, place in places_of(model):
+        place.enabled = enabled
     record.enabled = enabled
-    show_the_right_biases(model)
+    show_current_biases(model)

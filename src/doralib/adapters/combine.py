@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +10,13 @@ from .. import functional as F
 from ..config import DoraConfig
 from ..errors import UsageError
 from ..formats.tensors import make_config
-from ..layers.experts import AdaptedExperts
 from ..layers.linear import DoraLinear
-from ..layers.wrapper import TrainedCopy
 from ..state import AdapterState, LayerAdapter
-from .build import bias_names
-from .registry import adapter_of, config_of, layers_of, listed, plain, state_of
+from .adapt import Model
+from .build import Targets, find_biases
+from .registry import adapter_of, base_biases, config_of, error_of, layers_of, parts_of, state_of
 from .save_load import add_state
-
-Model = TypeVar("Model", bound=nn.Module)
+from .scan import Scan
 
 
 def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_name: str) -> Model:
@@ -37,12 +34,12 @@ def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_na
         raise UsageError(f"add_weighted_adapter needs a finite weight by each adapter's name, got {dict(adapters)}")
     for name in adapters:
         adapter_of(model, name)
-    _refuse_mixed(model, adapters)
-    _refuse_kinds(model, adapters)
-    layers = _combined_layers(model, adapters)
+    _check_mixed(model, adapters)
+    _check_kinds(model, adapters)
+    layers = _combine_layers(model, adapters)
     configs = [config_of(model, name) for name in adapters]
     biases = [config.bias for config in configs]
-    whole = {place for name in adapters for place, m in layers_of(model, name).items() if isinstance(m, TrainedCopy)}
+    whole = {place for name in adapters for place, layer in layers_of(model, name).items() if layer.trains_whole}
     by_token = any(layer.kind == "token_embedding" for layer in layers.values())
     config = make_config(
         layers,
@@ -51,31 +48,33 @@ def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_na
         bias=next((each for each in ("all", "lora_only") if each in biases), "none"),
         dropout_mode=configs[0].dropout_mode,
     )
-    extra = _combined_tensors(model, adapters, config, sorted(whole))
-    return add_state(model, adapter_name, config, AdapterState(layers, extra), "the combination")
+    found = Scan(model)
+    extra = _combine_tensors(found, adapters, config, sorted(whole))
+    add_state(found, adapter_name, config, AdapterState(layers, extra), "the combination")
+    return model
 
 
 @torch.no_grad()
-def _combined_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[str, LayerAdapter]:
+def _combine_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[str, LayerAdapter]:
     by_place: dict[str, list[tuple[float, DoraLinear]]] = {}
     for name, weight in adapters.items():
-        for place, layer in layers_of(model, name).items():
-            if isinstance(layer, DoraLinear):
-                by_place.setdefault(place, []).append((weight, layer))
+        for place, layer in parts_of(model, name).items():
+            assert isinstance(layer, DoraLinear)
+            by_place.setdefault(place, []).append((weight, layer))
     # PEFT's file has a magnitude in every layer or in none
     with_m = any(layer.lora_magnitude_vector is not None for layers in by_place.values() for _, layer in layers)
     combined, lost = {}, []
     for place, layers in by_place.items():
-        made = _combined_layer(layers, with_m=with_m)
+        made = _combine_layer(layers, with_m=with_m)
         if made.m_O is not None and made.m_O.isnan().any():
             lost.append(f"{place}: {int(made.m_O.isnan().sum())} rows")
         combined[place] = made
     if lost:
-        raise listed("the weights cancel whole rows of W and leave a change, which no adapter can say", lost)
+        raise error_of("the weights cancel whole rows of W and leave a change, which no adapter can say", lost)
     return combined
 
 
-def _combined_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> LayerAdapter:
+def _combine_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> LayerAdapter:
     base, norm = layers[0][1].base, layers[0][1].cache
     parts = []
     for weight, layer in layers:
@@ -94,15 +93,15 @@ def _combined_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> 
     return LayerAdapter(a.view(-1, *row), b.view(O, -1, *(1 for _ in row[1:])), m_O, 1.0, base.kind)
 
 
-def _combined_tensors(
-    model: nn.Module, adapters: Mapping[str, float], config: DoraConfig, whole: list[str]
+def _combine_tensors(
+    found: Scan, adapters: Mapping[str, float], config: DoraConfig, whole: list[str]
 ) -> dict[str, Tensor]:
     """What was trained whole."""
-    states = {name: state_of(model, name).extra for name in adapters}
-    layers = sorted({place for name in adapters for place in layers_of(model, name)} - set(whole))
-    with plain(model):
-        names = {key for extra in states.values() for key in extra} | {*bias_names(model, config, layers, whole)}
-        base = {name: model.get_parameter(name).detach().double() for name in sorted(names)}
+    states = {name: state_of(found.model, name).extra for name in adapters}
+    layers = sorted({place for name in adapters for place in layers_of(found.model, name)} - set(whole))
+    names = {key for extra in states.values() for key in extra} | {*find_biases(found, config, Targets(layers, whole))}
+    with base_biases(found.model):
+        base = {name: found.parameters[name].detach().double() for name in sorted(names)}
     combined = {}
     for key, T in base.items():
         changes = [w * (states[name][key].to(T) - T) for name, w in adapters.items() if key in states[name]]
@@ -110,28 +109,23 @@ def _combined_tensors(
     return combined
 
 
-def _refuse_mixed(model: nn.Module, adapters: Mapping[str, float]) -> None:
-    """A module that one adapter trains whole and another turns: its change is of both kinds."""
-    whole: set[str] = set()
-    turned: set[str] = set()
-    for name in adapters:
-        for place, layer in layers_of(model, name).items():
-            (whole if isinstance(layer, TrainedCopy) else turned).add(place)
-    if both := sorted(whole & turned):
-        raise listed("one adapter trains these whole and another adapts them; they cannot be combined", both)
+def _check_mixed(model: nn.Module, adapters: Mapping[str, float]) -> None:
+    """Check that no module is trained whole by one adapter and turned by another: its change would be of both kinds."""
+    layers = [(place, layer) for name in adapters for place, layer in layers_of(model, name).items()]
+    whole = {place for place, layer in layers if layer.trains_whole}
+    if both := sorted(whole & {place for place, layer in layers if not layer.trains_whole}):
+        raise error_of("one adapter trains these whole and another adapts them; they cannot be combined", both)
 
 
-def _refuse_kinds(model: nn.Module, adapters: Mapping[str, float]) -> None:
-    """Stacks of experts, and embeddings of which one adapter has lengths of tokens and another of dimensions."""
-    problems: list[str] = []
-    axes: set[str] = set()
-    for name in adapters:
-        for place, layer in layers_of(model, name).items():
-            if isinstance(layer, AdaptedExperts):
-                problems.append(f"{place}: a stack of experts; merge the adapters into a checkpoint (doralib merge)")
-            elif isinstance(layer, DoraLinear) and layer.base.kind.endswith("embedding"):
-                axes.add(layer.base.kind)
-    if len(axes) > 1:
+def _check_kinds(model: nn.Module, adapters: Mapping[str, float]) -> None:
+    """Check that there are no stacks of experts, and no embeddings with lengths of tokens here, of dimensions there."""
+    kinds = {(place, part.kind) for name in adapters for place, part in parts_of(model, name).items()}
+    problems = [
+        f"{place}: a stack of experts; merge the adapters into a checkpoint (doralib merge)"
+        for place, kind in sorted(kinds)
+        if kind == "experts"
+    ]
+    if len({kind for _, kind in kinds if kind.endswith("embedding")}) > 1:
         problems.append("some embeddings have a length for each token and others for each dimension")
     if problems:
-        raise listed("these adapters cannot be combined", list(dict.fromkeys(problems)))
+        raise error_of("these adapters cannot be combined", problems)

@@ -1,23 +1,21 @@
 """Models whose parameters are shared out over processes (FSDP2): saving, loading, and what is refused."""
 
-import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..state import AdapterState, LayerAdapter
+from ..state import AdapterState, map_tensors
 
 
-def gathered(state: AdapterState) -> AdapterState:
+def gather(state: AdapterState) -> AdapterState:
     """The adapter with every tensor whole; every process takes part where one is shared out, and gets it."""
-    layers = {name: _gathered_layer(layer) for name, layer in state.layers.items()}
+    layers = {name: replace(layer, values=map_tensors(layer.values, _whole)) for name, layer in state.layers.items()}
     return replace(state, layers=layers, extra={name: _whole(t) for name, t in state.extra.items()})
 
 
-def writes(model: nn.Module) -> bool:
+def is_writer(model: nn.Module) -> bool:
     """Whether this process is the one that writes the model's files: every one, unless its parameters are shared out.
 
     Processes that each hold all of a model cannot be told from ones with models of their own.
@@ -30,11 +28,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(_is_shared_out, model.parameters()))
 
 
-def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:
-    """Nothing, where each process holds all of the model.
+def check_unsharded(model: nn.Module, what: str, instead: str) -> None:
+    """Check that each process holds all of the model.
 
     Raises:
-        UsageError: otherwise, with what to do instead.
+        UsageError: if not, with what to do instead.
     """
     if is_sharded(model):
         raise UsageError(f"{what}: the model's parameters are shared out over processes (DTensor); {instead}")
@@ -51,16 +49,9 @@ def as_placed(value: Tensor, place: Tensor) -> Tensor:
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
-def _gathered_layer(layer: LayerAdapter) -> LayerAdapter:
-    made = copy.copy(layer)
-    for name, value in vars(layer).items():
-        object.__setattr__(made, name, tuple(map(_whole, value)) if isinstance(value, tuple) else _whole(value))
-    return made
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if _is_shared_out(t) else t  # type: ignore[attr-defined]
 
 
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if _is_shared_out(value) else value
-
-
-def _is_shared_out(value: Any) -> bool:
-    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+def _is_shared_out(t: Tensor) -> bool:
+    return hasattr(t, "device_mesh")

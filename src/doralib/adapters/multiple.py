@@ -3,18 +3,28 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..layers.experts import AdaptedExperts
-from ..layers.multi_adapter import Rows, Switched
-from .adapt import remove
-from .registry import adapter_of, bias_of, free_record_of, make_switched, put, record_of, show_the_right_biases, wrapped
+from ..layers.multi_adapter import MultiAdapter, RowPlan
+from ..layers.wrapper import base_module
+from .adapt import Model, remove
+from .registry import (
+    adapter_of,
+    bias_of,
+    check_not_full,
+    free_record_of,
+    layers_of,
+    make_multiple,
+    places_of,
+    record_of,
+    set_module,
+    show_current_biases,
+)
 
-Model = TypeVar("Model", bound=nn.Module)
 # what a model calls its batch, where it is not given by position
 _BATCHES = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
@@ -42,11 +52,11 @@ def set_adapter(model: Model, adapter_name: str | None) -> Model:
         adapter_of(model, adapter_name)
     if adapter_name == record.active:
         return model
-    _refuse_full(model)
-    for place in make_switched(model):
+    check_not_full(record)
+    for place in _make_all_multiple(model):
         place.active = adapter_name
     record.active = adapter_name
-    show_the_right_biases(model)
+    show_current_biases(model)
     _train_biases(model)
     return model
 
@@ -63,15 +73,15 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
         return remove(model)
     if record.active == adapter_name:
         set_adapter(model, None)
-    for name, place in wrapped(model):
-        assert isinstance(place, Switched)
-        if adapter_name in place.adapters:
-            del place.adapters[adapter_name]
-        if not place.adapters:
-            put(model, name, place.base_layer.train(place.training))
+    for name, place in places_of(model):
+        multiple = make_multiple(model, name)
+        if multiple.adapter_layer(adapter_name) is not None:
+            del multiple.adapters[adapter_name]
+        if not multiple.adapters:
+            set_module(model, name, base_module(multiple).train(place.training))
     del record.adapters[adapter_name]
-    kept = {bias for adapter in record.adapters.values() for bias in adapter.biases}
-    for bias in record.biases.keys() - kept:
+    trained = {bias for adapter in record.adapters.values() for bias in adapter.biases}
+    for bias in record.biases.keys() - trained:
         del record.biases[bias]
     return model
 
@@ -88,11 +98,11 @@ def adapter_rows(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         UsageError: for an unknown name, for adapters that cannot go by rows (biases, experts), and from the model when
             a batch has another number of rows.
     """
-    rows, record = Rows(names), record_of(model)
-    _refuse_rows(model, rows)
-    before, places = record.rows, make_switched(model)
+    rows, record = RowPlan(names), record_of(model)
+    _check_rows(model, rows)
+    before, places = record.rows, _make_all_multiple(model)
     hooks = [
-        model.register_forward_pre_hook(partial(_refuse_batch, rows), with_kwargs=True),
+        model.register_forward_pre_hook(partial(_check_batch, rows), with_kwargs=True),
         model.register_forward_hook(partial(_watch_backward, rows)),
     ]
     _set_rows(model, places, rows)
@@ -104,16 +114,15 @@ def adapter_rows(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
             hook.remove()
 
 
-def _set_rows(model: nn.Module, places: list[Switched], rows: Rows | None) -> None:
+def _make_all_multiple(model: nn.Module) -> list[MultiAdapter]:
+    return [make_multiple(model, name) for name, _ in places_of(model)]
+
+
+def _set_rows(model: nn.Module, places: list[MultiAdapter], rows: RowPlan | None) -> None:
     record_of(model).rows = rows
     for place in places:
         place.rows = rows
-    show_the_right_biases(model)
-
-
-def _refuse_full(model: nn.Module) -> None:
-    if any(adapter.config.method == "full" for adapter in record_of(model).adapters.values()):
-        raise UsageError("full fine-tuning changes the weights themselves; there is no adapter to switch")
+    show_current_biases(model)
 
 
 def _train_biases(model: nn.Module) -> None:
@@ -124,10 +133,10 @@ def _train_biases(model: nn.Module) -> None:
         bias_of(model, bias).requires_grad_(bias in mine)
 
 
-def _refuse_rows(model: nn.Module, rows: Rows) -> None:
+def _check_rows(model: nn.Module, rows: RowPlan) -> None:
     if not rows.names:
         raise UsageError("adapter_rows needs a name, or None, for each row of the batch")
-    _refuse_full(model)
+    check_not_full(record_of(model))
     problems = []
     for name in rows.groups:
         if name is None:
@@ -136,19 +145,19 @@ def _refuse_rows(model: nn.Module, rows: Rows) -> None:
         if adapter.biases:
             problems.append(f"{name} trains biases, which a batch shares")
     # a router hands an expert tokens of any row
-    experts = [name for name, place in wrapped(model) if "experts" in name.split(".") or _holds_stacks(place)]
+    experts = [
+        place
+        for name in record_of(model).adapters
+        for place, layer in layers_of(model, name).items()
+        if "experts" in place.split(".") or any(p.kind == "experts" for p in layer.adapter_parts(place).values())
+    ]
     if experts:
         problems.append(f"{experts[0]} sees tokens, not rows: adapters of experts cannot go by rows")
     if problems:
         raise UsageError("\n  ".join(["adapters by row:", *problems]))
 
 
-def _holds_stacks(place: nn.Module) -> bool:
-    layers = place.adapters.values() if isinstance(place, Switched) else [place]
-    return any(isinstance(layer, AdaptedExperts) for layer in layers)
-
-
-def _refuse_batch(rows: Rows, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_batch(rows: RowPlan, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     given = [*args, *(kwargs.get(name) for name in _BATCHES)]
     batch = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
     if batch is None or len(batch) == len(rows.names):
@@ -163,7 +172,7 @@ def _refuse_batch(rows: Rows, _model: nn.Module, args: tuple[Any, ...], kwargs: 
     raise UsageError(f"adapter_rows has {len(rows.names)} names, and the batch has {len(batch)} rows{hint}")
 
 
-def _watch_backward(rows: Rows, model: nn.Module, _args: Any, output: Any) -> None:
+def _watch_backward(rows: RowPlan, model: nn.Module, _args: Any, output: Any) -> None:
     """Refuse a backward pass whose checkpoints would be computed again with other adapters."""
     if not (torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())):
         return

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, did_you_mean, list_some
-from ..layers.experts import AdaptedExperts, DoraExperts
-from ..layers.linear import DoraLinear
-from ..layers.multi_adapter import Rows, Switched, Wrapper, switched
-from ..layers.wrapper import TrainedCopy, original
-from ..state import AdapterState, LayerAdapter
+from ..layers.multi_adapter import MultiAdapter, RowPlan
+from ..layers.wrapper import AdapterLayer, Part, Place, base_module
+from ..state import AdapterState
 
 # the name of the adapter of a model that was given none, as in PEFT
 DEFAULT = "default"
@@ -41,23 +39,37 @@ class Record:
     shown: str | None = None
     """The adapter whose biases the model holds now."""
     enabled: bool = True
-    rows: Rows | None = None
+    rows: RowPlan | None = None
     """Which adapter each row of a batch goes through, while that is set."""
     merged: Any = None
-    """What undoes a merge, while the active adapter is folded in."""
+    """What undoes a merge, while the active adapter is merged."""
+
+
+def find_record(model: nn.Module) -> Record | None:
+    """The model's record, or None where it has no adapter."""
+    record = getattr(model, "_doralib", None)
+    return record if isinstance(record, Record) else None
+
+
+def set_record(model: nn.Module, record: Record | None) -> None:
+    """Let the model have this record, or none."""
+    if record is None:
+        del model._doralib
+    else:
+        model._doralib = record  # type: ignore[assignment]
 
 
 def record_of(model: nn.Module) -> Record:
     """The model's record.
 
     Raises:
-        UsageError: if it has no adapter, or has it folded in.
+        UsageError: if it has no adapter, or it is merged.
     """
-    record = getattr(model, "_doralib", None)
-    if not isinstance(record, Record):
+    record = find_record(model)
+    if record is None:
         raise UsageError("this model has no adapter; put one on with doralib.adapt or doralib.load_adapter")
     if record.merged is not None:
-        raise UsageError("the adapter is folded in; doralib.unmerge_adapter(model) takes it out again")
+        raise UsageError("the adapter is merged; doralib.unmerge_adapter(model) takes it out again")
     return record
 
 
@@ -92,17 +104,27 @@ def adapter_of(model: nn.Module, name: str | None = None) -> tuple[str, Adapter]
     return known_name, record.adapters[known_name]
 
 
-def wrapped(model: nn.Module) -> list[tuple[str, Wrapper | Switched]]:
-    """The places where adapters sit, by the replaced module's name; what shares a place is not listed apart."""
+def check_not_full(record: Record) -> None:
+    """Check that the model has adapters that can be switched.
+
+    Raises:
+        UsageError: if its weights themselves are trained.
+    """
+    if any(adapter.config.method == "full" for adapter in record.adapters.values()):
+        raise UsageError("full fine-tuning changes the weights themselves; there is no adapter to switch")
+
+
+def places_of(model: nn.Module) -> list[tuple[str, Place]]:
+    """Where adapters sit, by the replaced module's name; what shares a place is not listed apart."""
     return list(_places("", model, set()))
 
 
-def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Wrapper | Switched]]:
+def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Place]]:
     """In model order, without a look inside a place: that is most of a model's modules."""
     if id(module) in seen:
         return
     seen.add(id(module))
-    if isinstance(module, Wrapper | Switched):
+    if isinstance(module, Place):
         yield name, module
         return
     for child, inner in module._modules.items():
@@ -110,90 +132,74 @@ def _places(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str,
             yield from _places(f"{name}.{child}" if name else child, inner, seen)
 
 
-def layers_of(model: nn.Module, name: str) -> dict[str, Wrapper]:
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
     """One adapter's layers by place."""
-    found: dict[str, Wrapper] = {}
-    for place, module in wrapped(model):
-        if not isinstance(module, Switched):
-            found[place] = module
-        elif name in module.adapters:
-            found[place] = module.adapters[name]  # type: ignore[assignment]
-    return found
+    found = ((name, place.adapter_layer(adapter_name)) for name, place in places_of(model))
+    return {name: layer for name, layer in found if layer is not None}
 
 
-def parts_of(model: nn.Module, name: str) -> dict[str, DoraLinear | DoraExperts]:
+def parts_of(model: nn.Module, adapter_name: str) -> dict[str, Part]:
     """What holds the values of one adapter, by the names in its state: a layer by its place, a stack of experts by the
     parameter's name."""
-    parts: dict[str, DoraLinear | DoraExperts] = {}
-    for place, layer in layers_of(model, name).items():
-        if isinstance(layer, AdaptedExperts):
-            parts |= {f"{place}.{field}": stack for field, stack in layer.stacks.items()}
-        elif isinstance(layer, DoraLinear):
-            parts[place] = layer
-    return parts
+    return {
+        name: part
+        for place, layer in layers_of(model, adapter_name).items()
+        for name, part in layer.adapter_parts(place).items()
+    }
 
 
-def as_own(parts: Mapping[str, DoraLinear | DoraExperts], state: AdapterState) -> AdapterState:
+def as_own(parts: Mapping[str, Part], state: AdapterState) -> AdapterState:
     """An adapter with its layers in the form that these give theirs in.
 
     Raises:
         DoraError: if a layer has no place for some of the values.
     """
-    layers = {
-        name: layer.as_own(adapter) if isinstance(layer := parts.get(name), DoraLinear) else adapter
-        for name, adapter in state.layers.items()
-    }
-    return replace(state, layers=layers)
+    return replace(
+        state, layers={k: parts[k].as_own(layer) if k in parts else layer for k, layer in state.layers.items()}
+    )
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set a submodule by its whole name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-def make_switched(model: nn.Module) -> list[Switched]:
-    """Every place as one that takes several adapters; parameters stay the same objects and get longer names."""
-    record = record_of(model)
-    places = []
-    for name, module in wrapped(model):
-        if not isinstance(module, Switched):
-            (only,) = record.adapters
-            module = switched(module, name, only)
-            module.active = record.active
-            put(model, name, module)
-        places.append(module)
-    return places
+def make_multiple(model: nn.Module, name: str) -> MultiAdapter:
+    """A place that takes several adapters: the one that is there already, or one around the module that is there.
+
+    Parameters of an adapter's layer stay the same objects and get longer names.
+    """
+    record, module = record_of(model), model.get_submodule(name)
+    if isinstance(module, MultiAdapter):
+        return module
+    place = MultiAdapter(base_module(module), name, record.active, enabled=record.enabled)
+    if isinstance(module, AdapterLayer):
+        (only,) = record.adapters
+        module.enabled = True
+        place.add_layer(only, module)
+    set_module(model, name, place.train(module.training))
+    return place
 
 
 @contextmanager
-def plain(model: nn.Module) -> Iterator[None]:
-    """The base model as it was, inside a with block: what is chosen on it is what would be chosen without adapters."""
-    record, places = record_of(model), wrapped(model)
-    shown, flags = record.shown, {name: p.requires_grad for name, p in model.named_parameters()}
+def base_biases(model: nn.Module) -> Iterator[None]:
+    """Let the model hold its own biases, inside a with block."""
+    shown = record_of(model).shown
     show_biases(model, None)
-    for name, module in places:
-        put(model, name, original(module))
     try:
         yield
     finally:
-        for name, module in places:
-            put(model, name, module)
         show_biases(model, shown)
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
 
 
 def bias_of(model: nn.Module, name: str) -> nn.Parameter:
     """A bias by its name in the base model."""
     owner, _, child = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if isinstance(module, Wrapper | Switched):
-        module = original(module)
-    return getattr(module, child)
+    return getattr(base_module(model.get_submodule(owner)), child)
 
 
-def show_the_right_biases(model: nn.Module) -> None:
+def show_current_biases(model: nn.Module) -> None:
     """Let the model hold the biases of the adapter that computes: none where rows have adapters of their own."""
     record = record_of(model)
     show_biases(model, record.active if record.enabled and record.rows is None else None)
@@ -229,10 +235,9 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     name, adapter = adapter_of(model, name)
     record = record_of(model)
     extra: dict[str, Tensor] = {}
-    layers: dict[str, LayerAdapter] = {key: layer.state() for key, layer in parts_of(model, name).items()}
+    layers = {key: part.state() for key, part in parts_of(model, name).items()}
     for place, layer in layers_of(model, name).items():
-        if isinstance(layer, TrainedCopy):
-            extra |= {f"{place}.{key}": p.detach() for key, p in layer.trained.named_parameters()}
+        extra |= layer.whole_tensors(place)
     for bias, value in adapter.biases.items():
         extra[bias] = bias_of(model, bias).detach() if record.shown == name else value
     if adapter.config.method == "full":
@@ -240,7 +245,7 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     return AdapterState(layers, extra, getattr(model, "name_or_path", None) or None)
 
 
-def same_tensors(into: AdapterState, given: AdapterState) -> list[str]:
+def find_differences(into: AdapterState, given: AdapterState) -> list[str]:
     """A line for each tensor that only one of two adapters has, or that has two shapes."""
     ours, theirs = tensors_of(into), tensors_of(given)
     problems = [f"{name}: the adapter has no such tensor" for name in ours.keys() - theirs.keys()]
@@ -258,6 +263,6 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
     return {**parts, **state.extra}
 
 
-def listed(what: str, lines: list[str]) -> DoraError:
+def error_of(what: str, lines: list[str]) -> DoraError:
     """An error with a line for each problem."""
     return DoraError(f"{what}:\n  {list_some(lines)}")

@@ -16,49 +16,42 @@ from ..formats import FORMATS
 from ..formats.base import Hints
 from ..formats.files import read_any_format, write_raw_adapter
 from ..formats.pipeline import check_component, take_component
-from ..layers.base.registry import open_base
-from ..layers.magnitude import DoraMagnitude
-from ..layers.multi_adapter import Switched, Wrapper
-from ..layers.vera import other_banks
-from ..layers.wrapper import original
-from ..state import AdapterState, MovedAdapter
-from .adapt import Model, _beside, _refuse_beside, _wrap, refuse_name
-from .build import chosen_by_state, in_words, wrappers_for
-from .fsdp import as_placed, gathered, writes
+from ..layers.vera import find_other_bank
+from ..state import AdapterState, MovedValues
+from .adapt import Model, check_beside, check_name, put_beside, put_first
+from .build import choose_by_state, in_words
+from .fsdp import as_placed, gather, is_writer
 from .inference import forget
 from .registry import (
     DEFAULT,
     adapter_of,
     as_own,
     config_of,
-    listed,
+    error_of,
+    find_differences,
+    find_record,
     parts_of,
-    plain,
-    record_of,
-    same_tensors,
     state_of,
     tensors_of,
 )
-from .scan import adaptable
+from .scan import Scan
 
 
-def add_state(model: Model, adapter_name: str, config: DoraConfig, state: AdapterState, source: str) -> Model:
+def add_state(found: Scan, adapter_name: str, config: DoraConfig, state: AdapterState, source: str) -> None:
     """Put an adapter of given values on a plain model, or beside those that a model has.
 
     Args:
         source: Where it is from, for messages.
     """
-    if not hasattr(model, "_doralib"):
-        refuse_name(adapter_name)
-        _wrap(model, config, *chosen_by_state(model, config, state, source), adapter_name)
+    model = found.model
+    if find_record(model) is None:
+        check_name(adapter_name)
+        put = put_first
     else:
-        _refuse_beside(model, adapter_name, config)
-        with plain(model):
-            chosen, whole = chosen_by_state(model, config, state, source)
-            wrappers, biases = wrappers_for(model, config, chosen, whole)
-        _beside(model, adapter_name, config, wrappers, biases)
+        check_beside(model, adapter_name, config)
+        put = put_beside
+    put(found, config, choose_by_state(found, config, state, source), adapter_name)
     load_into(model, state, adapter_name)
-    return model
 
 
 @torch.no_grad()
@@ -73,33 +66,33 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
     """
     name, _ = adapter_of(model, adapter_name)
     if (start := config_of(model, name)).moves_start and not any(
-        isinstance(a, MovedAdapter) for a in state.layers.values()
+        isinstance(layer.values, MovedValues) for layer in state.layers.values()
     ):
         raise DoraError(
             f"this model's adapter began as a part of the weights (init_lora_weights: {start.init_lora_weights!r}); "
             "a file holds the change of the weights alone, of rank 2r: load it into a plain model"
         )
-    into, layers = state_of(model, name), parts_of(model, name)
-    state = as_own(layers, state)
-    problems = same_tensors(into, state)
+    into, parts = state_of(model, name), parts_of(model, name)
+    state = as_own(parts, state)
+    problems = find_differences(into, state)
     problems += [
-        f"{place}: turns its rows, but only their lengths are adapted in the model"
+        f"{place}: {why}"
         for place, adapter in state.layers.items()
-        if isinstance(layers.get(place), DoraMagnitude) and all(factor.any() for factor in adapter.factors)
+        if place in parts and (why := parts[place].find_conflict(adapter))
     ]
     problems += [
         f"{place}: {in_words(adapter.kind)} in the adapter, {in_words(into.layers[place].kind)} in the model"
         for place, adapter in state.layers.items()
         if place in into.layers and adapter.kind != into.layers[place].kind
     ]
-    problems += other_banks(into, state)
+    problems += find_other_bank(into, state)
     if problems:
-        raise listed("the adapter does not fit this model", sorted(problems))
+        raise error_of("the adapter does not fit this model", sorted(problems))
     given = tensors_of(state)
     for key, tensor in tensors_of(into).items():
         tensor.copy_(as_placed(given[key], tensor))
     for place, adapter in state.layers.items():
-        layers[place].scale = adapter.scale
+        parts[place].scale = adapter.scale
     forget(model)
 
 
@@ -118,18 +111,18 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
     peft = FORMATS["peft"]
     assert peft.write is not None
-    state = gathered(state_of(model, adapter_name))
-    if writes(model):
+    state = gather(state_of(model, adapter_name))
+    if is_writer(model):
         write_raw_adapter(peft.write(config, state, Hints()), peft, folder, overwrite=True)
 
 
-def read_adapter(
-    path: str | Path, model: nn.Module | None = None, given: Hints | None = None
+def read_for_model(
+    path: str | Path, found: Scan | None = None, given: Hints | None = None
 ) -> tuple[DoraConfig, AdapterState]:
     """An adapter's file or folder, in any known format, as settings and state; what had to be assumed is a warning.
 
     Args:
-        model: The base model, for formats that need its names or its heads.
+        found: The base model, for formats that need its names or its heads.
         given: What else a file may not say: alpha, the part of a pipeline.
 
     Raises:
@@ -137,30 +130,30 @@ def read_adapter(
         DoraError: if its files are damaged or do not belong together.
     """
     given = given or Hints()
-    _, found = read_any_format(path, given if model is None else _knowing(given, model))
+    _, content = read_any_format(path, given if found is None else complete_hints(given, found))
     if given.component:
-        check_component(found, given.component)
-    found = take_component(found, given.component)
-    for note in found.notes:
+        check_component(content, given.component)
+    content = take_component(content, given.component)
+    for note in content.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
-    return found.config, found.state
+    shapes = {} if found is None else found.shapes
+    layers = {name: layer.narrowed(shapes.get(name, ())) for name, layer in content.state.layers.items()}
+    return content.config, replace(content.state, layers=layers)
 
 
-def _knowing(given: Hints, model: nn.Module) -> Hints:
-    to_dict: Callable[[], dict[str, Any]] = getattr(getattr(model, "config", None), "to_dict", dict)
-    shapes = {name: tuple(shape) for name, shape in adaptable(model).items()}
-    return replace(given, shapes=shapes, config=to_dict(), lengths=partial(_lengths_in, model))
+def complete_hints(given: Hints, found: Scan) -> Hints:
+    """What a file may not say, with all that the base model says."""
+    to_dict: Callable[[], dict[str, Any]] = getattr(getattr(found.model, "config", None), "to_dict", dict)
+    return replace(given, shapes=found.shapes, config=to_dict(), lengths=partial(_lengths_in, found))
 
 
-def _lengths_in(model: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+def _lengths_in(found: Scan, state: AdapterState) -> dict[str, Tensor]:
     """Length of each row of W + s B A by layer, (O,), of the layers that the model has."""
-    modules, lengths = dict(model.named_modules()), {}
-    for name in state.layers.keys() & modules.keys():
-        module, layer = modules[name], state.layers[name]
-        base = open_base(original(module) if isinstance(module, Wrapper | Switched) else module)
-        if base is not None and base.row_shape == layer.shape:
-            lengths[name] = base.adapted_row_norm(base.row_norm_sq(), *layer.factors, layer.scale)
-    return lengths
+    return {
+        name: base.adapted_row_norm(base.row_norm_sq(), *state.layers[name].factors, state.layers[name].scale)
+        for name, base in found.bases.items()
+        if name in state.layers and base.row_shape == state.layers[name].shape
+    }
 
 
 def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None, given: Hints | None = None) -> Model:
@@ -175,11 +168,10 @@ def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None
     Raises:
         DoraError: if the adapter belongs to another model: every name and shape that does not fit.
     """
-    config, state = read_adapter(path, model, given)
-    shapes = adaptable(model)
-    narrowed = {name: layer.narrowed(shapes.get(name, ())) for name, layer in state.layers.items()}
-    state = replace(state, layers=narrowed)
-    if not hasattr(model, "_doralib") or (adapter_name is not None and adapter_name not in record_of(model).adapters):
-        return add_state(model, adapter_name or DEFAULT, config, state, str(path))
-    load_into(model, state, adapter_name)
+    found, record = Scan(model), find_record(model)
+    config, state = read_for_model(path, found, given)
+    if record is None or (adapter_name is not None and adapter_name not in record.adapters):
+        add_state(found, adapter_name or DEFAULT, config, state, str(path))
+    else:
+        load_into(model, state, adapter_name)
     return model

@@ -1,58 +1,88 @@
-"""What a model has that can be adapted, and who owns it."""
+"""What a base model has that can be adapted, and who owns it, found in one look."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
 
 from torch import nn
 
+from ..layers.base.linear import Dense
 from ..layers.base.registry import open_base
 from ..layers.experts import Stack
-from ..layers.linear import DoraLinear
-from ..layers.multi_adapter import Switched, shared
+from ..layers.wrapper import Place, base_module
+from .registry import find_record
 
 
-def expert_weights(model: nn.Module) -> dict[str, Stack]:
-    """Every stack of weights that can be adapted, by its whole name; those that are adapted already are left out."""
-    return {
-        f"{name}.{field}": Stack(module, field)
-        for name, module in model.named_modules()
-        if name and isinstance(getattr(module, "is_transposed", None), bool) and not name.endswith(".base_layer")
-        for field, p in module._parameters.items()
-        if p is not None and p.dim() == 3 and p.is_floating_point()
-    }
+class Scan:
+    """The modules and parameters of a base model by name, as they would be if it had no adapters.
+
+    Names of layers, stacks and parameters are those of the base model; what is under an adapter counts as itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        """Each once, under its first name."""
+        self.parameters: dict[str, nn.Parameter] = {}
+        """Under every name that they have."""
+        self.adapted: set[str] = set()
+        """Modules with an adapter that this model has no record of, as where a part of it was adapted alone."""
+        known, seen = find_record(model) is not None, set()
+        for name, module, placed in _base_modules("", model):
+            own = {f"{name}.{key}".lstrip("."): p for key, p in module._parameters.items() if p is not None}
+            self.parameters |= own
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            self.modules[name] = module
+            if placed and not known:
+                self.adapted.add(name)
+
+    @cached_property
+    def bases(self) -> dict[str, Dense]:
+        """Every layer that can be adapted, opened, in model order."""
+        found = {name: open_base(module) for name, module in self.modules.items() if not name.endswith(".base_layer")}
+        return {name: base for name, base in found.items() if base is not None}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Every stack of weights that can be adapted, by its whole name."""
+        return {
+            f"{name}.{field}": Stack(module, field)
+            for name, module in self.modules.items()
+            if name and isinstance(getattr(module, "is_transposed", None), bool) and not name.endswith(".base_layer")
+            for field, p in module._parameters.items()
+            if p is not None and p.dim() == 3 and p.is_floating_point()
+        }
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(O, I), or (O, I / groups, taps...), of every layer that can be adapted."""
+        return {name: base.row_shape for name, base in self.bases.items()}
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """Every name of each parameter, by its id."""
+        names = defaultdict(list)
+        for name, p in self.parameters.items():
+            names[id(p)].append(name)
+        return names
+
+    def other_names(self, parameter: str) -> list[str]:
+        """Other names of a parameter, which is tied where it has any."""
+        found = self.names.get(id(self.parameters.get(parameter)), [])
+        return [name for name in found if name != parameter]
+
+    def tied(self) -> set[str]:
+        """Modules whose weight is another's too, as of an output layer and the embedding: they cannot be adapted."""
+        return {name.rpartition(".")[0] for names in self.names.values() if len(names) > 1 for name in names}
 
 
-def adaptable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """(O, I), or (O, I / groups, taps...), of every layer that can be adapted, by name; adapted ones included."""
-    found, inside = {}, shared(model)
-    for name, module in model.named_modules():
-        if name.endswith(".base_layer") or id(module) in inside:
-            continue
-        base = module.base if isinstance(module, DoraLinear) else open_base(_original(module))
-        if base is not None:
-            found[name] = base.row_shape
-    return found
-
-
-def tied(model: nn.Module) -> set[str]:
-    """Modules whose weight is another's too, as of an output layer and the embedding; `refuse` takes none of them."""
-    return {name for owners in _owners(model).values() if len(owners) > 1 for name in owners}
-
-
-def _kind(model: nn.Module, name: str) -> str:
-    module = model.get_submodule(name)
-    base = module.base if isinstance(module, DoraLinear) else open_base(module)
-    return "" if base is None else base.kind
-
-
-def _original(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, Switched) else module
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The modules that hold each weight tensor."""
-    owners = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for p in module._parameters.values():
-            if p is not None:
-                owners[id(p)].append(name)
-    return owners
+def _base_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every module under every name that it has, and whether there is an adapter on it."""
+    placed = isinstance(module, Place)
+    module = base_module(module)
+    yield name, module, placed
+    for child, inner in module._modules.items():
+        if inner is not None:
+            yield from _base_modules(f"{name}.{child}" if name else child, inner)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import DoraError, list_some
 from ..functional import merged_change
-from ..state import AdapterState, ExpertsAdapter, LayerAdapter
+from ..state import AdapterState, ExpertsValues, LayerAdapter
 from .adapter import read_base_rows
 from .safetensors import Checkpoint
 
@@ -56,7 +56,7 @@ def _approximate_layer(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[La
         found = [_approximate_layer(LayerAdapter(a, b, m_O, layer.scale), W, rank) for W, a, b, m_O in experts]
         loras, errors, sizes = zip(*found, strict=True)
         stacked = (torch.stack([lora.a_RI for lora in loras]), torch.stack([lora.b_OR for lora in loras]))
-        return ExpertsAdapter(*stacked, None, 1.0), math.hypot(*errors), math.hypot(*sizes)
+        return LayerAdapter(values=ExpertsValues(*stacked, None)), math.hypot(*errors), math.hypot(*sizes)
     change_OI = merged_change(W_OI, *layer.factors, layer.m_O, layer.scale)
     lora, error = find_nearest_lora(change_OI, rank)
     a, b, kind = lora.a_RI.reshape(-1, *layer.shape[1:]), lora.b_OR, layer.kind

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.merge import dequantise, merge
+from ..adapters.merge import dequantize, merge
 from ..adapters.save_load import load_adapter
 from ..errors import Note
 from ..quantization.error import QuantizationCost
@@ -87,7 +87,7 @@ def verify_merge(
     """
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     model, tokenizer = load_model(str(base), dtype="float32")
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
@@ -98,7 +98,7 @@ def verify_merge(
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_model(str(merged), dtype="float32")
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     got = compute_logits(model, inputs)
     return Verification(
         tokens=len(want),

@@ -20,26 +20,27 @@ def targets_command(
 
 def list_targets(model: str, *, every: bool = False) -> Table:
     """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
-    from ..adapters.scan import adaptable, expert_weights, tied
+    from ..adapters.scan import Scan
     from ..checkpoints.load import load_base
     from ..recipe import ModelSettings
 
     loaded, _ = load_base(ModelSettings(path=model))
-    layers, shared = adaptable(loaded), tied(loaded)
+    found = Scan(loaded)
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, shape in layers.items():
+    for name, shape in found.shapes.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
     # no name is cut: they are what recipes need
     table = Table(Column("target_modules", overflow="fold", min_width=14), title=model)
     for heading in ("count", "(out, in)", "parameters at r 16", *(() if every else ("for example",))):
         table.add_column(heading, overflow="fold")
+    shared = found.tied()
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
         example = () if every else (names[0],)
         told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
         table.add_row(kind, str(len(names)), str(shape), told, *example)
     stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for name, stack in expert_weights(loaded).items():
+    for name, stack in found.stacks.items():
         stacks[name if every else ".".join(name.split(".")[-2:]), stack.shape].append(name)
     for (kind, (E, O, I)), names in stacks.items():
         cost = len(names) * E * (16 * (O + I) + O)

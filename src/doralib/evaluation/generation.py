@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from ..adapters.registry import find_record
 from ..config import Checked
 from ..data.encoding import context_length, encode, first_token, pad_token, user_text
 from ..errors import UsageError
@@ -96,7 +97,8 @@ def continuations(
         sampling: how tokens are chosen.
         tick: called with the number of prompts done since the last call.
     """
-    if getattr(getattr(model, "_doralib", None), "rows", None) is not None:
+    record = find_record(model)
+    if record is not None and record.rows is not None:
         raise UsageError("prompts are sorted into batches here, so adapter_rows cannot follow; call model.generate")
     # longest first: prompts of like length share a batch, and a batch too large for the memory fails at once
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)

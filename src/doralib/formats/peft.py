@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, raise_problems
-from ..state import MAGNITUDE, AdapterState, ExpertsAdapter, FusedAdapter, LayerAdapter
+from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft_vera import TYPES, from_vera, to_vera
@@ -115,7 +115,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
     """Our adapter as PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``."""
     if config.has_bank:
         return to_vera(config, state, _make_target_modules(config, state))
-    stacks = {name: adapter for name, adapter in state.layers.items() if isinstance(adapter, ExpertsAdapter)}
+    stacks = {name: adapter for name, adapter in state.layers.items() if adapter.kind == "experts"}
     tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
         if layer in stacks:
@@ -167,7 +167,7 @@ def _make_patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[st
     Magnitudes alone have rank 1, fused projections the ranks of all their parts together, at the scale of each.
     """
     ranks = {name: layer.rank for name, layer in state.layers.items() if layer.rank != config.rank_of(name)}
-    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer, FusedAdapter)}
+    fused = {name: layer for name, layer in state.layers.items() if isinstance(layer.values, FusedValues)}
     alphas = {
         name: layer.scale * math.sqrt(layer.rank) if config.use_rslora else compute_alpha(layer)
         for name, layer in fused.items()

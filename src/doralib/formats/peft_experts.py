@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError
-from ..state import MAGNITUDE, ExpertsAdapter
+from ..state import MAGNITUDE, ExpertsValues, LayerAdapter
 from .tensors import check_complete
 
 # the order in which transformers' modules have them
@@ -23,7 +23,7 @@ _WRAPPER = ".base_layer"
 _KEYS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
 
 
-def to_tensors(stacks: Mapping[str, ExpertsAdapter]) -> dict[str, Tensor]:
+def to_tensors(stacks: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:
     """Stacks by PEFT's keys, without its prefix."""
     fields = defaultdict(list)
     for name in stacks:
@@ -71,7 +71,7 @@ def find_names(places: Collection[str], config: DoraConfig) -> tuple[dict[str, s
     return names, problems
 
 
-def read_stack(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> ExpertsAdapter:
+def read_stack(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> LayerAdapter:
     """Read one stack from PEFT's tensors.
 
     Raises:
@@ -83,7 +83,7 @@ def read_stack(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> Ex
         raise DoraError(f"A {tuple(a.shape)} and B {tuple(b.shape)} are no stack of experts of rank {r}")
     E = a.shape[0] // r
     b_EOR = b.unflatten(1, (r, E)).permute(2, 0, 1).contiguous()
-    return ExpertsAdapter(a.unflatten(0, (E, r)), b_EOR, m, config.scale_of(name))
+    return LayerAdapter(values=ExpertsValues(a.unflatten(0, (E, r)), b_EOR, m), scale=config.scale_of(name))
 
 
 def _order_fields(fields: Collection[str]) -> list[str]:

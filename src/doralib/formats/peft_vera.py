@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, list_some, raise_problems
-from ..state import MAGNITUDE, AdapterState, BankAdapter
+from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
 _PREFIX = "base_model.model."
@@ -42,7 +42,9 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     values |= {field: tuple(sorted(v)) for field, v in values.items() if isinstance(v, list | set)}
     config = DoraConfig(method=method, lora_dropout=settings.get("vera_dropout") or 0.0, dropout_mode="exact", **values)
     layers = {
-        name: BankAdapter(bank, part["vera_lambda_d"], part["vera_lambda_b"], part.get(MAGNITUDE), bank[0].shape[1])
+        name: LayerAdapter(
+            values=BankValues(bank, part["vera_lambda_d"], part["vera_lambda_b"], part.get(MAGNITUDE), bank[0].shape[1])
+        )
         for name, part in parts.items()
     }
     return config, AdapterState(layers, {}, settings.get("base_model_name_or_path"))
@@ -57,16 +59,17 @@ def to_vera(
         DoraError: for what these files have no place for.
     """
     tensors: dict[str, Tensor] = {}
-    others = [name for name, layer in state.layers.items() if not isinstance(layer, BankAdapter)]
+    others = [name for name, layer in state.layers.items() if not isinstance(layer.values, BankValues)]
     if others or state.extra:
         raise DoraError(
             f"{list_some([*others, *state.extra], 5, ', ')}: a {config.method} adapter file has no place for it"
         )
     for name, layer in state.layers.items():
-        assert isinstance(layer, BankAdapter)
-        tensors |= dict(zip(_BANK, layer.bank, strict=True))
+        values = layer.values
+        assert isinstance(values, BankValues)
+        tensors |= dict(zip(_BANK, values.bank, strict=True))
         for key, field in _FIELDS.items():
-            if (tensor := getattr(layer, field)) is not None:
+            if (tensor := getattr(values, field)) is not None:
                 tensors[f"{_PREFIX}{name}.{key}"] = tensor
     settings = {field: getattr(config, field) for field in ("r", "d_initial", "projection_prng_key")}
     settings |= {

@@ -5,13 +5,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from .. import functional as F
 from ..kernels.dropout import dropped
 from .base.convolution import Convolution
 from .linear import DoraLinear
-from .wrapper import ReadsThrough, autocast
+from .wrapper import AroundBase, ReadsThrough, autocast
 
 
-class DoraConv(ReadsThrough, DoraLinear):
+class DoraConv(ReadsThrough, AroundBase, DoraLinear):
     """A frozen convolution, transposed or not, whose output channels learn a length (m) and a low-rank turn (B A).
 
     ``y = g ∘ (W * x + s B * A * x) + bias`` with ``g = m / |W + s B A|``, the length taken over everything that makes
@@ -21,14 +22,7 @@ class DoraConv(ReadsThrough, DoraLinear):
 
     base: Convolution
 
-    def forward(self, x: Tensor, *output_size: Any) -> Tensor:
-        """What the base layer takes, and what it would return."""
-        x = autocast(x) if self.enabled else x
-        y = self.base_layer(x, *output_size)
-        return self.around(y, x, *output_size) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor, *output_size: Any) -> Tensor:
-        """As `forward`, from the base's own output y."""
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)
@@ -41,8 +35,7 @@ class DoraConv(ReadsThrough, DoraLinear):
         else:
             product = y if self.bias is None else y - self._by_channel(self.bias.to(y.dtype))
         change = self._change(x_a, self.b_OR * (gain_O * self.scale)[:, None], *output_size)
-        # with g - 1, as `functional.compose`: g = 1 and B = 0 give y bit for bit
-        return y + (self._by_channel((gain_O - 1).to(y.dtype)) * product + change)
+        return F.add_gain(y, product, self._by_channel(gain_O), change)
 
     def _change(self, x: Tensor, sb_OR: Tensor, *output_size: Any) -> Tensor:
         """``s B * A * x``; with groups as one small weight, since A would make R channels of each group."""

@@ -11,13 +11,12 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from .base.embedding import Embedding, TokenEmbedding
 from .base.linear import Dense
-from .base.registry import open_base
-from .init import decomposes
+from .init import takes_part_of_weight
 from .linear import DoraLinear
-from .wrapper import ReadsThrough
+from .wrapper import AroundBase, ReadsThrough
 
 
-class DoraEmbedding(ReadsThrough, DoraLinear):
+class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
     """A frozen embedding whose dimensions learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = f g ∘ (W[:, i] + s B A[:, i])`` for token i with ``g = m / |W + s B A|``, W (dim, vocabulary) and f the factor
@@ -34,15 +33,17 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
     lora_embedding_B: nn.Parameter
     """(dim, R)."""
 
-    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig, base: Dense | None = None
+    ) -> None:
         if getattr(base_layer, "max_norm", None) is not None:
             raise DoraError("an embedding with max_norm writes to its weight on every call; it cannot be adapted")
-        if decomposes(config.init_lora_weights):
+        if takes_part_of_weight(config.init_lora_weights):
             raise DoraError(
                 f"an embedding has no start {config.init_lora_weights!r}; leave it out of target_modules, or out with "
                 "exclude_modules"
             )
-        super().__init__(base_layer, r, scale, config)
+        super().__init__(base_layer, r, scale, config, base)
 
     @property
     def lora_A(self) -> nn.Parameter:  # type: ignore[override]
@@ -54,21 +55,14 @@ class DoraEmbedding(ReadsThrough, DoraLinear):
         """B, likewise."""
         return self.lora_embedding_B
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(...) to (..., dim), in the dtype that the base layer would return."""
-        y = self.base_layer(tokens)
-        return self.around(y, tokens) if self.enabled else y
-
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         gain_O = self.gain()
         sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:
             sb_OR = sb_OR * self.base.factor.to(sb_OR)
         a = nnf.embedding(tokens, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         change = a.to(y.dtype) @ sb_OR.to(y.dtype).T
-        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
-        return y + (change if gain_O is None else (gain_O - 1).to(y.dtype) * y + change)
+        return y + change if gain_O is None else F.add_gain(y, y, gain_O, change)
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_embedding_A, self.lora_embedding_B = a, b
@@ -87,9 +81,8 @@ class DoraTokenEmbedding(DoraEmbedding):
     """
 
     @staticmethod
-    def opened(base_layer: nn.Module) -> Dense | None:
-        base = open_base(base_layer)
-        return TokenEmbedding(base_layer) if isinstance(base, Embedding) else base
+    def as_rows(base: Dense) -> Dense:
+        return TokenEmbedding(base.module) if isinstance(base, Embedding) else base
 
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
@@ -101,13 +94,7 @@ class DoraTokenEmbedding(DoraEmbedding):
         """B as rows, (vocabulary, R), a view."""
         return self.lora_embedding_A.T
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(...) to (..., dim), in the dtype that the base layer would return."""
-        y = self.base_layer(tokens)
-        return self.around(y, tokens) if self.enabled else y
-
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         # autocast would take the lengths in half precision
         with torch.autocast(y.device.type, enabled=False):
             return self._turned(y, tokens)
@@ -121,8 +108,7 @@ class DoraTokenEmbedding(DoraEmbedding):
         n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
         g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
         turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
-        # with g - 1, as `functional.compose`: g = 1 and B A = 0 give y bit for bit
-        return y + ((g - 1).to(y.dtype) * y + turned.to(y.dtype))
+        return F.add_gain(y, y, g, turned.to(y.dtype))
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..kernels.experts import adapted_weights
-from ..state import ExpertsAdapter
+from ..state import ExpertsValues
 from .init import DRAWN
-from .wrapper import Masters, ReadsThrough
+from .wrapper import AdapterLayer, Part, ReadsThrough
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Stack:
         return tuple(self.W_EOI.shape)
 
 
-class DoraExperts(Masters):
+class DoraExperts(Part):
     """A, B and m of every weight of a stack.
 
     ``V_e = g_e ∘ (W_e + s B_e A_e)`` with ``g_e = m_e / |W_e + s B_e A_e|``, one length per output row of each expert;
     without m (method lora) g is 1. A fresh adapter changes nothing, bit for bit.
     """
 
+    kind = "experts"
     lora_A: nn.Parameter
     """(E, R, I)."""
     lora_B: nn.Parameter
@@ -52,6 +53,7 @@ class DoraExperts(Masters):
 
     def __init__(self, stack: Stack, r: int, scale: float, config: DoraConfig) -> None:
         super().__init__()
+        self.stack = stack
         self.scale, self.detach_norm, self.start = scale, config.detach_norm, config.init_lora_weights
         E, O, I = stack.shape
         W = stack.W_EOI
@@ -77,18 +79,20 @@ class DoraExperts(Masters):
         values = self.lora_A, self.lora_B, self.lora_magnitude_vector
         return adapted_weights(W_EOI, *values, self.scale, detach_norm=self.detach_norm)
 
-    def state(self) -> ExpertsAdapter:
-        """The trained values; views, not copies."""
-        m_EO = self.lora_magnitude_vector
-        values = self.lora_A.detach(), self.lora_B.detach(), None if m_EO is None else m_EO.detach()
-        return ExpertsAdapter(*values, self.scale)
+    def values(self) -> ExpertsValues:
+        """What is trained: the parameters themselves."""
+        return ExpertsValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
+
+    def row_lengths(self) -> Tensor:
+        weights = zip(self.stack.W_EOI, self.lora_A, self.lora_B, strict=True)
+        return torch.stack([F.dense_row_norm(W_OI, a, b, self.scale) for W_OI, a, b in weights])
 
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
         return f"{method}, experts={len(self.lora_A)}, r={self.lora_A.shape[1]}, scale={self.scale:g}"
 
 
-class AdaptedExperts(ReadsThrough):
+class AdaptedExperts(ReadsThrough, AdapterLayer):
     """A module some of whose stacks of weights are adapted: during its own forward it reads the adapted weights.
 
     Each adapted stack is made once a call, in the dtype of the frozen one, and kept while a backward pass may need it.
@@ -111,6 +115,9 @@ class AdaptedExperts(ReadsThrough):
     def stacks(self) -> dict[str, DoraExperts]:
         """The adapter of each stack, by the parameter's name in the module."""
         return {field: self._modules[field] for field in self.fields}  # type: ignore[misc]
+
+    def adapter_parts(self, place: str) -> dict[str, Part]:
+        return {f"{place}.{field}": stack for field, stack in self.stacks.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer takes, and what it would return."""

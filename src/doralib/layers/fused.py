@@ -1,7 +1,7 @@
 """Adapted fused projections: one frozen layer that holds several (q, k, v; gate, up), some of which are adapted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,13 @@ from ..config import DoraConfig, FusedParts
 from ..errors import DoraError, UsageError
 from ..kernels.cache import LayerCache
 from ..kernels.operands import Operands
-from ..state import FusedAdapter, LayerAdapter, blocks
+from ..state import FusedValues, LayerAdapter, blocks
 from .base.linear import Dense
 from .base.opaque import Opaque
-from .base.registry import open_base
 from .init import DRAWN
 from .linear import DoraLinear
 
-# of a length that a file keeps for a row that is left alone: the base may have been quantised when it was written
+# of a length that a file keeps for a row that is left alone: the base may have been quantized when it was written
 _SAME_LENGTH = 0.05
 
 
@@ -38,9 +37,18 @@ class DoraFused(DoraLinear):
     rows: Tensor
     """The row numbers of those."""
 
-    def __init__(self, base_layer: nn.Module, parts: FusedParts, r: int, scale: float, config: DoraConfig) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        parts: FusedParts,
+        r: int,
+        scale: float,
+        config: DoraConfig,
+        base: Dense | None = None,
+    ) -> None:
+        self._freeze(base_layer, scale, config, base)
         self._parts = parts
-        super().__init__(base_layer, r, scale, config)
+        self._add_parameters(r, config)
 
     @property
     def lora_B(self) -> Tensor:  # type: ignore[override]
@@ -75,11 +83,10 @@ class DoraFused(DoraLinear):
         m = self.lora_magnitude_vector
         return None if m is None else self._among_all(m / torch.cat(self._lengths(detach=self.detach_norm)))
 
-    def state(self) -> LayerAdapter:
-        """The trained values; views, not copies."""
-        m = self.lora_magnitude_vector
-        values = self.lora_A.detach(), self.lora_fused_B.detach(), None if m is None else m.detach()
-        return FusedAdapter(self.rows_by_part, *values, self.scale, self.cache.base_norm_sq().sqrt())
+    def values(self) -> FusedValues:
+        """What is trained, and where it stands in the whole weight."""
+        parts = self.lora_A, self.lora_fused_B, self.lora_magnitude_vector
+        return FusedValues(self.rows_by_part, *parts, self.cache.base_norm_sq().sqrt())
 
     def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
         """The parts of a change of the whole weight.
@@ -88,7 +95,7 @@ class DoraFused(DoraLinear):
             DoraError: if it changes rows of which no part is adapted here, or mixes the parts.
         """
         rank, rest = divmod(adapter.rank, len(self._sizes))
-        if isinstance(adapter, FusedAdapter) or adapter.shape != self.base.row_shape or rest:
+        if isinstance(adapter.values, FusedValues) or adapter.shape != self.base.row_shape or rest:
             return adapter
         b = adapter.b_OR
         rows = [index.to(b.device) for index in self.rows_by_part]
@@ -105,7 +112,8 @@ class DoraFused(DoraLinear):
         own_m = None if m is None else m[torch.cat(rows)]
         # a file says the scale by the alpha of all the ranks together, and sqrt(r) leaves a rounding
         scale = self.scale if math.isclose(adapter.scale, self.scale, rel_tol=1e-9) else adapter.scale
-        return FusedAdapter(tuple(rows), adapter.a_RI, stacked, own_m, scale, w_O.to(b.device))
+        values = FusedValues(tuple(rows), adapter.a_RI, stacked, own_m, w_O.to(b.device))
+        return LayerAdapter(values=values, scale=scale, kind=adapter.kind)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -133,6 +141,9 @@ class DoraFused(DoraLinear):
         for a, _ in self.factors_by_part:
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
+
+    def row_lengths(self) -> Tensor:
+        return super().row_lengths()[self.rows]
 
     def _operands(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Operands:
         """With B and the norm of all rows kept until the norm of a part changes."""
@@ -175,20 +186,22 @@ def adapted_rows(parts: FusedParts, num_rows: int) -> list[Tensor]:
     return [index.reshape(-1) for name, index in split.items() if name in parts.adapt]
 
 
-def refuse_misfits(model: nn.Module, config: DoraConfig, chosen: Sequence[str]) -> None:
-    """Nothing, if every entry of fused_modules has layers, and each of them is made up as it says.
+def check_parts(bases: Mapping[str, Dense], config: DoraConfig) -> None:
+    """Check that every entry of fused_modules has layers, and that each of them is made up as it says.
+
+    Args:
+        bases: The layers that are adapted, by name.
 
     Raises:
         UsageError: listing everything that is wrong.
     """
     problems, met = [], []
-    for name in chosen:
+    for name, base in bases.items():
         parts = config.fused_parts(name)
         if parts is None:
             continue
         met.append(parts)
-        base = open_base(model.get_submodule(name))
-        if base is None or base.kind != "linear":
+        if base.kind != "linear":
             problems.append(f"{name} is not a linear layer")
             continue
         try:

@@ -41,13 +41,13 @@ DECOMPOSED: dict[str, Callable[[Tensor, int, float, int | None], tuple[Tensor, T
 }
 
 
-def decomposes(start: str) -> bool:
+def takes_part_of_weight(start: str) -> bool:
     """Whether A and B start as a part of the weight."""
     return start.partition(_NUM_ROUNDS)[0] in DECOMPOSED
 
 
 @torch.no_grad()
-def decomposed(start: str, W_OI: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
+def decompose(start: str, W_OI: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) at the start, in `sum_dtype`; a row of W that is zero has a row of B that is zero.
 
     Raises:

@@ -12,15 +12,15 @@ from ..kernels.cache import LayerCache
 from ..kernels.dispatch import on_gpu
 from ..kernels.dropout import Dropout, draw, dropped
 from ..kernels.operands import Operands
-from ..state import LayerAdapter, MovedAdapter
+from ..state import LowRankValues, MovedValues, Values
 from .base.linear import Dense
-from .base.opaque import Opaque, Quantised
+from .base.opaque import Opaque, Quantized
 from .base.registry import open_base
-from .init import DRAWN, decomposed, decomposes
-from .wrapper import Masters, autocast, autocast_dtype
+from .init import DRAWN, decompose, takes_part_of_weight
+from .wrapper import AdapterLayer, Part, autocast, autocast_dtype
 
 
-class DoraLinear(Masters):
+class DoraLinear(Part, AdapterLayer):
     """A frozen linear layer whose rows learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
@@ -31,6 +31,7 @@ class DoraLinear(Masters):
         base_layer: Frozen here; kept as it is.
         r: Rank.
         scale: s.
+        base: The frozen layer as rows, where it was opened before.
 
     Raises:
         DoraError: if the layer is not linear.
@@ -43,15 +44,23 @@ class DoraLinear(Masters):
     """A and B as they began, frozen, where they began as a part of the weight: the change is ``B A - B0 A0``."""
     start_B: nn.Parameter | None
 
-    def __init__(self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig, base: Dense | None = None
+    ) -> None:
+        self._freeze(base_layer, scale, config, base)
+        self._add_parameters(r, config)
+
+    def _freeze(self, base_layer: nn.Module, scale: float, config: DoraConfig, base: Dense | None) -> None:
+        """All that the layer has before its parameters."""
         super().__init__()
-        base = self.opened(base_layer)
+        base = base or open_base(base_layer)
         if base is None:
             raise DoraError(f"{type(base_layer).__qualname__} is not a linear layer that can be adapted")
-        if isinstance(base, Quantised):
+        if isinstance(base, Quantized):
             base.storage.keep_readable()
         self.base_layer = base_layer.requires_grad_(False)
-        self.base = base
+        self.base = base = self.as_rows(base)
+        self.kind = base.kind
         self.scale = scale
         self.enabled = True
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
@@ -59,6 +68,9 @@ class DoraLinear(Masters):
         self.start = config.init_lora_weights
         self.cache = LayerCache(base)
         self.out_features, self.in_features = base.shape
+
+    def _add_parameters(self, r: int, config: DoraConfig) -> None:
+        base = self.base
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
         dtype, device = F.sum_dtype(base.dtype), base.device
@@ -72,9 +84,9 @@ class DoraLinear(Masters):
         self.reset_parameters()
 
     @staticmethod
-    def opened(base_layer: nn.Module) -> Dense | None:
-        """The frozen layer as rows."""
-        return open_base(base_layer)
+    def as_rows(base: Dense) -> Dense:
+        """The frozen layer, with the rows that this layer adapts."""
+        return base
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -157,26 +169,19 @@ class DoraLinear(Masters):
     def around(self, base: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output for it, which rows of other adapters may share.
 
-        A class with a forward of its own has one of these too, or is called apart for its rows (`Switched`).
+        A class with a forward of its own has one of these too, or is called apart for its rows (`MultiAdapter`).
         """
         x = autocast(x)
         return self._around(base, x, self._draw_dropout(x))
 
-    def state(self) -> LayerAdapter:
-        """The trained values; views, not copies."""
-        m_O = self.lora_magnitude_vector
-        values = self.lora_A.detach(), self.lora_B.detach(), None if m_O is None else m_O.detach()
+    def values(self) -> Values:
+        """What is trained: the parameters themselves."""
         if self.start_A is not None and self.start_B is not None:
-            return MovedAdapter(*values, self.scale, self.base.kind, (self.start_A.detach(), self.start_B.detach()))
-        return LayerAdapter(*values, self.scale, self.base.kind)
+            return MovedValues(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.start_A, self.start_B)
+        return LowRankValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
-    def as_own(self, adapter: LayerAdapter) -> LayerAdapter:
-        """Values from a file in the form that `state` gives them, so that each can be copied in its place.
-
-        Raises:
-            DoraError: if this layer has no place for some of them.
-        """
-        return adapter
+    def adapter_parts(self, place: str) -> dict[str, Part]:
+        return {place: self}
 
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
@@ -185,7 +190,7 @@ class DoraLinear(Masters):
 
     def merged(self) -> nn.Module:
         """A plain layer of the base's kind with the merged weight."""
-        return self.base.replaced(self.merged_weight())
+        return self.base.with_weight(self.merged_weight())
 
     def extra_repr(self) -> str:
         method = "lora" if self.lora_magnitude_vector is None else "dora"
@@ -193,7 +198,7 @@ class DoraLinear(Masters):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.lora_A, self.lora_B = a, b
-        if decomposes(self.start):
+        if takes_part_of_weight(self.start):
             self.start_A, self.start_B = (nn.Parameter(torch.empty_like(p), requires_grad=False) for p in (a, b))
 
     def _start_factors(self) -> None:
@@ -202,10 +207,13 @@ class DoraLinear(Masters):
             nn.init.zeros_(self.lora_B)
         elif not self.lora_A.is_meta:
             rows = torch.arange(self.out_features, device=self.base.device)
-            found = decomposed(self.start, self.base.dense_rows(rows), self.r, self.scale)
+            found = decompose(self.start, self.base.dense_rows(rows), self.r, self.scale)
             for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
+
+    def row_lengths(self) -> Tensor:
+        return self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=True)
 
     def _operands(self, factors: tuple[Tensor, Tensor], m: Tensor | None, dtype: torch.dtype) -> Operands:
         """What the cache has for these factors and m."""

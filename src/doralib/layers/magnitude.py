@@ -5,25 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..kernels.dropout import dropped
+from ..state import LayerAdapter
 from .linear import DoraLinear
-from .wrapper import ReadsThrough, autocast
+from .wrapper import AroundBase, ReadsThrough, autocast
 
 
-class DoraMagnitude(ReadsThrough, DoraLinear):
+class DoraMagnitude(ReadsThrough, AroundBase, DoraLinear):
     """A frozen layer of any kind whose rows learn a length (m) and keep their direction.
 
     ``y = g ∘ (W x) + bias`` with ``g = m / |W|``: DoRA with B A = 0. In files it is just that, with A and B of rank 1
     and zeros, so that every tool computes the right thing.
     """
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """What the base layer takes, and what it would return."""
-        y = self.base_layer(x, *args)
-        return self.around(y, x, *args) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor, *args: Any) -> Tensor:
-        """As `forward`, from the base's own output y."""
         self.base.refuse_backward(x)
         changed = y
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):
@@ -32,8 +28,10 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
             changed = changed - self._by_channel(self.bias.to(y.dtype))
         gain_O = self.gain()
         assert gain_O is not None
-        # with g - 1, as `functional.compose`: g = 1 gives y bit for bit
-        return y + self._by_channel((gain_O - 1).to(y.dtype)) * changed
+        return F.add_gain(y, changed, self._by_channel(gain_O))
+
+    def find_conflict(self, given: LayerAdapter) -> str:
+        return "turns its rows, but only their lengths are adapted in the model" if given.turns_rows else ""
 
     def _by_channel(self, t_O: Tensor) -> Tensor:
         return t_O.view(-1, *(1 for _ in self.base.row_shape[2:]))
@@ -45,3 +43,6 @@ class DoraMagnitude(ReadsThrough, DoraLinear):
     def _start_factors(self) -> None:
         self.lora_A.zero_()
         self.lora_B.zero_()
+
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        """They stay zero."""

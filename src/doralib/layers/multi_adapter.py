@@ -7,14 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .experts import AdaptedExperts
 from .linear import DoraLinear
-from .wrapper import TrainedCopy, original
-
-Wrapper = DoraLinear | TrainedCopy | AdaptedExperts
+from .wrapper import AdapterLayer, Place
 
 
-class Rows:
+class RowPlan:
     """Which adapter each row of a batch goes through."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
@@ -32,27 +29,26 @@ class Rows:
         return self._indices[device]
 
 
-class Switched(nn.Module):
+class MultiAdapter(Place):
     """A module with several adapters: a call goes to the active one's layer, or to the original where it has none.
 
     The layers are the very ones that an adapter alone puts here, and share the frozen original; switching changes a
     name. Model code that reads a weight or a setting reads what the active layer would give it.
     """
 
-    def __init__(self, base_layer: nn.Module, place: str) -> None:
+    def __init__(self, base_layer: nn.Module, place: str, active: str | None, *, enabled: bool) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.place = place
-        self.active: str | None = None
-        self.enabled = True
-        self.rows: Rows | None = None
+        self.active, self.enabled = active, enabled
+        self.rows: RowPlan | None = None
 
-    def hold(self, name: str, layer: Wrapper) -> None:
+    def add_layer(self, adapter_name: str, layer: AdapterLayer) -> None:
         """Take an adapter's layer; the original stays in the module tree once, as a child of this module."""
         layer._modules.pop("base_layer")
         layer.__dict__["base_layer"] = self.base_layer
-        self.adapters[name] = layer
+        self.adapters[adapter_name] = layer
 
     def current(self) -> nn.Module:
         """What a call goes to when every row goes the same way."""
@@ -66,25 +62,18 @@ class Switched(nn.Module):
             return self.current()(*args, **kwargs)
         return self._by_rows(self.rows, *args, **kwargs)
 
-    @property
-    def folded(self) -> Wrapper | None:
-        """The active adapter's layer, which a merge folds in; None where it has no layer here."""
-        layer = dict(self.adapters.items()).get(self.active or "")
-        return layer if isinstance(layer, Wrapper) else None
-
-    def merged(self) -> nn.Module:
-        """A plain module with the active adapter folded in; the original where it has no layer here."""
-        return self.base_layer if self.folded is None else self.folded.merged()
+    def adapter_layer(self, adapter_name: str | None) -> AdapterLayer | None:
+        return self.adapters._modules.get(adapter_name or "")  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"active={self.active}, enabled={self.enabled}"
 
-    def _by_rows(self, plan: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _by_rows(self, plan: RowPlan, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One product with the frozen weight for the whole batch; the rest by the rows of each adapter."""
-        layers = {name: self.adapters[name] for name in plan.groups if name is not None and name in self.adapters}
+        layers = {name: layer for name in plan.groups if name and (layer := self.adapter_layer(name)) is not None}
         if not layers:
             return self.base_layer(x, *args, **kwargs)
-        x = self._fitting(plan, x, layers)
+        x = self._one_row_each(plan, x, layers)
         if len(plan.groups) == 1:
             (layer,) = layers.values()
             return layer(x, *args, **kwargs)
@@ -98,7 +87,7 @@ class Switched(nn.Module):
         ]
         return torch.cat(parts)[back]
 
-    def _apart(self, plan: Rows, layers: dict[str, nn.Module], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _apart(self, plan: RowPlan, layers: dict[str, AdapterLayer], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A call for each adapter's rows."""
         indices, back = plan.indices(x.device)
         parts = []
@@ -109,7 +98,7 @@ class Switched(nn.Module):
             parts.append(part)
         return torch.cat(parts)[back]
 
-    def _fitting(self, plan: Rows, x: Tensor, layers: dict[str, nn.Module]) -> Tensor:
+    def _one_row_each(self, plan: RowPlan, x: Tensor, layers: dict[str, AdapterLayer]) -> Tensor:
         """The input, once its first dimension is the batch's rows."""
         bases = [layer.base for layer in layers.values() if isinstance(layer, DoraLinear)]
         kind, batched = "", 1
@@ -135,21 +124,7 @@ class Switched(nn.Module):
             return getattr(self.current(), name)
 
 
-def shared(model: nn.Module) -> set[int]:
-    """The ids of all modules inside adapters' layers that share a place."""
-    places = [module for module in model.modules() if isinstance(module, Switched)]
-    return {id(inner) for place in places for layer in place.adapters.values() for inner in layer.modules()}
-
-
-def switched(wrapper: Wrapper, place: str, name: str) -> Switched:
-    """The place of one adapter's layer, ready to take others beside it."""
-    place_of = Switched(original(wrapper), place)
-    place_of.active, place_of.enabled, wrapper.enabled = name, wrapper.enabled, True
-    place_of.hold(name, wrapper)
-    return place_of.train(wrapper.training)
-
-
 def _shares_the_product(layer: nn.Module) -> bool:
-    """Whether its `around` belongs to its forward: a subclass with a forward of its own may compute otherwise."""
-    homes = [next((c for c in type(layer).__mro__ if way in vars(c)), None) for way in ("forward", "around")]
-    return homes[0] is homes[1]
+    """Whether its `around` says what its forward computes: below it, a class has no forward of its own."""
+    first = next(c for c in type(layer).__mro__ if "forward" in vars(c) or "around" in vars(c))
+    return "around" in vars(first)

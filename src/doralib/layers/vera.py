@@ -13,11 +13,10 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from ..kernels.cache import LayerCache
 from ..kernels.dropout import dropped
-from ..state import AdapterState, BankAdapter, LayerAdapter
+from ..state import AdapterState, BankValues, LayerAdapter
 from .base.linear import Dense
-from .base.registry import open_base
 from .linear import DoraLinear
-from .wrapper import autocast
+from .wrapper import AroundBase, autocast
 
 
 class Bank(nn.Module):
@@ -50,19 +49,18 @@ class Bank(nn.Module):
         return self
 
 
-def bank_for(layers: Sequence[nn.Module], config: DoraConfig) -> Bank | None:
+def bank_for(bases: Sequence[Dense], config: DoraConfig) -> Bank | None:
     """The random matrices for the largest of these layers; None for the methods without."""
-    bases = [base for layer in layers if (base := open_base(layer)) is not None]
     if not config.has_bank or not bases:
         return None
     num_out, num_in = (max(base.shape[axis] for base in bases) for axis in (0, 1))
     return Bank(config.r, num_in, num_out, config.projection_prng_key, bases[0].device)
 
 
-def other_banks(into: AdapterState, given: AdapterState) -> list[str]:
+def find_other_bank(into: AdapterState, given: AdapterState) -> list[str]:
     """A line where the random matrices of one adapter are not the other's."""
     ours, theirs = (
-        next((layer.bank for layer in state.layers.values() if isinstance(layer, BankAdapter)), None)
+        next((layer.values.bank for layer in state.layers.values() if isinstance(layer.values, BankValues)), None)
         for state in (into, given)
     )
     if ours is None or theirs is None or ours[0].is_meta:
@@ -91,8 +89,8 @@ class _Scaled:
         return False
 
     def adapted_row_norm(self, W_sq_O: Tensor, d_R: Tensor, b_O: Tensor, s: float) -> Tensor:
-        a_RI, b_OR = _factors(self.base, self.bank, d_R, b_O)
-        return self.base.adapted_row_norm(W_sq_O, a_RI, b_OR, s)
+        values = BankValues((self.bank.A, self.bank.B), d_R, b_O, None, self.base.shape[1])
+        return self.base.adapted_row_norm(W_sq_O, values.a_RI, values.b_OR, s)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return self.base.times_transposed(a_RI)
@@ -101,7 +99,7 @@ class _Scaled:
         return self.base.transposed_times(c_OR)
 
 
-class DoraBank(DoraLinear):
+class DoraBank(AroundBase, DoraLinear):
     """A frozen linear layer with ``V = W + diag(b) B diag(d) A``: d and b are trained, and m for DVoRA.
 
     ``y = g ∘ (x Wᵀ + b ∘ (B (d ∘ (A x)))) + bias`` with ``g = m / |V|``, or 1 for VeRA. The start is b = 0 and
@@ -113,9 +111,13 @@ class DoraBank(DoraLinear):
     vera_lambda_b: nn.Parameter
     """(O,)."""
 
-    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig) -> None:
-        self._parts = bank, config.d_initial
-        super().__init__(base_layer, config.r, 1.0, config)
+    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig, base: Dense | None = None) -> None:
+        self._freeze(base_layer, 1.0, config, base)
+        if self.base.kind != "linear":
+            raise DoraError(f"{type(base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
+        self.bank, self.d_initial = bank, config.d_initial
+        self.cache = LayerCache(_Scaled(self.base, bank))
+        self._add_parameters(config.r, config)
 
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
@@ -130,7 +132,8 @@ class DoraBank(DoraLinear):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both, made anew."""
-        return _factors(self.base, self.bank, self.vera_lambda_d, self.vera_lambda_b)
+        values = self.values()
+        return values.a_RI, values.b_OR
 
     @property
     def r(self) -> int:
@@ -142,24 +145,16 @@ class DoraBank(DoraLinear):
         if self.lora_magnitude_vector is None:
             return None
         if self.detach_norm:
-            return self.lora_magnitude_vector / self.cache.norm(
-                self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True
-            )
+            return self.lora_magnitude_vector / self.row_lengths()
         # not remembered: that would take both factors' memory for each layer
         return self.lora_magnitude_vector / LayerCache(self.base).norm(*self.factors, 1.0, detach=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O), in the dtype that the base layer would return."""
-        y = self.base_layer(x)
-        return self.around(y, x) if self.enabled else y
-
     def around(self, y: Tensor, x: Tensor) -> Tensor:
-        """As `forward`, from the base's own output y."""
         self.base.refuse_backward(x)
         x = autocast(x)
         dropout = self._draw_dropout(x)
         x_a = dropped(x, dropout)
-        a, b = _slices(self.base, self.bank)
+        a, b = self.bank.A[:, : self.in_features], self.bank.B[: self.out_features]
         scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
         change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)
         gain_O = self.gain()
@@ -171,18 +166,12 @@ class DoraBank(DoraLinear):
             return F.compose_exact(y, product, change, gain_O)
         return F.compose(y, change, gain_O, self.bias)
 
-    def state(self) -> LayerAdapter:
-        """The trained values and the whole bank; views, not copies."""
-        m_O = self.lora_magnitude_vector
-        values = self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), None if m_O is None else m_O.detach()
-        return BankAdapter((self.bank.A, self.bank.B), *values, self.in_features)
+    def values(self) -> BankValues:
+        """What is trained, and the whole bank."""
+        bank = self.bank.A, self.bank.B
+        return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.bank, self.d_initial = self._parts
-        del self._parts
-        if self.base.kind != "linear":
-            raise DoraError(f"{type(self.base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
-        self.cache = LayerCache(_Scaled(self.base, self.bank))
         self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
         self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
 
@@ -190,12 +179,9 @@ class DoraBank(DoraLinear):
         nn.init.constant_(self.vera_lambda_d, self.d_initial)
         nn.init.zeros_(self.vera_lambda_b)
 
+    def _fill_factors(self, given: LayerAdapter | None) -> None:
+        for key, p in {"d": self.vera_lambda_d, "b": self.vera_lambda_b}.items():
+            p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
 
-def _slices(base: Dense, bank: Bank) -> tuple[Tensor, Tensor]:
-    O, I = base.shape
-    return bank.A[:, :I], bank.B[:O]
-
-
-def _factors(base: Dense, bank: Bank, d_R: Tensor, b_O: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = _slices(base, bank)
-    return d_R[:, None] * a.to(d_R.dtype), b_O[:, None] * b.to(b_O.dtype)
+    def row_lengths(self) -> Tensor:
+        return self.cache.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)

@@ -86,13 +86,13 @@ class Dense:
         return self.W_OI.detach()[index]
 
     def refuse_backward(self, x: Tensor) -> None:
-        """Nothing, where a gradient passes through the layer to its input, or none is asked for.
+        """Check that the right gradient passes through the layer to its input, where one is asked for.
 
         Raises:
-            DoraError: if none would, or a wrong one.
+            DoraError: if it does not.
         """
 
-    def replaced(self, W_OI: Tensor) -> nn.Module:
+    def with_weight(self, W_OI: Tensor) -> nn.Module:
         """A plain layer of the same kind with this weight, cast once to the old one's dtype."""
         module = copy.copy(self.module)
         module._parameters = dict(self.module._parameters)

@@ -1,4 +1,4 @@
-"""Frozen layers whose weight is not a plain tensor: quantised storages, and those known by their product alone."""
+"""Frozen layers whose weight is not a plain tensor: quantized storages, and those known by their product alone."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class Opaque(Dense):
     def W_OI(self) -> Tensor:
         raise DoraError(
             f"{type(self.module).__qualname__} is a storage that doralib does not know: its dense weight cannot be "
-            "read. It trains as it is; merge the saved adapter into the unquantised model instead"
+            "read. It trains as it is; merge the saved adapter into the unquantized model instead"
         )
 
     @property
@@ -62,10 +62,10 @@ class Opaque(Dense):
         columns = [self._columns(block)[:, index] for block in F.row_blocks(self.shape[1], self.shape[0])]
         return torch.cat(columns).T
 
-    def replaced(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
+    def with_weight(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
         raise DoraError(
             f"{type(self.module).__qualname__}: doralib does not know how to put a merged weight back into this "
-            "storage; merge the saved adapter into the unquantised model instead"
+            "storage; merge the saved adapter into the unquantized model instead"
         )
 
     @torch.no_grad()
@@ -93,8 +93,8 @@ class Opaque(Dense):
         return next((t.device for t in self._tensors()), torch.device("cpu"))
 
 
-class Quantised(Opaque):
-    """A quantised storage that is known: dense by row blocks; the forward pass is the layer's own."""
+class Quantized(Opaque):
+    """A quantized storage that is known: dense by row blocks; the forward pass is the layer's own."""
 
     row_norm_sq, adapted_row_norm = Dense.row_norm_sq, Dense.adapted_row_norm
     times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times
@@ -135,6 +135,6 @@ class Quantised(Opaque):
         if x.requires_grad and (why := self.storage.refuses_backward):
             raise DoraError(why)
 
-    def replaced(self, W_OI: Tensor) -> nn.Module:
-        """A layer of the same kind and settings, quantised anew from this weight."""
+    def with_weight(self, W_OI: Tensor) -> nn.Module:
+        """A layer of the same kind and settings, quantized anew from this weight."""
         return self.storage.quantize_again(W_OI)

@@ -14,7 +14,7 @@ from .convolution import Convolution, TransposedConvolution
 from .embedding import Embedding
 from .linear import Dense as Dense
 from .linear import Transposed
-from .opaque import Opaque, Quantised
+from .opaque import Opaque, Quantized
 
 STORAGES: dict[str, type[Dense]] = {
     "torch.nn.modules.linear.Linear": Dense,
@@ -31,9 +31,9 @@ def open_base(module: nn.Module) -> Dense | None:
     The nearest registered ancestor wins, unless the class below it computes in its own way: then the layer's weight
     need not be what its product says, and it is `Opaque`, or None where the layer is not linear.
     """
-    quantised = find_storage(module)
-    if quantised is not None:
-        return Quantised(module, quantised)
+    quantized = find_storage(module)
+    if quantized is not None:
+        return Quantized(module, quantized)
     for cls in type(module).__mro__:
         storage = STORAGES.get(f"{cls.__module__}.{cls.__qualname__}")
         if storage is not None:
