@@ -54,13 +54,13 @@ class LayerCache:
         """
         if m_O is not None and n_O is None and self.base.triton_weight() is not None:
             n_O = self.constant_norm(a_RI, b_OR, s).clone()  # a kernel writes the next one in its place
-        request = _Request(self, a_RI, b_OR, m_O, s, bias_O, dtype, n_O)
-        learning, made = torch.is_grad_enabled(), self._made
-        if made is None or not made.is_for(request):
-            made = _make([request, *(self.group.stale_beside(self) if self.group is not None else ())])[0]
-        if learning:
-            if self.group is not None and request.has_own_norm:
-                self.group.remember(request)
+        wanted, made = (a_RI, b_OR, m_O, s, bias_O, dtype, n_O), self._made
+        if made is None or not self._is_current(made, *wanted):
+            beside = () if self.group is None else self.group.stale_beside(self)
+            made = _make([_Request(self, *wanted), *beside])[0]
+        if torch.is_grad_enabled():
+            if self.group is not None and m_O is not None and n_O is None:
+                self.group.remember(_Request(self, *wanted))
         elif made.operands.columns_OR is None:
             made = self._made = made._replace(operands=made.operands.with_columns())
         return made.operands
@@ -105,7 +105,37 @@ class LayerCache:
     def is_stale(self, request: "_Request") -> bool:
         """Whether parameters have changed since; a base that was moved or replaced waits for its own layer's call."""
         norm, made = self._norm, self._made
-        return norm is not None and made is not None and norm.key == self.base.key() and not made.is_for(request)
+        if norm is None or made is None or norm.key != self.base.key():
+            return False
+        return not self._is_current(made, *request[1:])
+
+    def _is_current(
+        self,
+        made: "_Made",
+        a_RI: Tensor,
+        b_OR: Tensor,
+        m_O: Tensor | None,
+        s: float,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        n_O: Tensor | None,
+    ) -> bool:
+        """Whether operands for these would be the same that were made, bit for bit."""
+        if made.dtype is not dtype or made.operands.s != s:
+            return False
+        # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
+        if made.operands.wide_a_RI.data_ptr() != a_RI.data_ptr():
+            return False
+        if m_O is None:
+            return made.a_RI.equals(a_RI) and made.b_OR.equals(b_OR)  # type: ignore[union-attr]
+        if n_O is None:
+            norm = self.known_norm(a_RI, b_OR, s)
+            n_O = None if norm is None else norm.n_O
+        if n_O is None or n_O is not made.operands.n_O or made.m_O is None or not made.m_O.equals(m_O):
+            return False
+        if bias_O is None or made.bias_O is None:
+            return bias_O is None and made.bias_O is None
+        return made.bias_O.equals(bias_O)
 
     @torch.no_grad()
     def _norm_by_triton(self, W_OI: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
@@ -243,12 +273,6 @@ class _Request(NamedTuple):
     def trained(self) -> tuple[Tensor, ...]:
         return (self.a_RI, self.b_OR) if self.m_O is None else (self.a_RI, self.b_OR, self.m_O)
 
-    @property
-    def watched(self) -> tuple[Tensor, ...]:
-        """What the operands follow from beside the norm, which follows from A and B itself."""
-        own = (self.a_RI, self.b_OR) if self.m_O is None else (self.m_O,)
-        return own if self.bias_O is None else (*own, self.bias_O)
-
 
 class _Norm(NamedTuple):
     """A norm and what it was made from."""
@@ -261,30 +285,14 @@ class _Norm(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """Operands and what they were made from."""
+    """Operands and what they were made from, beside the norm: m and the bias, or A and B of LoRA."""
 
     operands: Operands
     dtype: torch.dtype
-    copies: tuple[Copy, ...]
-    """Of `_Request.watched`."""
-
-    def is_for(self, request: _Request) -> bool:
-        """Whether they would be the same now, bit for bit."""
-        operands = self.operands
-        if self.dtype is not request.dtype or operands.s != request.s:
-            return False
-        # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
-        if operands.wide_a_RI.data_ptr() != request.a_RI.data_ptr():
-            return False
-        n_O = request.n_O
-        if request.has_own_norm:
-            norm = request.cache.known_norm(request.a_RI, request.b_OR, request.s)
-            if norm is None:
-                return False
-            n_O = norm.n_O
-        watched = request.watched
-        same = n_O is operands.n_O and len(watched) == len(self.copies)
-        return same and all(copy.equals(t) for copy, t in zip(self.copies, watched, strict=True))
+    m_O: Copy | None = None
+    bias_O: Copy | None = None
+    a_RI: Copy | None = None
+    b_OR: Copy | None = None
 
 
 # what is made in inference mode could not be used by a later backward pass
@@ -316,8 +324,8 @@ def _make(requests: Sequence[_Request]) -> list[_Made]:
 
 def _make_lora(request: _Request) -> _Made:
     _, a_RI, b_OR, _, s, _, dtype, _ = request
-    copies = tuple(Copy(t.detach().clone()) for t in request.watched)
-    return _Made(make_operands(a_RI, b_OR.detach(), None, s, None, dtype), dtype, copies)
+    copies = (Copy(t.detach().clone()) for t in (a_RI, b_OR))
+    return _Made(make_operands(a_RI, b_OR.detach(), None, s, None, dtype), dtype, None, None, *copies)
 
 
 def _make_dora(batch: list[_Request], norms: Sequence[_Norm | None]) -> list[_Made]:
@@ -339,8 +347,7 @@ def _make_dora(batch: list[_Request], norms: Sequence[_Norm | None]) -> list[_Ma
     ):
         a_RI = r.a_RI.detach()
         operands = Operands._make([r.s, a_RI.to(r.dtype), gsb, a_RI, wide_gsb, *rest, n_O, None])
-        copies = tuple(Copy(t) for t in (own_m_O, own_bias_O) if t is not None)
-        made.append(_Made(operands, r.dtype, copies))
+        made.append(_Made(operands, r.dtype, Copy(own_m_O), None if own_bias_O is None else Copy(own_bias_O)))
     return made
 
 
