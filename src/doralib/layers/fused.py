@@ -240,7 +240,7 @@ class _Block(Dense):
         return self.W_OI
 
 
-class _Scattered(Dense):
+class _Scattered(Opaque):
     """Rows of a frozen layer here and there, as q of every head: taken from what the whole layer gives."""
 
     def __init__(self, base: Dense, rows: Tensor) -> None:
@@ -254,14 +254,8 @@ class _Scattered(Dense):
     def key(self) -> tuple[object, ...]:
         return self._base.key()
 
-    def triton_weight(self) -> Tensor | None:
-        return None
-
     def row_norm_sq(self) -> Tensor:
         return self._base.row_norm_sq()[self._rows]
-
-    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
-        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return self._base.times_transposed(a_RI)[self._rows]

@@ -45,18 +45,5 @@ class TokenEmbedding(Embedding):
 
     kind = "token_embedding"
 
-    @property
-    def W_OI(self) -> Tensor:
-        return self._weight
-
-    def row_norm_sq(self) -> Tensor:
-        return F.row_norm_sq(self.W_OI)
-
-    def times_transposed(self, a_RI: Tensor) -> Tensor:
-        return F.times_transposed(self.W_OI, a_RI)
-
-    def transposed_times(self, c_OR: Tensor) -> Tensor:
-        return F.transposed_times(self.W_OI, c_OR)
-
-    def _stored(self, W_OI: Tensor) -> Tensor:
-        return W_OI
+    W_OI, _stored, row_norm_sq = Dense.W_OI, Dense._stored, Dense.row_norm_sq
+    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times

@@ -21,8 +21,7 @@ class Dense:
     @property
     def W_OI(self) -> Tensor:
         """The weight itself, rows are output features; a view."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight
+        return self._weight
 
     @property
     def rows(self) -> F.Rows:
@@ -100,6 +99,10 @@ class Dense:
         module.weight = nn.Parameter(weight, requires_grad=False)
         return module
 
+    def by_channel(self, t_O: Tensor) -> Tensor:
+        """A value for each row as the layer's output takes it: (O,), or (O, 1...) of a convolution."""
+        return t_O.view(-1, *(1 for _ in self.row_shape[2:]))
+
     @property
     def _weight(self) -> Tensor:
         """As stored."""
@@ -119,8 +122,7 @@ class Transposed(Dense):
 
     @property
     def W_OI(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.t()
+        return self._weight.t()
 
     def _stored(self, W_OI: Tensor) -> Tensor:
         return W_OI.t()
