@@ -31,6 +31,15 @@ class RunRecord:
     """What is missing or damaged, a sentence each."""
 
 
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric of one task, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def read_run(run: Path) -> RunRecord:
     """Everything that can be read of a run.
 
@@ -60,6 +69,16 @@ def read_run(run: Path) -> RunRecord:
 def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
     """(step, value) of every line that has a number by this name."""
     return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+
+
+def read_metric(result: Values, name: str) -> MetricValue | None:
+    """A metric of a TaskResult, if it is there and a number."""
+    metrics = result.get("metrics")
+    score = metrics.get(name) if isinstance(metrics, dict) else None
+    if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
+        return None
+    value = float(score["value"])
+    return MetricValue(value, float(score.get("low", value)), float(score.get("high", value)))
 
 
 def _read(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
