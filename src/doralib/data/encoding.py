@@ -48,10 +48,8 @@ def first_token(tokenizer: Tokenizer) -> int:
 
 def pad_token(tokenizer: Tokenizer) -> int:
     """A token for the masked places of a batch."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in tokens if token is not None)
 
 
 def context_length(model: nn.Module) -> int | None:

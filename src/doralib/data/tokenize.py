@@ -98,7 +98,8 @@ def _tokenize_chunk(
             raise UsageError(f"row {number}: {error}") from None
     texts = [piece.text for _, pieces in whole for piece in pieces]
     tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-    start, end = ([], []) if style.closed else (_start_tokens(tokenizer), _end_tokens(tokenizer))
+    start = [] if style.closed else _start_tokens(tokenizer)
+    end = [] if style.closed or tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for number, pieces in whole:
         coded = [(next(tokens), piece) for piece in pieces]
@@ -149,7 +150,3 @@ def _start_tokens(tokenizer: Tokenizer) -> list[int]:
     whole = tokenizer("a")["input_ids"]
     places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return list(whole[: next(places, 0)])
-
-
-def _end_tokens(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]

@@ -204,7 +204,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
 }
 
 
-def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise: str = "none") -> tuple[list[int], int]:
+def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalize: str = "none") -> tuple[list[int], int]:
     """The most probable option of each example, and how many prompts were cut."""
     asked = [_ask(task, row, example, scorer) for row, example in enumerate(examples, 1)]
     logp = iter(_log_likelihoods(scorer, [request for found, _ in asked for request in found]))
@@ -214,7 +214,7 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise:
             "none": [1] * len(found),
             "tokens": [request.length for request in found],
             "bytes": [len(option.encode()) for option in example.options],
-        }[normalise]
+        }[normalize]
         chosen.append(int(np.argmax([next(logp) / length for length in lengths])))
     return chosen, sum(cut for _, cut in asked)
 

@@ -182,7 +182,8 @@ def _continue(
         stopping_criteria=StoppingCriteriaList(stops),
         streamer=streamer,
     )
-    return [_before_stop(text, sampling.stop) for text in tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)]
+    texts = tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)
+    return [text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=None)] for text in texts]
 
 
 def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
@@ -201,10 +202,6 @@ def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling)
         use_cache=True,
     )
     return config
-
-
-def _before_stop(text: str, stop: Sequence[str]) -> str:
-    return text[: min((text.find(word) for word in stop if word in text), default=len(text))]
 
 
 @contextlib.contextmanager

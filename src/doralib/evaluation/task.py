@@ -85,13 +85,15 @@ class ChoiceTask(Task):
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         made, bad = [], Counter[str]()
+        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
             if truth is None:
                 bad[f"{plain_text(_value(self.answer, row))} of {len(texts)} choices"] += 1
             else:
-                made.append(Example(fill(self.prompt, row), texts[truth].strip(), self._options(texts), truth))
+                options = tuple(before + text for text in texts)
+                made.append(Example(fill(self.prompt, row), texts[truth].strip(), options, truth))
         _check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
         return made
 
@@ -102,10 +104,6 @@ class ChoiceTask(Task):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise UsageError(f"task {self.name}: choices: column {self.choices!r} must hold lists, found {value!r:.80}")
         return value
-
-    def _options(self, texts: Sequence[str]) -> tuple[str, ...]:
-        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
-        return tuple(before + text for text in texts)
 
 
 class ClassificationTask(Task):

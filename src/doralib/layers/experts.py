@@ -94,10 +94,7 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
     """A module some of whose stacks of weights are adapted: during its own forward it reads the adapted weights.
 
     Each adapted stack is made once a call, in the dtype of the frozen one, and kept while a backward pass may need it.
-
-    Args:
-        base_layer: Frozen here; kept as it is.
-        names: Whole names of the parameters in the model; their last parts are names in the module.
+    The parameters are given by their whole names in the model, whose last parts are their names in the module.
     """
 
     def __init__(self, base_layer: nn.Module, names: Sequence[str], config: DoraConfig) -> None:

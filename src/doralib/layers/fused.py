@@ -84,7 +84,6 @@ class DoraFused(DoraLinear):
         return None if m is None else self._among_all(m / torch.cat(self._lengths(detach=self.detach_norm)))
 
     def values(self) -> FusedValues:
-        """What is trained, and where it stands in the whole weight."""
         parts = self.lora_A, self.lora_fused_B, self.lora_magnitude_vector
         return FusedValues(self.rows_by_part, *parts, self.cache.base_norm_sq().sqrt())
 
@@ -187,13 +186,10 @@ def adapted_rows(parts: FusedParts, num_rows: int) -> list[Tensor]:
 
 
 def check_parts(bases: Mapping[str, Dense], config: DoraConfig) -> None:
-    """Check that every entry of fused_modules has layers, and that each of them is made up as it says.
-
-    Args:
-        bases: The layers that are adapted, by name.
+    """Check that every entry of fused_modules has layers among those adapted, and that each is made up as it says.
 
     Raises:
-        UsageError: listing everything that is wrong.
+        UsageError: if not, listing everything that is wrong.
     """
     problems, met = [], []
     for name, base in bases.items():

@@ -27,13 +27,8 @@ class DoraLinear(Part, AdapterLayer):
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
     B = 0 and m = |W|. Without m (method lora) g is 1. Parameters carry PEFT's names and are float32 masters, whatever
-    the base's dtype.
-
-    Args:
-        base_layer: Frozen here; kept as it is.
-        r: Rank.
-        scale: s.
-        base: The frozen layer as rows, where it was opened before.
+    the base's dtype. `base_layer` is frozen here and kept as it is; `base` is the same layer as rows, if it was opened
+    before.
 
     Raises:
         DoraError: if the layer is not linear.

@@ -159,7 +159,6 @@ class DoraBank(AroundBase, DoraLinear):
         return self._compose(y, change, x_a, dropout)
 
     def values(self) -> BankValues:
-        """What is trained, and the whole bank."""
         bank = self.bank.A, self.bank.B
         return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
 

@@ -8,12 +8,7 @@ from ..errors import UsageError
 from ..files import replacing
 from .record import RunRecord, numbers, read_metric
 
-_CURVES = {
-    "loss": ("loss", "eval_loss"),
-    "learning_rate": ("learning_rate", None),
-    "gradient_norm": ("grad_norm", None),
-    "tokens_per_second": ("tokens_per_second", None),
-}
+_CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _COLORS = ("#2563c9", "#c2560c")
 
 
@@ -24,10 +19,9 @@ def write_figures(record: RunRecord) -> list[Path]:
         UsageError: if matplotlib is not installed.
     """
     written = []
-    for name, (trained, evaluated) in _CURVES.items():
-        lines = [("training", numbers(record.train, trained))]
-        if evaluated:
-            lines.append(("evaluation", numbers(record.evals, evaluated)))
+    for key in _CURVES:
+        name = key.replace("grad", "gradient")
+        lines = [("training", numbers(record.train, key)), ("evaluation", numbers(record.evals, f"eval_{key}"))]
         if any(points for _, points in lines):
             written.append(_write(_curve(name.replace("_", " "), lines), record.path / "figures" / f"{name}.png"))
     figure = _results(record.results)
@@ -79,7 +73,7 @@ def _results(results: dict[str, dict[str, Any]]) -> Any | None:
         return None
     figure = new_figure(height=1.2 + 0.7 * len(tasks))
     axes = _clean(figure.add_subplot())
-    # hollow and full, so that they differ in grey too
+    # hollow and full, so that they differ in gray too
     for when, color, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLORS[0], -0.14, _COLORS[0])):
         scores = found[when].values()
         if scores:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import functional as F
-from .linear import Dense as Dense
-from .linear import Transposed
+from .linear import Dense, Transposed
 
 
 class Embedding(Transposed):

@@ -85,10 +85,10 @@ class Dense:
         return self.W_OI.detach()[index]
 
     def refuse_backward(self, x: Tensor) -> None:
-        """Check that the right gradient passes through the layer to its input, where one is asked for.
+        """Check the gradient to the layer's input.
 
         Raises:
-            DoraError: if it does not.
+            DoraError: if x asks for one and the layer would give a wrong one.
         """
 
     def with_weight(self, W_OI: Tensor) -> nn.Module:
