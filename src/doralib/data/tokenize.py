@@ -76,11 +76,10 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
             pieces = STYLES[settings.style].pieces(row, settings, tokenizer)
         except BadRow:
             continue
-        if len(tokenizer("".join(piece.text for piece in pieces))["input_ids"]) > settings.max_length:
-            continue
         last = max(i for i, piece in enumerate(pieces) if piece.learned)
         prompt = "".join(piece.text for piece in pieces[:last])
-        if prompt:
+        whole = "".join(piece.text for piece in pieces)
+        if prompt and len(tokenizer(whole)["input_ids"]) <= settings.max_length:
             found.append(Sample(prompt, pieces[last].text))
     return found
 

@@ -81,13 +81,9 @@ def evaluate(
 ) -> dict[str, TaskResult]:
     """The result of each task by its name; all data is read and checked before the model is asked anything.
 
-    The model is a causal language model of `transformers`, adapted or not; every module gets its mode back.
-
-    Args:
-        batch_size: Texts in one forward pass; it does not change the result beyond rounding.
-        limit: How many of the first rows of each task are read; None: all.
-        seed: Of the bootstrap.
-        tick: Gets each step forward, by the name of the task, whose total is 1.
+    The model is a causal language model of `transformers`, adapted or not; every module gets its mode back. The batch
+    size changes no result beyond rounding, ``limit`` takes the first rows of each task alone, ``seed`` is that of the
+    bootstrap, and ``tick`` gets each step forward by the name of the task, whose total is 1.
 
     Raises:
         UsageError: if data, columns or labels do not fit, for all tasks at once.

@@ -35,18 +35,16 @@ def packaged_tasks() -> dict[str, Path]:
 
 
 def _load(name: str) -> Task:
-    path, data = _find(name), None
-    if path is None and "=" in name:
-        left, _, data = name.partition("=")
-        path = _find(left)
-    if path is None:
-        known = packaged_tasks()
-        asked = name.partition("=")[0]
-        raise UsageError(
-            f"there is no task {asked!r}, neither a file nor packaged{did_you_mean(asked, known)}\n"
-            f"  packaged: {', '.join(known)}; or give the path of a .yaml file"
-        )
-    return read_task(path, data)
+    if path := _find(name):
+        return read_task(path)
+    asked, _, data = name.partition("=")
+    if path := _find(asked):
+        return read_task(path, data)
+    known = packaged_tasks()
+    raise UsageError(
+        f"there is no task {asked!r}, neither a file nor packaged{did_you_mean(asked, known)}\n"
+        f"  packaged: {', '.join(known)}; or give the path of a .yaml file"
+    )
 
 
 def _find(name: str) -> Path | None:

@@ -68,8 +68,8 @@ class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
         self.lora_embedding_A, self.lora_embedding_B = a, b
 
     def _start_factors(self) -> None:
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B)
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
 
 
 class DoraTokenEmbedding(DoraEmbedding):
@@ -109,7 +109,3 @@ class DoraTokenEmbedding(DoraEmbedding):
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))
-
-    def _start_factors(self) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)

@@ -70,14 +70,6 @@ class DoraFused(DoraLinear):
         r = self.lora_fused_B.shape[1]
         return list(zip(self.lora_A.split(r), self.lora_fused_B.split(self._sizes), strict=True))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Back to the start: every A as the paper draws it, B = 0, m = |W|."""
-        self._start_factors()
-        if self.lora_magnitude_vector is not None:
-            starts = [cache.norm_at_start(a, b, self.scale) for cache, (a, b) in self._caches_and_factors()]
-            self.lora_magnitude_vector.copy_(torch.cat(starts))
-
     def gain(self) -> Tensor | None:
         """``g = m / |W + s B A|``, (O,), 1 where nothing is adapted; None for LoRA."""
         m = self.lora_magnitude_vector
@@ -140,6 +132,9 @@ class DoraFused(DoraLinear):
         for a, _ in self.factors_by_part:
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
+
+    def _start_lengths(self) -> Tensor:
+        return torch.cat([cache.norm_at_start(a, b, self.scale) for cache, (a, b) in self._caches_and_factors()])
 
     def row_lengths(self) -> Tensor:
         return super().row_lengths()[self.rows]

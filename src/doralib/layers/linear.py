@@ -84,7 +84,7 @@ class DoraLinear(Part, AdapterLayer):
         """Back to the start: A and B as `init_lora_weights` says, with no change of the weight, and m = |W|."""
         self._start_factors()
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.cache.norm_at_start(self.a_RI, self.b_OR, self.scale))
+            self.lora_magnitude_vector.copy_(self._start_lengths())
 
     @property
     def r(self) -> int:
@@ -199,6 +199,9 @@ class DoraLinear(Part, AdapterLayer):
             for p, start, value in zip((self.lora_A, self.lora_B), (self.start_A, self.start_B), found, strict=True):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
+
+    def _start_lengths(self) -> Tensor:
+        return self.cache.norm_at_start(self.a_RI, self.b_OR, self.scale)
 
     def row_lengths(self) -> Tensor:
         return self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=True)
