@@ -215,9 +215,7 @@ class DoraLinear(Part, AdapterLayer):
         return x.is_cpu and self.detach_norm
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
-        if not (self.training and self.dropout):
-            return None
-        return draw(x, self.dropout, exact=self.exact_dropout)
+        return draw(x, self.dropout, exact=self.exact_dropout) if self.training and self.dropout else None
 
     def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
         self.base.refuse_backward(x)

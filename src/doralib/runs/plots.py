@@ -24,8 +24,7 @@ def write_figures(record: RunRecord) -> list[Path]:
         lines = [("training", numbers(record.train, key)), ("evaluation", numbers(record.evals, f"eval_{key}"))]
         if any(points for _, points in lines):
             written.append(_write(_curve(name.replace("_", " "), lines), record.path / "figures" / f"{name}.png"))
-    figure = _results(record.results)
-    if figure is not None:
+    if figure := _results(record.results):
         written.append(_write(figure, record.path / "figures" / "results.png"))
     return written
 

@@ -82,18 +82,17 @@ def read_metric(result: Values, name: str) -> MetricValue | None:
 
 
 def _read(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
-    if not path.exists():
-        notes.append(f"{path.name} is missing.")
-        return kind()
-    try:
-        value = read(path)
-    except (DoraError, OSError) as error:
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
-        return kind()
-    if not isinstance(value, kind):
-        notes.append(f"{path.name} does not hold what it should.")
-        return kind()
-    return value
+    problem = "is missing"
+    if path.exists():
+        try:
+            value = read(path)
+            if isinstance(value, kind):
+                return value
+            problem = "does not hold what it should"
+        except (DoraError, OSError) as error:
+            problem = f"cannot be read: {str(error).splitlines()[0]}"
+    notes.append(f"{path.name} {problem}.")
+    return kind()
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Values]:

@@ -259,8 +259,7 @@ def _full(record: RunRecord) -> dict[str, str]:
 
 
 def _eval(record: RunRecord, run: str) -> str:
-    settings = record.config.get("eval")
-    tasks = settings.get("tasks") if isinstance(settings, dict) else None
+    tasks = _find_setting(record.config, "eval", "tasks")
     names = ",".join(str(task) for task in tasks) if tasks else "TASK.yaml"
     return f"doralib eval {run} --tasks {shlex.quote(names)}"
 

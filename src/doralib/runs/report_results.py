@@ -125,13 +125,10 @@ def _change_line(change: _Change, place: Any) -> Markup:
             marks.append(el("i", class_=f"dot {when}", style=f"left:{at}", title=title))
     rows = f"{change.n:,} rows" if isinstance(change.n, int) else ""
     name = el("b", change.task, el("small", f"{change.metric.replace('_', ' ')}, {rows}"))
-    return el("div", name, el("div", *marks, class_="track"), _verdict(change), class_="change")
-
-
-def _verdict(change: _Change) -> Markup:
     shown = [_text(change.metric, value.value) for value in (change.before, change.after) if value]
     arrow = " \N{RIGHTWARDS ARROW} "
-    return el("div", el("b", arrow.join(shown)), _difference(change, "small"), class_="verdict")
+    verdict = el("div", el("b", arrow.join(shown)), _difference(change, "small"), class_="verdict")
+    return el("div", name, el("div", *marks, class_="track"), verdict, class_="change")
 
 
 def _table(changes: Sequence[_Change]) -> Markup:

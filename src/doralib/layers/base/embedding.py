@@ -18,10 +18,6 @@ class Embedding(Transposed):
         factor = getattr(self.module, "embed_scale", None)
         return factor if factor is None or isinstance(factor, Tensor) else torch.tensor(float(factor))
 
-    @property
-    def bias(self) -> Tensor | None:
-        return None
-
     def triton_weight(self) -> Tensor | None:
         return None
 

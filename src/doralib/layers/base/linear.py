@@ -31,7 +31,8 @@ class Dense:
     @property
     def bias(self) -> Tensor | None:
         """(O,)."""
-        return self.module.bias  # type: ignore[return-value]
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
 
     @property
     def shape(self) -> tuple[int, int]:

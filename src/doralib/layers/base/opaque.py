@@ -22,11 +22,6 @@ class Opaque(Dense):
         )
 
     @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
-
-    @property
     def shape(self) -> tuple[int, int]:
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
