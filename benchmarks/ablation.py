@@ -12,8 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 from doralib.experiments.bench.generate import Writer
-from doralib.experiments.bench.measure import Neighbours, Turn, interleave, machine
-from doralib.experiments.bench.subjects import Adapter, build, nudge
+from doralib.experiments.bench.measure import Neighbors, Turn, describe_machine, interleave
+from doralib.experiments.bench.subjects import AdapterSettings, build, nudge
 from doralib.experiments.bench.workload import TrainingStep, base_model, token_batch
 from doralib.files import write_json
 from doralib.kernels import cache, eager, reductions
@@ -54,7 +54,7 @@ def without(name, model):
 def measure_step(dtype, batch, options):
     """Ratios of a training step."""
     base, _ = base_model(None, options.layers, dtype)
-    model = build("ours-dora", base, Adapter(16))
+    model = build("ours-dora", base, AdapterSettings(16))
     step = TrainingStep(model, token_batch(base.config.vocab_size, *batch))
 
     def run(name):
@@ -67,7 +67,7 @@ def measure_step(dtype, batch, options):
 def measure_generation(dtype, options):
     """Ratios of 24 tokens, one by one; the factors are new in each turn."""
     base, _ = base_model(None, options.layers, dtype)
-    model = build("ours-dora", base, Adapter(16))
+    model = build("ours-dora", base, AdapterSettings(16))
     writer = Writer(model, token_batch(base.config.vocab_size, 1, 32)["input_ids"], 24)
 
     def prepare(name):
@@ -103,14 +103,14 @@ def main():
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    neighbours, cases = Neighbours(), {}
+    neighbors, cases = Neighbors(), {}
     for dtype in ("float32", "bfloat16"):
         for sequences in (1, 4):
             cases[f"step, {dtype}, {sequences}x256 tokens"] = measure_step(dtype, (sequences, 256), options)
         cases[f"generation, {dtype}"] = measure_generation(dtype, options)
         for name in [name for name in cases if dtype in name]:
             show(name, cases[name])
-    where = {**machine(), "cores_busy_elsewhere": neighbours.cores()}
+    where = {**describe_machine(), "cores_busy_elsewhere": neighbors.cores()}
     settings = {"rounds": options.rounds, "layers": options.layers}
     write_json(options.out / "ablation.json", {"settings": settings, "machine": where, "cases": cases})
 

@@ -51,10 +51,10 @@ def replacing(path: str | Path, need: int = 0) -> Iterator[Path]:
             raise
         raise DoraError(_explain_disk_full(final, max(need, count_bytes(part)))) from error
     finally:
-        remove(part)
+        delete(part)
 
 
-def remove(path: Path) -> None:
+def delete(path: Path) -> None:
     """Delete a file or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -224,11 +224,11 @@ def _sweep(final: Path) -> None:
     aside = _set_aside_name(final)
     if aside.exists() and not final.exists():
         aside.replace(final)
-    remove(aside)
+    delete(aside)
     for part in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(_HOST)}-*.part"):
         pid = part.name.removesuffix(".part").rsplit("-", 2)[-2]
         if pid.isdigit() and not _is_alive(int(pid)):
-            remove(part)
+            delete(part)
 
 
 def _is_alive(pid: int) -> bool:
@@ -269,7 +269,7 @@ def _replace(part: Path, final: Path) -> None:
             aside.replace(final)
         raise
     _sync_one(final.parent)
-    remove(aside)
+    delete(aside)
 
 
 def _set_aside_name(final: Path) -> Path:

@@ -281,7 +281,7 @@ def kept(gain_O1: Tensor, b_OR: Tensor) -> Tensor:
     return torch.where(same, gain_O1 + rest, gain_O1)
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """One adapter's share of a combination: ``w (V - W)`` with ``V = g ∘ (W + s B A)``."""
 
     weight: float
@@ -294,7 +294,7 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def combined_factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
+def combined_factors(parts: Sequence[Share]) -> tuple[Tensor, Tensor, Tensor]:
     """The one adapter that changes W by what several change it, weighted and summed: A', B' and G, in float64.
 
     ``W + Σ w_i (V_i - W) = G ∘ (W + B' A')`` row by row, with G = 1 + Σ w_i (g_i - 1), A' the A_i one under the other

@@ -47,7 +47,7 @@ def test_the_formula(O, I, ranks, lora, seed):
         b[0] *= seed % 2  # rows of length zero stay so, or get a direction
         m = None if lora >> i & 1 else draw(O)
         gain = None if m is None else F.gain(m, (W + s * b @ a).norm(dim=1))
-        parts.append(F.Part(w, a, b, gain, s))
+        parts.append(F.Share(w, a, b, gain, s))
         want += w * (dense(W, a, b, m, s) - W)
     a, b, G = F.combined_factors(parts)
     assert a.shape == (sum(ranks), I)

@@ -19,7 +19,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, Phi3Config, Phi3ForCausa
 import doralib
 from doralib.adapters import registry
 from doralib.adapters.merge import dequantize
-from doralib.checkpoints.convert import Request, convert_adapter
+from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.checkpoints.quantized import find_quantized
@@ -270,7 +270,7 @@ def test_blocks_of_rows_are_the_whole(bases, adapter, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
 def test_a_format_that_needs_the_bases_names_and_shapes(kind, bases, adapter, even_llama_folder, tmp_path):
     base = bases(kind)
-    convert_adapter(Request(adapter, "kohya", tmp_path / "kohya.safetensors", base=str(even_llama_folder)))
+    convert_adapter(ConversionRequest(adapter, "kohya", tmp_path / "kohya.safetensors", base=str(even_llama_folder)))
     merge_checkpoint(adapter, base, tmp_path / "ours", dtype="float32")
     merge_checkpoint(tmp_path / "kohya.safetensors", base, tmp_path / "theirs", dtype="float32")
     ours, theirs = stored(tmp_path / "ours"), stored(tmp_path / "theirs")
@@ -297,7 +297,7 @@ def test_inspect_and_convert_read_quantised_bases(kind, bases, adapter, tmp_path
     status, out, err = run("inspect", adapter, "--base", base)
     assert status == 0, err
     assert "direction moved" in " ".join(out.split())
-    request = Request(adapter, "lora", tmp_path / "lora", base=str(base), rank=64)
+    request = ConversionRequest(adapter, "lora", tmp_path / "lora", base=str(base), rank=64)
     assert max(each.relative for each in convert_adapter(request).errors) < 1e-4, "of full rank nothing is lost"
     plain = doralib.load_adapter(load(base), adapter)
     lora = doralib.load_adapter(load(base), tmp_path / "lora")

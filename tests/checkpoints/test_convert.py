@@ -10,7 +10,7 @@ from adapted import move
 import doralib
 from doralib.adapters.registry import trainable
 from doralib.adapters.save_load import read_for_model
-from doralib.checkpoints.convert import TARGETS, Request, convert_adapter
+from doralib.checkpoints.convert import TARGETS, ConversionRequest, convert_adapter
 from doralib.checkpoints.lowrank import find_nearest_lora
 from doralib.cli.convert import convert_and_show
 from doralib.errors import DoraError, UsageError
@@ -41,8 +41,8 @@ def trained(tiny_llama, tiny_llama_folder, tmp_path):
 )
 def test_there_and_back(to, trained, tmp_path):
     adapter, base = trained
-    convert_adapter(Request(adapter, to, tmp_path / "there", base=base))
-    convert_adapter(Request(tmp_path / "there", "peft", tmp_path / "back", base=base))
+    convert_adapter(ConversionRequest(adapter, to, tmp_path / "there", base=base))
+    convert_adapter(ConversionRequest(tmp_path / "there", "peft", tmp_path / "back", base=base))
     want, got = (read_for_model(folder)[1].layers for folder in (adapter, tmp_path / "back"))
     assert got.keys() == want.keys()
     for name, layer in want.items():
@@ -56,8 +56,8 @@ def test_what_is_written_for_peft_loads_and_answers_the_same(trained, tmp_path, 
     from transformers import AutoModelForCausalLM
 
     adapter, _ = trained
-    convert_adapter(Request(adapter, "mlx", tmp_path / "mlx"))
-    convert_adapter(Request(tmp_path / "mlx", "peft", tmp_path / "peft"))
+    convert_adapter(ConversionRequest(adapter, "mlx", tmp_path / "mlx"))
+    convert_adapter(ConversionRequest(tmp_path / "mlx", "peft", tmp_path / "peft"))
     ids = torch.tensor([[5, 6, 7, 8]])
     logits = []
     for folder in (adapter, tmp_path / "peft"):
@@ -71,8 +71,8 @@ def test_tensorrt_needs_the_base(trained, tmp_path):
     settings = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(UsageError, match="give --base MODEL"):
-        convert_adapter(Request(adapter, "tensorrt", tmp_path / "trt"))
-    done = convert_adapter(Request(adapter, "tensorrt", tmp_path / "trt", base=base))
+        convert_adapter(ConversionRequest(adapter, "tensorrt", tmp_path / "trt"))
+    done = convert_adapter(ConversionRequest(adapter, "tensorrt", tmp_path / "trt", base=base))
     assert "--dora_plugin=enable" in done.notes[0]
     weights, ours = read_tensors(Path(base) / "model.safetensors"), read_for_model(adapter)[1].layers
     written = read_tensors(tmp_path / "trt" / "adapter_model.safetensors")
@@ -86,10 +86,10 @@ def test_tensorrt_is_read_with_the_base(trained, tmp_path, tiny_llama_folder):
     from transformers import AutoModelForCausalLM
 
     adapter, base = trained
-    convert_adapter(Request(adapter, "tensorrt", tmp_path / "trt", base=base))
+    convert_adapter(ConversionRequest(adapter, "tensorrt", tmp_path / "trt", base=base))
     with pytest.raises(UsageError, match="give --base MODEL"):
-        convert_adapter(Request(tmp_path / "trt", "peft", tmp_path / "back"))
-    done = convert_adapter(Request(tmp_path / "trt", "peft", tmp_path / "back", base=base))
+        convert_adapter(ConversionRequest(tmp_path / "trt", "peft", tmp_path / "back"))
+    done = convert_adapter(ConversionRequest(tmp_path / "trt", "peft", tmp_path / "back", base=base))
     assert done.source == "tensorrt"
     ours, back = (read_for_model(folder)[1].layers for folder in (adapter, tmp_path / "back"))
     assert ours.keys() == back.keys()
@@ -105,12 +105,12 @@ def test_tensorrt_is_read_with_the_base(trained, tmp_path, tiny_llama_folder):
 def test_requests_that_cannot_be_right(trained, tmp_path):
     adapter, _ = trained
     for request, why in [
-        (Request(adapter, "kohia", tmp_path / "x"), "did you mean 'kohya'"),
-        (Request(adapter, "nvlabs", tmp_path / "x"), "is read, not written"),
-        (Request(adapter, "lora", tmp_path / "x"), "needs --rank"),
-        (Request(adapter, "lora", tmp_path / "x", rank=0), "--rank 0"),
-        (Request(adapter, "mlx", tmp_path / "x", rank=4), "--rank and texts belong to --to lora"),
-        (Request(adapter, "kohya", tmp_path / "x", given=Hints(component="vae")), "--component vae"),
+        (ConversionRequest(adapter, "kohia", tmp_path / "x"), "did you mean 'kohya'"),
+        (ConversionRequest(adapter, "nvlabs", tmp_path / "x"), "is read, not written"),
+        (ConversionRequest(adapter, "lora", tmp_path / "x"), "needs --rank"),
+        (ConversionRequest(adapter, "lora", tmp_path / "x", rank=0), "--rank 0"),
+        (ConversionRequest(adapter, "mlx", tmp_path / "x", rank=4), "--rank and texts belong to --to lora"),
+        (ConversionRequest(adapter, "kohya", tmp_path / "x", given=Hints(component="vae")), "--component vae"),
     ]:
         with pytest.raises(UsageError, match=why):
             convert_adapter(request)
@@ -120,7 +120,7 @@ def test_requests_that_cannot_be_right(trained, tmp_path):
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_the_lora_is_the_nearest_of_its_rank(rank, trained, tmp_path):
     adapter, base = trained
-    done = convert_adapter(Request(adapter, "lora", tmp_path / "lora", base=base, rank=rank))
+    done = convert_adapter(ConversionRequest(adapter, "lora", tmp_path / "lora", base=base, rank=rank))
     config, state = read_for_model(tmp_path / "lora")
     assert config.method == "lora"
     weights, ours = read_tensors(Path(base) / "model.safetensors"), read_for_model(adapter)[1].layers
@@ -138,9 +138,9 @@ def test_the_lora_is_the_nearest_of_its_rank(rank, trained, tmp_path):
 
 def test_at_full_rank_the_logits_are_the_adapters_and_at_rank_1_merging_is_suggested(trained, tmp_path, capsys):
     adapter, base = trained
-    full = convert_adapter(Request(adapter, "lora", tmp_path / "full", base=base, rank=64, texts=TEXTS))
+    full = convert_adapter(ConversionRequest(adapter, "lora", tmp_path / "full", base=base, rank=64, texts=TEXTS))
     assert full.logits < 1e-5
-    low = convert_and_show(Request(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
+    low = convert_and_show(ConversionRequest(adapter, "lora", tmp_path / "low", base=base, rank=1, texts=TEXTS))
     assert low.logits > 100 * full.logits
     assert max(each.relative for each in low.errors) > 0.1
     shown = capsys.readouterr().out
@@ -186,8 +186,8 @@ def test_a_pipelines_adapter_becomes_one_models(tmp_path):
         tensors[f"{part}.{name}.lora_magnitude_vector"] = torch.rand(8)
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(UsageError, match=r"several parts of a pipeline \(text_encoder, unet\)"):
-        convert_adapter(Request(tmp_path, "peft", tmp_path / "out"))
-    done = convert_adapter(Request(tmp_path, "peft", tmp_path / "out", given=Hints(component="unet")))
+        convert_adapter(ConversionRequest(tmp_path, "peft", tmp_path / "out"))
+    done = convert_adapter(ConversionRequest(tmp_path, "peft", tmp_path / "out", given=Hints(component="unet")))
     assert list(read_for_model(tmp_path / "out")[1].layers) == ["down_blocks.0.to_q"]
     assert "1 layers of other parts" in done.notes[1]
 
@@ -200,7 +200,7 @@ def test_an_adapter_of_another_model_is_refused(trained, tmp_path):
         adapter / "adapter_model.safetensors", {k.replace("layers.1", "layers.9"): v for k, v in tensors.items()}
     )
     with pytest.raises(DoraError, match="does not fit the base"):
-        convert_adapter(Request(adapter, "lora", tmp_path / "out", base=base, rank=2))
+        convert_adapter(ConversionRequest(adapter, "lora", tmp_path / "out", base=base, rank=2))
     assert not (tmp_path / "out").exists()
 
 
@@ -228,9 +228,9 @@ def test_a_kohya_files_names_are_looked_up_in_a_pipeline(kind, tmp_path):
         tensors[f"{key}.alpha"], tensors[f"{key}.dora_scale"] = torch.tensor(1.0), torch.rand(O, 1)
     write_tensors(tmp_path / "kohya.safetensors", tensors)
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
-    done = convert_adapter(Request(tmp_path / "kohya.safetensors", "diffusers", there, base=str(base)))
+    done = convert_adapter(ConversionRequest(tmp_path / "kohya.safetensors", "diffusers", there, base=str(base)))
     assert (done.source, done.layers) == ("kohya", 2)
-    convert_adapter(Request(there, "kohya", back))
+    convert_adapter(ConversionRequest(there, "kohya", back))
     again = read_tensors(back)
     for key, value in tensors.items():
         assert torch.equal(again[key], value)
@@ -242,8 +242,8 @@ def test_shared_random_matrices_go_to_a_lora_and_nowhere_else(tiny_llama, tiny_l
     move(model)
     doralib.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UsageError, match="dvora shares its random matrices"):
-        convert_adapter(Request(tmp_path / "adapter", "kohya", tmp_path / "out"))
-    request = Request(
+        convert_adapter(ConversionRequest(tmp_path / "adapter", "kohya", tmp_path / "out"))
+    request = ConversionRequest(
         tmp_path / "adapter", "lora", tmp_path / "lora", base=str(tiny_llama_folder), rank=48, texts=TEXTS
     )
     assert convert_adapter(request).logits < 1e-5

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from doralib.data.prepare import IGNORED
 from doralib.data.prompts import STYLES, check_columns
-from doralib.data.rows import RawRows, read_both, read_rows
+from doralib.data.rows import RawRows, read_both, read_dataset
 from doralib.data.tokenize import Collator, find_samples, tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings
@@ -258,32 +258,32 @@ def test_every_kind_of_file(kind, tmp_path, cache):
     else:
         sep = {"csv": ",", "tsv": "\t"}[kind]
         path.write_text("".join(sep.join(row) + "\n" for row in [ROWS[0], *(row.values() for row in ROWS)]))
-    assert read_rows(str(path), "data.train").to_list() == ROWS
+    assert read_dataset(str(path), "data.train").to_list() == ROWS
 
 
 def test_words_that_look_like_nothing_stay_words(tmp_path, cache):
     (tmp_path / "a.csv").write_text("text,label\nx,None\nNA,\n")
-    rows = read_rows(str(tmp_path / "a.csv"), "data.train").to_list()
+    rows = read_dataset(str(tmp_path / "a.csv"), "data.train").to_list()
     assert rows == [{"text": "x", "label": "None"}, {"text": "NA", "label": None}]
 
 
 def test_csv_is_read_as_it_is_written(tmp_path, cache):
     (tmp_path / "a.csv").write_text("\ufefftext,label,\n007,true,\n1.10,1,\n12345678901234567890123,,x\n")
-    rows = read_rows(str(tmp_path / "a.csv"), "data.train")
+    rows = read_dataset(str(tmp_path / "a.csv"), "data.train")
     assert rows["text"][:] == ["007", "1.10", "12345678901234567890123"]
     assert rows["label"][:] == ["true", "1", None]
     assert rows["column 3"][:] == [None, None, "x"]
     (tmp_path / "long.csv").write_text("text,label\n" + "many words " * 20_000 + ",1\n")
-    assert read_rows(str(tmp_path / "long.csv"), "data.train")["label"][:] == ["1"]
+    assert read_dataset(str(tmp_path / "long.csv"), "data.train")["label"][:] == ["1"]
 
 
 def test_csv_of_another_width_than_its_header_is_refused(tmp_path, cache):
     (tmp_path / "a.csv").write_text("text,label\ngood, very good,positive\nbad, very bad,negative\n")
     with pytest.raises(DoraError, match=r"header has 2 columns and the first row 3"):
-        read_rows(str(tmp_path / "a.csv"), "data.train")
+        read_dataset(str(tmp_path / "a.csv"), "data.train")
     (tmp_path / "a.csv").write_text("text,text\ngood,positive\n")
     with pytest.raises(DoraError, match=r"two columns of one name, text"):
-        read_rows(str(tmp_path / "a.csv"), "data.train")
+        read_dataset(str(tmp_path / "a.csv"), "data.train")
 
 
 def test_rows_not_shown_are_announced_only_where_there_are_some(tokenizer):
@@ -304,29 +304,29 @@ def test_samples_are_rows_that_the_model_takes(tokenizer):
 def test_utf_16_is_named(tmp_path, cache):
     (tmp_path / "a.csv").write_text("text,label\na,b\n", encoding="utf-16")
     with pytest.raises(DoraError, match=r"UTF-16 text.*iconv -f utf-16"):
-        read_rows(str(tmp_path / "a.csv"), "data.train")
+        read_dataset(str(tmp_path / "a.csv"), "data.train")
 
 
 def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(UsageError, match=r"data.train: no file .*looked for .*did you mean 'train.jsonl'"):
-        read_rows(str(tmp_path / "trian.jsonl"), "data.train")
+        read_dataset(str(tmp_path / "trian.jsonl"), "data.train")
     with pytest.raises(UsageError, match=r"there is no folder"):
-        read_rows(str(tmp_path / "no" / "train.jsonl"), "data.train")
+        read_dataset(str(tmp_path / "no" / "train.jsonl"), "data.train")
     with pytest.raises(UsageError, match=r"ends in '.txt'"):
-        read_rows(str(tmp_path / "rows.txt"), "data.train")
+        read_dataset(str(tmp_path / "rows.txt"), "data.train")
     with pytest.raises(UsageError, match="is a folder"):
-        read_rows(str(tmp_path), "data.train")
+        read_dataset(str(tmp_path), "data.train")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UsageError, match="is empty"):
-        read_rows(str(tmp_path / "empty.jsonl"), "data.train")
+        read_dataset(str(tmp_path / "empty.jsonl"), "data.train")
     (tmp_path / "head.csv").write_text("text,label\n")
     with pytest.raises(UsageError, match="has no rows"):
-        read_rows(str(tmp_path / "head.csv"), "data.train")
+        read_dataset(str(tmp_path / "head.csv"), "data.train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DoraError, match=r"no file here .* and as a hub data set"):
-        read_rows("nobody/nothing", "data.train")
+        read_dataset("nobody/nothing", "data.train")
 
 
 @pytest.mark.parametrize(
@@ -343,13 +343,13 @@ def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
 def test_damaged_files(name, text, said, tmp_path, cache):
     (tmp_path / name).write_text(text)
     with pytest.raises(DoraError, match=said) as caught:
-        read_rows(str(tmp_path / name), "data.train")
+        read_dataset(str(tmp_path / name), "data.train")
     assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_row_of_another_kind_is_malformed(tmp_path, cache, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n{"txt": "c"}\n{"text": 4}\n')
-    rows = read_rows(str(tmp_path / "a.jsonl"), "data.train")
+    rows = read_dataset(str(tmp_path / "a.jsonl"), "data.train")
     made = tokenize_rows(rows, range(1, 5), DataSettings(train="t", target="text"), tokenizer)
     assert made.report.dropped == {"malformed": 1, "empty": 1}
     assert [learned(row, tokenizer) for row in made.rows] == ["a<|end|>", "4<|end|>"]

@@ -399,6 +399,12 @@ def test_tensorrt_gets_m_over_n_and_nobody_takes_it_for_peft():
 # ai-toolkit, diffusers
 
 
+def test_layers_of_no_such_part_are_refused():
+    config, state, _ = adapter(LANGUAGE)
+    with pytest.raises(UsageError, match=r"--component unet: no such part of a pipeline has unet\.model\.layers\.0"):
+        FORMATS["diffusers"].write(config, state, Hints(component="unet"))
+
+
 def test_ai_toolkits_alpha_is_assumed_and_can_be_given():
     _, state, base = adapter(FLUX, scales=(1.0,))
     tensors = {}

@@ -391,29 +391,33 @@ TENSORS, FIRST = "adapter_model.safetensors", "layers.0.mlp.experts"
 
 
 def test_other_formats_refuse_experts(tmp_path):
-    from doralib.checkpoints.convert import Request, convert_adapter
+    from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 
     doralib.save_adapter(move(doralib.adapt(build("olmoe"), config())), tmp_path / "adapter")
     for to in ("mlx", "ai-toolkit", "fsdp-qlora", "kohya", "diffusers"):
         with pytest.raises(UsageError, match="experts"):
-            convert_adapter(Request(adapter=tmp_path / "adapter", to=to, out=tmp_path / to))
+            convert_adapter(ConversionRequest(adapter=tmp_path / "adapter", to=to, out=tmp_path / to))
     build("olmoe").save_pretrained(tmp_path / "base")
     with pytest.raises(UsageError, match=r"TensorRT-LLM has no DoRA of .*experts"):
         convert_adapter(
-            Request(adapter=tmp_path / "adapter", to="tensorrt", out=tmp_path / "l", base=str(tmp_path / "base"))
+            ConversionRequest(
+                adapter=tmp_path / "adapter", to="tensorrt", out=tmp_path / "l", base=str(tmp_path / "base")
+            )
         )
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_nearest_lora_of_every_expert(apart, tmp_path):
     """At full rank the LoRA is the change itself, whether the checkpoint keeps the experts together or apart."""
-    from doralib.checkpoints.convert import Request, convert_adapter
+    from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 
     plain = build("olmoe")
     save_base(plain, tmp_path / "base", apart=apart)
     model = move(doralib.adapt(copy.deepcopy(plain), config()))
     doralib.save_adapter(model, tmp_path / "adapter")
-    request = Request(adapter=tmp_path / "adapter", to="lora", rank=64, out=tmp_path / "l", base=str(tmp_path / "base"))
+    request = ConversionRequest(
+        adapter=tmp_path / "adapter", to="lora", rank=64, out=tmp_path / "l", base=str(tmp_path / "base")
+    )
     assert all(each.relative < 1e-5 for each in convert_adapter(request).errors)
     lora = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "l")
     assert registry.config_of(lora).method == "lora"

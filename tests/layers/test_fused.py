@@ -333,13 +333,13 @@ def test_tied_projections_are_refused():
 
 
 def test_convert_takes_them_as_one_layer(tmp_path):
-    from doralib.checkpoints.convert import Request, convert_adapter
+    from doralib.checkpoints.convert import ConversionRequest, convert_adapter
     from doralib.formats.base import Hints
     from doralib.formats.files import read_any_format
 
     model = move(doralib.adapt(build("phi3"), config("phi3", target_modules=("qkv_proj",), fused_modules=QKV)))
     doralib.save_adapter(model, tmp_path / "adapter")
-    convert_adapter(Request(adapter=tmp_path / "adapter", to="mlx", out=tmp_path / "mlx"))
+    convert_adapter(ConversionRequest(adapter=tmp_path / "adapter", to="mlx", out=tmp_path / "mlx"))
     got = read_any_format(tmp_path / "mlx", Hints())[1].state.layers
     for name, layer in registry.state_of(model).layers.items():
         assert got[name].rank == 6

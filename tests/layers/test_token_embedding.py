@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import doralib
 from doralib.adapters import registry
 from doralib.adapters.save_load import load_into
-from doralib.checkpoints.convert import Request, convert_adapter
+from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
@@ -236,8 +236,8 @@ def test_mlxs_file_gives_mlxs_numbers():
 
 
 def test_to_peft_and_back_to_mlx(tmp_path):
-    convert_adapter(Request(adapter=GOLDEN, to="peft", out=tmp_path / "peft"))
-    convert_adapter(Request(adapter=tmp_path / "peft", to="mlx", out=tmp_path / "mlx"))
+    convert_adapter(ConversionRequest(adapter=GOLDEN, to="peft", out=tmp_path / "peft"))
+    convert_adapter(ConversionRequest(adapter=tmp_path / "peft", to="mlx", out=tmp_path / "mlx"))
     before, after = (load_file(folder / "adapters.safetensors") for folder in (GOLDEN, tmp_path / "mlx"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -279,7 +279,7 @@ def test_mlx_reads_and_computes_the_same(tmp_path):
     ours["embed_tokens"].weight.data = torch.from_numpy(np.array(theirs.embed_tokens.weight))
     doralib.adapt(ours, config(r=2))
     doralib.save_adapter(move(ours, 0.3), tmp_path / "ours")
-    convert_adapter(Request(adapter=tmp_path / "ours", to="mlx", out=tmp_path / "mlx"))
+    convert_adapter(ConversionRequest(adapter=tmp_path / "ours", to="mlx", out=tmp_path / "mlx"))
     load_adapters(theirs, str(tmp_path / "mlx"))
     x = torch.tensor([[0, 8, 3]])
     got = torch.from_numpy(np.array(theirs.embed_tokens(mx.array(x.numpy()))))
@@ -290,7 +290,7 @@ def test_dimensions_do_not_go_to_mlx_and_mixed_files_are_refused(tmp_path):
     model = move(doralib.adapt(make_llama(), config(embedding_axis="dimension")))
     doralib.save_adapter(model, tmp_path)
     with pytest.raises(UsageError, match=r"embed_tokens \(embedding\)"):
-        convert_adapter(Request(adapter=tmp_path, to="mlx", out=tmp_path / "mlx"))
+        convert_adapter(ConversionRequest(adapter=tmp_path, to="mlx", out=tmp_path / "mlx"))
     tensors = {}
     for name, shape in (("a", (5,)), ("b", (7, 1))):
         prefix = f"base_model.model.{name}."
@@ -306,7 +306,9 @@ def test_nearest_lora_of_token_lengths(tmp_path):
     plain.save_pretrained(tmp_path / "base")
     model = move(doralib.adapt(copy.deepcopy(plain), config()), 0.05)
     doralib.save_adapter(model, tmp_path / "adapter")
-    request = Request(adapter=tmp_path / "adapter", to="lora", rank=32, out=tmp_path / "l", base=str(tmp_path / "base"))
+    request = ConversionRequest(
+        adapter=tmp_path / "adapter", to="lora", rank=32, out=tmp_path / "l", base=str(tmp_path / "base")
+    )
     assert max(each.relative for each in convert_adapter(request).errors) < 1e-4
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "l").eval()
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=1e-3)

@@ -15,7 +15,7 @@ from conftest import make_llama
 import doralib
 from doralib import DoraConfig
 from doralib.adapters import registry
-from doralib.checkpoints.convert import Request, convert_adapter
+from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.checkpoints.safetensors import Checkpoint
@@ -227,9 +227,9 @@ def test_magnitudes_alone_go_through_every_format(to, tmp_path, tiny_llama_folde
     model = granular()
     nvlabs(model, tmp_path / "nv")
     base = str(tiny_llama_folder)
-    done = convert_adapter(Request(tmp_path / "nv", to, tmp_path / "there", base=base))
+    done = convert_adapter(ConversionRequest(tmp_path / "nv", to, tmp_path / "there", base=base))
     assert any("4 layers of magnitude alone" in note for note in done.notes) == (to != "peft")
-    convert_adapter(Request(tmp_path / "there", "peft", tmp_path / "back", base=base))
+    convert_adapter(ConversionRequest(tmp_path / "there", "peft", tmp_path / "back", base=base))
     got, _ = load_model(str(tmp_path / "back"), base=base)
     torch.testing.assert_close(got(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
 
@@ -240,14 +240,14 @@ def test_magnitudes_alone_go_through_every_format(to, tmp_path, tiny_llama_folde
 def test_convert_carries_our_own_settings(tmp_path):
     model = adapted(lora_dropout=0.1, detach_norm=False, magnitude_lr_ratio=2.0, dropout_mode="adapter")
     doralib.save_adapter(model, tmp_path / "ours")
-    done = convert_adapter(Request(tmp_path / "ours", "peft", tmp_path / "again"))
+    done = convert_adapter(ConversionRequest(tmp_path / "ours", "peft", tmp_path / "again"))
     assert read_any_format(tmp_path / "again", Hints())[1].config == registry.config_of(model)
     assert (
         "detach_norm False, magnitude_lr_ratio 2.0, dropout_mode adapter: kept in doralib_config.json" in done.notes[0]
     )
     # a format whose dropout is another keeps its meaning on the way to PEFT's files
-    convert_adapter(Request(tmp_path / "ours", "mlx", tmp_path / "mlx"))
-    convert_adapter(Request(tmp_path / "mlx", "peft", tmp_path / "from mlx"))
+    convert_adapter(ConversionRequest(tmp_path / "ours", "mlx", tmp_path / "mlx"))
+    convert_adapter(ConversionRequest(tmp_path / "mlx", "peft", tmp_path / "from mlx"))
     config = read_any_format(tmp_path / "from mlx", Hints())[1].config
     assert (config.dropout_mode, config.lora_dropout, config.detach_norm) == ("adapter", 0.1, True)
 
@@ -265,14 +265,14 @@ def test_what_a_format_cannot_hold_is_said(to, notes, tmp_path):
     model = adapted(lora_dropout=0.1, detach_norm=False, dropout_mode="exact")
     model.name_or_path = "somebody/some-model"
     doralib.save_adapter(model, tmp_path / "ours")
-    got = convert_adapter(Request(tmp_path / "ours", to, tmp_path / "out")).notes
+    got = convert_adapter(ConversionRequest(tmp_path / "ours", to, tmp_path / "out")).notes
     assert len(got) == len(notes)
     assert all(want in note for want, note in zip(notes, got, strict=True)), got
 
 
 def test_an_adapter_with_nothing_to_say_is_converted_without_notes(tmp_path):
     doralib.save_adapter(adapted(), tmp_path / "ours")
-    assert convert_adapter(Request(tmp_path / "ours", "kohya", tmp_path / "out")).notes == ()
+    assert convert_adapter(ConversionRequest(tmp_path / "ours", "kohya", tmp_path / "out")).notes == ()
 
 
 def test_own_settings_of_another_adapter_are_left_aside_and_damaged_ones_refused(tmp_path):
@@ -497,7 +497,9 @@ def test_of_several_parts_the_one_that_is_named_is_written(tmp_path):
     }
     content = FORMATS["diffusers"].write(Config(), AdapterState(layers), Hints())
     write_raw_adapter(content, FORMATS["diffusers"], tmp_path / "both")
-    request = Request(tmp_path / "both", "kohya", tmp_path / "one.safetensors", given=Hints(component="text_encoder"))
+    request = ConversionRequest(
+        tmp_path / "both", "kohya", tmp_path / "one.safetensors", given=Hints(component="text_encoder")
+    )
     done = convert_adapter(request)
     assert done.layers == 1
     assert any("1 layers of other parts were not asked for" in note for note in done.notes)
@@ -529,7 +531,7 @@ def test_a_part_of_a_pipeline_takes_an_adapter_that_names_no_parts(tmp_path):
     write_raw_adapter(FORMATS["peft"].write(make_config(state.layers), state, Hints()), FORMATS["peft"], tmp_path / "a")
     assert merge_checkpoint(tmp_path / "a", tmp_path / "pipe" / "unet", tmp_path / "out").layers == 1
     # a pipeline's format puts the part that is asked for in front
-    request = Request(tmp_path / "a", "diffusers", tmp_path / "b", given=Hints(component="unet"))
+    request = ConversionRequest(tmp_path / "a", "diffusers", tmp_path / "b", given=Hints(component="unet"))
     convert_adapter(request)
     assert list(read_any_format(tmp_path / "b", Hints())[1].state.layers) == ["unet.down_blocks.0.to_q"]
 
@@ -559,7 +561,7 @@ def test_a_file_of_no_format_is_told_so(tmp_path, run):
 def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder):
     """TensorRT-LLM's own files look like PEFT's; so do their errors until the base model is given."""
     doralib.save_adapter(adapted(), tmp_path / "a")
-    request = Request(tmp_path / "a", "mlx", tmp_path / "b", source="tensorrt")
+    request = ConversionRequest(tmp_path / "a", "mlx", tmp_path / "b", source="tensorrt")
     with pytest.raises(UsageError, match=r"(?s)but like peft.*read as tensorrt: .* give --base MODEL"):
         convert_adapter(request)
     assert convert_adapter(replace(request, base=str(tiny_llama_folder))).source == "tensorrt"
@@ -568,7 +570,7 @@ def test_from_still_reads_what_does_not_look_like_it(tmp_path, tiny_llama_folder
 @pytest.mark.parametrize("method", ["lora", "dvora"])
 def test_what_has_no_divided_magnitudes_is_not_read_as_tensorrt(method, tmp_path, tiny_llama_folder):
     doralib.save_adapter(adapted(method=method), tmp_path / "a")
-    request = Request(tmp_path / "a", "peft", tmp_path / "b", source="tensorrt", base=str(tiny_llama_folder))
+    request = ConversionRequest(tmp_path / "a", "peft", tmp_path / "b", source="tensorrt", base=str(tiny_llama_folder))
     with pytest.raises(UsageError, match=f"(?s)but like peft.*read as tensorrt: this adapter is {method}"):
         convert_adapter(request)
 

@@ -74,7 +74,7 @@ def remove(model: Model) -> Model:
     record = free_record_of(model)
     show_biases(model, None)
     replace_places(model, lambda _, place: base_module(place))
-    restore(model, record)
+    restore_base(model, record)
     return model
 
 
@@ -186,7 +186,7 @@ def replace_places(model: nn.Module, make_plain: Callable[[str, Place], nn.Modul
         set_module(model, name, module)
 
 
-def restore(model: nn.Module, record: Record) -> None:
+def restore_base(model: nn.Module, record: Record) -> None:
     """Let parameters train that trained before the model had adapters, and forget the adapters."""
     for name, p in model.named_parameters():
         p.requires_grad_(record.frozen[name])

@@ -80,7 +80,7 @@ def _combine_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> L
     for weight, layer in layers:
         (a_RI, b_OR), s = layer.state().factors, layer.scale
         keep = slice(None) if b_OR.any() and a_RI.any() else slice(0, 0)
-        parts.append(F.Part(weight, a_RI[keep], b_OR[:, keep], layer.gain(), s))
+        parts.append(F.Share(weight, a_RI[keep], b_OR[:, keep], layer.gain(), s))
     a_RI, b_OR, G_O = F.combined_factors(parts)
     if not len(a_RI):
         a_RI, b_OR = a_RI.new_zeros(1, base.shape[1]), b_OR.new_zeros(base.shape[0], 1)

@@ -17,7 +17,7 @@ from ..layers.base.registry import open_base
 from ..layers.linear import DoraLinear
 from ..layers.wrapper import Place, base_module
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
-from .adapt import Model, replace_places, restore
+from .adapt import Model, replace_places, restore_base
 from .fsdp import check_unsharded
 from .registry import Record, adapter_of, find_record, free_record_of, places_of, record_of, set_module, show_biases
 
@@ -155,7 +155,7 @@ def merge(model: Model, *, dequantise: bool = False) -> Model:
     replace_places(model, merging.merge_place)
     if merging.dtype is not None:
         dequantize(model, merging.dtype)
-    restore(model, record)
+    restore_base(model, record)
     merging.warn()
     return model
 

@@ -35,7 +35,7 @@ _IN_THE_LAYERS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """What to convert into what."""
 
     adapter: Path
@@ -73,7 +73,7 @@ class Conversion:
     """Relative error of the logits, where texts were given."""
 
 
-def convert_adapter(request: Request) -> Conversion:
+def convert_adapter(request: ConversionRequest) -> Conversion:
     """Read an adapter and write it in another format.
 
     Raises:
@@ -122,12 +122,8 @@ def convert_adapter(request: Request) -> Conversion:
     return Conversion(out, source.name, len(adapter.state.layers), notes, tuple(errors), logits)
 
 
-def _check(request: Request) -> None:
-    """Check what the request alone can tell.
-
-    Raises:
-        UsageError: if it cannot be right.
-    """
+def _check(request: ConversionRequest) -> None:
+    """Raise UsageError for a request that cannot be right, whatever the adapter is."""
     check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
     if request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
@@ -167,7 +163,7 @@ def _describe_losses(adapter: ParsedAdapter, into: Format) -> list[str]:
 
 
 def _approximate(
-    adapter: ParsedAdapter, checkpoint: Checkpoint, request: Request
+    adapter: ParsedAdapter, checkpoint: Checkpoint, request: ConversionRequest
 ) -> tuple[ParsedAdapter, list[Approximation]]:
     assert request.rank is not None
     state, errors = approximate(adapter.state, checkpoint, request.rank)

@@ -210,10 +210,7 @@ def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
 
 
 def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[QuantizationCost, ...]:
-    """Write every file's header, then all tensors in blocks that do not depend on each other.
-
-    Returns what quantizing again cost, a layer each.
-    """
+    """Write every file's header, then all tensors by independent blocks; returns what quantizing again cost."""
     for file in files:
         with file.path.open("wb") as handle:
             handle.write(file.header)

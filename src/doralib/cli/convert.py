@@ -11,7 +11,7 @@ from .console import console
 from .options import Alpha, Component, Overwrite
 
 if TYPE_CHECKING:
-    from ..checkpoints.convert import Conversion, Request
+    from ..checkpoints.convert import Conversion, ConversionRequest
 
 # of a layer's change, in Frobenius norm: above it the LoRA is another adapter
 _BAD = 0.1
@@ -35,15 +35,17 @@ def convert_command(
 
     Any known format as any other, or as the nearest plain LoRA.
     """
-    from ..checkpoints.convert import Request
+    from ..checkpoints.convert import ConversionRequest
     from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
 
     given = Hints(alpha=alpha, component=component)
-    convert_and_show(Request(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite))
+    convert_and_show(
+        ConversionRequest(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite)
+    )
 
 
-def convert_and_show(request: "Request") -> "Conversion":
+def convert_and_show(request: "ConversionRequest") -> "Conversion":
     """Convert, and tell the user what was done and assumed.
 
     Raises:

@@ -54,7 +54,7 @@ def check_source(source: str, setting: str) -> None:
         raise UsageError(f"{setting}: no file {source!r} (looked for {path.absolute()}){hint}")
 
 
-def read_rows(source: str, setting: str, split: str = "train") -> datasets.Dataset:
+def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Dataset:
     """Every row of a file, or of one split of a hub data set.
 
     Raises:
@@ -76,14 +76,14 @@ def read_both(settings: DataSettings, seed: int) -> RawRows:
         UsageError: if either source is missing or empty, or the fraction leaves one part empty.
         DoraError: if a file is damaged.
     """
-    train = read_rows(settings.train, "data.train", settings.split)
+    train = read_dataset(settings.train, "data.train", settings.split)
     if settings.limit is not None:
         train = train.select(range(min(settings.limit, len(train))))
     numbers = range(1, len(train) + 1)
     if settings.validation is None:
         return RawRows(train, None, tuple(numbers))
     if isinstance(settings.validation, str):
-        held_out = read_rows(settings.validation, "data.validation", settings.validation_split)
+        held_out = read_dataset(settings.validation, "data.validation", settings.validation_split)
         return RawRows(train, held_out, tuple(numbers), tuple(range(1, len(held_out) + 1)))
     num_held = max(1, round(settings.validation * len(train)))
     if num_held >= len(train):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked
 from ..data.prepare import Row
-from ..data.rows import read_rows
+from ..data.rows import read_dataset
 from ..data.templates import columns_in, fill_template
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
@@ -243,7 +243,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     """
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
-    dataset = read_rows(task.data, f"task {task.name}: data", task.split)
+    dataset = read_dataset(task.data, f"task {task.name}: data", task.split)
     rows: list[Row] = dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()
     known = dataset.column_names
     wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))

@@ -219,7 +219,7 @@ def _read_layers(
 
 def _read_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraConfig) -> LayerAdapter:
     if kind == "experts":
-        return experts.read(found, config, layer)
+        return experts.read_stack(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
     check_complete(found, keys, config)
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")

@@ -71,8 +71,8 @@ def find_names(places: Collection[str], config: DoraConfig) -> tuple[dict[str, s
     return names, problems
 
 
-def read(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> LayerAdapter:
-    """One stack from PEFT's tensors.
+def read_stack(found: Mapping[str, Tensor], config: DoraConfig, name: str) -> LayerAdapter:
+    """Read one stack from PEFT's tensors.
 
     Raises:
         DoraError: if a tensor is missing, too many or of another shape.

@@ -2,7 +2,7 @@
 
 import re
 
-from ..errors import UsageError
+from ..errors import UsageError, list_some
 from ..state import AdapterState, LayerAdapter
 from .base import Hints, ParsedAdapter
 from .tensors import make_config
@@ -35,7 +35,7 @@ def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
     """The layers by names with their part of a pipeline in front.
 
     Raises:
-        UsageError: if it cannot be told which part they belong to.
+        UsageError: if it cannot be told which part they belong to, or they are none of the part that is given.
     """
     if all(map(find_component, state.layers)):
         return dict(state.layers)
@@ -44,7 +44,10 @@ def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
         raise UsageError(
             f"which part of a pipeline is {next(iter(state.layers))}? Give --component, one of {', '.join(COMPONENTS)}"
         )
-    return {f"{part}.{name}": layer for name, layer in state.layers.items()}
+    named = {f"{part}.{name}": layer for name, layer in state.layers.items()}
+    if others := [name for name in named if find_component(name) is None]:
+        raise UsageError(f"--component {part}: no such part of a pipeline has {list_some(others, 5, ', ')}")
+    return named
 
 
 def check_component(adapter: ParsedAdapter, component: str) -> None:

@@ -80,7 +80,7 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
         if old.name not in kept and (best is None or old.name != best.name):
             # a folder killed half-way through its deletion must not look like a checkpoint
             (old / _SEAL).unlink(missing_ok=True)
-            files.remove(old)
+            files.delete(old)
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -64,7 +64,7 @@ class RunFolder:
     def open(self, recipe: Recipe, *, overwrite: bool) -> None:
         """Make the folder, or empty it first; `check` has said that this may be done."""
         if overwrite and self.path.exists():
-            files.remove(self.path)
+            files.delete(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.is_file():
             with files.replacing(self.config) as part:

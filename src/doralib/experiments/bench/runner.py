@@ -91,9 +91,9 @@ def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> set
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:
     # asked before the measurement, which loads the machine itself
-    where, neighbours = describe_machine(), Neighbors()
+    where, neighbors = describe_machine(), Neighbors()
     report = bench.measure(options)
-    where["cores_busy_elsewhere"] = neighbours.cores()
+    where["cores_busy_elsewhere"] = neighbors.cores()
     value = report.to_json(where)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{report.name}.json", value)
