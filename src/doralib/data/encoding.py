@@ -1,25 +1,21 @@
 """Text to tokens: special tokens, the chat template, and how much a model takes."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, chat: bool = False) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[int]:
     """Tokens of a text; a text made by a chat template already spells its special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-    return ids
+    return tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
 
 
-def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """The messages in the tokenizer's chat template, up to where the answer begins.
 
     Raises:
@@ -30,16 +26,15 @@ def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message])
             "this model's tokenizer has no chat template; leave chat off and write the whole prompt, "
             "or use a model tuned for chat"
         )
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return text
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
-def user_text(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+def user_text(tokenizer: Tokenizer, prompt: str) -> str:
     """A prompt as the first message of a chat, in the tokenizer's template."""
     return chat_text(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+def first_token(tokenizer: Tokenizer) -> int:
     """The token that stands before any text.
 
     Raises:
@@ -51,12 +46,10 @@ def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     raise UsageError("an empty prompt needs a tokenizer with a beginning (or end) token, and this one has neither")
 
 
-def pad_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+def pad_token(tokenizer: Tokenizer) -> int:
     """A token for the masked places of a batch."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in tokens if token is not None)
 
 
 def context_length(model: nn.Module) -> int | None:

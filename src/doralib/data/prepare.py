@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -14,25 +14,55 @@ IGNORED = -100
 _SHOWN_PER_REASON = 3
 
 
-@dataclass(frozen=True)
+class BadRow(Exception):
+    """One row cannot be used: its kind, to count by, and what exactly is wrong."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
+@dataclass
 class RowReport:
-    """What became of the rows."""
+    """What becomes of the rows, counted while they go by."""
 
     rows: int
-    kept: int
-    dropped: Mapping[str, int]
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
-    truncated: int
-    tokens: int
-    label_tokens: int
-    examples: tuple[str, ...]
+    truncated: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    examples: list[str] = field(default_factory=list)
     """The first rows of each reason, with their numbers in the file."""
+
+    def drop(self, number: int, bad: BadRow) -> None:
+        """Count a row that is left out."""
+        self.dropped[bad.kind] += 1
+        self._show(bad.kind, f"row {number}: {bad.detail}", self.dropped[bad.kind])
+
+    def cut(self, number: int, length: int) -> None:
+        """Count a row whose end is left out."""
+        self.truncated += 1
+        self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
+
+    def keep(self, labels: Sequence[int]) -> None:
+        """Count a row that is used."""
+        self.kept += 1
+        self.tokens += len(labels)
+        self.label_tokens += sum(label != IGNORED for label in labels[1:])
 
     def lines(self) -> list[str]:
         """The report for a person; empty when every row was taken whole."""
         lost = [f"{count} left out, {reason}" for reason, count in self.dropped.items()]
         cut = [f"{self.truncated} cut to max_length"] if self.truncated else []
         return [f"of {self.rows} rows: {'; '.join(lost + cut)}", *self.examples] if lost or cut else []
+
+    def _show(self, kind: str, text: str, count: int) -> None:
+        if count <= _SHOWN_PER_REASON:
+            self.examples.append(f"  {text}")
+        elif count == _SHOWN_PER_REASON + 1:
+            self.examples.append(f"  more rows {kind} not shown")
 
 
 @dataclass(frozen=True)
@@ -50,48 +80,3 @@ class Sample:
 
     prompt: str
     expected: str
-
-
-class BadRow(Exception):
-    """One row cannot be used: its kind, to count by, and what exactly is wrong."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
-
-
-class Tally:
-    """Counts while the rows go by."""
-
-    def __init__(self) -> None:
-        self.kept = self.truncated = self.tokens = self.label_tokens = 0
-        self.kinds: Counter[str] = Counter()
-        self.shown: list[str] = []
-
-    def drop(self, number: int, bad: BadRow) -> None:
-        """Count a row that is left out."""
-        self.kinds[bad.kind] += 1
-        self._show(bad.kind, f"row {number}: {bad.detail}", self.kinds[bad.kind])
-
-    def cut(self, number: int, length: int) -> None:
-        """Count a row whose end is left out."""
-        self.truncated += 1
-        self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
-
-    def keep(self, labels: Sequence[int]) -> None:
-        """Count a row that is used."""
-        self.kept += 1
-        self.tokens += len(labels)
-        self.label_tokens += sum(label != IGNORED for label in labels[1:])
-
-    def report(self, rows: int) -> RowReport:
-        """The counts of so many rows."""
-        return RowReport(
-            rows, self.kept, dict(self.kinds), self.truncated, self.tokens, self.label_tokens, tuple(self.shown)
-        )
-
-    def _show(self, kind: str, text: str, count: int) -> None:
-        if count <= _SHOWN_PER_REASON:
-            self.shown.append(f"  {text}")
-        elif count == _SHOWN_PER_REASON + 1:
-            self.shown.append(f"  more rows {kind} not shown")

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
 from .prepare import BadRow, Row
 from .templates import columns_in, fill_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Style:
 
     needs: Callable[[DataSettings, Sequence[str]], dict[str, list[str]]]
     """(settings, columns of the data) to the columns that must be there, by the setting that names them."""
-    pieces: Callable[[Row, DataSettings, "Tokenizer"], list[Piece]]
+    pieces: Callable[[Row, DataSettings, Tokenizer], list[Piece]]
     settings: tuple[str, ...] = ()
     """The fields of `DataSettings` that it alone reads."""
     closed: bool = False
@@ -88,8 +86,8 @@ def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, lis
     return {key: columns_in(text, key) for key, text in named.items() if text is not None}
 
 
-def _completion(row: Row, settings: DataSettings, _: "Tokenizer") -> list[Piece]:
-    """Prompt and target from columns or templates; without a prompt it is plain language modelling."""
+def _completion(row: Row, settings: DataSettings, _: Tokenizer) -> list[Piece]:
+    """Prompt and target from columns or templates; without a prompt it is plain language modeling."""
     assert settings.target is not None, "checked by check_columns"
     prompt = [] if settings.prompt is None else [Piece(_fill(settings.prompt, row, "data.prompt"), learned=False)]
     return [*prompt, Piece(_fill(settings.target, row, "data.target"), learned=True)]
@@ -102,7 +100,7 @@ _ALPACA = (
 )
 
 
-def _alpaca(row: Row, _: DataSettings, __: "Tokenizer") -> list[Piece]:
+def _alpaca(row: Row, _: DataSettings, __: Tokenizer) -> list[Piece]:
     """Stanford Alpaca's prompt; the column input may be missing or empty."""
     instruction, output = _fill("instruction", row, "instruction"), _fill("output", row, "output")
     given = _text(row, "input") if "input" in row else ""
@@ -126,7 +124,7 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _chat(row: Row, settings: DataSettings, tokenizer: "Tokenizer") -> list[Piece]:
+def _chat(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> list[Piece]:
     """The conversation in the tokenizer's own template, the assistant's turns learned."""
     if not tokenizer.chat_template:
         raise UsageError(
@@ -152,11 +150,11 @@ def _chat(row: Row, settings: DataSettings, tokenizer: "Tokenizer") -> list[Piec
     return [piece for piece in [*pieces, Piece(text[place:], learned=False)] if piece.text]
 
 
-def _render(tokenizer: "Tokenizer", messages: Sequence[Row], open_turn: bool = False) -> str:
+def _render(tokenizer: Tokenizer, messages: Sequence[Row], open_turn: bool = False) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
 
 
-def _span(tokenizer: "Tokenizer", messages: Sequence[Row], turn: int, text: str) -> tuple[int, int]:
+def _span(tokenizer: Tokenizer, messages: Sequence[Row], turn: int, text: str) -> tuple[int, int]:
     """Start and end of an assistant's turn in the whole text, found by rendering what comes before and with it."""
     if turn == 0:
         raise BadRow("malformed", "the conversation begins with the assistant")

@@ -144,15 +144,14 @@ def _as_text(path: Path, setting: str) -> dict[str, Any]:
 
 def _refuse_other_bytes(path: Path, setting: str) -> None:
     """The reader of JSON takes bytes that are not UTF-8, and fails later without a name."""
+    decode, done = codecs.getincrementaldecoder("utf-8")().decode, 0
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise DoraError(
                 f"{setting}: {path} is UTF-16 text; save it again as UTF-8, for example with "
                 f"iconv -f utf-16 -t utf-8 {path.name}"
             )
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    done = 0
-    with path.open("rb") as file:
+        file.seek(0)
         while True:
             block = file.read(1 << 20)
             try:
@@ -182,11 +181,9 @@ def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:
 
 def _why(path: Path, error: Exception) -> str:
     """Where a JSON file breaks, which its reader does not say; for the others the deepest error's own words."""
-    if READERS[path.suffix.lower()] == "json":
-        found = _bad_line(path)
-        if found:
-            return found
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    if READERS[path.suffix.lower()] == "json" and (found := _bad_line(path)):
+        return found
+    while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return f"{_first_line(error)} (is it whole, and the same kind of value in every row of a column?)"
 

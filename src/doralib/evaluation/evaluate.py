@@ -4,10 +4,11 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
 from ..data.encoding import context_length, encode, pad_token, user_text
@@ -17,9 +18,6 @@ from .generation import Sampling, continuations, evaluation_mode
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
 from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _WRONG_KEPT = 20
 
@@ -50,7 +48,7 @@ class _Scorer:
     """Everything a task is scored with."""
 
     model: nn.Module
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     batch_size: int
     seed: int
     tick: Callable[[float], None]
@@ -73,7 +71,7 @@ class _Outcome:
 
 def evaluate(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     tasks: Sequence[Task],
     *,
     batch_size: int = 16,
@@ -83,14 +81,9 @@ def evaluate(
 ) -> dict[str, TaskResult]:
     """The result of each task by its name; all data is read and checked before the model is asked anything.
 
-    Args:
-        model: a causal language model of `transformers`, adapted or not; every module gets its mode back.
-        tokenizer: the model's.
-        tasks: what to score; see `load_tasks`.
-        batch_size: texts in one forward; does not change the result beyond rounding.
-        limit: only the first rows of each task.
-        seed: of the bootstrap.
-        tick: gets each step forward, by the name of the task, whose total is 1.
+    The model is a causal language model of `transformers`, adapted or not; every module gets its mode back. The batch
+    size changes no result beyond rounding, ``limit`` takes the first rows of each task alone, ``seed`` is that of the
+    bootstrap, and ``tick`` gets each step forward by the name of the task, whose total is 1.
 
     Raises:
         UsageError: if data, columns or labels do not fit, for all tasks at once.
@@ -207,7 +200,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
 }
 
 
-def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise: str = "none") -> tuple[list[int], int]:
+def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalize: str = "none") -> tuple[list[int], int]:
     """The most probable option of each example, and how many prompts were cut."""
     asked = [_ask(task, row, example, scorer) for row, example in enumerate(examples, 1)]
     logp = iter(_log_likelihoods(scorer, [request for found, _ in asked for request in found]))
@@ -217,7 +210,7 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalise:
             "none": [1] * len(found),
             "tokens": [request.length for request in found],
             "bytes": [len(option.encode()) for option in example.options],
-        }[normalise]
+        }[normalize]
         chosen.append(int(np.argmax([next(logp) / length for length in lengths])))
     return chosen, sum(cut for _, cut in asked)
 

@@ -3,20 +3,18 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.registry import find_record
 from ..config import Checked
 from ..data.encoding import context_length, encode, first_token, pad_token, user_text
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Sampling(Checked):
@@ -41,7 +39,7 @@ _AS_IT_IS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 def generate(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -51,14 +49,8 @@ def generate(
 ) -> list[str]:
     """The text that follows each prompt; the same for the same seed, and without sampling for any batch size.
 
-    Args:
-        model: a causal language model of `transformers`; put in eval mode for the time of the call.
-        tokenizer: the model's.
-        prompts: whole texts.
-        max_new_tokens: the most tokens a text gets.
-        batch_size: prompts in one forward.
-        chat: put each prompt into the tokenizer's chat template.
-        sampling: how tokens are chosen.
+    The model is a causal language model of `transformers`, in eval mode for the time of the call. With ``chat`` each
+    prompt is put into the tokenizer's chat template.
 
     Raises:
         UsageError: if a prompt and its answer are longer than the model takes.
@@ -78,7 +70,7 @@ def generate(
 
 def continuations(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -86,16 +78,13 @@ def continuations(
     sampling: Sampling = GREEDY,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """The text that follows each tokenized prompt.
+    """The text that follows each tokenized prompt, all short enough for the model.
 
-    Args:
-        model: as for `generate`.
-        tokenizer: the model's.
-        prompts: tokens, each short enough for the model; an empty prompt begins with the first token of any text.
-        max_new_tokens: the most tokens a text gets.
-        batch_size: prompts in one forward.
-        sampling: how tokens are chosen.
-        tick: called with the number of prompts done since the last call.
+    An empty prompt begins with the first token of any text. ``tick`` is called with the number of prompts done since
+    its last call.
+
+    Raises:
+        UsageError: if the model's adapters are set row by row.
     """
     record = find_record(model)
     if record is not None and record.rows is not None:
@@ -115,7 +104,7 @@ def continuations(
 
 def stream(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     text: str,
     write: Callable[[str], None],
     *,
@@ -125,14 +114,7 @@ def stream(
 ) -> str:
     """Write what follows a text, piece by piece as it comes, and return it whole.
 
-    Args:
-        model: as for `generate`.
-        tokenizer: the model's.
-        text: the whole prompt, already in the chat template if there is one.
-        write: called with each piece.
-        max_new_tokens: the most tokens the text gets.
-        chat: the text spells its special tokens itself.
-        sampling: how tokens are chosen.
+    With ``chat`` the text is already in the chat template, and spells its special tokens itself.
     """
     pieces = _Pieces(tokenizer, write)
     row = encode(tokenizer, text, chat=chat) or [first_token(tokenizer)]
@@ -156,7 +138,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class _Pieces(TextStreamer):  # type: ignore[misc]
     """Hands whole words to a function as they come."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
@@ -168,7 +150,7 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
 class _Stops(StoppingCriteria):  # type: ignore[misc]
     """Says for each row whether the end of its new text holds a stop string."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt_length: int) -> None:
         self._tokenizer, self._stop, self._begin = tokenizer, stop, prompt_length
         # a token spells at least one byte, and the string may end inside the last one
         self._window = max(len(text.encode()) for text in stop) + 4
@@ -181,7 +163,7 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]
 
 def _continue(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     rows: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -200,7 +182,8 @@ def _continue(
         stopping_criteria=StoppingCriteriaList(stops),
         streamer=streamer,
     )
-    return [_before_stop(text, sampling.stop) for text in tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)]
+    texts = tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)
+    return [text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=None)] for text in texts]
 
 
 def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
@@ -219,10 +202,6 @@ def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling)
         use_cache=True,
     )
     return config
-
-
-def _before_stop(text: str, stop: Sequence[str]) -> str:
-    return text[: min((text.find(word) for word in stop if word in text), default=len(text))]
 
 
 @contextlib.contextmanager

@@ -3,16 +3,13 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.encoding import encode, first_token
 from ..errors import DoraError, UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _Body = Callable[[Tensor, Tensor], Tensor]
 _Head = Callable[[Tensor], Tensor]
@@ -43,7 +40,7 @@ class _Row:
 
 
 def option_requests(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, options: Sequence[str], *, chat: bool, limit: int | None
+    tokenizer: Tokenizer, prompt: str, options: Sequence[str], *, chat: bool, limit: int | None
 ) -> tuple[list[LikelihoodRequest], bool]:
     """One request for each option, all after the same tokens, and whether the prompt's beginning was cut to fit.
 
@@ -66,7 +63,7 @@ def option_requests(
 
 
 def text_requests(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str, *, chat: bool, limit: int
+    tokenizer: Tokenizer, prompt: str, text: str, *, chat: bool, limit: int
 ) -> tuple[list[LikelihoodRequest], bool]:
     """Requests that score each token of a text once, and whether the prompt's beginning was cut to fit.
 
@@ -101,14 +98,8 @@ def log_likelihoods(
     """The summed log-probability of each request, whatever the batch size; the model must be in eval mode.
 
     Requests whose input is the same, or the beginning of another's, share one pass: labels of one token cost one
-    forward together.
-
-    Args:
-        model: a causal language model with `transformers`' interface.
-        requests: what is asked.
-        batch_size: inputs in one forward.
-        pad: a token for the masked places at the right.
-        tick: called with the share of the work done since the last call.
+    forward together. ``pad`` fills the masked places at the right; ``tick`` is called with the share of the work done
+    since its last call.
 
     Raises:
         DoraError: if the model gives NaN.
@@ -192,18 +183,13 @@ def _body_and_head(model: nn.Module) -> tuple[_Body, _Head]:
         return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
 
     decoder, head = (getattr(model, name, lambda: None)() for name in ("get_decoder", "get_output_embeddings"))
-
     if decoder is None or decoder is model or head is None:
-        return logits, _unchanged
+        return logits, nn.Identity()
 
     def hidden(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         return decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
 
-    return (hidden, head) if _agree(model, logits, hidden, head) else (logits, _unchanged)
-
-
-def _unchanged(logits_NV: Tensor) -> Tensor:
-    return logits_NV
+    return (hidden, head) if _agree(model, logits, hidden, head) else (logits, nn.Identity())
 
 
 def _agree(model: nn.Module, logits: _Body, hidden: _Body, head: _Head) -> bool:

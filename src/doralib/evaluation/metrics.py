@@ -67,32 +67,18 @@ def perplexity_scores(
 ) -> dict[str, Score]:
     """Perplexity a token and bits a byte, each weighted by the length of the rows.
 
-    Args:
-        loss_N: summed negative log-likelihood of each row, in nats.
-        tokens_N: how many tokens each sum covers.
-        bytes_N: how many UTF-8 bytes those tokens spell.
+    Of each row: its summed negative log-likelihood in nats, and how many tokens and UTF-8 bytes the sum covers.
     """
     table_N3 = np.array([loss_N, tokens_N, bytes_N], dtype=np.float64).T
     rows, rng = len(table_N3), np.random.default_rng(seed)
-    sums_S3 = np.concatenate(
-        [
-            rng.multinomial(rows, np.full(rows, 1 / rows), size=_ROWS_AT_ONCE) @ table_N3
-            for _ in range(RESAMPLES // _ROWS_AT_ONCE)
-        ]
-    )
-    whole_3 = table_N3.sum(axis=0)
+    draw = lambda: rng.multinomial(rows, np.full(rows, 1 / rows), size=_ROWS_AT_ONCE) @ table_N3
+    drawn_3S = np.concatenate([draw() for _ in range(RESAMPLES // _ROWS_AT_ONCE)]).T
+    perplexity = lambda loss, tokens, _: np.exp(loss / tokens)
+    bits_per_byte = lambda loss, _, num_bytes: loss / math.log(2) / num_bytes
     return {
-        "perplexity": _score(_perplexity(whole_3).item(), _perplexity(sums_S3)),
-        "bits_per_byte": _score(_bits_per_byte(whole_3).item(), _bits_per_byte(sums_S3)),
+        name: _score(metric(*table_N3.sum(axis=0)).item(), metric(*drawn_3S))
+        for name, metric in (("perplexity", perplexity), ("bits_per_byte", bits_per_byte))
     }
-
-
-def _perplexity(sums: Floats) -> Floats:
-    return np.exp(sums[..., 0] / sums[..., 1])
-
-
-def _bits_per_byte(sums: Floats) -> Floats:
-    return sums[..., 0] / math.log(2) / sums[..., 2]
 
 
 def _score(value: float, drawn_S: Floats) -> Score:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -35,14 +35,11 @@ def _labels(value: Any) -> Any:
     return value
 
 
-def _check_two(value: Mapping[str, str]) -> Mapping[str, str]:
-    if len(value) < 2:
-        raise ValueError("at least two different labels are needed")
-    return value
-
-
 class Task(Checked):
     """What every kind of task says."""
+
+    named_in: ClassVar[tuple[str, ...]] = ("prompt", "answer")
+    """The settings that name columns of the data."""
 
     kind: str
     name: str
@@ -56,14 +53,14 @@ class Task(Checked):
     """Put the prompt into the tokenizer's chat template."""
 
     def templates(self) -> list[str]:
-        """Every setting that names columns."""
-        return [self.prompt]
+        """Every text that names columns."""
+        return [getattr(self, name) for name in self.named_in]
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         """One example a row.
 
         Raises:
-            DoraError: if an answer is none of those that can be given.
+            DoraError: if an answer is none of those that can be given, or a text to score is empty.
         """
         raise NotImplementedError
 
@@ -84,18 +81,19 @@ class ChoiceTask(Task):
     """Divide each log-likelihood by the choice's length."""
 
     def templates(self) -> list[str]:
-        return [self.prompt, self.answer, *([self.choices] if isinstance(self.choices, str) else self.choices)]
+        return [*super().templates(), *([self.choices] if isinstance(self.choices, str) else self.choices)]
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        """One example a row, with the choices of that row."""
         made, bad = [], Counter[str]()
+        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
             if truth is None:
                 bad[f"{plain_text(_value(self.answer, row))} of {len(texts)} choices"] += 1
             else:
-                made.append(Example(fill(self.prompt, row), texts[truth].strip(), self._options(texts), truth))
+                options = tuple(before + text for text in texts)
+                made.append(Example(fill(self.prompt, row), texts[truth].strip(), options, truth))
         _check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
         return made
 
@@ -106,10 +104,6 @@ class ChoiceTask(Task):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise UsageError(f"task {self.name}: choices: column {self.choices!r} must hold lists, found {value!r:.80}")
         return value
-
-    def _options(self, texts: Sequence[str]) -> tuple[str, ...]:
-        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
-        return tuple(before + text for text in texts)
 
 
 class ClassificationTask(Task):
@@ -123,14 +117,11 @@ class ClassificationTask(Task):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        _check_two(self.labels)
+        if len(self.labels) < 2:
+            raise ValueError("at least two different labels are needed")
         return self
 
-    def templates(self) -> list[str]:
-        return [self.prompt, self.answer]
-
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        """One example a row, with the labels as options."""
         names, options = list(self.labels), tuple(self.labels.values())
         answers = [plain_text(_value(self.answer, row)) for row in rows]
         _check_answers(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
@@ -152,11 +143,7 @@ class GenerationTask(Task):
     lowercase: bool = False
     """Compare without regard to case."""
 
-    def templates(self) -> list[str]:
-        return [self.prompt, self.answer]
-
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        """One example a row; nothing to choose from."""
         return [Example(fill(self.prompt, row), self.normal(plain_text(_value(self.answer, row)))) for row in rows]
 
     def predicted(self, text: str) -> str:
@@ -204,6 +191,7 @@ class RegexTask(GenerationTask):
 class PerplexityTask(Task):
     """How well the model foresees a text."""
 
+    named_in = ("prompt", "text")
     kind: Literal["perplexity"] = "perplexity"
     prompt: str = ""
     """Comes first and is not scored; may be empty."""
@@ -212,11 +200,7 @@ class PerplexityTask(Task):
     window: int = Field(default=1024, ge=2)
     """Longer texts are scored in pieces of so many tokens, each with one token of the piece before."""
 
-    def templates(self) -> list[str]:
-        return [self.prompt, self.text]
-
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        """One example a row; empty texts are an error."""
         made = [Example(fill(self.prompt, row), fill(self.text, row)) for row in rows]
         if empty := sum(not example.answer.strip() for example in made):
             raise DoraError(f"task {self.name}: {empty} of {len(made)} texts are empty; leave those rows out")

@@ -35,18 +35,16 @@ def packaged_tasks() -> dict[str, Path]:
 
 
 def _load(name: str) -> Task:
-    path, data = _find(name), None
-    if path is None and "=" in name:
-        left, _, data = name.partition("=")
-        path = _find(left)
-    if path is None:
-        known = packaged_tasks()
-        asked = name.partition("=")[0]
-        raise UsageError(
-            f"there is no task {asked!r}, neither a file nor packaged{did_you_mean(asked, known)}\n"
-            f"  packaged: {', '.join(known)}; or give the path of a .yaml file"
-        )
-    return read_task(path, data)
+    if path := _find(name):
+        return read_task(path)
+    asked, _, data = name.partition("=")
+    if path := _find(asked):
+        return read_task(path, data)
+    known = packaged_tasks()
+    raise UsageError(
+        f"there is no task {asked!r}, neither a file nor packaged{did_you_mean(asked, known)}\n"
+        f"  packaged: {', '.join(known)}; or give the path of a .yaml file"
+    )
 
 
 def _find(name: str) -> Path | None:
@@ -82,8 +80,10 @@ def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
-    if isinstance(values.get("data"), str):
-        values["data"] = _beside(path, values["data"])
+    data = values.get("data")
+    # a relative file name is as seen from the task file; hub names stay as they are
+    if isinstance(data, str) and ((path.parent / data).is_file() or Path(data).suffix.lower() in READERS):
+        values["data"] = str(path.parent / data)
     if "like" not in values:
         return values
     like = str(values.pop("like"))
@@ -93,8 +93,3 @@ def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if found in above:
         raise UsageError(f"{path}: like: {like!r} leads back to itself")
     return {key: value for key, value in _values(found, (*above, path)).items() if key != "name"} | values
-
-
-def _beside(path: Path, data: str) -> str:
-    """A relative file name as seen from the task file; hub names and whole paths as they are."""
-    return str(path.parent / data) if (path.parent / data).is_file() or Path(data).suffix.lower() in READERS else data

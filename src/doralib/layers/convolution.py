@@ -33,9 +33,9 @@ class DoraConv(ReadsThrough, AroundBase, DoraLinear):
             weight = self.base.W_OI.detach().unflatten(1, self._row)
             product = self.base.product(x_a, weight.to(x.dtype), *output_size)
         else:
-            product = y if self.bias is None else y - self._by_channel(self.bias.to(y.dtype))
+            product = y if self.bias is None else y - self.base.by_channel(self.bias.to(y.dtype))
         change = self._change(x_a, self.b_OR * (gain_O * self.scale)[:, None], *output_size)
-        return F.add_gain(y, product, self._by_channel(gain_O), change)
+        return F.add_gain(y, product, self.base.by_channel(gain_O), change)
 
     def _change(self, x: Tensor, sb_OR: Tensor, *output_size: Any) -> Tensor:
         """``s B * A * x``; with groups as one small weight, since A would make R channels of each group."""
@@ -50,6 +50,3 @@ class DoraConv(ReadsThrough, AroundBase, DoraLinear):
     @property
     def _row(self) -> tuple[int, ...]:
         return self.base.row_shape[1:]
-
-    def _by_channel(self, t_O: Tensor) -> Tensor:
-        return t_O.view(-1, *(1 for _ in self._row[1:]))

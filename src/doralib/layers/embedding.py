@@ -68,8 +68,8 @@ class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
         self.lora_embedding_A, self.lora_embedding_B = a, b
 
     def _start_factors(self) -> None:
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B)
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
 
 
 class DoraTokenEmbedding(DoraEmbedding):
@@ -97,22 +97,15 @@ class DoraTokenEmbedding(DoraEmbedding):
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
         # autocast would take the lengths in half precision
         with torch.autocast(y.device.type, enabled=False):
-            return self._turned(y, tokens)
-
-    def _turned(self, y: Tensor, tokens: Tensor) -> Tensor:
-        look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
-        assert self.lora_magnitude_vector is not None
-        a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)
-        m = look_up(self.lora_magnitude_vector[:, None], scale_grad_by_freq=self.scale_grad_by_freq)
-        change = a @ (self.lora_A * self.scale)
-        n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
-        g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
-        turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
-        return F.add_gain(y, y, g, turned.to(y.dtype))
+            look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
+            assert self.lora_magnitude_vector is not None
+            a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)
+            m = look_up(self.lora_magnitude_vector[:, None], scale_grad_by_freq=self.scale_grad_by_freq)
+            change = a @ (self.lora_A * self.scale)
+            n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
+            g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
+            turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
+            return F.add_gain(y, y, g, turned.to(y.dtype))
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))
-
-    def _start_factors(self) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)

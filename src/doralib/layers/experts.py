@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,31 +57,28 @@ class DoraExperts(Part):
         self.stack = stack
         self.scale, self.detach_norm, self.start = scale, config.detach_norm, config.init_lora_weights
         E, O, I = stack.shape
-        W = stack.W_EOI
-        dtype, device = F.sum_dtype(W.dtype), W.device
-        self.lora_A = nn.Parameter(torch.empty(E, r, I, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(E, O, r, dtype=dtype, device=device))
-        m_EO = nn.Parameter(torch.empty(E, O, dtype=dtype, device=device)) if config.has_magnitude else None
+        empty = partial(torch.empty, dtype=F.sum_dtype(stack.W_EOI.dtype), device=stack.W_EOI.device)
+        self.lora_A, self.lora_B = nn.Parameter(empty(E, r, I)), nn.Parameter(empty(E, O, r))
+        m_EO = nn.Parameter(empty(E, O)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_EO)
-        self.reset_parameters(W)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, W_EOI: Tensor) -> None:
+    def reset_parameters(self) -> None:
         """Back to the start: every A as the paper draws it, B = 0, m = |W|."""
         for a_RI in self.lora_A:
             DRAWN[self.start](a_RI)
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude_vector is not None:
-            for m_O, W_OI in zip(self.lora_magnitude_vector, W_EOI, strict=True):
+            for m_O, W_OI in zip(self.lora_magnitude_vector, self.stack.W_EOI, strict=True):
                 m_O.copy_(F.row_norm_sq(W_OI).sqrt())
 
-    def weights(self, W_EOI: Tensor) -> Tensor:
+    def weights(self) -> Tensor:
         """The adapted weights, with gradients to A, B and m; the norm is computed anew each time."""
         values = self.lora_A, self.lora_B, self.lora_magnitude_vector
-        return adapted_weights(W_EOI, *values, self.scale, detach_norm=self.detach_norm)
+        return adapted_weights(self.stack.W_EOI, *values, self.scale, detach_norm=self.detach_norm)
 
     def values(self) -> ExpertsValues:
-        """What is trained: the parameters themselves."""
         return ExpertsValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
     def row_lengths(self) -> Tensor:
@@ -96,10 +94,7 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
     """A module some of whose stacks of weights are adapted: during its own forward it reads the adapted weights.
 
     Each adapted stack is made once a call, in the dtype of the frozen one, and kept while a backward pass may need it.
-
-    Args:
-        base_layer: Frozen here; kept as it is.
-        names: Whole names of the parameters in the model; their last parts are names in the module.
+    The parameters are given by their whole names in the model, whose last parts are their names in the module.
     """
 
     def __init__(self, base_layer: nn.Module, names: Sequence[str], config: DoraConfig) -> None:
@@ -108,7 +103,7 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
         self.enabled = True
         self.fields = tuple(name.rpartition(".")[2] for name in names)
         for name, field in zip(names, self.fields, strict=True):
-            adapter = DoraExperts(self._stack(field), config.rank_of(name), config.scale_of(name), config)
+            adapter = DoraExperts(Stack(base_layer, field), config.rank_of(name), config.scale_of(name), config)
             setattr(self, field, adapter)  # add_module finds the parameter of that name through the base
 
     @property
@@ -135,11 +130,5 @@ class AdaptedExperts(ReadsThrough, AdapterLayer):
 
     def _weights(self) -> dict[str, Tensor]:
         """By name, stored as the module stores them."""
-        out = {}
-        for field in self.fields:
-            weights = self.stacks[field].weights(self._stack(field).W_EOI)
-            out[field] = weights.mT if self.base_layer.is_transposed else weights
-        return out
-
-    def _stack(self, field: str) -> Stack:
-        return Stack(self.base_layer, field)
+        W_EOI = {field: stack.weights() for field, stack in self.stacks.items()}
+        return {field: W.mT for field, W in W_EOI.items()} if self.base_layer.is_transposed else W_EOI

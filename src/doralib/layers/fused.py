@@ -70,21 +70,12 @@ class DoraFused(DoraLinear):
         r = self.lora_fused_B.shape[1]
         return list(zip(self.lora_A.split(r), self.lora_fused_B.split(self._sizes), strict=True))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Back to the start: every A as the paper draws it, B = 0, m = |W|."""
-        self._start_factors()
-        if self.lora_magnitude_vector is not None:
-            starts = [cache.norm_at_start(a, b, self.scale) for cache, (a, b) in self._caches_and_factors()]
-            self.lora_magnitude_vector.copy_(torch.cat(starts))
-
     def gain(self) -> Tensor | None:
         """``g = m / |W + s B A|``, (O,), 1 where nothing is adapted; None for LoRA."""
         m = self.lora_magnitude_vector
         return None if m is None else self._among_all(m / torch.cat(self._lengths(detach=self.detach_norm)))
 
     def values(self) -> FusedValues:
-        """What is trained, and where it stands in the whole weight."""
         parts = self.lora_A, self.lora_fused_B, self.lora_magnitude_vector
         return FusedValues(self.rows_by_part, *parts, self.cache.base_norm_sq().sqrt())
 
@@ -142,6 +133,9 @@ class DoraFused(DoraLinear):
             DRAWN[self.start](a)
         nn.init.zeros_(self.lora_fused_B)
 
+    def _start_lengths(self) -> Tensor:
+        return torch.cat([cache.norm_at_start(a, b, self.scale) for cache, (a, b) in self._caches_and_factors()])
+
     def row_lengths(self) -> Tensor:
         return super().row_lengths()[self.rows]
 
@@ -187,13 +181,10 @@ def adapted_rows(parts: FusedParts, num_rows: int) -> list[Tensor]:
 
 
 def check_parts(bases: Mapping[str, Dense], config: DoraConfig) -> None:
-    """Check that every entry of fused_modules has layers, and that each of them is made up as it says.
-
-    Args:
-        bases: The layers that are adapted, by name.
+    """Check that every entry of fused_modules has layers among those adapted, and that each is made up as it says.
 
     Raises:
-        UsageError: listing everything that is wrong.
+        UsageError: if not, listing everything that is wrong.
     """
     problems, met = [], []
     for name, base in bases.items():
@@ -240,7 +231,7 @@ class _Block(Dense):
         return self.W_OI
 
 
-class _Scattered(Dense):
+class _Scattered(Opaque):
     """Rows of a frozen layer here and there, as q of every head: taken from what the whole layer gives."""
 
     def __init__(self, base: Dense, rows: Tensor) -> None:
@@ -254,14 +245,8 @@ class _Scattered(Dense):
     def key(self) -> tuple[object, ...]:
         return self._base.key()
 
-    def triton_weight(self) -> Tensor | None:
-        return None
-
     def row_norm_sq(self) -> Tensor:
         return self._base.row_norm_sq()[self._rows]
-
-    def adapted_row_norm(self, W_sq_O: Tensor, a_RI: Tensor, b_OR: Tensor, s: float) -> Tensor:
-        return F.adapted_row_norm(W_sq_O, self.times_transposed(a_RI), a_RI, b_OR, s, self.dense_rows)
 
     def times_transposed(self, a_RI: Tensor) -> Tensor:
         return self._base.times_transposed(a_RI)[self._rows]

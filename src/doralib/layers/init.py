@@ -54,8 +54,7 @@ def decompose(start: str, W_OI: Tensor, r: int, s: float) -> tuple[Tensor, Tenso
         DoraError: if the weight has no r directions.
     """
     O, I = W_OI.shape
-    if r > min(O, I):
-        most = min(O, I)
+    if r > (most := min(O, I)):
         raise DoraError(f"init_lora_weights {start!r}: r is {r}, but a weight of {O}x{I} has {most} directions to take")
     name, _, rounds = start.partition(_NUM_ROUNDS)
     W = W_OI.to(F.sum_dtype(W_OI.dtype))

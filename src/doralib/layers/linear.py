@@ -1,5 +1,7 @@
 """Adapted layers: the parameters, and which formula they go through."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -25,13 +27,8 @@ class DoraLinear(Part, AdapterLayer):
 
     ``y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias`` with ``g = m / |W + s B A|``. A fresh adapter changes nothing, bit for bit:
     B = 0 and m = |W|. Without m (method lora) g is 1. Parameters carry PEFT's names and are float32 masters, whatever
-    the base's dtype.
-
-    Args:
-        base_layer: Frozen here; kept as it is.
-        r: Rank.
-        scale: s.
-        base: The frozen layer as rows, where it was opened before.
+    the base's dtype. `base_layer` is frozen here and kept as it is; `base` is the same layer as rows, if it was opened
+    before.
 
     Raises:
         DoraError: if the layer is not linear.
@@ -61,25 +58,19 @@ class DoraLinear(Part, AdapterLayer):
         self.base_layer = base_layer.requires_grad_(False)
         self.base = base = self.as_rows(base)
         self.kind = base.kind
-        self.scale = scale
-        self.enabled = True
+        self.scale, self.enabled = scale, True
         self.dropout, self.exact_dropout = config.lora_dropout, config.dropout_mode == "exact"
-        self.detach_norm = config.detach_norm
-        self.start = config.init_lora_weights
+        self.detach_norm, self.start = config.detach_norm, config.init_lora_weights
         self.cache = LayerCache(base)
         self.out_features, self.in_features = base.shape
 
     def _add_parameters(self, r: int, config: DoraConfig) -> None:
-        base = self.base
         self.register_parameter("start_A", None)
         self.register_parameter("start_B", None)
-        dtype, device = F.sum_dtype(base.dtype), base.device
-        _, *row = base.row_shape
-        self._register_factors(
-            nn.Parameter(torch.empty(r, *row, dtype=dtype, device=device)),
-            nn.Parameter(torch.empty(self.out_features, r, *(1 for _ in row[1:]), dtype=dtype, device=device)),
-        )
-        m_O = nn.Parameter(torch.empty(self.num_lengths, dtype=dtype, device=device)) if config.has_magnitude else None
+        empty = partial(torch.empty, dtype=F.sum_dtype(self.base.dtype), device=self.base.device)
+        O, *row = self.base.row_shape
+        self._register_factors(nn.Parameter(empty(r, *row)), nn.Parameter(empty(O, r, *(1 for _ in row[1:]))))
+        m_O = nn.Parameter(empty(self.num_lengths)) if config.has_magnitude else None
         self.register_parameter("lora_magnitude_vector", m_O)
         self.reset_parameters()
 
@@ -93,7 +84,7 @@ class DoraLinear(Part, AdapterLayer):
         """Back to the start: A and B as `init_lora_weights` says, with no change of the weight, and m = |W|."""
         self._start_factors()
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.cache.norm_at_start(self.a_RI, self.b_OR, self.scale))
+            self.lora_magnitude_vector.copy_(self._start_lengths())
 
     @property
     def r(self) -> int:
@@ -136,8 +127,7 @@ class DoraLinear(Part, AdapterLayer):
         """``g = m / |W + s B A|``, (O,), or None for LoRA."""
         if self.lora_magnitude_vector is None:
             return None
-        n_O = self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
-        return self.lora_magnitude_vector / n_O
+        return self.lora_magnitude_vector / self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """``g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias``, (..., I) to (..., O), in the dtype that the base layer would return."""
@@ -175,7 +165,6 @@ class DoraLinear(Part, AdapterLayer):
         return self._around(base, x, self._draw_dropout(x))
 
     def values(self) -> Values:
-        """What is trained: the parameters themselves."""
         if self.start_A is not None and self.start_B is not None:
             return MovedValues(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.start_A, self.start_B)
         return LowRankValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
@@ -185,8 +174,7 @@ class DoraLinear(Part, AdapterLayer):
 
     def merged_weight(self) -> Tensor:
         """``g ∘ (W + s B A)``, (O, I), in float32: a plain layer with it equals this one."""
-        m_O = self.lora_magnitude_vector
-        return F.merge_weight(self.base.W_OI, self.a_RI, self.b_OR, m_O, self.scale)
+        return F.merge_weight(self.base.W_OI, self.a_RI, self.b_OR, self.lora_magnitude_vector, self.scale)
 
     def merged(self) -> nn.Module:
         """A plain layer of the base's kind with the merged weight."""
@@ -212,6 +200,9 @@ class DoraLinear(Part, AdapterLayer):
                 p.copy_(value.view_as(p))
                 start.copy_(p)
 
+    def _start_lengths(self) -> Tensor:
+        return self.cache.norm_at_start(self.a_RI, self.b_OR, self.scale)
+
     def row_lengths(self) -> Tensor:
         return self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=True)
 
@@ -224,20 +215,22 @@ class DoraLinear(Part, AdapterLayer):
         return x.is_cpu and self.detach_norm
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
-        if not (self.training and self.dropout):
-            return None
-        return draw(x, self.dropout, exact=self.exact_dropout)
+        return draw(x, self.dropout, exact=self.exact_dropout) if self.training and self.dropout else None
 
     def _around(self, base: Tensor, x: Tensor, dropout: Dropout | None) -> Tensor:
         self.base.refuse_backward(x)
         x_a = dropped(x, dropout)
         A, B = self.factors
-        lora = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
+        change = nnf.linear(nnf.linear(x_a, A.to(x.dtype)), (B * self.scale).to(x.dtype))
+        return self._compose(base, change, x_a, dropout)
+
+    def _compose(self, y: Tensor, change: Tensor, x_a: Tensor, dropout: Dropout | None) -> Tensor:
+        """The output from the base's own output y and the change s B A x_a, x_a being x after dropout."""
         gain_O = self.gain()
         if gain_O is None:
-            return base + lora
+            return y + change
         if dropout is not None and dropout.exact:
             product = self.base_layer(x_a)
             product = product if self.bias is None else product - self.bias.to(product.dtype)
-            return F.compose_exact(base, product, lora, gain_O)
-        return F.compose(base, lora, gain_O, self.bias)
+            return F.compose_exact(y, product, change, gain_O)
+        return F.compose(y, change, gain_O, self.bias)

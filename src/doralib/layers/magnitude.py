@@ -25,16 +25,13 @@ class DoraMagnitude(ReadsThrough, AroundBase, DoraLinear):
         if x.is_floating_point() and self.exact_dropout and (dropout := self._draw_dropout(x)):
             changed = self.base_layer(dropped(autocast(x), dropout), *args)
         if self.bias is not None:
-            changed = changed - self._by_channel(self.bias.to(y.dtype))
+            changed = changed - self.base.by_channel(self.bias.to(y.dtype))
         gain_O = self.gain()
         assert gain_O is not None
-        return F.add_gain(y, changed, self._by_channel(gain_O))
+        return F.add_gain(y, changed, self.base.by_channel(gain_O))
 
     def find_conflict(self, given: LayerAdapter) -> str:
         return "turns its rows, but only their lengths are adapted in the model" if given.turns_rows else ""
-
-    def _by_channel(self, t_O: Tensor) -> Tensor:
-        return t_O.view(-1, *(1 for _ in self.base.row_shape[2:]))
 
     def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
         self.register_buffer("lora_A", torch.zeros_like(a.detach()), persistent=False)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .. import functional as F
 from ..config import DoraConfig
 from ..errors import DoraError
 from ..kernels.cache import LayerCache
@@ -157,17 +156,9 @@ class DoraBank(AroundBase, DoraLinear):
         a, b = self.bank.A[:, : self.in_features], self.bank.B[: self.out_features]
         scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
         change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)
-        gain_O = self.gain()
-        if gain_O is None:
-            return y + change
-        if dropout is not None and dropout.exact:
-            product = self.base_layer(x_a)
-            product = product if self.bias is None else product - self.bias.to(product.dtype)
-            return F.compose_exact(y, product, change, gain_O)
-        return F.compose(y, change, gain_O, self.bias)
+        return self._compose(y, change, x_a, dropout)
 
     def values(self) -> BankValues:
-        """What is trained, and the whole bank."""
         bank = self.bank.A, self.bank.B
         return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
 

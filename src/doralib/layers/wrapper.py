@@ -194,7 +194,9 @@ class TrainedCopy(AdapterLayer):
         if names := [type(m).__name__ for m in base_layer.modules() if find_storage(m) is not None]:
             raise DoraError(f"modules_to_save: a {names[0]} is quantized and cannot be trained whole; adapt it instead")
         self.base_layer = base_layer.requires_grad_(False)
-        self.trained = _copy_as_masters(base_layer)
+        self.trained = copy.deepcopy(base_layer).requires_grad_(True)
+        for p in self.trained.parameters():
+            p.data = p.data.to(F.sum_dtype(p.dtype))
         self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,8 +232,7 @@ class TrainedCopy(AdapterLayer):
 
 
 def base_module(module: nn.Module) -> nn.Module:
-    """The frozen module of a place, a child of it or, under `MultiAdapter`, of the place that it shares; any other
-    module itself."""
+    """The frozen module of a place (or of the `MultiAdapter` it is in); any other module itself."""
     if not isinstance(module, Place):
         return module
     own = module.__dict__
@@ -239,13 +240,6 @@ def base_module(module: nn.Module) -> nn.Module:
     if found is None:
         raise AttributeError(f"{type(module).__name__} has no base_layer")
     return found
-
-
-def _copy_as_masters(module: nn.Module) -> nn.Module:
-    trained = copy.deepcopy(module).requires_grad_(True)
-    for p in trained.parameters():
-        p.data = p.data.to(F.sum_dtype(p.dtype))
-    return trained
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .markup import Markup, el, join
 
@@ -41,15 +41,12 @@ class _Scale:
 
 def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
     """A figure of the lines over each other by step, or None if there is no point to draw."""
-    series = [
-        Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.color, s.dots, s.smooth) for s in series
-    ]
+    series = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return None
-    every = [point for s in series for point in s.points]
-    x_ticks, y_ticks = _ticks([x for x, _ in every]), _ticks([y for _, y in every])
-    xs, ys = [x for x, _ in every], [y for _, y in every]
+    xs, ys = zip(*(point for s in series for point in s.points), strict=True)
+    x_ticks, y_ticks = _ticks(xs), _ticks(ys)
     x = _Scale(*_range(min(xs), max(xs)), _LEFT, _WIDTH - _RIGHT)
     y = _Scale(*_range(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])), _HEIGHT - _BOTTOM, _TOP)
     picture = el(

@@ -1,5 +1,6 @@
 """The folder of one run: who may write into it, and what it says about itself."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -94,13 +95,10 @@ class RunFolder:
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware and, in a git repository, the commit."""
     commit = None
-    try:
+    # git may not be installed, or its disk may hang: the run does not need it
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10)
         commit = found.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        # git is not installed, or its disk hangs: the run does not need it
-        pass
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -109,7 +107,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": package_versions(_PACKAGES),
         "commit": commit,
     }

@@ -12,16 +12,12 @@ class Markup(str):
 Child = str | int | float | None
 
 _VOID = {"br", "meta", "hr"}
-_EMPTY = Markup("")
 
 
 def el(name: str, /, *children: Child, **attributes: Child) -> Markup:
-    """One element; children that are not Markup are escaped, those that are None are left out.
+    """One element; children that are not Markup are escaped, and children and attributes that are None left out.
 
-    Args:
-        name: of the element.
-        children: what stands in it.
-        attributes: ``class_`` stands for ``class``, ``stroke_width`` for ``stroke-width``; None is left out.
+    Of attributes, ``class_`` stands for ``class`` and ``stroke_width`` for ``stroke-width``.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
@@ -34,8 +30,11 @@ def el(name: str, /, *children: Child, **attributes: Child) -> Markup:
 
 
 def join(*children: Child) -> Markup:
-    """Pieces one after the other, escaped unless they are Markup."""
-    return Markup("".join(str(_escaped(child)) for child in children))
+    """Pieces one after the other, escaped unless they are Markup; None is left out."""
+    pieces = [
+        child if isinstance(child, Markup) else html.escape(str(child)) for child in children if child is not None
+    ]
+    return Markup("".join(pieces))
 
 
 def html_table(
@@ -43,11 +42,7 @@ def html_table(
 ) -> Markup:
     """A table that scrolls sideways by itself on a narrow screen.
 
-    Args:
-        head: the titles of the columns.
-        rows: the cells; the first of a row is its heading.
-        class_: of the table.
-        numbers: the columns that are aligned to the right.
+    The first cell of a row is its heading; the columns in ``numbers`` are aligned to the right.
     """
     kinds = ["n" if column in numbers else None for column in range(len(head))]
     titles = [el("th", title, scope="col", class_=kind) for title, kind in zip(head, kinds, strict=True)]
@@ -60,9 +55,3 @@ def html_table(
     ]  # fmt: skip
     inner = el("table", el("thead", el("tr", *titles)), el("tbody", *lines), class_=class_ or None)
     return el("div", inner, class_="scroll")
-
-
-def _escaped(child: Child) -> Markup:
-    if child is None:
-        return _EMPTY
-    return child if isinstance(child, Markup) else Markup(html.escape(str(child)))

@@ -6,14 +6,9 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import replacing
-from .record import RunRecord, numbers
+from .record import RunRecord, numbers, read_metric
 
-_CURVES = {
-    "loss": ("loss", "eval_loss"),
-    "learning_rate": ("learning_rate", None),
-    "gradient_norm": ("grad_norm", None),
-    "tokens_per_second": ("tokens_per_second", None),
-}
+_CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _COLORS = ("#2563c9", "#c2560c")
 
 
@@ -24,16 +19,13 @@ def write_figures(record: RunRecord) -> list[Path]:
         UsageError: if matplotlib is not installed.
     """
     written = []
-    for name, (trained, evaluated) in _CURVES.items():
-        lines = [("training", numbers(record.train, trained))]
-        if evaluated:
-            lines.append(("evaluation", numbers(record.evals, evaluated)))
+    for key in _CURVES:
+        name = key.replace("grad", "gradient")
+        lines = [("training", numbers(record.train, key)), ("evaluation", numbers(record.evals, f"eval_{key}"))]
         if any(points for _, points in lines):
             written.append(_write(_curve(name.replace("_", " "), lines), record.path / "figures" / f"{name}.png"))
-    if any(record.results.values()):
-        figure = _results(record.results)
-        if figure is not None:
-            written.append(_write(figure, record.path / "figures" / "results.png"))
+    if figure := _results(record.results):
+        written.append(_write(figure, record.path / "figures" / "results.png"))
     return written
 
 
@@ -70,37 +62,30 @@ def _curve(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) ->
 
 def _results(results: dict[str, dict[str, Any]]) -> Any | None:
     """Accuracy of every task that has one, before and after, with its interval."""
-    tasks = [t for t in dict.fromkeys([*results["after"], *results["before"]]) if _accuracies(results, t)]
+    found = {
+        when: {task: score for task, result in tasks.items() if (score := read_metric(result, "accuracy"))}
+        for when, tasks in results.items()
+    }
+    every = dict.fromkeys([*results["after"], *results["before"]])
+    tasks = [task for task in every if any(task in scores for scores in found.values())]
     if not tasks:
         return None
     figure = new_figure(height=1.2 + 0.7 * len(tasks))
     axes = _clean(figure.add_subplot())
-    # hollow and full, so that they differ in grey too
+    # hollow and full, so that they differ in gray too
     for when, color, shift, fill in (("before", "#8a94a3", 0.14, "white"), ("after", _COLORS[0], -0.14, _COLORS[0])):
-        rows = [(i, _accuracies(results, task).get(when)) for i, task in enumerate(reversed(tasks))]
-        found = [(i, score) for i, score in rows if score]
-        if found:
-            values = [100 * score["value"] for _, score in found]
-            low = [100 * (score["value"] - score.get("low", score["value"])) for _, score in found]
-            high = [100 * (score.get("high", score["value"]) - score["value"]) for _, score in found]
-            at = [i + shift for i, _ in found]
-            axes.errorbar(values, at, xerr=[low, high], fmt="o", color=color, mfc=fill, label=when, capsize=3)
+        scores = found[when].values()
+        if scores:
+            values = [100 * score.value for score in scores]
+            ends = [[100 * (s.value - s.low) for s in scores], [100 * (s.high - s.value) for s in scores]]
+            at = [len(tasks) - 1 - tasks.index(task) + shift for task in found[when]]
+            axes.errorbar(values, at, xerr=ends, fmt="o", color=color, mfc=fill, label=when, capsize=3)
     axes.set_yticks(range(len(tasks)), list(reversed(tasks)))
     axes.set_ylim(-0.5, len(tasks) - 0.5)
     axes.set_xlabel("accuracy in per cent, with 95 % intervals")
     # over the axes, where no interval is
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
-
-
-def _accuracies(results: dict[str, dict[str, Any]], task: str) -> dict[str, Any]:
-    found = {}
-    for when, tasks in results.items():
-        metrics = tasks.get(task, {}).get("metrics")
-        score = metrics.get("accuracy") if isinstance(metrics, dict) else None
-        if isinstance(score, dict) and isinstance(score.get("value"), int | float):
-            found[when] = score
-    return found
 
 
 def _clean(axes: Any) -> Any:

@@ -31,6 +31,15 @@ class RunRecord:
     """What is missing or damaged, a sentence each."""
 
 
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric of one task, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def read_run(run: Path) -> RunRecord:
     """Everything that can be read of a run.
 
@@ -62,19 +71,28 @@ def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
 
 
+def read_metric(result: Values, name: str) -> MetricValue | None:
+    """A metric of a TaskResult, if it is there and a number."""
+    metrics = result.get("metrics")
+    score = metrics.get(name) if isinstance(metrics, dict) else None
+    if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
+        return None
+    value = float(score["value"])
+    return MetricValue(value, float(score.get("low", value)), float(score.get("high", value)))
+
+
 def _read(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
-    if not path.exists():
-        notes.append(f"{path.name} is missing.")
-        return kind()
-    try:
-        value = read(path)
-    except (DoraError, OSError) as error:
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
-        return kind()
-    if not isinstance(value, kind):
-        notes.append(f"{path.name} does not hold what it should.")
-        return kind()
-    return value
+    problem = "is missing"
+    if path.exists():
+        try:
+            value = read(path)
+            if isinstance(value, kind):
+                return value
+            problem = "does not hold what it should"
+        except (DoraError, OSError) as error:
+            problem = f"cannot be read: {str(error).splitlines()[0]}"
+    notes.append(f"{path.name} {problem}.")
+    return kind()
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Values]:

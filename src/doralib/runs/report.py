@@ -81,11 +81,11 @@ def _title(record: RunRecord) -> str:
 def _header(record: RunRecord) -> Markup:
     status = record.summary.get("status")
     text, color = _STATUS.get(str(status), (str(status), "bad"))
-    train = _find_setting(record.config, "data", "train")
+    train = str(_find_setting(record.config, "data", "train") or "")
     r = _find_setting(record.config, "adapter", "r")
     rows, steps = record.summary.get("train_rows"), record.summary.get("steps")
     parts = [
-        f"on {_source(train)}" if train else "",
+        f"on {Path(train).name if Path(train).suffix else train}" if train else "",
         f"{rows:,} rows" if isinstance(rows, int) else "",
         f"{steps:,} steps" if isinstance(steps, int) else "",
         f"rank {r}" if r and record.summary.get("method") != "full" else "",
@@ -128,11 +128,8 @@ def _curves(record: RunRecord) -> Markup | None:
     ]
     if not any(charts):
         return None
-    return _section(
-        "Curves",
-        "Where a line is faint, the thick one over it is its running mean.",
-        el("div", *charts, class_="charts"),
-    )
+    intro = "Where a line is faint, the thick one over it is its running mean."
+    return _section("Curves", intro, el("div", *charts, class_="charts"))
 
 
 def _samples(record: RunRecord) -> Markup | None:
@@ -174,12 +171,11 @@ def _configuration(record: RunRecord) -> Markup | None:
     groups = {key: value for key, value in record.config.items() if isinstance(value, dict)}
     rest = {key: value for key, value in record.config.items() if key not in groups}
     parts: list[Child] = []
-    for name, values in [*groups.items(), ("", rest)]:
+    for name, values in [*groups.items(), ("run", rest)]:
         if values:
-            parts += [el("h3", name) if name else el("h3", "run"), _key_table(values)]
-    return _section(
-        "Configuration", "All of config.yaml, with every default.", el("details", el("summary", "show"), *parts)
-    )
+            parts += [el("h3", name), _key_table(values)]
+    shown = el("details", el("summary", "show"), *parts)
+    return _section("Configuration", "All of config.yaml, with every default.", shown)
 
 
 def _environment(record: RunRecord) -> Markup | None:
@@ -220,10 +216,6 @@ def _value_text(value: Any) -> str:
 def _find_setting(values: dict[str, Any], group: str, key: str) -> Any:
     inner = values.get(group)
     return inner.get(key) if isinstance(inner, dict) else None
-
-
-def _source(train: Any) -> str:
-    return Path(str(train)).name if Path(str(train)).suffix else str(train)
 
 
 def _is_number(value: Any) -> bool:
@@ -267,8 +259,7 @@ def _full(record: RunRecord) -> dict[str, str]:
 
 
 def _eval(record: RunRecord, run: str) -> str:
-    settings = record.config.get("eval")
-    tasks = settings.get("tasks") if isinstance(settings, dict) else None
+    tasks = _find_setting(record.config, "eval", "tasks")
     names = ",".join(str(task) for task in tasks) if tasks else "TASK.yaml"
     return f"doralib eval {run} --tasks {shlex.quote(names)}"
 

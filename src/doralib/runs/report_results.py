@@ -3,23 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from .charts import number_text
 from .markup import Child, Markup, el, html_table, join
-from .record import RunRecord, Values
+from .record import MetricValue, RunRecord, Values, read_metric
 
 _SHARES = ("accuracy", "macro_f1")
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss")
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A metric of one task, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -29,8 +21,8 @@ class _Change:
     task: str
     n: int | None
     metric: str
-    before: _Value | None
-    after: _Value | None
+    before: MetricValue | None
+    after: MetricValue | None
 
     @property
     def difference(self) -> float | None:
@@ -96,24 +88,11 @@ def _changes(record: RunRecord) -> list[_Change]:
     found = []
     for task in dict.fromkeys([*after, *before]):
         old, new = before.get(task, {}), after.get(task, {})
-        names = dict.fromkeys([*_metrics(new), *_metrics(old)])
+        metrics = [each for each in (new.get("metrics"), old.get("metrics")) if isinstance(each, dict)]
         n = new.get("n", old.get("n"))
-        values = [(name, _value(old, name), _value(new, name)) for name in names]
+        values = [(name, read_metric(old, name), read_metric(new, name)) for name in dict.fromkeys(chain(*metrics))]
         found += [_Change(task, n, name, was, now) for name, was, now in values if was or now]
     return found
-
-
-def _metrics(result: Values) -> dict[str, Any]:
-    metrics = result.get("metrics")
-    return metrics if isinstance(metrics, dict) else {}
-
-
-def _value(result: Values, name: str) -> _Value | None:
-    score = _metrics(result).get(name)
-    if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
-        return None
-    value = float(score["value"])
-    return _Value(value, float(score.get("low", value)), float(score.get("high", value)))
 
 
 def _picture(changes: Sequence[_Change]) -> Markup | None:
@@ -138,7 +117,7 @@ def _picture(changes: Sequence[_Change]) -> Markup | None:
 def _change_line(change: _Change, place: Any) -> Markup:
     marks = []
     for when in ("before", "after"):
-        value: _Value | None = getattr(change, when)
+        value: MetricValue | None = getattr(change, when)
         if value:
             width = f"calc({place(value.high)} - {place(value.low)})"
             marks.append(el("i", class_=f"ci {when}", style=f"left:{place(value.low)};width:{width}"))
@@ -146,13 +125,10 @@ def _change_line(change: _Change, place: Any) -> Markup:
             marks.append(el("i", class_=f"dot {when}", style=f"left:{at}", title=title))
     rows = f"{change.n:,} rows" if isinstance(change.n, int) else ""
     name = el("b", change.task, el("small", f"{change.metric.replace('_', ' ')}, {rows}"))
-    return el("div", name, el("div", *marks, class_="track"), _verdict(change), class_="change")
-
-
-def _verdict(change: _Change) -> Markup:
     shown = [_text(change.metric, value.value) for value in (change.before, change.after) if value]
     arrow = " \N{RIGHTWARDS ARROW} "
-    return el("div", el("b", arrow.join(shown)), _difference(change, "small"), class_="verdict")
+    verdict = el("div", el("b", arrow.join(shown)), _difference(change, "small"), class_="verdict")
+    return el("div", name, el("div", *marks, class_="track"), verdict, class_="change")
 
 
 def _table(changes: Sequence[_Change]) -> Markup:
@@ -167,7 +143,7 @@ def _table(changes: Sequence[_Change]) -> Markup:
     return html_table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
 
 
-def _cell(metric: str, value: _Value | None) -> Child:
+def _cell(metric: str, value: MetricValue | None) -> Child:
     if value is None:
         return "-"
     low, high = (_text(metric, end).removesuffix(" %") for end in (value.low, value.high))
@@ -205,7 +181,5 @@ def _matrix(result: Values | None) -> Markup | None:
 
 def _heat(count: int, total: int) -> Markup:
     share = count / total if total else 0.0
-    inner = el(
-        "div", count, el("small", f"{100 * share:.0f} %"), style=f"background:rgba(var(--heat),{share * 0.55:.3f})"
-    )
-    return el("td", inner)
+    style = f"background:rgba(var(--heat),{share * 0.55:.3f})"
+    return el("td", el("div", count, el("small", f"{100 * share:.0f} %"), style=style))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ... import functional as F
-from .linear import Dense as Dense
+from .linear import Dense
 
 
 class Convolution(Dense):

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import functional as F
-from .linear import Dense as Dense
-from .linear import Transposed
+from .linear import Dense, Transposed
 
 
 class Embedding(Transposed):
@@ -18,10 +17,6 @@ class Embedding(Transposed):
         """What the layer multiplies its rows by (Gemma's embed_scale), or None."""
         factor = getattr(self.module, "embed_scale", None)
         return factor if factor is None or isinstance(factor, Tensor) else torch.tensor(float(factor))
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None
 
     def triton_weight(self) -> Tensor | None:
         return None
@@ -45,18 +40,5 @@ class TokenEmbedding(Embedding):
 
     kind = "token_embedding"
 
-    @property
-    def W_OI(self) -> Tensor:
-        return self._weight
-
-    def row_norm_sq(self) -> Tensor:
-        return F.row_norm_sq(self.W_OI)
-
-    def times_transposed(self, a_RI: Tensor) -> Tensor:
-        return F.times_transposed(self.W_OI, a_RI)
-
-    def transposed_times(self, c_OR: Tensor) -> Tensor:
-        return F.transposed_times(self.W_OI, c_OR)
-
-    def _stored(self, W_OI: Tensor) -> Tensor:
-        return W_OI
+    W_OI, _stored, row_norm_sq = Dense.W_OI, Dense._stored, Dense.row_norm_sq
+    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times

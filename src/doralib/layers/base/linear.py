@@ -21,8 +21,7 @@ class Dense:
     @property
     def W_OI(self) -> Tensor:
         """The weight itself, rows are output features; a view."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight
+        return self._weight
 
     @property
     def rows(self) -> F.Rows:
@@ -32,7 +31,8 @@ class Dense:
     @property
     def bias(self) -> Tensor | None:
         """(O,)."""
-        return self.module.bias  # type: ignore[return-value]
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,10 +86,10 @@ class Dense:
         return self.W_OI.detach()[index]
 
     def refuse_backward(self, x: Tensor) -> None:
-        """Check that the right gradient passes through the layer to its input, where one is asked for.
+        """Check the gradient to the layer's input.
 
         Raises:
-            DoraError: if it does not.
+            DoraError: if x asks for one and the layer would give a wrong one.
         """
 
     def with_weight(self, W_OI: Tensor) -> nn.Module:
@@ -99,6 +99,10 @@ class Dense:
         weight = self._stored(W_OI.to(self.W_OI.dtype)).contiguous()
         module.weight = nn.Parameter(weight, requires_grad=False)
         return module
+
+    def by_channel(self, t_O: Tensor) -> Tensor:
+        """A value for each row as the layer's output takes it: (O,), or (O, 1...) of a convolution."""
+        return t_O.view(-1, *(1 for _ in self.row_shape[2:]))
 
     @property
     def _weight(self) -> Tensor:
@@ -119,8 +123,7 @@ class Transposed(Dense):
 
     @property
     def W_OI(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.t()
+        return self._weight.t()
 
     def _stored(self, W_OI: Tensor) -> Tensor:
         return W_OI.t()

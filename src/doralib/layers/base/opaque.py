@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...errors import DoraError
 from ...quantization.base import Storage
-from .linear import Dense as Dense
-from .linear import version
+from .linear import Dense, version
 
 
 class Opaque(Dense):
@@ -21,11 +20,6 @@ class Opaque(Dense):
             f"{type(self.module).__qualname__} is a storage that doralib does not know: its dense weight cannot be "
             "read. It trains as it is; merge the saved adapter into the unquantized model instead"
         )
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,8 +69,7 @@ class Opaque(Dense):
 
     def _columns(self, block: slice) -> Tensor:
         """Columns of W as rows, (K, O): what the layer makes of unit vectors."""
-        eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)[block]
-        return self._product(eye)
+        return self._product(torch.eye(self.shape[1], dtype=self.dtype, device=self.device)[block])
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
@@ -109,7 +102,7 @@ class Quantized(Opaque):
 
     @property
     def W_OI(self) -> Tensor:
-        """Dequantised anew, whole."""
+        """Dequantized anew, whole."""
         return self.rows[:]
 
     @property

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ...quantization import find_storage
 from .convolution import Convolution, TransposedConvolution
 from .embedding import Embedding
-from .linear import Dense as Dense
-from .linear import Transposed
+from .linear import Dense, Transposed
 from .opaque import Opaque, Quantized
 
 STORAGES: dict[str, type[Dense]] = {
