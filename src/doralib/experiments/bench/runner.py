@@ -15,7 +15,7 @@ from .generate import bench_generate
 from .layer import bench_layer
 from .measure import Neighbors, describe_machine
 from .memory import bench_memory
-from .merge import report_merge
+from .merge import bench_merge
 from .profile import bench_profile
 from .rank import bench_rank
 from .step import bench_step
@@ -41,7 +41,7 @@ BENCHES = {
     "adapt": Bench(settings.AdaptOptions, bench_adapt),
     "accelerate": Bench(settings.AccelerateOptions, bench_accelerate),
     "profile": Bench(settings.ProfileOptions, bench_profile),
-    "merge": Bench(settings.MergeOptions, report_merge),
+    "merge": Bench(settings.MergeOptions, bench_merge),
 }
 
 
