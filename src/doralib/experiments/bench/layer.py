@@ -1,5 +1,6 @@
 """One adapted layer: time, matrix products, memory kept for the backward pass, largest temporary of a norm refresh."""
 
+from collections import OrderedDict
 from itertools import product
 from typing import Any
 
@@ -18,17 +19,11 @@ _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
 
 
-class OneLayer(nn.Module):
+class OneLayer(nn.Sequential):
     """A model that is one linear layer."""
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
-        y: Tensor = self.proj(x)
-        return y
+        super().__init__(OrderedDict(proj=nn.Linear(in_features, out_features, bias=False, dtype=dtype)))
 
 
 class Pass:

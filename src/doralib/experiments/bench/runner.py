@@ -66,7 +66,10 @@ def run_bench(
     import_peft()
     chosen = {name: BENCHES[name]} if name != EVERYTHING else BENCHES
     _refuse_unknown(chosen, options)
-    checked = {key: _check_options(bench, options, quick=quick) for key, bench in chosen.items()}
+    checked = {}
+    for key, bench in chosen.items():
+        own = {field: value for field, value in options.items() if field in bench.options.model_fields}
+        checked[key] = bench.options(**({**bench.options.QUICK, **own} if quick else own))
     values = {}
     for key, bench in chosen.items():
         report, values[key] = _run(bench, checked[key], Path(out))
@@ -82,11 +85,6 @@ def _refuse_unknown(chosen: dict[str, Bench], options: dict[str, Any]) -> None:
         raise UsageError(
             f"bench {'/'.join(chosen)}: there is no option {', '.join(wrong)}; known: {', '.join(sorted(known))}"
         )
-
-
-def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
-    own = {key: value for key, value in options.items() if key in bench.options.model_fields}
-    return bench.options(**({**bench.options.QUICK, **own} if quick else own))
 
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:
