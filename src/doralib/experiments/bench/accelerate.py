@@ -7,7 +7,7 @@ from ...peft import accelerate
 from .options import AccelerateOptions, batch_of
 from .step import time_steps, training_cases
 from .subjects import ACCELERATED, REFERENCE, AdapterSettings, build, check_subjects, nudge, trained_parameters
-from .tables import TIME_RATIO, Bars, Report, Table, make_bars, ratio_goals, ratios_to, timing_table
+from .tables import TIME_RATIO, Bars, Report, Table, ratio_goals, timing_table
 from .workload import base_model, token_batch
 
 BEFORE = "peft-dora"
@@ -36,8 +36,7 @@ def bench_accelerate(options: AccelerateOptions) -> Report:
         for name, settings in training_cases("accelerate", dtype, options):
             found = time_steps(base, settings, options, names)
             case = {"name": name, "settings": {**settings, **described}, "agreement": agreement, **found}
-            bars, goals = make_bars(ratios_to(REFERENCE, case["ratios"])), {f"{ACCELERATED} / {BEFORE}": 1.0}
-            report.add(case, timing_table(case), bars=bars, goals=ratio_goals(case, goals))
+            report.add(case, timing_table(case), goals=ratio_goals(case, {f"{ACCELERATED} / {BEFORE}": 1.0}))
     return report
 
 

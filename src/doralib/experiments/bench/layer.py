@@ -12,8 +12,8 @@ from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
 from .measure import Turn, interleave, log
 from .options import LayerOptions, batch_of, sizes
-from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
-from .tables import TIME_RATIO, Bars, Case, Goal, Report, Table, make_bars, ms, ratios_to, timing_table
+from .subjects import AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
+from .tables import TIME_RATIO, Bars, Case, Goal, Report, Table, ms, timing_table
 
 _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
@@ -69,8 +69,7 @@ def bench_layer(options: LayerOptions) -> Report:
         name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
         log.info(f"layer: {name}")
         case = {"name": name, "settings": settings, **_case(settings, options)}
-        bars = make_bars(ratios_to(REFERENCE, case["ratios"]))
-        report.add(case, timing_table(case), _count_table(case), bars=bars, goals=_goals(case))
+        report.add(case, timing_table(case), _count_table(case), goals=_goals(case))
     return report
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from .measure import Turn, interleave, log
 from .options import ProfileOptions, StepOptions, batch_of, switch_values
-from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
-from .tables import TIME_RATIO, Bars, Case, Goal, Report, make_bars, ratio_goals, ratios_to, timing_table
+from .subjects import AdapterSettings, build, check_subjects, default_subjects, pairs
+from .tables import TIME_RATIO, Bars, Case, Goal, Report, ratio_goals, timing_table
 from .workload import TrainingStep, base_model, token_batch
 
 
@@ -34,8 +34,7 @@ def bench_step(options: StepOptions) -> Report:
             subjects = options.subjects or default_subjects(dtype, settings["dropout"])
             found = time_steps(base, settings, options, subjects)
             case = {"name": name, "settings": {**settings, **described}, **found}
-            bars = make_bars(ratios_to(REFERENCE, case["ratios"]))
-            report.add(case, timing_table(case), bars=bars, goals=_goals(case))
+            report.add(case, timing_table(case), goals=_goals(case))
     return report
 
 

@@ -72,9 +72,14 @@ class Report:
     goals: list[Goal] = field(default_factory=list)
 
     def add(
-        self, case: Case, *tables: Table, bars: Mapping[str, list[Bar]] | list[Bar], goals: Iterable[Goal] = ()
+        self,
+        case: Case,
+        *tables: Table,
+        bars: Mapping[str, list[Bar]] | list[Bar] | None = None,
+        goals: Iterable[Goal] = (),
     ) -> None:
-        """A case and what is shown of it; bars without a name of their own go under that of the case."""
+        """A case and what is shown of it: its ratios to the reference as bars, other bars, or groups of them."""
+        bars = make_bars(ratios_to(REFERENCE, case["ratios"])) if bars is None else bars
         self.cases.append(case)
         self.tables += tables
         self.bars.groups |= {case["name"]: bars} if isinstance(bars, list) else bars
