@@ -490,7 +490,7 @@ def test_the_demos_model_is_the_default(tmp_path, monkeypatch, tiny_llama_folder
 
 
 def test_a_busy_machine_is_named_in_the_report():
-    report = Report("x", "X", {}, [], [], Bars("", ""), [Goal("a | b", 2.0, 1.0)])
+    report = Report("x", "X", {}, Bars("", ""), goals=[Goal("a | b", 2.0, 1.0)])
     where = {**describe_machine(), "cores_busy_elsewhere": 1.5}
     assert "not to be quoted" in markdown(report, where)
     assert "not to be quoted" not in markdown(report, where | {"cores_busy_elsewhere": 0.0})
@@ -623,7 +623,7 @@ def test_no_name_in_a_table_is_cut(width):
     ratio = {"median": 1.238, "low": 1.176, "high": 1.262, "of_minima": 1.244}
     seconds = {"median": 1.573, "low": 1.48, "high": 1.656, "min": 1.456}
     ratios = {f"{name} / {other}": ratio for name in SUBJECTS for other in ("peft-lora", "peft-dora")}
-    table = timing_table("float32", {"ratios": ratios, "seconds": dict.fromkeys(SUBJECTS, seconds)})
+    table = timing_table({"name": "float32", "ratios": ratios, "seconds": dict.fromkeys(SUBJECTS, seconds)})
     page = Console(file=io.StringIO(), width=width)
     page.print(rich_table(table))
     lines = page.file.getvalue().splitlines()

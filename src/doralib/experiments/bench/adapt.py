@@ -1,20 +1,18 @@
 """How long it takes to put adapters on a model in the shape of LLaMA-3-8B, beside PEFT's get_peft_model."""
 
-import statistics
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import math
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ...files import format_bytes
 from .counting import allocations, peak
-from .measure import Turn, interleave, log, spread
+from .llama_files import LLAMA, VOCAB, count_numbers, is_target, make_llama
+from .measure import Turn, interleave, log, read_kernel_bytes
 from .options import AdaptOptions
 from .subjects import SUBJECTS, TARGETS, AdapterSettings, share_weights
-from .tables import Bar, Bars, Goal, Report, Table, ms
+from .tables import Bars, Case, Goal, Report, Table, make_bars, ms, quartiles
 
 METHODS = ("peft-lora", "peft-dora", "ours-lora", "ours-dora")
 PASS = "one pass"
@@ -24,60 +22,52 @@ _SECONDS = 10.0
 
 def bench_adapt(options: AdaptOptions) -> Report:
     """Seconds of adapting: all layers on the meta device, and as many with real weights as memory holds."""
-    adapter = AdapterSettings(options.r)
-    log.info("adapt: meta")
-    cases = [_case("meta", _build_llama(options, options.layers, vocab=128256, real=False), adapter, options)]
-    count = min(options.real_layers, options.layers, _layers_that_fit(options))
-    if count:
-        log.info(f"adapt: {count} real layers")
-        cases.append(_case("real", _build_llama(options, count, vocab=256, real=True), adapter, options))
-    bars = Bars("Putting adapters on", "seconds", line=None)
-    bars.groups = {
-        case["name"]: [Bar(name, s["median"], s["low"], s["high"]) for name, s in case["seconds"].items()]
-        for case in cases
-    }
-    return Report(
+    report = Report(
         "adapt",
         "Putting adapters on a model in the shape of LLaMA-3-8B",
         options.model_dump(mode="json"),
-        cases,
-        [_table(case) for case in cases],
-        bars,
-        _goals(cases),
+        Bars("Putting adapters on", "seconds", line=None),
         [
             f"targets {', '.join(TARGETS)}, r {options.r}, bfloat16; meta: no weights, only modules are made",
             f"{PASS}: the row norms of every target's weight by one torch call each: what the start of m needs",
         ],
     )
+    log.info("adapt: meta")
+    cases = [_case("meta", options.layers, options)]
+    if count := min(options.real_layers, options.layers, _layers_that_fit(options)):
+        log.info(f"adapt: {count} real layers")
+        cases.append(_case("real", count, options))
+    for case in cases:
+        report.add(case, _table(case), bars=make_bars(case["seconds"]), goals=_goals(case))
+    return report
 
 
-def _case(kind: str, base: nn.Module, adapter: AdapterSettings, options: AdaptOptions) -> dict[str, Any]:
+def _case(kind: str, layers: int, options: AdaptOptions) -> Case:
+    base = _build_llama(options, layers, real=kind == "real")
+    weights = [p for name, p in base.named_parameters() if is_target(name)]
     failed: dict[str, str] = {}
-    turns: dict[str, Turn] = {PASS: Turn(lambda: _one_pass(base))} if kind == "real" else {}
-    workers = {}
+    workers: dict[str, _Worker] = {}
     for name in METHODS:
-        worker = _Worker(base, SUBJECTS[name], adapter)
+        worker = _Worker(base, name, AdapterSettings(options.r))
         try:
             worker.prepare()
             worker.run()
+            workers[name] = worker
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # PEFT need not take meta tensors
             failed[name] = f"{type(error).__name__}: {error}"
-            continue
-        workers[name] = worker
-        turns[name] = Turn(worker.run, worker.prepare)
+    turns = {PASS: Turn(partial(_one_pass, weights))} if kind == "real" else {}
+    turns |= {name: Turn(worker.run, worker.prepare) for name, worker in workers.items()}
     rounds = interleave(turns, options.rounds, options.warmup)
-    bytes_ = {}
+    peaks = {}
     for name, worker in workers.items():
         worker.prepare()
-        bytes_[name] = peak(allocations(worker.run))
-    weights = [p for name, p in base.named_parameters() if name.removesuffix(".weight").endswith(TARGETS)]
-    layers: int = base.config.num_hidden_layers  # type: ignore[union-attr, assignment]
+        peaks[name] = peak(allocations(worker.run))
     pairs = [("ours-dora", "peft-dora"), ("ours-lora", "peft-lora"), ("ours-dora", PASS), ("peft-dora", PASS)]
     return {
         "name": f"{kind}, {layers} layers",
         "settings": {"kind": kind, "layers": layers, "adapted": len(weights), "bytes": sum(p.nbytes for p in weights)},
         **rounds.summary(pairs),
-        "peak_bytes": bytes_,
+        "peak_bytes": peaks,
         "failed": failed,
     }
 
@@ -85,11 +75,9 @@ def _case(kind: str, base: nn.Module, adapter: AdapterSettings, options: AdaptOp
 class _Worker:
     """One method; each call on modules of its own around the same weights."""
 
-    def __init__(
-        self, base: nn.Module, method: Callable[[nn.Module, AdapterSettings], nn.Module], adapter: AdapterSettings
-    ) -> None:
+    def __init__(self, base: nn.Module, method: str, adapter: AdapterSettings) -> None:
         self.base, self.method, self.adapter = base, method, adapter
-        self.model: nn.Module | None = None
+        self.model = base
 
     def prepare(self) -> None:
         """A model without an adapter."""
@@ -97,21 +85,12 @@ class _Worker:
 
     def run(self) -> None:
         """Put it on."""
-        assert self.model is not None
-        self.model = self.method(self.model, self.adapter)
+        self.model = SUBJECTS[self.method](self.model, self.adapter)
 
 
-def _build_llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=4096 // options.divide,
-        intermediate_size=14336 // options.divide,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+def _build_llama(options: AdaptOptions, layers: int, *, real: bool) -> nn.Module:
+    widths = {name: LLAMA[name] // options.divide for name in ("hidden_size", "intermediate_size")}
+    model = make_llama(layers, vocab_size=256 if real else VOCAB, **widths)
     if real:
         model = model.to_empty(device="cpu")
         for p in model.parameters():
@@ -121,50 +100,33 @@ def _build_llama(options: AdaptOptions, layers: int, *, vocab: int, real: bool) 
 
 def _layers_that_fit(options: AdaptOptions) -> int:
     """Half of the free memory; the other half is for whatever a method makes of it."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return options.real_layers
-    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    hidden, inner = 4096 // options.divide, 14336 // options.divide
-    layer_bytes = 2 * (2 * hidden * hidden + hidden * hidden // 2 + 3 * hidden * inner)
-    return max(1, int(line.split()[1]) * 1024 // 2 // layer_bytes)
+    free = read_kernel_bytes("/proc/meminfo", "MemAvailable")
+    layer_bytes = 2 * (count_numbers(1) - count_numbers(0)) // options.divide**2
+    return options.real_layers if free is None else max(1, free // 2 // layer_bytes)
 
 
 @torch.no_grad()
-def _one_pass(base: nn.Module) -> None:
-    for name, p in base.named_parameters():
-        if name.removesuffix(".weight").endswith(TARGETS):
-            torch.linalg.vector_norm(p, dim=1, dtype=torch.float32)
+def _one_pass(weights: list[nn.Parameter]) -> None:
+    for weight in weights:
+        torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
-def _table(case: dict[str, Any]) -> Table:
-    title = (
-        f"{case['name']}, {format_bytes(case['settings']['bytes'])} in {case['settings']['adapted']} adapted weights"
-    )
+def _table(case: Case) -> Table:
+    settings = case["settings"]
+    title = f"{case['name']}, {format_bytes(settings['bytes'])} in {settings['adapted']} adapted weights"
     table = Table(title, ["subject", "median ms", "quartiles", "peak of new memory", "/ the same of PEFT"])
     for name, seconds in case["seconds"].items():
         ratio = case["ratios"].get(f"{name} / {name.replace('ours', 'peft')}")
-        memory = case["peak_bytes"].get(name)
-        table.rows.append(
-            [
-                name,
-                ms(seconds["median"]),
-                f"{ms(seconds['low'])} to {ms(seconds['high'])}",
-                "" if memory is None else format_bytes(memory),
-                f"{ratio['median']:.3f}" if ratio else "",
-            ]
-        )
+        memory = format_bytes(case["peak_bytes"][name]) if name in case["peak_bytes"] else ""
+        over = f"{ratio['median']:.3f}" if ratio else ""
+        table.rows.append([name, ms(seconds["median"]), quartiles(seconds), memory, over])
     table.rows += [[name, f"failed: {why.splitlines()[0][:80]}", "", "", ""] for name, why in case["failed"].items()]
     return table
 
 
-def _goals(cases: list[dict[str, Any]]) -> list[Goal]:
-    goals = []
-    for case in cases:
-        found = case["seconds"].get("ours-dora", spread([float("inf")]))
-        if case["settings"]["kind"] == "meta":
-            goals.append(Goal(f"{case['name']}: seconds of ours-dora", found["median"], _SECONDS))
-        elif PASS in case["seconds"]:
-            over = statistics.median(case["ratios"][f"ours-dora / {PASS}"]["all"])
-            goals.append(Goal(f"{case['name']}: ours-dora / {PASS} over the weights", over, 2.0))
-    return goals
+def _goals(case: Case) -> list[Goal]:
+    if case["settings"]["kind"] == "meta":
+        seconds = case["seconds"].get("ours-dora", {"median": math.inf})["median"]
+        return [Goal(f"{case['name']}: seconds of ours-dora", seconds, _SECONDS)]
+    over = case["ratios"][f"ours-dora / {PASS}"]["median"]
+    return [Goal(f"{case['name']}: ours-dora / {PASS} over the weights", over, 2.0)]

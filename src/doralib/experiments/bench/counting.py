@@ -1,7 +1,7 @@
 """What a call costs besides time: its matrix products, the memory it keeps for its backward pass, what it allocates."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -42,12 +42,12 @@ class ProductCounter(TorchDispatchMode):
 class Saved:
     """Bytes kept for a backward pass, each memory once."""
 
-    input: int = 0
-    output: int = 0
+    input: int
+    output: int
     """The layer's own output, which its consumer often keeps anyway."""
-    weights: int = 0
+    weights: int
     """Parameters, which exist anyway."""
-    rest: int = 0
+    rest: int
 
     @property
     def with_output(self) -> int:
@@ -61,8 +61,7 @@ class Saved:
 
     def to_json(self) -> dict[str, int]:
         """The parts and their sums."""
-        parts = {"input": self.input, "output": self.output, "weights": self.weights, "rest": self.rest}
-        return {**parts, "with_output": self.with_output, "without_output": self.without_output}
+        return {**asdict(self), "with_output": self.with_output, "without_output": self.without_output}
 
 
 def saved_bytes(run: Callable[[Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> Saved:
@@ -76,18 +75,9 @@ def saved_bytes(run: Callable[[Tensor], Tensor], x: Tensor, weights: Iterable[Te
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = run(x)
-    own = {w.untyped_storage().data_ptr() for w in weights}
-    saved = Saved()
-    for where, size in kept.items():
-        if where in own:
-            saved.weights += size
-        elif where == x.untyped_storage().data_ptr():
-            saved.input += size
-        elif where == y.untyped_storage().data_ptr():
-            saved.output += size
-        else:
-            saved.rest += size
-    return saved
+    weights_kept = sum(kept.pop(where, 0) for where in {w.untyped_storage().data_ptr() for w in weights})
+    input_kept, output_kept = (kept.pop(tensor.untyped_storage().data_ptr(), 0) for tensor in (x, y))
+    return Saved(input_kept, output_kept, weights_kept, rest=sum(kept.values()))
 
 
 def allocations(run: Callable[[], object]) -> list[int]:

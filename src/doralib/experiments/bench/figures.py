@@ -42,14 +42,8 @@ def _draw(axes: Any, bars: Bars, colors: dict[str, str]) -> None:
         for bar in group:
             at += 1
             axes.barh(at, bar.value, color=colors[bar.label], height=0.8)
-            axes.errorbar(
-                bar.value,
-                at,
-                xerr=[[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]],
-                color="#222222",
-                linewidth=1,
-                capsize=2,
-            )
+            reach = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
+            axes.errorbar(bar.value, at, xerr=reach, color="#222222", linewidth=1, capsize=2)
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
             number = f"{bar.value:,.0f}" if bar.value >= 100 else f"{bar.value:.3g}"
             figure = axes.annotate(number, (bar.high, at), fontsize=7, **place)

@@ -12,7 +12,7 @@ from ...adapters.inference import unchanged
 from .measure import Turn, interleave, log, spread
 from .options import GenerateOptions
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects, import_peft, nudge
-from .tables import Bar, Bars, Goal, Report, Table, ratio_text
+from .tables import Bars, Case, Report, Table, make_bars, ratio_goals, ratio_text, ratios_to
 from .workload import base_model, token_batch
 
 CACHED = "peft-dora-cached"
@@ -24,36 +24,24 @@ def bench_generate(options: GenerateOptions) -> Report:
     """Tokens per second of greedy writing with a key-value cache."""
     names = list(options.subjects or SUBJECTS)
     check_subjects(name for name in names if name not in (CACHED, HELD))
-    cases: list[dict[str, Any]] = []
-    tables = []
-    bars = Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round")
-    for dtype in options.dtype:
-        log.info(f"generate: {dtype}")
-        base, described = base_model(options.model, options.layers, dtype)
-        case = {"name": dtype, "settings": {"dtype": dtype, **described}, **_case(base, names, options)}
-        cases.append(case)
-        tables.append(_table(case))
-        over = {name: case["ratios"].get(f"{name} / base") for name in names}
-        bars.groups[dtype] = [Bar(name, r["median"], r["low"], r["high"]) for name, r in over.items() if r]
-    return Report(
+    report = Report(
         "generate",
         "Unmerged generation",
         options.model_dump(mode="json"),
-        cases,
-        tables,
-        bars,
-        [
-            Goal(f"{case['name']}: {name} / base", case["ratios"][f"{name} / base"]["median"], 1.1)
-            for case in cases
-            for name in ("ours-dora", HELD)
-            if f"{name} / base" in case["ratios"]
-        ],
+        Bars("Unmerged generation, time over the base model", "time / time of the base model in the same round"),
         [
             f"{options.new} tokens one by one after a prompt of {options.prompt} (not timed), batch {options.batch}",
             f"{CACHED}: PEFT inside its DoraCaching(), which keeps B A, a dense matrix, of every layer",
             f"{HELD}: inside doralib.unchanged(model), which promises that no parameter is written to",
         ],
     )
+    for dtype in options.dtype:
+        log.info(f"generate: {dtype}")
+        base, described = base_model(options.model, options.layers, dtype)
+        case = {"name": dtype, "settings": {"dtype": dtype, **described}, **_case(base, names, options)}
+        goals = ratio_goals(case, {"ours-dora / base": 1.1, f"{HELD} / base": 1.1})
+        report.add(case, _table(case), bars=make_bars(ratios_to("base", case["ratios"])), goals=goals)
+    return report
 
 
 class Writer:
@@ -93,17 +81,14 @@ def _case(base: nn.Module, names: list[str], options: GenerateOptions) -> dict[s
     turns = {name: Turn(writer.write, writer.read_prompt) for name, writer in writers.items()}
     rounds = interleave(turns, options.rounds, options.warmup)
     pairs = [(name, under) for under in ("base", REFERENCE) for name in names if name != under]
-    summary = rounds.summary([pair for pair in pairs if pair[1] in names])
     count = options.new * options.batch
     speeds = {name: spread([count / s for s in values]) for name, values in rounds.seconds.items()}
-    return {**summary, "tokens_per_second": speeds}
+    return {**rounds.summary(pairs), "tokens_per_second": speeds}
 
 
-def _table(case: dict[str, Any]) -> Table:
+def _table(case: Case) -> Table:
     table = Table(case["name"], ["subject", "tokens/s", "quartiles", "time / base", f"time / {REFERENCE}"])
     for name, speed in case["tokens_per_second"].items():
-        ratios = [case["ratios"].get(f"{name} / {under}") for under in ("base", REFERENCE)]
-        shown = [ratio_text(ratio) for ratio in ratios]
-        quartiles = f"{speed['low']:.1f} to {speed['high']:.1f}"
-        table.rows.append([name, f"{speed['median']:.1f}", quartiles, *shown])
+        ratios = [ratio_text(case, name, under) for under in ("base", REFERENCE)]
+        table.rows.append([name, f"{speed['median']:.1f}", f"{speed['low']:.1f} to {speed['high']:.1f}", *ratios])
     return table

@@ -1,5 +1,6 @@
 """One adapted layer: time, matrix products, memory kept for the backward pass, largest temporary of a norm refresh."""
 
+from collections import OrderedDict
 from itertools import product
 from typing import Any
 
@@ -12,24 +13,17 @@ from .counting import ProductCounter, allocations, saved_bytes
 from .measure import Turn, interleave, log
 from .options import LayerOptions, batch_of, sizes
 from .subjects import AdapterSettings, build, check_subjects, default_subjects, nudge, pairs
-from .tables import Bars, Goal, Report, Table, ratio_bars, timing_table
-from .tables import ms as milliseconds
+from .tables import TIME_RATIO, Bars, Case, Goal, Report, Table, ms, timing_table
 
 _LIMITS = {"with_output": 16.2 * 2**20, "without_output": 8.2 * 2**20}
 """Bytes, for 1024 x 1024, 2,048 tokens, float32, r 16."""
 
 
-class OneLayer(nn.Module):
+class OneLayer(nn.Sequential):
     """A model that is one linear layer."""
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
-        y: Tensor = self.proj(x)
-        return y
+        super().__init__(OrderedDict(proj=nn.Linear(in_features, out_features, bias=False, dtype=dtype)))
 
 
 class Pass:
@@ -56,23 +50,11 @@ class Pass:
 def bench_layer(options: LayerOptions) -> Report:
     """Forward and backward after an optimizer step, for every shape, dtype, number of tokens and dropout."""
     check_subjects(options.subjects or [])
-    cases: list[dict[str, Any]] = []
-    bars = Bars("One layer, forward and backward, time over PEFT LoRA", "time / time of PEFT LoRA in the same round")
-    for shape, dtype, tokens, dropout in product(options.shapes, options.dtype, options.tokens, options.dropout):
-        settings = {"shape": shape, "dtype": dtype, "tokens": tokens, "dropout": dropout, "r": options.r}
-        name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
-        log.info(f"layer: {name}")
-        case = {"name": name, "settings": settings, **_case(settings, options)}
-        cases.append(case)
-        bars.groups[name] = ratio_bars(case)
-    return Report(
+    report = Report(
         "layer",
         "One adapted layer",
         options.model_dump(mode="json"),
-        cases,
-        [table for case in cases for table in (timing_table(case["name"], case), _count_table(case))],
-        bars,
-        [goal for case in cases for goal in _goals(case)],
+        Bars("One layer, forward and backward, time over PEFT LoRA", TIME_RATIO),
         [
             "shapes are out x in; A and B are moved before each pass, as by an optimiser, so the norm is computed anew",
             "products: matrix products of forward and backward after an optimiser step / of the next micro-batch",
@@ -82,6 +64,13 @@ def bench_layer(options: LayerOptions) -> Report:
             "from torch's CPU allocator",
         ],
     )
+    for shape, dtype, tokens, dropout in product(options.shapes, options.dtype, options.tokens, options.dropout):
+        settings = {"shape": shape, "dtype": dtype, "tokens": tokens, "dropout": dropout, "r": options.r}
+        name = f"{shape} {dtype}, {tokens} tokens" + (f", dropout {dropout:g}" if dropout else "")
+        log.info(f"layer: {name}")
+        case = {"name": name, "settings": settings, **_case(settings, options)}
+        report.add(case, timing_table(case), _count_table(case), goals=_goals(case))
+    return report
 
 
 def counts(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Any]:
@@ -108,36 +97,25 @@ def _case(settings: dict[str, Any], options: LayerOptions) -> dict[str, Any]:
     base, x, dy = OneLayer(O, I, dtype), torch.randn(N, I).to(dtype), torch.randn(N, O).to(dtype)
     adapter = AdapterSettings(options.r, settings["dropout"], ("proj",))
     names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
-    models = {name: build(name, base, adapter) for name in names}
-    passes = {name: Pass(model, x, dy) for name, model in models.items()}
+    passes = {name: Pass(build(name, base, adapter), x, dy) for name in names}
     turns = {name: Turn(each, each.after_optimizer_step) for name, each in passes.items()}
     rounds = interleave(turns, options.rounds, options.warmup)
-    return {
-        **rounds.summary(pairs(names)),
-        "counts": {name: counts(model.train(), x, dy) for name, model in models.items()},
-    }
+    counted = {name: counts(each.model.train(), x, dy) for name, each in passes.items()}
+    return {**rounds.summary(pairs(names)), "counts": counted}
 
 
-def _count_table(case: dict[str, Any]) -> Table:
+def _count_table(case: Case) -> Table:
     columns = ["subject", "ms", "products", "Gflop", "saved", "saved, output elsewhere", "largest temporary"]
     table = Table(f"{case['name']}: counts", columns)
     for name, found in case["counts"].items():
         fresh, again, saved = found["products, fresh"], found["products, next micro-batch"], found["saved"]
-        table.rows.append(
-            [
-                name,
-                milliseconds(case["seconds"][name]["median"]),
-                f"{fresh['calls']} / {again['calls']}",
-                f"{fresh['flops'] / 1e9:.3g} / {again['flops'] / 1e9:.3g}",
-                format_bytes(saved["with_output"]),
-                format_bytes(saved["without_output"]),
-                format_bytes(found["largest temporary"]),
-            ]
-        )
+        products = [f"{fresh['calls']} / {again['calls']}", f"{fresh['flops'] / 1e9:.3g} / {again['flops'] / 1e9:.3g}"]
+        memory = (saved["with_output"], saved["without_output"], found["largest temporary"])
+        table.rows.append([name, ms(case["seconds"][name]["median"]), *products, *map(format_bytes, memory)])
     return table
 
 
-def _goals(case: dict[str, Any]) -> list[Goal]:
+def _goals(case: Case) -> list[Goal]:
     """Of the case that the promise names: four (out, r) or one row block for the norm, and what is saved."""
     settings, found = case["settings"], case["counts"].get("ours-dora")
     promised = {"shape": "1024x1024", "tokens": "2048", "dropout": 0.0, "r": 16}

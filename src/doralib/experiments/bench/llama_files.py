@@ -1,11 +1,12 @@
-"""A checkpoint in the shape of LLaMA-3-8B and an adapter for it, of random numbers, written to be merged."""
+"""A model in the shape of LLaMA-3-8B, and a checkpoint and an adapter of it, of random numbers, to be merged."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ...checkpoints.safetensors import Slot, lay_out, write_at
 from ...config import DoraConfig
@@ -15,65 +16,54 @@ from ...functional import BLOCK_ELEMENTS, row_blocks
 from ...state import AdapterState, LayerAdapter
 from .subjects import TARGETS
 
-HIDDEN, INNER, KV, VOCAB, LAYERS = 4096, 14336, 1024, 128256, 32
-PROJECTIONS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-SHARD_BYTES = 5 * 10**9
-RANK = 16
+VOCAB, LAYERS, RANK = 128256, 32, 16
+LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def make_llama(layers: int, **settings: int) -> PreTrainedModel:
+    """The model in bfloat16 on the meta device; settings are those of `LlamaConfig` that differ."""
+    shape = {"vocab_size": VOCAB, "num_hidden_layers": layers, **LLAMA, **settings}
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
+def count_numbers(layers: int) -> int:
+    """How many numbers a model holds."""
+    return sum(p.numel() for p in make_llama(layers).parameters())
+
+
+def is_target(name: str) -> bool:
+    """Whether a parameter is the weight of an adapted layer."""
+    return name.removesuffix(".weight").endswith(TARGETS)
 
 
 def write_model(folder: Path, layers: int) -> tuple[Path, Path]:
     """A random model and adapter of LLaMA-3-8B's shapes, written unless they are there: (base, adapter) folders."""
     base, adapter = folder / "base", folder / "adapter"
+    model = make_llama(layers)
     if not (base / "model.safetensors.index.json").is_file():
-        _write_base(base, layers)
+        _write_base(base, model)
     if not (adapter / "adapter_config.json").is_file():
-        _write_adapter(adapter, layers, base)
+        _write_adapter(adapter, model, base)
     return base, adapter
 
 
-def layer_numbers() -> int:
-    """How many numbers one layer holds."""
-    return sum(out * in_ for out, in_ in PROJECTIONS.values()) + 2 * HIDDEN
-
-
-def _shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
-    for i in range(layers):
-        for name, shape in PROJECTIONS.items():
-            yield f"model.layers.{i}.{name}.weight", shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{i}.{name}.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCAB, HIDDEN)
-
-
-def _write_base(base: Path, layers: int) -> None:
-    slots = [Slot(name, "BF16", shape, base, 0, 0).cast("BF16") for name, shape in _shapes(layers)]
-    groups: list[list[Slot]] = [[]]
-    for slot in slots:
-        if groups[-1] and sum(each.nbytes for each in groups[-1]) + slot.nbytes > SHARD_BYTES:
-            groups.append([])
-        groups[-1].append(slot)
-    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    weight_map = {slot.name: file for file, group in zip(files, groups, strict=True) for slot in group}
-    total = sum(slot.nbytes for slot in slots)
-    with replacing(base, total) as part:
+def _write_base(base: Path, model: PreTrainedModel) -> None:
+    tensors = model.state_dict()
+    plan = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors")
+    with replacing(base, plan.metadata["total_size"]) as part:
         part.mkdir()
-        for file, group in zip(files, groups, strict=True):
-            _write_shard(part / file, group)
-        write_json(part / "config.json", _config(layers))
-        write_json(part / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file, names in plan.filename_to_tensors.items():
+            _write_shard(part / file, {name: tensors[name] for name in names})
+        model.config.save_pretrained(part)
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(part / "model.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, slots: list[Slot]) -> None:
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    slots = [Slot(name, "BF16", tuple(tensor.shape), path, 0, tensor.nbytes) for name, tensor in tensors.items()]
     header, placed = lay_out(slots, path, {"format": "pt"})
     path.write_bytes(header)
     # the same noise in every block: neither copying nor merging looks at the numbers
@@ -84,35 +74,16 @@ def _write_shard(path: Path, slots: list[Slot]) -> None:
             write_at(path, slot.start + rows.start * slot.row_bytes, noise[:count])
 
 
-def _config(layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def _write_adapter(adapter: Path, layers: int, base: Path) -> None:
-    adapted = {
-        f"model.layers.{i}.{name}": _layer(*shape)
-        for i in range(layers)
-        for name, shape in PROJECTIONS.items()
-        if name.endswith(TARGETS)
-    }
+def _write_adapter(adapter: Path, model: PreTrainedModel, base: Path) -> None:
+    shapes = {name.removesuffix(".weight"): p.shape for name, p in model.named_parameters() if is_target(name)}
     config = DoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
-    tensors, settings = to_peft(config, AdapterState(adapted, {}, str(base)))
+    state = AdapterState({name: _make_layer(*shape) for name, shape in shapes.items()}, {}, str(base))
+    tensors, settings = to_peft(config, state)
     write_tensors(adapter / "adapter_model.safetensors", tensors)
     write_json(adapter / "adapter_config.json", settings)
 
 
-def _layer(out: int, in_: int) -> LayerAdapter:
+def _make_layer(out: int, in_: int) -> LayerAdapter:
     a_RI, b_OR = torch.randn(RANK, in_) / in_**0.5, torch.randn(out, RANK) * 0.02
-    m_O: Tensor = torch.full((out,), 0.02 * in_**0.5) * (1 + 0.01 * torch.randn(out))
+    m_O = torch.full((out,), 0.02 * in_**0.5) * (1 + 0.01 * torch.randn(out))
     return LayerAdapter(a_RI, b_OR, m_O, 2.0)

@@ -5,21 +5,27 @@ the ratio of two medians.
 """
 
 import gc
+import json
 import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ...errors import DoraError
 from ...runs.machine import cpu_name, package_versions
 
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 PACKAGES = ("doralib", "torch", "transformers", "peft")
 
@@ -38,41 +44,37 @@ class Turn:
 class Rounds:
     """Raw seconds of every subject, a number a round, warm-up rounds left out."""
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    orders: list[list[str]] = field(default_factory=list)
+    seconds: dict[str, list[float]]
+    orders: list[list[str]]
 
-    def ratios(self, over: str, under: str) -> list[float]:
-        """``over / under`` in each round."""
-        return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
-
-    def _ratio(self, over: str, under: str) -> dict[str, Any]:
-        """The spread; and as a neighbor on the machine only ever adds time, the ratio of the fastest rounds."""
-        of_minima = min(self.seconds[over]) / min(self.seconds[under])
-        return {**spread(self.ratios(over, under)), "of_minima": of_minima}
-
-    def summary(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    def summary(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """Everything for JSON: raw seconds with their spread, and the ratios of the pairs that took part."""
         there = [pair for pair in pairs if set(pair) <= self.seconds.keys()]
-        return {
-            "seconds": {name: spread(values) for name, values in self.seconds.items()},
-            "ratios": {f"{over} / {under}": self._ratio(over, under) for over, under in there},
-            "orders": self.orders,
-        }
+        ratios = spread_ratios(self.seconds, there)
+        for (over, under), ratio in zip(there, ratios.values(), strict=True):
+            # a neighbor on the machine only ever adds time: the fastest rounds saw the least of it
+            ratio["of_minima"] = min(self.seconds[over]) / min(self.seconds[under])
+        seconds = {name: spread(values) for name, values in self.seconds.items()}
+        return {"seconds": seconds, "ratios": ratios, "orders": self.orders}
 
 
 def interleave(turns: Mapping[str, Turn], rounds: int, warmup: int = 1) -> Rounds:
-    """Run every subject once a round; who begins changes from round to round."""
-    measured = Rounds({name: [] for name in turns})
+    """Time every subject once a round."""
+    return Rounds(*take_turns({name: partial(_time, turn) for name, turn in turns.items()}, rounds, warmup))
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], Result]], rounds: int, warmup: int = 0
+) -> tuple[dict[str, list[Result]], list[list[str]]]:
+    """What each run returned in each round, and the orders; who begins changes from round to round."""
+    results: dict[str, list[Result]] = {name: [] for name in runs}
     for number in range(-warmup, rounds):
-        order = order_of(list(turns), max(number, 0))
-        if number >= 0:
-            measured.orders.append(order)
         gc.collect()
-        for name in order:
-            seconds = _timed(turns[name])
+        for name in order_of(list(runs), max(number, 0)):
+            result = runs[name]()
             if number >= 0:
-                measured.seconds[name].append(seconds)
-    return measured
+                results[name].append(result)
+    return results, [order_of(list(runs), number) for number in range(rounds)]
 
 
 def order_of(names: list[str], number: int) -> list[str]:
@@ -86,6 +88,34 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles and minimum beside all values."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": statistics.median(values), "low": low, "high": high, "min": min(values), "all": list(values)}
+
+
+def spread_ratios(values: Mapping[str, Sequence[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """The spread of ``over / under`` within each round."""
+    return {
+        f"{over} / {under}": spread([a / b for a, b in zip(values[over], values[under], strict=True)])
+        for over, under in pairs
+    }
+
+
+def run_python(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """The JSON in the last line that a fresh process of this Python prints.
+
+    Raises:
+        DoraError: with the end of what it complained of, if it failed.
+    """
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        raise DoraError(f"{what} failed:\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def read_kernel_bytes(path: str, key: str) -> int | None:
+    """The amount in a line such as ``MemAvailable: 12 kB``; None where the kernel has no such file."""
+    file = Path(path)
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -133,7 +163,7 @@ def _own_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _timed(turn: Turn) -> float:
+def _time(turn: Turn) -> float:
     turn.prepare()
     gc.disable()
     try:

@@ -2,29 +2,25 @@
 
 Two numbers: what torch's CPU allocator held at most over what it held before the step (exact, from the profiler's
 allocation events), and the peak of the process's resident memory, as the kernel counts it (Linux only). Run as
-``python -m doralib.experiments.bench.memory REQUEST.json ANSWER.json`` this module measures one subject.
+``python -m doralib.experiments.bench.memory REQUEST`` (JSON) this module measures one subject and prints its figures.
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from itertools import product
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import DoraError
-from ...files import format_bytes, read_json, write_json
+from ...files import format_bytes
 from .counting import allocations, peak
-from .measure import log, order_of, spread
-from .options import MemoryOptions, batch_of, switch_values
-from .step import case_name
+from .measure import read_kernel_bytes, run_python, spread, spread_ratios, take_turns
+from .options import MemoryOptions, batch_of
+from .step import training_cases
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
-from .tables import Bars, Goal, Report, Table, ratio_bars
+from .tables import Bars, Case, Goal, Report, Table, make_bars, ratios_to
 from .workload import TrainingStep, base_model, token_batch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc otherwise keeps freed blocks of up to 32 MB, and how many depends on the order of calls
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 _MEASURES = ("total_bytes", "step_bytes", "resident_bytes")
@@ -33,25 +29,11 @@ _MEASURES = ("total_bytes", "step_bytes", "resident_bytes")
 def bench_memory(options: MemoryOptions) -> Report:
     """Peak bytes of a training step: dtype x tokens x dropout x checkpointing, a process for each subject."""
     check_subjects(options.subjects or [])
-    cases: list[dict[str, Any]] = []
-    bars = Bars("Peak memory of a training step over PEFT LoRA", "total bytes / total bytes of PEFT LoRA")
-    for dtype, tokens, dropout, checkpointing in product(
-        options.dtype, options.tokens, options.dropout, switch_values(options.checkpointing)
-    ):
-        settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": checkpointing}
-        name = case_name(settings)
-        log.info(f"memory: {name}")
-        case = {"name": name, "settings": settings, **_case(settings, options)}
-        cases.append(case)
-        bars.groups[name] = ratio_bars({"ratios": case["ratios"]["total_bytes"]})
-    return Report(
+    report = Report(
         "memory",
         "Peak memory of a training step",
         options.model_dump(mode="json"),
-        cases,
-        [_table(case) for case in cases],
-        bars,
-        [goal for case in cases for goal in _goals(case)],
+        Bars("Peak memory of a training step over PEFT LoRA", "total bytes / total bytes of PEFT LoRA"),
         [
             "each subject in a fresh process; the second and third step are measured: the optimiser has its state",
             "step: most that torch's CPU allocator held over what it held before the step (exact; without BLAS's own "
@@ -59,6 +41,12 @@ def bench_memory(options: MemoryOptions) -> Report:
             "resident: peak resident memory of the process in the step (VmHWM, cleared before it), Python and all",
         ],
     )
+    for dtype in options.dtype:
+        for name, settings in training_cases("memory", dtype, options):
+            case = {"name": name, "settings": settings, **_case(settings, options)}
+            bars = make_bars(ratios_to(REFERENCE, case["ratios"]["total_bytes"]))
+            report.add(case, _table(case), bars=bars, goals=_goals(case))
+    return report
 
 
 def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
@@ -68,13 +56,12 @@ def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     model = build(request["subject"], base, AdapterSettings(request["r"], request["dropout"]))
     step = TrainingStep(model, batch, checkpointing=request["checkpointing"])
     step()
-    cleared = _clear_peak()
-    step()
-    resident = _peak_resident() if cleared else None
+    resident = _peak_resident(step)
     step_bytes = peak(allocations(step))
     # tied weights are there once
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(model)}
-    model_bytes, state_bytes = sum(tensors.values()), step.state_bytes()
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    model_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    state_bytes = step.state_bytes()
     return {
         "model": described,
         "step_bytes": step_bytes,
@@ -85,18 +72,11 @@ def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(model: Any) -> list[Any]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def _case(settings: dict[str, Any], options: MemoryOptions) -> dict[str, Any]:
     names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
     shared = {"model": options.model, "layers": options.layers, "r": options.r, **settings}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    orders = [order_of(names, number) for number in range(options.rounds)]
-    for order in orders:
-        for name in order:
-            runs[name].append(_in_a_process({"subject": name, **shared}))
+    turns = {name: partial(_in_a_process, {"subject": name, **shared}) for name in names}
+    runs, orders = take_turns(turns, options.rounds)
     found = {
         measure: {name: [run[measure] for run in each] for name, each in runs.items()}
         for measure in _MEASURES
@@ -106,59 +86,38 @@ def _case(settings: dict[str, Any], options: MemoryOptions) -> dict[str, Any]:
         "runs": runs,
         "orders": orders,
         "bytes": {measure: {name: spread(all_) for name, all_ in each.items()} for measure, each in found.items()},
-        "ratios": {measure: _ratios(each) for measure, each in found.items()},
-    }
-
-
-def _ratios(values: dict[str, list[float]]) -> dict[str, Any]:
-    return {
-        f"{over} / {under}": spread([a / b for a, b in zip(values[over], values[under], strict=True)])
-        for over, under in pairs(values)
+        "ratios": {measure: spread_ratios(each, pairs(each)) for measure, each in found.items()},
     }
 
 
 def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        write_json(asked, request)
-        command = [sys.executable, "-W", "ignore", "-m", __name__, str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _ALLOCATOR)
-        if done.returncode:
-            raise DoraError(f"measuring {json.dumps(request)} failed:\n{done.stderr[-2000:]}")
-        return dict(read_json(answered))
+    text = json.dumps(request)
+    return run_python(f"measuring {text}", "-m", __name__, text, **_ALLOCATOR)
 
 
-def _clear_peak() -> bool:
-    """Set the kernel's mark of the most resident memory to what is resident now; false where there is none."""
+def _peak_resident(run: Callable[[], object]) -> int | None:
+    """The most resident memory during a call; None where the kernel does not tell."""
     try:
-        _CLEAR.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # sets its mark to what is resident now
     except OSError:
-        return False
-    return _STATUS.exists()
+        return None
+    run()
+    return read_kernel_bytes("/proc/self/status", "VmHWM")
 
 
-def _peak_resident() -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def _table(case: dict[str, Any]) -> Table:
+def _table(case: Case) -> Table:
     columns = ["subject", "step", "total", "resident", f"step / {REFERENCE}", f"total / {REFERENCE}", "resident /"]
     table = Table(case["name"], columns)
+    measures = ("step_bytes", "total_bytes", "resident_bytes")
     for name in case["runs"]:
-        sizes = {m: case["bytes"].get(m, {}).get(name) for m in ("step_bytes", "total_bytes", "resident_bytes")}
-        ratios = [case["ratios"].get(m, {}).get(f"{name} / {REFERENCE}") for m in sizes]
-        table.rows.append(
-            [
-                name,
-                *(format_bytes(round(size["median"])) if size else "" for size in sizes.values()),
-                *(f"{ratio['median']:.3f}" if ratio else "" for ratio in ratios),
-            ]
-        )
+        sizes = [case["bytes"].get(measure, {}).get(name) for measure in measures]
+        ratios = [case["ratios"].get(measure, {}).get(f"{name} / {REFERENCE}") for measure in measures]
+        shown = [format_bytes(round(size["median"])) if size else "" for size in sizes]
+        table.rows.append([name, *shown, *(f"{ratio['median']:.3f}" if ratio else "" for ratio in ratios)])
     return table
 
 
-def _goals(case: dict[str, Any]) -> list[Goal]:
+def _goals(case: Case) -> list[Goal]:
     limit = 1.02 if case["settings"]["checkpointing"] else 1.1
     return [
         Goal(f"{case['name']}, {measure.replace('_', ' ')}: {pair}", ratio["median"], limit)
@@ -169,4 +128,4 @@ def _goals(case: dict[str, Any]) -> list[Goal]:
 
 
 if __name__ == "__main__":
-    write_json(sys.argv[2], measure_subject(read_json(sys.argv[1])))
+    print(json.dumps(measure_subject(json.loads(sys.argv[1]))))  # noqa: T201  the process that asked reads it

@@ -1,23 +1,19 @@
 """Merging a checkpoint in the shape of LLaMA-3-8B: time beside plain copying, memory beside PEFT's route."""
 
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ...errors import DoraError
 from ...files import format_bytes, free_bytes
-from .llama_files import HIDDEN, LAYERS, RANK, VOCAB, layer_numbers, write_model
-from .measure import log, spread
+from .llama_files import LAYERS, RANK, count_numbers, write_model
+from .measure import log, run_python, spread_ratios, take_turns
 from .options import MergeOptions
 from .subjects import TARGETS
-from .tables import Bar, Bars, Goal, Report, Table
+from .tables import Bar, Bars, Case, Goal, Report, Table, make_bars, ratios_to
 
 _PEAK_BYTES = 2e9
 _COPY, _OURS = "copy", "doralib"
@@ -52,54 +48,68 @@ print(json.dumps({{"seconds": seconds, "unsynced": written - start, "cpu_seconds
 """
 
 
-def bench_merge(scale_gb: float, out: Path, *, rounds: int = 3, peft_gb: float = 4.0) -> dict[str, Any]:
-    """Time and peak memory of copying, of our merge and of PEFT's, in fresh processes, interleaved.
-
-    Args:
-        scale_gb: size of the checkpoint; 16 is the whole model, less means fewer layers.
-        out: folder for the checkpoint, written once and kept; what is merged there is removed at once.
-        peft_gb: size of the checkpoint for PEFT's route, which holds the model in memory; 0 leaves it out.
-
-    Returns:
-        Medians, each run, ratios to copying, and what was measured on how many layers.
-    """
-    layers = max(1, min(LAYERS, round(scale_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // layer_numbers()))
-    small = max(1, min(layers, round(peft_gb * 1e9 / 2 - 2 * VOCAB * HIDDEN) // layer_numbers()))
-    report: dict[str, Any] = {
-        "shape": "LLaMA-3-8B, bfloat16, random weights",
-        "adapter": f"DoRA r {RANK} on {', '.join(TARGETS)}",
-        "whole": _measured({_COPY: _COPYING, _OURS: _MERGING}, layers, out, rounds),
-        "threads": torch.get_num_threads(),
-    }
-    if peft_gb:
-        report["beside PEFT"] = _measured({_COPY: _COPYING, _OURS: _MERGING, "PEFT": _PEFT_MERGING}, small, out, rounds)
+def bench_merge(options: MergeOptions) -> Report:
+    """Time and peak memory of copying, of our merge and of PEFT's, in fresh processes in turn."""
+    log.info(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
+    settings = {"shape": "LLaMA-3-8B, bfloat16, random weights", "adapter": f"DoRA r {RANK} on {', '.join(TARGETS)}"}
+    report = Report(
+        "merge",
+        "Merging into a checkpoint",
+        {**options.model_dump(mode="json"), **settings},
+        Bars("Merging, time over copying the same files", "time / time of copying"),
+        ["fresh processes in turn; time until the bytes are on the disk (sync); peak: resident memory"],
+    )
+    routes = {_COPY: _COPYING, _OURS: _MERGING}
+    layers = _count_layers(options.scale_gb)
+    with tempfile.TemporaryDirectory() if options.work is None else nullcontext(options.work) as folder:
+        work = Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        whole = _case("whole", routes, layers, work, options.rounds)
+        name, ours = whole["name"], whole["medians"][_OURS]
+        goals = [
+            Goal(f"{name}: time of doralib / copying", whole["time_over_copy"][_OURS], 1.5),
+            Goal(f"{name}: peak bytes of doralib", ours["peak"], _PEAK_BYTES),
+        ]
+        report.add(whole, _table(whole), bars=_bars(whole), goals=goals)
+        if options.peft_gb:
+            routes["PEFT"] = _PEFT_MERGING
+            small = min(layers, _count_layers(options.peft_gb))
+            beside = _case("beside PEFT", routes, small, work, options.rounds)
+            report.add(beside, _table(beside), bars=_bars(beside))
     return report
 
 
-def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> dict[str, Any]:
-    base, adapter = write_model(out / f"llama-{layers}-layers", layers)
+def _count_layers(gigabytes: float) -> int:
+    """How many layers a checkpoint of that size has."""
+    outside = count_numbers(0)
+    return max(1, min(LAYERS, round(gigabytes * 1e9 / 2 - outside) // (count_numbers(1) - outside)))
+
+
+def _case(part: str, routes: dict[str, str], layers: int, work: Path, rounds: int) -> Case:
+    base, adapter = write_model(work / f"llama-{layers}-layers", layers)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    if free_bytes(out) < 1.1 * size:
-        need, free = format_bytes(size), format_bytes(free_bytes(out))
-        raise DoraError(f"merging needs {need} more in {out}, {free} are free; ask for less GB")
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in routes}
-    for turn in range(rounds):
-        # each goes first in turn: the first to read finds less in the page cache
-        order = list(routes)[turn % len(routes) :] + list(routes)[: turn % len(routes)]
-        for name in order:
-            runs[name].append(_run(routes[name], adapter, base, out / "merged"))
+    if free_bytes(work) < 1.1 * size:
+        need, free = format_bytes(size), format_bytes(free_bytes(work))
+        raise DoraError(f"merging needs {need} more in {work}, {free} are free; ask for less GB")
+    # each goes first in turn: the first to read finds less in the page cache
+    turns = {name: partial(_run, route, adapter, base, work / "merged") for name, route in routes.items()}
+    runs, _ = take_turns(turns, rounds)
     medians = {
         name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()
     }
+    over = {
+        key: {name: value[key] / medians[_COPY][key] for name, value in medians.items()}
+        for key in ("seconds", "unsynced")
+    }
     return {
+        "name": f"{part}: {layers} of {LAYERS} layers, {format_bytes(size)}",
+        "settings": {"part": part},
         "layers": layers,
         "of": LAYERS,
         "bytes": size,
         "medians": medians,
-        "time_over_copy": {name: value["seconds"] / medians["copy"]["seconds"] for name, value in medians.items()},
-        "unsynced_time_over_copy": {
-            name: value["unsynced"] / medians["copy"]["unsynced"] for name, value in medians.items()
-        },
+        "time_over_copy": over["seconds"],
+        "unsynced_time_over_copy": over["unsynced"],
         "runs": runs,
     }
 
@@ -107,75 +117,21 @@ def _measured(routes: dict[str, str], layers: int, out: Path, rounds: int) -> di
 def _run(work: str, adapter: Path, base: Path, target: Path) -> dict[str, float]:
     """One route in a process of its own; its output is removed."""
     shutil.rmtree(target, ignore_errors=True)
-    code = _TIMED.format(work=work.strip())
-    command = [sys.executable, "-W", "ignore", "-c", code, str(adapter), str(base), str(target)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    shutil.rmtree(target, ignore_errors=True)
-    if result.returncode:
-        raise DoraError(f"a measured run failed:\n{result.stderr[-2000:]}")
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    try:
+        code = _TIMED.format(work=work.strip())
+        return run_python("a measured run", "-c", code, str(adapter), str(base), str(target))
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
 
-def report_merge(options: MergeOptions) -> Report:
-    """Merging a checkpoint of LLaMA-3-8B's shapes beside copying it and beside PEFT."""
-    log.info(f"merge: {options.scale_gb:g} GB, PEFT at {options.peft_gb:g} GB")
-    if options.work is not None:
-        folder = Path(options.work)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = bench_merge(options.scale_gb, folder, rounds=options.rounds, peft_gb=options.peft_gb)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            found = bench_merge(options.scale_gb, Path(temporary), rounds=options.rounds, peft_gb=options.peft_gb)
-    cases = [
-        {"name": _name(key, found[key]), "settings": {"part": key}, **found[key]}
-        for key in found
-        if _is_case(found[key])
-    ]
-    whole = cases[0]["medians"][_OURS]
-    bars = Bars("Merging, time over copying the same files", "time / time of copying")
-    bars.groups = {case["name"]: _bars(case) for case in cases}
-    return Report(
-        "merge",
-        "Merging into a checkpoint",
-        {**options.model_dump(mode="json"), "shape": found["shape"], "adapter": found["adapter"]},
-        cases,
-        [_table(case) for case in cases],
-        bars,
-        [
-            Goal(f"{cases[0]['name']}: time of doralib / copying", cases[0]["time_over_copy"][_OURS], 1.5),
-            Goal(f"{cases[0]['name']}: peak bytes of doralib", whole["peak"], _PEAK_BYTES),
-        ],
-        ["fresh processes in turn; time until the bytes are on the disk (sync); peak: resident memory"],
-    )
+def _bars(case: Case) -> list[Bar]:
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in case["runs"].items()}
+    return make_bars(ratios_to(_COPY, spread_ratios(seconds, [(name, _COPY) for name in seconds])))
 
 
-def _is_case(value: Any) -> bool:
-    return isinstance(value, dict) and "medians" in value
-
-
-def _name(part: str, case: dict[str, Any]) -> str:
-    return f"{part}: {case['layers']} of {case['of']} layers, {format_bytes(case['bytes'])}"
-
-
-def _bars(case: dict[str, Any]) -> list[Bar]:
-    copies = [run["seconds"] for run in case["runs"][_COPY]]
-    bars = []
-    for name, runs in case["runs"].items():
-        over = spread([run["seconds"] / copy for run, copy in zip(runs, copies, strict=True)])
-        bars.append(Bar(name, over["median"], over["low"], over["high"]))
-    return bars
-
-
-def _table(case: dict[str, Any]) -> Table:
+def _table(case: Case) -> Table:
     table = Table(case["name"], ["route", "median s", "peak memory", "time / copying", "before sync / copying"])
     for name, medians in case["medians"].items():
-        table.rows.append(
-            [
-                name,
-                f"{medians['seconds']:.1f}",
-                format_bytes(round(medians["peak"])),
-                f"{case['time_over_copy'][name]:.2f}",
-                f"{case['unsynced_time_over_copy'][name]:.2f}",
-            ]
-        )
+        over = [f"{case[key][name]:.2f}" for key in ("time_over_copy", "unsynced_time_over_copy")]
+        table.rows.append([name, f"{medians['seconds']:.1f}", format_bytes(round(medians["peak"])), *over])
     return table

@@ -2,11 +2,13 @@
 
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...config import Checked
+
+T = TypeVar("T")
 
 
 def _split(value: Any) -> Any:
@@ -16,7 +18,7 @@ def _split(value: Any) -> Any:
     return value if isinstance(value, tuple | list) else (value,)
 
 
-Dtypes = Annotated[tuple[Literal["float32", "bfloat16"], ...], BeforeValidator(_split), Field(min_length=1)]
+Several = Annotated[tuple[T, ...], BeforeValidator(_split), Field(min_length=1)]
 
 
 def _written_as(pattern: str, example: str) -> AfterValidator:
@@ -33,16 +35,12 @@ def _written_as(pattern: str, example: str) -> AfterValidator:
 Batch = Annotated[
     str, Field(coerce_numbers_to_str=True), _written_as(r"([1-9]\d*x)?[1-9]\d*", "SEQUENCESxTOKENS, such as 4x256")
 ]
-Shape = Annotated[str, _written_as(r"[1-9]\d*x[1-9]\d*", "OUTxIN, such as 1024x1024")]
-Batches = Annotated[
-    tuple[Batch, ...],
-    BeforeValidator(_split),
-    Field(min_length=1),
-]
 """Sequences x tokens, or tokens alone."""
-Dropouts = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_split), Field(min_length=1)]
-Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), Field(min_length=1)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_split), Field(min_length=1)]
+Shape = Annotated[str, _written_as(r"[1-9]\d*x[1-9]\d*", "OUTxIN, such as 1024x1024")]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Dtype = Literal["float32", "bfloat16"]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Switch = Literal["off", "on", "both"]
 
 
@@ -52,8 +50,8 @@ class Options(Checked):
     QUICK: ClassVar[dict[str, Any]] = {}
     """Values for a look in seconds; the user's own go before them."""
 
-    rounds: int = Field(default=15, ge=1)
-    warmup: int = Field(default=2, ge=0)
+    rounds: Positive = 15
+    warmup: NotNegative = 2
     """Rounds that are run and dropped."""
 
 
@@ -62,11 +60,11 @@ class ModelOptions(Options):
 
     model: str | None = None
     """Folder, .gguf file, hub name, "smollm2" or "tiny" (random weights); null: the demo's model, else "smollm2"."""
-    layers: int | None = Field(default=None, ge=1)
+    layers: Positive | None = None
     """Shorten the model (random weights), its vocabulary by the same factor: the head keeps its share of the work."""
-    dtype: Dtypes = ("float32", "bfloat16")
-    r: int = Field(default=16, ge=1)
-    subjects: Words | None = None
+    dtype: Several[Dtype] = ("float32", "bfloat16")
+    r: Positive = 16
+    subjects: Several[str] | None = None
     """Rows of `subjects.SUBJECTS`; null: those that the case is about."""
 
 
@@ -75,8 +73,8 @@ class StepOptions(ModelOptions):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "layers": 2, "tokens": "1x64"}
 
-    tokens: Batches = ("4x256", "1x256")
-    dropout: Dropouts = (0.0, 0.05)
+    tokens: Several[Batch] = ("4x256", "1x256")
+    dropout: Several[Dropout] = (0.0, 0.05)
     checkpointing: Switch = "off"
 
 
@@ -85,26 +83,27 @@ class ProfileOptions(ModelOptions):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 1, "warmup": 1, "layers": 2, "tokens": "1x64", "dtype": "float32"}
 
-    rounds: int = Field(default=5, ge=1)
-    tokens: Batches = ("1x256",)
-    dropout: Dropouts = (0.0,)
+    rounds: Positive = 5
+    tokens: Several[Batch] = ("1x256",)
+    dropout: Several[Dropout] = (0.0,)
+    checkpointing: ClassVar[Switch] = "off"
 
 
 class AccelerateOptions(StepOptions):
     """`bench accelerate`."""
 
-    tokens: Batches = ("4x256",)
+    tokens: Several[Batch] = ("4x256",)
 
 
-class MemoryOptions(ModelOptions):
+class MemoryOptions(StepOptions):
     """`bench memory`; a round is a fresh process for each subject."""
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 1, "layers": 2, "tokens": "1x64", "dtype": "float32"}
 
-    rounds: int = Field(default=2, ge=1)
-    warmup: int = Field(default=0, ge=0)
-    tokens: Batches = ("4x256",)
-    dropout: Dropouts = (0.0,)
+    rounds: Positive = 2
+    warmup: NotNegative = 0
+    tokens: Several[Batch] = ("4x256",)
+    dropout: Several[Dropout] = (0.0,)
     checkpointing: Switch = "both"
 
 
@@ -113,10 +112,10 @@ class RankOptions(ModelOptions):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "layers": 2, "tokens": "1x64", "ranks": "8,32"}
 
-    layers: int | None = Field(default=4, ge=1)
-    dtype: Dtypes = ("float32",)
-    tokens: Batches = ("4x256",)
-    ranks: Ranks = (8, 32, 128, 512)
+    layers: Positive | None = 4
+    dtype: Several[Dtype] = ("float32",)
+    tokens: Several[Batch] = ("4x256",)
+    ranks: Several[Positive] = (8, 32, 128, 512)
 
 
 class GenerateOptions(ModelOptions):
@@ -124,13 +123,13 @@ class GenerateOptions(ModelOptions):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "layers": 2, "prompt": 8, "new": 8}
 
-    rounds: int = Field(default=9, ge=1)
-    warmup: int = Field(default=1, ge=0)
-    prompt: int = Field(default=32, ge=1)
+    rounds: Positive = 9
+    warmup: NotNegative = 1
+    prompt: Positive = 32
     """Tokens read before the clock starts."""
-    new: int = Field(default=32, ge=1)
+    new: Positive = 32
     """Tokens written one by one."""
-    batch: int = Field(default=1, ge=1)
+    batch: Positive = 1
 
 
 class LayerOptions(Options):
@@ -138,20 +137,14 @@ class LayerOptions(Options):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "shapes": "64x48", "tokens": "32", "dtype": "float32"}
 
-    rounds: int = Field(default=31, ge=1)
-    shapes: Annotated[tuple[Shape, ...], BeforeValidator(_split), Field(min_length=1)] = (
-        "1024x1024",
-        "576x576",
-        "192x576",
-        "1536x576",
-        "576x1536",
-    )
+    rounds: Positive = 31
+    shapes: Several[Shape] = ("1024x1024", "576x576", "192x576", "1536x576", "576x1536")
     """Out x in."""
-    dtype: Dtypes = ("float32", "bfloat16")
-    tokens: Batches = ("2048", "256")
-    dropout: Dropouts = (0.0, 0.05)
-    r: int = Field(default=16, ge=1)
-    subjects: Words | None = None
+    dtype: Several[Dtype] = ("float32", "bfloat16")
+    tokens: Several[Batch] = ("2048", "256")
+    dropout: Several[Dropout] = (0.0, 0.05)
+    r: Positive = 16
+    subjects: Several[str] | None = None
 
 
 class AdaptOptions(Options):
@@ -159,15 +152,15 @@ class AdaptOptions(Options):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 1, "warmup": 0, "layers": 2, "real_layers": 1, "divide": 16}
 
-    rounds: int = Field(default=3, ge=1)
-    warmup: int = Field(default=1, ge=0)
-    layers: int = Field(default=32, ge=1)
+    rounds: Positive = 3
+    warmup: NotNegative = 1
+    layers: Positive = 32
     """Of the model on the meta device."""
-    real_layers: int = Field(default=8, ge=0)
+    real_layers: NotNegative = 8
     """With real weights, as far as half of the free memory holds them; 0 leaves this part out."""
-    divide: int = Field(default=1, ge=1)
+    divide: Positive = 1
     """Shrink the widths, to try the command."""
-    r: int = Field(default=16, ge=1)
+    r: Positive = 16
 
 
 class MergeOptions(Options):
@@ -175,7 +168,7 @@ class MergeOptions(Options):
 
     QUICK: ClassVar[dict[str, Any]] = {"rounds": 1, "scale_gb": 2.6, "peft_gb": 0.0}
 
-    rounds: int = Field(default=3, ge=1)
+    rounds: Positive = 3
     warmup: int = Field(default=0, ge=0, le=0)
     scale_gb: float = Field(default=16.0, gt=0)
     """Of the checkpoint; 16 is all of the 8B shape."""

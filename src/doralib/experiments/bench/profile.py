@@ -1,18 +1,16 @@
 """Where a training step's time goes, operator by operator: why a method costs more than another."""
 
-from collections.abc import Sequence
-from itertools import product
+from functools import partial
 from typing import Any
 
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import log, spread
-from .options import ProfileOptions, batch_of
-from .step import case_name
-from .subjects import AdapterSettings, build, check_subjects
+from .measure import spread, take_turns
+from .options import ProfileOptions
+from .step import build_steps, training_cases
+from .subjects import AdapterSettings, check_subjects
 from .tables import Bar, Bars, Report, Table
-from .workload import TrainingStep, base_model, token_batch
+from .workload import TrainingStep, base_model
 
 SUBJECTS = ("frozen", "peft-lora", "peft-dora", "ours-lora", "ours-dora")
 # so many operators by name; the rest is one row
@@ -22,62 +20,54 @@ _SHOWN = 14
 def bench_profile(options: ProfileOptions) -> Report:
     """Milliseconds and calls of each operator in a training step, without those it calls: dtype x tokens x dropout."""
     names = check_subjects(options.subjects or SUBJECTS)
-    cases: list[dict[str, Any]] = []
-    bars = Bars("A training step by operators", "milliseconds a step, under the profiler", line=None)
-    for dtype in options.dtype:
-        base, described = base_model(options.model, options.layers, dtype)
-        for tokens, dropout in product(options.tokens, options.dropout):
-            settings = {"dtype": dtype, "tokens": tokens, "dropout": dropout, "checkpointing": False}
-            name = case_name(settings)
-            log.info(f"profile: {name}")
-            case = _case(base, settings, names, options)
-            cases.append({"name": name, "settings": {**settings, **described}, "subjects": case})
-            bars.groups[name] = [
-                Bar(n, *(1e3 * found["seconds"][k] for k in ("median", "low", "high"))) for n, found in case.items()
-            ]
-    return Report(
+    report = Report(
         "profile",
         "A training step by operators",
         options.model_dump(mode="json"),
-        cases,
-        [_table(case["name"], case["subjects"]) for case in cases],
-        bars,
-        notes=[
+        Bars("A training step by operators", "milliseconds a step, under the profiler", line=None),
+        [
             "an operator's time is its own, without the operators that it calls; Python is in the rest of the step",
             "torch's profiler makes small operators look larger: `bench step` says what a step takes",
             "ordered by what the last subject spends more than the one before it",
         ],
     )
+    for dtype in options.dtype:
+        base, described = base_model(options.model, options.layers, dtype)
+        for name, settings in training_cases("profile", dtype, options):
+            steps = build_steps(base, names, AdapterSettings(options.r, settings["dropout"]), settings["tokens"])
+            subjects = _profile(steps, options)
+            bars = [
+                Bar(n, *(1e3 * found["seconds"][k] for k in ("median", "low", "high"))) for n, found in subjects.items()
+            ]
+            case = {"name": name, "settings": {**settings, **described}, "subjects": subjects}
+            report.add(case, _table(name, subjects), bars=bars)
+    return report
 
 
-def _case(base: nn.Module, settings: dict[str, Any], names: Sequence[str], options: ProfileOptions) -> dict[str, Any]:
-    batch = token_batch(base.config.vocab_size, *batch_of(settings["tokens"]))  # type: ignore[union-attr, arg-type]
-    steps = {
-        name: TrainingStep(build(name, base, AdapterSettings(options.r, settings["dropout"])), batch) for name in names
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    operators: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+def _profile(steps: dict[str, TrainingStep], options: ProfileOptions) -> dict[str, Any]:
+    """By subject: seconds of a step, and the mean seconds and calls of each operator in it."""
     for step in steps.values():
         for _ in range(options.warmup):
             step()
     # in turn, so that a slow moment of the machine falls on all
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            with profile(activities=[ProfilerActivity.CPU]) as found:
-                step()
-            own = {event.key: (event.self_cpu_time_total / 1e6, event.count) for event in found.key_averages()}
-            seconds[name].append(sum(time for time, _ in own.values()))
-            for key, (time, count) in own.items():
-                total = operators[name].setdefault(key, [0.0, 0.0])
-                total[0] += time / options.rounds
-                total[1] += count / options.rounds
-    return {
-        name: {
-            "seconds": spread(seconds[name]),
-            "operators": {key: {"seconds": t, "calls": n} for key, (t, n) in operators[name].items()},
-        }
-        for name in names
-    }
+    profiles, _ = take_turns({name: partial(_operators, step) for name, step in steps.items()}, options.rounds)
+    found = {}
+    for name, rounds in profiles.items():
+        operators: dict[str, dict[str, float]] = {}
+        for key, (seconds, calls) in (item for each in rounds for item in each.items()):
+            total = operators.setdefault(key, {"seconds": 0.0, "calls": 0.0})
+            total["seconds"] += seconds / options.rounds
+            total["calls"] += calls / options.rounds
+        own = [sum(seconds for seconds, _ in each.values()) for each in rounds]
+        found[name] = {"seconds": spread(own), "operators": operators}
+    return found
+
+
+def _operators(step: TrainingStep) -> dict[str, tuple[float, int]]:
+    """Seconds and calls of each operator, without those it calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    return {event.key: (event.self_cpu_time_total / 1e6, event.count) for event in profiler.key_averages()}
 
 
 def _table(title: str, subjects: dict[str, Any]) -> Table:

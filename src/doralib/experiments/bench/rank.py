@@ -1,85 +1,50 @@
 """How a training step's time grows with the rank."""
 
-from typing import Any
-
-from torch import nn
-
 from .measure import Turn, interleave, log
-from .options import RankOptions, batch_of
-from .subjects import REFERENCE, AdapterSettings, build, check_subjects
-from .tables import Bar, Bars, Goal, Report, Table, ms, ratio_text
-from .workload import TrainingStep, base_model, token_batch
+from .options import RankOptions
+from .step import build_steps
+from .subjects import REFERENCE, AdapterSettings, check_subjects
+from .tables import Bars, Report, Table, make_bars, ms, ratio_goals, ratio_text, ratios_to
+from .workload import base_model
 
 SUBJECTS = (REFERENCE, "ours-dora")
 
 
 def bench_rank(options: RankOptions) -> Report:
     """Seconds of a training step at each rank, all ranks and methods in turn."""
-    names = check_subjects(options.subjects or SUBJECTS)
-    cases: list[dict[str, Any]] = []
-    bars = Bars("Training step by rank", f"time / time of {REFERENCE} at the lowest rank in the same round")
-    tables = []
-    for dtype in options.dtype:
-        base, described = base_model(options.model, options.layers, dtype)
-        for tokens in options.tokens:
-            name = f"{dtype}, {tokens} tokens"
-            log.info(f"rank: {name}")
-            summary = _case(base, tokens, names, options)
-            cases.append({"name": name, "settings": {"dtype": dtype, "tokens": tokens, **described}, **summary})
-            tables.append(_table(name, summary, names, options.ranks))
-            bars.groups |= _bars(name, summary, names, options.ranks)
-    return Report(
+    names, ranks = check_subjects(options.subjects or SUBJECTS), options.ranks
+    at = [(name, r) for r in ranks for name in names]
+    lowest = f"{REFERENCE} r{min(ranks)}"
+    pairs = [(f"{name} r{r}", f"{REFERENCE} r{r}") for name, r in at if name != REFERENCE]
+    pairs += [(f"{name} r{r}", lowest) for name, r in at if f"{name} r{r}" != lowest]
+    report = Report(
         "rank",
         "A training step by rank",
         options.model_dump(mode="json"),
-        cases,
-        tables,
-        bars,
-        [goal for case in cases for goal in _goals(case, options.ranks)],
+        Bars("Training step by rank", f"time / time of {REFERENCE} at the lowest rank in the same round"),
         ["a shortened model's vocabulary is shortened by the same factor, so the head keeps its share of the work"],
     )
-
-
-def _case(base: nn.Module, tokens: str, names: list[str], options: RankOptions) -> dict[str, Any]:
-    batch = token_batch(base.config.vocab_size, *batch_of(tokens))  # type: ignore[union-attr, arg-type]
-    turns = {
-        _at(name, r): Turn(TrainingStep(build(name, base, AdapterSettings(r)), batch))
-        for r in options.ranks
-        for name in names
-    }
-    rounds = interleave(turns, options.rounds, options.warmup)
-    lowest = _at(REFERENCE, min(options.ranks))
-    pairs = [(_at(name, r), _at(REFERENCE, r)) for r in options.ranks for name in names if name != REFERENCE]
-    pairs += [(_at(name, r), lowest) for r in options.ranks for name in names if _at(name, r) != lowest]
-    return rounds.summary(list(dict.fromkeys(pairs)))
-
-
-def _at(name: str, r: int) -> str:
-    return f"{name} r{r}"
-
-
-def _table(title: str, summary: dict[str, Any], names: list[str], ranks: tuple[int, ...]) -> Table:
-    lowest = _at(REFERENCE, min(ranks))
-    table = Table(title, ["subject", "r", "median ms", f"/ {REFERENCE} at this r", f"/ {lowest}"])
-    for r in ranks:
-        for name in names:
-            over = [f"{_at(name, r)} / {under}" for under in (_at(REFERENCE, r), lowest)]
-            found = [summary["ratios"].get(key) for key in over]
-            shown = [ratio_text(ratio) for ratio in found]
-            table.rows.append([name, str(r), ms(summary["seconds"][_at(name, r)]["median"]), *shown])
-    return table
-
-
-def _bars(title: str, summary: dict[str, Any], names: list[str], ranks: tuple[int, ...]) -> dict[str, list[Bar]]:
-    groups: dict[str, list[Bar]] = {}
-    for r in ranks:
-        found = {name: summary["ratios"].get(f"{_at(name, r)} / {_at(REFERENCE, min(ranks))}") for name in names}
-        groups[f"{title}, r {r}"] = [Bar(n, v["median"], v["low"], v["high"]) for n, v in found.items() if v]
-    return groups
-
-
-def _goals(case: dict[str, Any], ranks: tuple[int, ...]) -> list[Goal]:
-    pairs = [f"{_at('ours-dora', r)} / {_at(REFERENCE, r)}" for r in ranks]
-    return [
-        Goal(f"{case['name']}: {pair}", case["ratios"][pair]["median"], 1.1) for pair in pairs if pair in case["ratios"]
-    ]
+    for dtype in options.dtype:
+        base, described = base_model(options.model, options.layers, dtype)
+        for tokens in options.tokens:
+            title = f"{dtype}, {tokens} tokens"
+            log.info(f"rank: {title}")
+            turns = {
+                f"{name} r{r}": Turn(step)
+                for r in ranks
+                for name, step in build_steps(base, names, AdapterSettings(r), tokens).items()
+            }
+            found = interleave(turns, options.rounds, options.warmup).summary(dict.fromkeys(pairs))
+            case = {"name": title, "settings": {"dtype": dtype, "tokens": tokens, **described}, **found}
+            table = Table(title, ["subject", "r", "median ms", f"/ {REFERENCE} at this r", f"/ {lowest}"])
+            for name, r in at:
+                over = [ratio_text(case, f"{name} r{r}", under) for under in (f"{REFERENCE} r{r}", lowest)]
+                table.rows.append([name, str(r), ms(case["seconds"][f"{name} r{r}"]["median"]), *over])
+            ratios = ratios_to(lowest, case["ratios"])
+            bars = {
+                f"{title}, r {r}": make_bars({n: ratios[f"{n} r{r}"] for n in names if f"{n} r{r}" in ratios})
+                for r in ranks
+            }
+            limits = {f"ours-dora r{r} / {REFERENCE} r{r}": 1.1 for r in ranks}
+            report.add(case, table, bars=bars, goals=ratio_goals(case, limits))
+    return report

@@ -15,7 +15,7 @@ from .generate import bench_generate
 from .layer import bench_layer
 from .measure import Neighbors, describe_machine
 from .memory import bench_memory
-from .merge import report_merge
+from .merge import bench_merge
 from .profile import bench_profile
 from .rank import bench_rank
 from .step import bench_step
@@ -41,7 +41,7 @@ BENCHES = {
     "adapt": Bench(settings.AdaptOptions, bench_adapt),
     "accelerate": Bench(settings.AccelerateOptions, bench_accelerate),
     "profile": Bench(settings.ProfileOptions, bench_profile),
-    "merge": Bench(settings.MergeOptions, report_merge),
+    "merge": Bench(settings.MergeOptions, bench_merge),
 }
 
 
@@ -66,7 +66,10 @@ def run_bench(
     import_peft()
     chosen = {name: BENCHES[name]} if name != EVERYTHING else BENCHES
     _refuse_unknown(chosen, options)
-    checked = {key: _check_options(bench, options, quick=quick) for key, bench in chosen.items()}
+    checked = {}
+    for key, bench in chosen.items():
+        own = {field: value for field, value in options.items() if field in bench.options.model_fields}
+        checked[key] = bench.options(**({**bench.options.QUICK, **own} if quick else own))
     values = {}
     for key, bench in chosen.items():
         report, values[key] = _run(bench, checked[key], Path(out))
@@ -82,11 +85,6 @@ def _refuse_unknown(chosen: dict[str, Bench], options: dict[str, Any]) -> None:
         raise UsageError(
             f"bench {'/'.join(chosen)}: there is no option {', '.join(wrong)}; known: {', '.join(sorted(known))}"
         )
-
-
-def _check_options(bench: Bench, options: dict[str, Any], *, quick: bool) -> settings.Options:
-    own = {key: value for key, value in options.items() if key in bench.options.model_fields}
-    return bench.options(**({**bench.options.QUICK, **own} if quick else own))
 
 
 def _run(bench: Bench, options: settings.Options, out: Path) -> tuple[Report, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,10 +26,9 @@ class AdapterSettings(NamedTuple):
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
 
-    @property
-    def alpha(self) -> int:
-        """s = 2 at every rank."""
-        return 2 * self.r
+    def fields(self) -> dict[str, Any]:
+        """What PEFT's configuration and ours call by the same names; s = 2 at every rank."""
+        return {"r": self.r, "lora_alpha": 2 * self.r, "lora_dropout": self.dropout}
 
 
 def import_peft() -> Any:
@@ -111,34 +110,14 @@ def _base(model: nn.Module, _: AdapterSettings) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _ours(
-    model: nn.Module,
-    adapter: AdapterSettings,
-    *,
-    method: Literal["dora", "lora"],
-    dropout_mode: Literal["adapter", "exact"] = "adapter",
-) -> nn.Module:
-    config = DoraConfig(
-        method=method,
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        dropout_mode=dropout_mode,
-        target_modules=adapter.targets,
-    )
-    return adapt(model, config)
+def _ours(model: nn.Module, adapter: AdapterSettings, **settings: str) -> nn.Module:
+    return adapt(model, DoraConfig(**adapter.fields(), target_modules=adapter.targets, **settings))
 
 
 def _peft(model: nn.Module, adapter: AdapterSettings, *, use_dora: bool, float32_masters: bool = True) -> nn.Module:
     peft = import_peft()
-    settings: dict[str, Any] = {
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "target_modules": list(adapter.targets),
-        "use_dora": use_dora,
-    }
-    wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**settings), autocast_adapter_dtype=float32_masters)
+    config = peft.LoraConfig(use_dora=use_dora, **adapter.fields(), target_modules=list(adapter.targets))
+    wrapped: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=float32_masters)
     return wrapped
 
 

@@ -1,6 +1,6 @@
 """What a measurement hands back, and its tables in Markdown and on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,6 +8,10 @@ from .subjects import REFERENCE
 
 QUIET = 0.15
 """Cores that other processes may keep busy, on average, before a report says so."""
+TIME_RATIO = "time / time of PEFT LoRA in the same round"
+
+Case = dict[str, Any]
+"""A name, settings, and what was measured."""
 
 
 @dataclass
@@ -61,11 +65,25 @@ class Report:
     name: str
     title: str
     settings: dict[str, Any]
-    cases: list[dict[str, Any]]
-    tables: list[Table]
     bars: Bars
-    goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+
+    def add(
+        self,
+        case: Case,
+        *tables: Table,
+        bars: Mapping[str, list[Bar]] | list[Bar] | None = None,
+        goals: Iterable[Goal] = (),
+    ) -> None:
+        """A case and what is shown of it: its ratios to the reference as bars, other bars, or groups of them."""
+        bars = make_bars(ratios_to(REFERENCE, case["ratios"])) if bars is None else bars
+        self.cases.append(case)
+        self.tables += tables
+        self.bars.groups |= {case["name"]: bars} if isinstance(bars, list) else bars
+        self.goals += goals
 
     def to_json(self, machine: dict[str, Any]) -> dict[str, Any]:
         """Everything but the drawing; the tables are made of the cases."""
@@ -80,38 +98,39 @@ class Report:
         }
 
 
-def timing_table(title: str, summary: dict[str, Any]) -> Table:
-    """One case: milliseconds and ratios, a subject a row."""
-    over = [name for name in (REFERENCE, "peft-dora") if any(key.endswith(f" / {name}") for key in summary["ratios"])]
-    table = Table(
-        title, ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles; of minima)" for name in over)]
-    )
-    for name, seconds in summary["seconds"].items():
-        ratios = [summary["ratios"].get(f"{name} / {other}") for other in over]
-        shown = [ratio_text(ratio) for ratio in ratios]
-        quartiles = f"{ms(seconds['low'])} to {ms(seconds['high'])}"
-        table.rows.append([name, ms(seconds["median"]), quartiles, ms(seconds["min"]), *shown])
+def timing_table(case: Case) -> Table:
+    """Milliseconds and ratios, a subject a row."""
+    over = [name for name in (REFERENCE, "peft-dora") if ratios_to(name, case["ratios"])]
+    columns = ["subject", "median ms", "quartiles", "min", *(f"/ {name} (quartiles; of minima)" for name in over)]
+    table = Table(case["name"], columns)
+    for name, seconds in case["seconds"].items():
+        shown = [ratio_text(case, name, other) for other in over]
+        table.rows.append([name, ms(seconds["median"]), quartiles(seconds), ms(seconds["min"]), *shown])
     return table
 
 
-def ratio_text(ratio: dict[str, Any] | None) -> str:
+def ratio_text(case: Case, over: str, under: str) -> str:
     """Median, quartiles and the ratio of the fastest rounds, or nothing."""
-    if ratio is None:
+    if (ratio := case["ratios"].get(f"{over} / {under}")) is None:
         return ""
     return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}; {ratio['of_minima']:.3f})"
 
 
-def ratio_bars(summary: dict[str, Any]) -> list[Bar]:
-    """A case's ratios to the reference as bars."""
-    ending = f" / {REFERENCE}"
-    found = {key.removesuffix(ending): r for key, r in summary["ratios"].items() if key.endswith(ending)}
-    return [Bar(name, r["median"], r["low"], r["high"]) for name, r in found.items()]
+def ratios_to(under: str, ratios: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The ratios of all others to one subject, by their names."""
+    ending = f" / {under}"
+    return {key.removesuffix(ending): ratio for key, ratio in ratios.items() if key.endswith(ending)}
 
 
-def ratio_goal(what: str, summary: dict[str, Any], pair: str, goal: float) -> list[Goal]:
-    """The goal for a ratio of a case, if it was measured: `pair` is ``"over / under"``."""
-    ratio = summary["ratios"].get(pair)
-    return [] if ratio is None else [Goal(f"{what}: {pair}", ratio["median"], goal)]
+def ratio_goals(case: Case, limits: Mapping[str, float]) -> list[Goal]:
+    """A goal for each ratio (``"over / under"``) that was measured."""
+    found = {pair: case["ratios"][pair]["median"] for pair in limits if pair in case["ratios"]}
+    return [Goal(f"{case['name']}: {pair}", median, limits[pair]) for pair, median in found.items()]
+
+
+def make_bars(spreads: Mapping[str, dict[str, Any]]) -> list[Bar]:
+    """A bar for each subject."""
+    return [Bar(name, each["median"], each["low"], each["high"]) for name, each in spreads.items()]
 
 
 def goal_table(goals: Sequence[Goal]) -> Table:
@@ -141,6 +160,11 @@ def ms(seconds: float) -> str:
     """Milliseconds with three digits that count."""
     value = 1000 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def quartiles(seconds: dict[str, Any]) -> str:
+    """In milliseconds."""
+    return f"{ms(seconds['low'])} to {ms(seconds['high'])}"
 
 
 def _lines(table: Table) -> list[str]:
