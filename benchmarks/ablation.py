@@ -1,6 +1,6 @@
 """What each mechanism for speed is worth: a training step and generation with and without it, in turns.
 
-    python benchmarks/ablation.py [--rounds 15] [--layers 10] [--out benchmarks/results]
+    python benchmarks/ablation.py [--rounds 15] [--layers 10] [--dtypes float32 bfloat16] [--sequences 1 4] [--out benchmarks/results]
 
 A ratio is the time without the mechanism over the time with it, both of the same round; above 1 it saves time. A
 mechanism stays where it saves 3 % of a step or of generation (docs/bench.md).
@@ -100,18 +100,20 @@ def main():
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 4], help="of 256 tokens, in a step")
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     neighbors, cases = Neighbors(), {}
-    for dtype in ("float32", "bfloat16"):
-        for sequences in (1, 4):
+    for dtype in options.dtypes:
+        for sequences in options.sequences:
             cases[f"step, {dtype}, {sequences}x256 tokens"] = measure_step(dtype, (sequences, 256), options)
         cases[f"generation, {dtype}"] = measure_generation(dtype, options)
         for name in [name for name in cases if dtype in name]:
             show(name, cases[name])
     where = {**describe_machine(), "cores_busy_elsewhere": neighbors.cores()}
-    settings = {"rounds": options.rounds, "layers": options.layers}
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
     write_json(options.out / "ablation.json", {"settings": settings, "machine": where, "cases": cases})
 
 

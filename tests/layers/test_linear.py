@@ -316,6 +316,15 @@ def assert_fresh(layer, x):
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_that_was_cast_to_the_same_address_is_seen():
+    """No key tells it from the old one, as no counter tells a `.data` write."""
+    layer, x = make(), torch.randn(N, I)
+    layer(x)
+    layer.base_layer.weight.data.mul_(1.5)
+    layer.float()
+    assert_fresh(layer, x)
+
+
 def test_checkpoint_recomputation_uses_the_same_norm(monkeypatch):
     layer, x, calls = make(), torch.randn(N, I, requires_grad=True), []
     base = layer.base

@@ -35,6 +35,10 @@ class LayerCache:
         self._made: _Made | None = None
         self._on_device: OnDevice | None = None
 
+    def forget(self) -> None:
+        """Make all of it anew: a weight that was cast or moved may lie where the old one did, and have its key."""
+        self._base_sq = self._norm = self._made = self._on_device = None
+
     def operands(
         self,
         a_RI: Tensor,
@@ -173,9 +177,9 @@ class Group:
 
     def remember(self, request: "_Request") -> None:
         """What a cache was asked for, if it can be asked again: an optimizer changes parameters in their place."""
-        parameters = request.trained
-        if all(isinstance(t, nn.Parameter) for t in parameters):
-            tensors = parameters if request.bias_O is None else (*parameters, request.bias_O)
+        parameters = [t for t in (request.a_RI, request.b_OR, request.m_O) if isinstance(t, nn.Parameter)]
+        if len(parameters) == 3:
+            tensors = parameters if request.bias_O is None else [*parameters, request.bias_O]
             self._asked[request.cache] = _Asked(tuple(map(weakref.ref, tensors)), request.s, request.dtype)
 
     def stale_beside(self, asking: LayerCache) -> list["_Request"]:
@@ -268,10 +272,6 @@ class _Request(NamedTuple):
     @property
     def has_own_norm(self) -> bool:
         return self.m_O is not None and self.n_O is None
-
-    @property
-    def trained(self) -> tuple[Tensor, ...]:
-        return (self.a_RI, self.b_OR) if self.m_O is None else (self.a_RI, self.b_OR, self.m_O)
 
 
 class _Norm(NamedTuple):

@@ -1,7 +1,8 @@
 """Adapted fused projections: one frozen layer that holds several (q, k, v; gate, up), some of which are adapted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,11 @@ class DoraFused(DoraLinear):
         """A and B of each part, views."""
         r = self.lora_fused_B.shape[1]
         return list(zip(self.lora_A.split(r), self.lora_fused_B.split(self._sizes), strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for cache in self.part_caches:
+            cache.forget()
+        return super()._apply(fn, recurse)
 
     def gain(self) -> Tensor | None:
         """``g = m / |W + s B A|``, (O,), 1 where nothing is adapted; None for LoRA."""

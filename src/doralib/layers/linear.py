@@ -1,6 +1,8 @@
 """Adapted layers: the parameters, and which formula they go through."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +130,11 @@ class DoraLinear(Part, AdapterLayer):
         if self.lora_magnitude_vector is None:
             return None
         return self.lora_magnitude_vector / self.cache.norm(self.a_RI, self.b_OR, self.scale, detach=self.detach_norm)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `Masters`; what is kept of the frozen weight is made anew."""
+        self.cache.forget()
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """``g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias``, (..., I) to (..., O), in the dtype that the base layer would return."""
