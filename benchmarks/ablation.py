@@ -1,6 +1,6 @@
 """What each mechanism for speed is worth: a training step and generation with and without it, in turns.
 
-    python benchmarks/ablation.py [--rounds 15] [--layers 10] [--dtypes float32 bfloat16] [--sequences 1 4] [--out benchmarks/results]
+    python benchmarks/ablation.py [--rounds 15] [--dtypes float32 bfloat16] [--sequences 1 4]
 
 A ratio is the time without the mechanism over the time with it, both of the same round; above 1 it saves time. A
 mechanism stays where it saves 3 % of a step or of generation (docs/bench.md).

@@ -269,10 +269,6 @@ class _Request(NamedTuple):
     dtype: torch.dtype
     n_O: Tensor | None
 
-    @property
-    def has_own_norm(self) -> bool:
-        return self.m_O is not None and self.n_O is None
-
 
 class _Norm(NamedTuple):
     """A norm and what it was made from."""
@@ -300,7 +296,7 @@ class _Made(NamedTuple):
 @torch.no_grad()
 def _make(requests: Sequence[_Request]) -> list[_Made]:
     """Make the operands, DoRA's of one rank, scale and dtype in one go."""
-    own = [i for i, request in enumerate(requests) if request.has_own_norm]
+    own = [i for i, request in enumerate(requests) if request.m_O is not None and request.n_O is None]
     norms = dict(zip(own, _fresh_norms([requests[i] for i in own]), strict=True))
     batches: dict[Any, list[int]] = {}
     for i, (_, a_RI, b_OR, m_O, s, bias_O, dtype, _) in enumerate(requests):
