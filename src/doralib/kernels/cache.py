@@ -165,9 +165,8 @@ class LayerCache:
 class Group:
     """The caches of one model: an optimizer changes all its layers at once, and the first that is asked renews all.
 
-    A few operators over the rows of all layers take the place of as many for each between two large products: 3.8 % of
-    a step of 1x256 tokens (docs/bench.md, ablation). Nothing relies on it: a cache that was left out, or changes again,
-    finds out when it is asked itself.
+    A few operators over the rows of all layers take the place of as many for each between two large products: 7 % of a
+    float32 step of 1x256 tokens (docs/bench.md). Nothing relies on it: a cache that was left out finds out when asked.
     """
 
     def __init__(self, caches: Iterable[LayerCache] = ()) -> None:
@@ -244,7 +243,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _find_memcmp() -> Callable[[int, int, int], int] | None:
-    """C's own comparison: `torch.equal` costs generation in float32 6.4 % (docs/bench.md, ablation)."""
+    """C's own comparison: `torch.equal` costs a float32 step of 1x256 tokens 8 % (docs/bench.md)."""
     try:
         # PyDLL: to give the interpreter's lock away and take it back would take as long as the comparison
         memcmp = ctypes.PyDLL(None).memcmp

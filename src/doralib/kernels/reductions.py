@@ -1,8 +1,8 @@
 """Sums over the rows of an input, a number for each output column, without a temporary of that size.
 
-On a CPU both are what the backward pass of batch normalisation in evaluation computes, and torch has that in one fused
-sweep for every dtype, summed in float32 or better: with weight g, mean b and variance 1 its input's gradient is g ∘ dy
-and its weight's ``Σ_N dy ∘ (y - b)``.
+On a CPU both are what the backward pass of batch normalization in evaluation computes. torch has that in one fused
+sweep for every dtype, summed in float32 or better, where plain operators make a second tensor of the output's size:
+with weight g, mean b and variance 1 its input's gradient is g ∘ dy and its weight's ``Σ_N dy ∘ (y - b)``.
 """
 
 import functools
