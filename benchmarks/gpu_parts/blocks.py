@@ -94,7 +94,7 @@ METHODS: dict[str, Callable[[nn.Module, Job], nn.Module]] = {
 
 
 class Trainer:
-    """A model by one method, its optimiser and a training step."""
+    """A model by one method, its optimizer and a training step."""
 
     def __init__(self, base: nn.Module, name: str, job: Job, lr: float = 1e-4) -> None:
         with warnings.catch_warnings():
@@ -109,7 +109,7 @@ class Trainer:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Forward and backward over the micro-batches, then the optimiser; the last loss."""
+        """Forward and backward over the micro-batches, then the optimizer; the last loss."""
         for _ in range(self.job.accumulate):
             loss = self.model(input_ids=tokens, labels=tokens).loss / self.job.accumulate
             loss.backward()
@@ -119,7 +119,7 @@ class Trainer:
         return loss.detach() * self.job.accumulate
 
     def own_bytes(self) -> int:
-        """Of the adapter and the optimiser's state."""
+        """Of the adapter and the optimizer's state."""
         state = self.optimizer.state if self.optimizer is not None else {}
         tensors = [*self.trained, *(t for slots in state.values() for t in slots.values() if isinstance(t, Tensor))]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -27,7 +27,7 @@ def write(data: dict[str, Any], path: Path) -> None:
         ("Layer: peak of a step, MB", "layers", _peak_row),
         ("Layer step as a replayed graph", "graphs", _step_row("step_ms")),
         ("Blocks, step ms and ratios", "blocks", _block_row),
-        ("Blocks, peak of a step with adapter and optimiser, GB; ratios", "blocks", _block_memory_row),
+        ("Blocks, peak of a step with adapter and optimizer, GB; ratios", "blocks", _block_memory_row),
         ("Loss curves", "losses", lambda row: {"method": row["method"], "losses": row["losses"]}),
         ("torch.compile", "compile", lambda row: row),
         ("NF4", "nf4", lambda row: row),

@@ -15,7 +15,7 @@ class ModelSettings(Checked):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """Quantise the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantised too."""
+    """Quantize the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantized too."""
     revision: str | None = None
     """A branch, tag or commit on the hub."""
     attn_implementation: str | None = None

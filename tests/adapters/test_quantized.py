@@ -1,11 +1,11 @@
-"""Quantised bases with what else a model may have: several adapters, undone merges, starts, files of any format."""
+"""Quantized bases with what else a model may have: several adapters, undone merges, starts, files of any format."""
 
 import shutil
 
 import pytest
 import torch
 from adapted import move
-from adapters.test_quantized_models import CONFIG, IDS, each_kind, load, logits, quantised, train
+from adapters.test_quantized_models import CONFIG, IDS, each_kind, load, logits, quantized, train
 from checkpoints.test_quantized import adapter as adapter
 from checkpoints.test_quantized import bases as bases
 from checkpoints.test_quantized import stored, weights
@@ -100,16 +100,16 @@ def test_the_last_of_several_merges_as_it_would_alone(kind, even_llama_folder):
         assert len(doralib.merge_report(one)) == 4
         doralib.merge(model, dequantise=dense)
         doralib.merge(one, dequantise=dense)
-        assert bool(quantised(model)) is not dense
+        assert bool(quantized(model)) is not dense
         assert torch.equal(logits(model), logits(one))
 
 
 def bits(model):
-    """All that the quantised weights are made of."""
+    """All that the quantized weights are made of."""
     return {
         f"{name}.{i}": (id(module.weight), tensor.clone())
         for name, module in model.named_modules()
-        if name in quantised(model)
+        if name in quantized(model)
         for i, tensor in enumerate(open_base(module).storage.tensors())
     }
 
@@ -132,7 +132,7 @@ def test_a_merge_is_undone_bit_for_bit(kind, many, even_llama_folder, tmp_path):
     assert torch.equal(logits(model), want)
     for _ in range(2):
         doralib.merge_adapter(model)
-        assert len(quantised(model)) == 14
+        assert len(quantized(model)) == 14
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(torch.equal(open_base(model.get_submodule(name)).W_OI, old) for name, old in W.items())
         assert not torch.equal(logits(model), want)
@@ -154,7 +154,7 @@ def test_a_swallowed_change_is_said_when_it_is_folded_in_for_a_while(even_llama_
 
 
 def test_an_adapter_beside_another_keeps_the_weights_readable(even_llama_folder):
-    """Layers that were quantised after the first adapter came are switched off too."""
+    """Layers that were quantized after the first adapter came are switched off too."""
     model = doralib.adapt(load(even_llama_folder, "nf4"), CONFIG)
     fresh = load(even_llama_folder, "nf4").model.layers[0].self_attn.o_proj
     model.model.layers[0].self_attn.o_proj = fresh
@@ -286,7 +286,7 @@ def test_a_format_that_needs_the_bases_names_and_shapes(kind, bases, adapter, ev
 def test_a_module_trained_whole_that_is_stored_quantised(bases, even_llama_folder, tmp_path):
     config = DoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("o_proj",))
     doralib.save_adapter(doralib.adapt(load(even_llama_folder), config), tmp_path / "adapter")
-    with pytest.raises(DoraError, match="trained whole, but quantised in the base"):
+    with pytest.raises(DoraError, match="trained whole, but quantized in the base"):
         merge_checkpoint(tmp_path / "adapter", bases("int8"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -314,7 +314,7 @@ EVEN = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-# with the weights that an adapter changes, and how many of them are quantised; transformers leaves experts as they are
+# with the weights that an adapter changes, and how many of them are quantized; transformers leaves experts as they are
 SPECIAL = {
     "fused": (
         lambda: Phi3ForCausalLM(Phi3Config(**EVEN)),
@@ -331,7 +331,7 @@ SPECIAL = {
 
 @pytest.fixture(scope="module")
 def special(tmp_path_factory):
-    """Folders of a quantised base and of an adapter of it, and the adapted model; each made once."""
+    """Folders of a quantized base and of an adapter of it, and the adapted model; each made once."""
     made = {}
 
     def base_of(name):
@@ -359,15 +359,15 @@ def test_fused_projections_and_experts_become_on_disk_what_they_become_live(name
     with doralib.disabled(model):
         assert (logits(model) - adapted).abs().max() > 0.1
     merged, again = doralib.merge(model, dequantise=dtype is not None), load(tmp_path)
-    assert quantised(again) == quantised(merged)
-    assert len(quantised(again)) == (0 if dtype else 8)
+    assert quantized(again) == quantized(merged)
+    assert len(quantized(again)) == (0 if dtype else 8)
     assert torch.equal(logits(again), logits(merged))
     if dtype:
         torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_that_are_quantised_one_by_one(special, tmp_path):
-    """As older transformers stored them; each is read, changed and quantised again like any other weight."""
+    """As older transformers stored them; each is read, changed and quantized again like any other weight."""
     folder = special("experts")
     tensors = {}
     for key, value in stored(folder / "base").items():

@@ -1,4 +1,4 @@
-"""transformers' quantised models: train, save, load, merge, and save the merged model."""
+"""transformers' quantized models: train, save, load, merge, and save the merged model."""
 
 import warnings
 
@@ -61,18 +61,18 @@ def logits(model):
 
 
 def train(model, steps=4, rate=0.05):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0)
     losses = []
     for _ in range(steps):
         loss = model.train()(IDS, labels=IDS).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
 
-def quantised(model):
+def quantized(model):
     return {name for name, module in model.named_modules() if isinstance(open_base(module), Quantized)}
 
 
@@ -117,7 +117,7 @@ def test_dequantised_merge_saves_and_loads_as_a_plain_model(kind, even_llama_fol
     train(model)
     want = logits(model)
     doralib.merge(model, dequantise=True)
-    assert not quantised(model)
+    assert not quantized(model)
     torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
     assert not getattr(model, "is_loaded_in_4bit", False)
     assert not getattr(model, "is_loaded_in_8bit", False)
@@ -127,13 +127,13 @@ def test_dequantised_merge_saves_and_loads_as_a_plain_model(kind, even_llama_fol
     again = load(tmp_path / "plain")
     assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
     assert torch.equal(logits(again), logits(model))
-    assert model.float() is model, "refused for a model that counts as quantised"
+    assert model.float() is model, "refused for a model that counts as quantized"
 
 
 @each_kind
 def test_requantised_merge_saves_and_loads_quantised(kind, even_llama_folder, tmp_path):
     model = load(even_llama_folder, kind)
-    names = quantised(model)
+    names = quantized(model)
     assert len(names) == 14
     doralib.adapt(model, CONFIG)
     train(model)
@@ -152,11 +152,11 @@ def test_requantised_merge_saves_and_loads_quantised(kind, even_llama_folder, tm
     Q = open_base(model.model.layers[1].mlp.down_proj).W_OI
     assert report[-1].of_change == pytest.approx(((Q - V).norm() / (V - W).norm()).item(), rel=1e-4)
     assert report[-1].of_weight == pytest.approx(((Q - V).norm() / V.norm()).item(), rel=1e-4)
-    assert quantised(model) == names
+    assert quantized(model) == names
     assert not hasattr(model, "_doralib")
     model.save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
-    assert quantised(again) == names
+    assert quantized(again) == names
     assert torch.equal(logits(again), logits(model))
 
 

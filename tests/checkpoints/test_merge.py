@@ -323,7 +323,7 @@ def test_quantised_weights_are_refused(tmp_path):
     tensors[f"{Q}.weight"] = torch.zeros(O, I, dtype=torch.int8)
     base = save_base(tmp_path / "base", tensors)
     folder = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}))
-    with pytest.raises(DoraError, match=r"stored as I8, quantised; merge into the model in full precision"):
+    with pytest.raises(DoraError, match=r"stored as I8, quantized; merge into the model in full precision"):
         merge_checkpoint(folder, base, tmp_path / "out")
 
 

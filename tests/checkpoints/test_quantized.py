@@ -1,11 +1,11 @@
-"""Merging into checkpoints that are stored quantised: dense, or quantised again; transformers reads both."""
+"""Merging into checkpoints that are stored quantized: dense, or quantized again; transformers reads both."""
 
 import importlib
 import re
 
 import pytest
 import torch
-from adapters.test_quantized_models import KINDS, load, logits, quantised
+from adapters.test_quantized_models import KINDS, load, logits, quantized
 from checkpoints.test_verify import save_turned
 from conftest import make_tokenizer
 from torch import nn
@@ -29,7 +29,7 @@ HEAD, NORM = "lm_head.weight", "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def bases(even_llama_folder, tmp_path_factory):
-    """Quantised checkpoints as transformers saves them, each made once."""
+    """Quantized checkpoints as transformers saves them, each made once."""
     made = {}
 
     def base(kind, shard_size="10GB"):
@@ -59,7 +59,7 @@ def weights(model):
     """Dense, by layer."""
     return {
         name: open_base(module).dense_rows(torch.arange(len(module.weight) if module.weight.dim() > 1 else 0))
-        if name not in quantised(model)
+        if name not in quantized(model)
         else open_base(module).W_OI
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -97,7 +97,7 @@ def test_dense(kind, shard_size, dtype, bases, adapter, tmp_path):
     assert "quantization_config" not in read_json(out / "config.json")
     assert read_json(out / "config.json")["dtype"] == dtype
     model = load(out)
-    assert not quantised(model)
+    assert not quantized(model)
     eps = torch.finfo(getattr(torch, dtype)).eps
     for name, want in formula(base, adapter).items():
         got = model.get_submodule(name).weight
@@ -202,7 +202,7 @@ def test_one_layer_is_held_at_a_time(bases, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized.QuantizedWeight, "read", lambda self: events.append("read") or read(self))
     monkeypatch.setattr(stream, "write_at", lambda *args: events.append("write") or write(*args))
     merge_checkpoint(adapter, bases("nf4"), tmp_path / "out", dtype="bfloat16")
-    # all that is not quantised has been written before
+    # all that is not quantized has been written before
     assert events[events.index("read") :] == ["read", "write"] * 14
 
 
@@ -222,7 +222,7 @@ def test_what_is_not_understood_is_refused_before_anything_is_written(bases, ada
     shutil.copytree(bases("nf4"), tmp_path / "base")
     config = read_json(tmp_path / "base" / "config.json")
     write_json(tmp_path / "base" / "config.json", {**config, "model_type": "gpt2"})
-    with pytest.raises(DoraError, match="quantised Conv1D"):
+    with pytest.raises(DoraError, match="quantized Conv1D"):
         merge_checkpoint(adapter, tmp_path / "base", tmp_path / "out")
     real = importlib.import_module
 

@@ -171,7 +171,7 @@ def test_products_of_known_calls():
         ("peft-lora", 0.0, 8, 8),  # forward x Wᵀ, x Aᵀ, (x Aᵀ) Bᵀ; backward dy W and, of both factors, two each
         ("ours-lora", 0.0, 8, 8),
         ("peft-dora", 0.0, 10, 10),  # and B A as two products with the unit matrix, every time
-        ("ours-dora", 0.0, 11, 8),  # and W Aᵀ, A Aᵀ, B (A Aᵀ), all small, after an optimiser step only
+        ("ours-dora", 0.0, 11, 8),  # and W Aᵀ, A Aᵀ, B (A Aᵀ), all small, after an optimizer step only
         ("peft-dora", 0.05, 12, 12),  # the base once more, forward and backward
         ("ours-dora-adapter", 0.05, 11, 8),
         ("ours-dora-exact", 0.05, 13, 10),  # the base once more, forward and backward

@@ -43,7 +43,7 @@ def make(dtype=torch.float32, **settings):
 
 @torch.no_grad()
 def step(model, seed=1, size=0.1):
-    """As an optimiser changes all parameters."""
+    """As an optimizer changes all parameters."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:

@@ -110,11 +110,11 @@ def test_norms_by_blocks_of_tokens(monkeypatch):
 
 def trained(layer):
     """The layer after three steps with `tokens`."""
-    optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0)
     for _ in range(3):
         layer(tokens()).square().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return layer
 
 

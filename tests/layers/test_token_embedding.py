@@ -151,13 +151,13 @@ def test_a_model_trains_saves_loads_and_merges(tmp_path):
     plain.save_pretrained(tmp_path / "base")
     model = doralib.adapt(copy.deepcopy(plain), config())
     assert torch.equal(logits(model), logits(plain))
-    optimiser = torch.optim.AdamW([p for _, p in registry.trainable(model)], lr=0.02, weight_decay=0)
+    optimizer = torch.optim.AdamW([p for _, p in registry.trainable(model)], lr=0.02, weight_decay=0)
     losses = []
     for _ in range(3):
         losses.append(loss := model(ids(), labels=ids()).loss)
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert losses[2] < losses[0]
     doralib.save_adapter(model, tmp_path / "adapter")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Adapted layers on quantised storages: the formula on the dequantised weight, and merging by requantising."""
+"""Adapted layers on quantized storages: the formula on the dequantised weight, and merging by requantising."""
 
 import copy
 import warnings
@@ -294,7 +294,7 @@ def test_int8_before_and_after_its_first_forward_pass():
 
 
 def test_a_layer_that_is_not_quantised_yet_says_so():
-    with pytest.raises(DoraError, match="not quantised yet"):
+    with pytest.raises(DoraError, match="not quantized yet"):
         make("nf4", base=bnb.nn.Linear4bit(I, O))
 
 

@@ -104,13 +104,13 @@ def batches(dtype=torch.float64):
 
 
 def train(model, network, share=slice(None), skip=False, watch=lambda x: None):
-    optimiser = torch.optim.AdamW(trained(model), lr=0.05)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.05)
     for number, (x, y) in enumerate(batches(model.blocks[0].up.weight.dtype)):
         model.skip = skip and number % 2 == 1
         watch(x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (network(x[share]) - y[share]).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def wrap(model, how):

@@ -1,4 +1,4 @@
-"""The main job on a base that is quantised while it is loaded: train, resume, evaluate, generate, merge."""
+"""The main job on a base that is quantized while it is loaded: train, resume, evaluate, generate, merge."""
 
 import json
 

@@ -18,7 +18,7 @@ def unchanged(model: Model) -> Iterator[Model]:
     """Write faster, inside a with block in which nobody changes A, B, m, the weights or the biases.
 
     Without it every call makes sure of that by itself, which costs a generated token as much as the adapter's own
-    products. What `load_adapter` and `hotswap_adapter` write inside the block is seen; an optimiser's step is not,
+    products. What `load_adapter` and `hotswap_adapter` write inside the block is seen; an optimizer's step is not,
     until the block ends. Calls that want gradients compute as outside; so does a model without an adapter, or a
     sharded one (FSDP2).
     """

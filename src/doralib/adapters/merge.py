@@ -106,7 +106,7 @@ def plain_layer(base: Dense, W_OI: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
-    """What the model would be in without quantisation: as its config says, else as most of its other parameters are."""
+    """What the model would be in without quantization: as its config says, else as most of its other parameters are."""
     named = getattr(getattr(model, "config", None), "dtype", None)
     if isinstance(named, torch.dtype):
         return named

@@ -1,4 +1,4 @@
-"""What is trained, as an optimiser's parameter groups: a learning rate by what a parameter is."""
+"""What is trained, as an optimizer's parameter groups: a learning rate by what a parameter is."""
 
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,7 @@ from .registry import config_of, trainable
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Every trained parameter of an adapted model in one group, for any `torch.optim` optimiser.
+    """Every trained parameter of an adapted model in one group, for any `torch.optim` optimizer.
 
     The rates are the configuration's: `magnitude_lr_ratio`, `loraplus_lr_ratio`, `loraplus_lr_embedding`. Weight decay
     shrinks what turns directions, and whole matrices trained beside it; never a magnitude, bias or norm.

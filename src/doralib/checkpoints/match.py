@@ -182,7 +182,7 @@ def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: M
     hint = f" (the nearest is {near[0]})" if missing and (near := nearest(missing[0], stored, count=1)) else ""
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown method")
-        hint = f": the base is quantised ({method}); merge into the model in full precision"
+        hint = f": the base is quantized ({method}); merge into the model in full precision"
     return [
         f"{name}: is tied to the input embedding in this model, so changing it would change both; "
         "save the base with tie_word_embeddings=False first, or train without it"
@@ -210,7 +210,7 @@ def _find_misfits(
         shape = stored[name].shape
         if not stored[name].plain:
             problems.append(
-                f"{name}: is stored as {stored[name].code}, quantised; merge into the model in full precision"
+                f"{name}: is stored as {stored[name].code}, quantized; merge into the model in full precision"
             )
         elif not _fits(adapter, tuple(shape)):
             problems.append(f"{name}: the adapter needs (out, in) {adapter.shape}, the checkpoint has {shape}")
@@ -218,7 +218,7 @@ def _find_misfits(
         if stored[name].shape != tuple(value.shape):
             problems.append(f"{name}: the adapter has {tuple(value.shape)}, the checkpoint has {stored[name].shape}")
         elif not stored[name].plain:
-            problems.append(f"{name}: is stored as {stored[name].code}, quantised; the adapter's cannot take its place")
+            problems.append(f"{name}: is stored as {stored[name].code}, quantized; the adapter's cannot take its place")
     return problems
 
 

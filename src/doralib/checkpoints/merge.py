@@ -88,7 +88,7 @@ class MergeSummary:
     def text(self) -> str:
         """For a person."""
         lines = [
-            f"{self.out}: {self.layers} layers folded in, {self.replaced} tensors replaced, of {self.tensors}; "
+            f"{self.out}: {self.layers} layers merged, {self.replaced} tensors replaced, of {self.tensors}; "
             f"{format_bytes(self.bytes)} in {self.seconds:.1f} s, at most {format_bytes(self.peak_bytes)} of memory"
         ]
         if len(self.adapters) > 1:
@@ -98,7 +98,7 @@ class MergeSummary:
         if self.requantised:
             lines.append(format_costs(self.requantised).replace("\n", "\n  "))
         if is_change_lost(self.requantised):
-            lines.append("quantising again lost most of what the adapters do; merge with --dtype bfloat16")
+            lines.append("quantizing again lost most of what the adapters do; merge with --dtype bfloat16")
         lines += [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
 
@@ -191,7 +191,7 @@ def _check_dtype_change(checkpoint: Checkpoint, dtype: str | None) -> None:
     if dtype and "quantization_config" in config and not find_quantized(checkpoint):
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise DoraError(
-            f"{checkpoint.folder} is quantised ({method}): its dtype cannot be changed to {dtype}; leave dtype out, or "
+            f"{checkpoint.folder} is quantized ({method}): its dtype cannot be changed to {dtype}; leave dtype out, or "
             "merge into the model in full precision"
         )
 
@@ -200,7 +200,7 @@ def _make_plan(changes: Mapping[str, Sequence[TensorChange]], checkpoint: Checkp
     quantized = find_quantized(checkpoint)
     parts = {name: changes[name] for name in changes.keys() & quantized.keys()}
     if whole := sorted(name for name in parts if any(isinstance(part.what, Tensor) for part in parts[name])):
-        raise DoraError(f"{', '.join(whole)}: trained whole, but quantised in the base; merge into the plain model")
+        raise DoraError(f"{', '.join(whole)}: trained whole, but quantized in the base; merge into the plain model")
     anew = [layer for name, layer in quantized.items() if code or name in parts]
     return Plan(changes, code, {name: layer for layer in anew for name in layer.slots})
 

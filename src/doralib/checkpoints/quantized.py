@@ -133,7 +133,7 @@ class QuantizedTorchAO(QuantizedWeight):
         made, metadata = self._support().flatten_tensor_state_dict({self.name: new})
         same = json.loads(metadata[self.name]) == json.loads(self.metadata[self.name])
         if not same or any(made[name].shape != part.shape for name, part in parts.items()):
-            raise DoraError(f"{self.name}: torchao quantises it in other settings now; merge with --dtype bfloat16")
+            raise DoraError(f"{self.name}: torchao quantizes it in other settings now; merge with --dtype bfloat16")
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
     def _tensor(self, parts: Parts) -> Any:
@@ -166,7 +166,7 @@ def find_quantized(checkpoint: Checkpoint) -> Mapping[str, QuantizedWeight]:
             found[weight] = Quantized8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
     found |= _find_torchao(checkpoint)
     if found and is_conv1d_model(checkpoint.config()):
-        raise DoraError(f"{checkpoint.folder} has quantised Conv1D layers; take the model in full precision")
+        raise DoraError(f"{checkpoint.folder} has quantized Conv1D layers; take the model in full precision")
     return found
 
 

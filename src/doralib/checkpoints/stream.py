@@ -116,7 +116,7 @@ def write_quantized(
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
         if made[name].nbytes != outs[name].nbytes:
-            raise DoraError(f"{name}: quantised again it takes {made[name].nbytes} bytes, not {outs[name].nbytes}")
+            raise DoraError(f"{name}: quantized again it takes {made[name].nbytes} bytes, not {outs[name].nbytes}")
         write_at(outs[name].file, outs[name].start, made[name].contiguous())
     return QuantizationCost.measure(layer.name.removesuffix(".weight"), layer.storage, W, V_OI, layer.rows(made))
 

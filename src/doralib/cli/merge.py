@@ -32,7 +32,7 @@ def merge_command(
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold adapters into a checkpoint."""
+    """Merge adapters into a checkpoint."""
     from ..checkpoints.merge import Ingredient
     from ..formats.base import Hints
 

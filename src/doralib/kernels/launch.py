@@ -53,7 +53,7 @@ def fresh_row_norm(
 ) -> Tensor:
     """n_O, made equal to ``|W + s B A|`` if A or s B differ in any bit from the ones seen last; no host waits.
 
-    What is compared are the numbers themselves, so a write of any kind is seen: a fused optimiser's, through ``.data``,
+    What is compared are the numbers themselves, so a write of any kind is seen: a fused optimizer's, through ``.data``,
     a new unsharded copy. Unchanged factors cost one reading of A, B and their copies and two launches.
 
     Args:

@@ -158,7 +158,7 @@ class Bits4(Storage):
         state = getattr(self.module.weight, "quant_state", None) or self.module.quant_state
         if state is None:
             raise DoraError(
-                "a bitsandbytes layer is not quantised yet; move the model to its device first: model.to(...)"
+                "a bitsandbytes layer is not quantized yet; move the model to its device first: model.to(...)"
             )
         return state
 

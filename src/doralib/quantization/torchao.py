@@ -23,8 +23,8 @@ class TorchAO(Storage):
         weight = self.module.weight
         if any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization")):
             return (
-                f"{self.name} quantises its inputs, through which torchao passes no gradient or a wrong one; train on "
-                "weight-only quantisation, e.g. Int8WeightOnlyConfig"
+                f"{self.name} quantizes its inputs, through which torchao passes no gradient or a wrong one; train on "
+                "weight-only quantization, e.g. Int8WeightOnlyConfig"
             )
         return ""
 
@@ -67,7 +67,7 @@ def quantize_torchao(old: Any, W_OI: Tensor) -> Tensor:
     if make is None:
         known = ", ".join(_MAKE)
         raise DoraError(
-            f"torchao {type(old).__name__}: doralib does not know how to quantise into it (known: {known}); merge into "
+            f"torchao {type(old).__name__}: doralib does not know how to quantize into it (known: {known}); merge into "
             "plain weights: doralib.merge(model, dequantise=True), or --dtype on the command line"
         )
     return make(old.detach(), W_OI.to(old.dtype).contiguous())

@@ -56,11 +56,11 @@ def bench_layer(options: LayerOptions) -> Report:
         options.model_dump(mode="json"),
         Bars("One layer, forward and backward, time over PEFT LoRA", TIME_RATIO),
         [
-            "shapes are out x in; A and B are moved before each pass, as by an optimiser, so the norm is computed anew",
-            "products: matrix products of forward and backward after an optimiser step / of the next micro-batch",
+            "shapes are out x in; A and B are moved before each pass, as by an optimizer, so the norm is computed anew",
+            "products: matrix products of forward and backward after an optimizer step / of the next micro-batch",
             "saved: bytes kept for the backward pass, without the frozen weight and the parameters, which exist anyway;"
             " the second number leaves out the layer's output, which its consumer often keeps anyway",
-            "largest temporary: largest single allocation of a forward pass of one token after an optimiser step, "
+            "largest temporary: largest single allocation of a forward pass of one token after an optimizer step, "
             "from torch's CPU allocator",
         ],
     )

@@ -35,9 +35,9 @@ def bench_memory(options: MemoryOptions) -> Report:
         options.model_dump(mode="json"),
         Bars("Peak memory of a training step over PEFT LoRA", "total bytes / total bytes of PEFT LoRA"),
         [
-            "each subject in a fresh process; the second and third step are measured: the optimiser has its state",
+            "each subject in a fresh process; the second and third step are measured: the optimizer has its state",
             "step: most that torch's CPU allocator held over what it held before the step (exact; without BLAS's own "
-            "scratch memory); total: that, the model's tensors and the optimiser's state, as a GPU would count",
+            "scratch memory); total: that, the model's tensors and the optimizer's state, as a GPU would count",
             "resident: peak resident memory of the process in the step (VmHWM, cleared before it), Python and all",
         ],
     )
