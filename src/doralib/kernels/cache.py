@@ -103,8 +103,9 @@ class LayerCache:
     def known_norm(self, a_RI: Tensor, b_OR: Tensor, s: float) -> "_Norm | None":
         """The norm that was made last, if it would be the same now."""
         norm = self._norm
-        same = norm is not None and norm.s == s and norm.key == self.base.key()
-        return norm if same and norm.a_RI.equals(a_RI) and norm.b_OR.equals(b_OR) else None  # type: ignore[union-attr]
+        if norm is None or norm.s != s or norm.key != self.base.key():
+            return None
+        return norm if norm.a_RI.equals(a_RI) and norm.b_OR.equals(b_OR) else None
 
     def is_stale(self, request: "_Request") -> bool:
         """Whether parameters have changed since; a base that was moved or replaced waits for its own layer's call."""
@@ -131,7 +132,9 @@ class LayerCache:
         if made.operands.wide_a_RI.data_ptr() != a_RI.data_ptr():
             return False
         if m_O is None:
-            return made.a_RI.equals(a_RI) and made.b_OR.equals(b_OR)  # type: ignore[union-attr]
+            if made.a_RI is None or made.b_OR is None:
+                return False
+            return made.a_RI.equals(a_RI) and made.b_OR.equals(b_OR)
         if n_O is None:
             norm = self.known_norm(a_RI, b_OR, s)
             n_O = None if norm is None else norm.n_O

@@ -45,9 +45,8 @@ def make_operands(
     s: float,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    n_O: Tensor | None = None,
 ) -> Operands:
-    """The operands for products in a dtype."""
+    """The operands for products in a dtype, where the gradient is the gain's."""
     a_RI, gs_O1, rest_O, shift_O = a_RI.detach(), None, None, None
     if gain_O is not None:
         gain_O = gain_O.detach()
@@ -56,4 +55,4 @@ def make_operands(
             rest_O = (gain_O - 1).to(dtype)
             shift_O = None if bias_O is None else rest_O * bias_O.to(dtype)
     wide_gsb_OR = b_OR * (s if gs_O1 is None else gs_O1)
-    return Operands(s, a_RI.to(dtype), wide_gsb_OR.to(dtype), a_RI, wide_gsb_OR, gain_O, gs_O1, rest_O, shift_O, n_O)
+    return Operands(s, a_RI.to(dtype), wide_gsb_OR.to(dtype), a_RI, wide_gsb_OR, gain_O, gs_O1, rest_O, shift_O, None)
