@@ -22,6 +22,7 @@ from .adapt import Model, check_beside, check_name, put_beside, put_first
 from .build import choose_by_state, in_words
 from .fsdp import as_placed, gather, is_writer
 from .inference import forget
+from .match import match_model
 from .registry import (
     DEFAULT,
     adapter_of,
@@ -127,7 +128,7 @@ def read_for_model(
 
     Raises:
         UsageError: if there is no adapter, or its format needs to know more.
-        DoraError: if its files are damaged or do not belong together.
+        DoraError: if its files are damaged or do not belong together, or names may mean several layers of the model.
     """
     given = given or Hints()
     _, content = read_any_format(path, given if found is None else complete_hints(given, found))
@@ -136,9 +137,7 @@ def read_for_model(
     content = take_component(content, given.component)
     for note in content.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
-    shapes = {} if found is None else found.shapes
-    layers = {name: layer.narrowed(shapes.get(name, ())) for name, layer in content.state.layers.items()}
-    return content.config, replace(content.state, layers=layers)
+    return (content.config, content.state) if found is None else match_model(found, content.config, content.state)
 
 
 def complete_hints(given: Hints, found: Scan) -> Hints:

@@ -13,7 +13,7 @@ from ..errors import DoraError, UsageError, list_some
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import read_any_format
 from ..formats.pipeline import COMPONENTS, check_component, take_component
-from ..functional import dense_row_norm
+from ..functional import dense_row_norm, row_norm_sq
 from ..state import AdapterState, LayerAdapter
 from .match import MatchedAdapter, Stored, match_adapter, view_as_rows
 from .quantized import find_quantized
@@ -130,7 +130,13 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint) -> MatchedAdap
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once.
     """
-    return match_adapter(state, _list_stored(checkpoint), checkpoint.config())
+
+    def lengths(name: str, num_rows: int) -> Tensor:
+        stored = read_whole(checkpoint.slots[name])
+        W_EOI = stored if stored.shape[1] == num_rows else stored.mT
+        return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
+
+    return match_adapter(state, _list_stored(checkpoint), checkpoint.config(), lengths)
 
 
 def compute_adapted_lengths(checkpoint: Checkpoint, state: AdapterState) -> dict[str, Tensor]:
@@ -156,7 +162,7 @@ def read_base_rows(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tupl
     quantized, matched = find_quantized(checkpoint), match_checkpoint(state, checkpoint)
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, slots in itertools.groupby(matched.layers.items(), key=lambda item: matched.sources[item[0]]):
-        rows, layer = [], state.layers[name]
+        rows, layer = [], matched.adapted[name]
         for slot, part in slots:
             stored = quantized[slot].dequantize() if slot in quantized else read_whole(checkpoint.slots[slot])
             rows.append(view_as_rows(stored, part, transposed=slot in matched.transposed))

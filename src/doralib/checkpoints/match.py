@@ -1,17 +1,18 @@
 """Which tensor of a checkpoint each part of an adapter belongs to; everything that does not fit is told at once."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..adapters.experts import find_transposed_experts, find_weights, stack_experts
+from ..adapters.names import match_names
+from ..adapters.spelling import find_stored_spelling
 from ..errors import DoraError, nearest
 from ..functional import swapped_channels
 from ..state import AdapterState, LayerAdapter
-from .experts import find_transposed_experts, find_weights
 
 
 def view_as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
@@ -66,22 +67,37 @@ class MatchedAdapter:
     values: Mapping[str, Tensor]
     """Tensors that take the place of the checkpoint's."""
     sources: Mapping[str, str]
-    """Which of the adapter's layers each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
+    """Which of ``adapted`` each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
+    adapted: Mapping[str, LayerAdapter]
+    """The adapter's layers, in the stacks that the checkpoint has."""
 
 
-def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> MatchedAdapter:
+def match_adapter(
+    state: AdapterState,
+    stored: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    lengths: Callable[[str, int], Tensor] | None = None,
+) -> MatchedAdapter:
     """Find every adapted weight and every whole tensor among the stored ones.
 
     Args:
         stored: the checkpoint's tensors by name.
         config: the model's config.json, or empty.
+        lengths: reads the row lengths, (E, O), of a stack of this name with O rows, where some have no adapter.
 
     Raises:
         DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
     """
     values = _drop_tied_copies(state.extra, stored, config)
-    wanted = find_weights(state.layers, stored)
-    names, missing, problems = _match_names([*wanted, *values], stored)
+    adapted, _ = stack_experts(state.layers, {name: each.shape for name, each in stored.items()}, lengths)
+    wanted = find_weights(adapted, stored)
+
+    def fits(name: str, target: str) -> bool:
+        shape = tuple(stored[target].shape)
+        return _fits(wanted[name][1].narrowed(shape), shape) if name in wanted else shape == tuple(values[name].shape)
+
+    match = match_names([*wanted, *values], stored, fits, lambda: find_stored_spelling(config, stored))
+    names, missing, problems = match.found, match.missing, [*match.problems]
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
         for key, (_, adapter) in wanted.items()
@@ -101,61 +117,12 @@ def match_adapter(state: AdapterState, stored: Mapping[str, Stored], config: Map
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return MatchedAdapter(layers, transposed, values, sources)
+    return MatchedAdapter(layers, transposed, values, sources, adapted)
 
 
 def is_conv1d_model(config: Mapping[str, Any]) -> bool:
     """Whether the model's type is one of those with HF Conv1D layers."""
     return bool(_list_model_types(config) & _CONV1D_MODELS)
-
-
-def _match_names(wanted: list[str], stored: Mapping[str, Stored]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Stored name by wanted name; the names that are not there; what cannot be decided.
-
-    A checkpoint may spell a prefix differently (`model.`, `transformer.`, `language_model.`): each group of names with
-    a common head is moved as a whole, and only where a single prefix fits every one of them.
-    """
-    groups = defaultdict(list)
-    for name in wanted:
-        groups[_find_prefix(name)].append(name)
-    found: dict[str, str] = {}
-    missing, problems = [], []
-    for head, names in groups.items():
-        moves = [("", "")] if any(name in stored for name in names) else _find_moves(head, names, stored)
-        if len(moves) > 1:
-            choices = " or ".join(repr(add + head.removeprefix(strip)) for strip, add in moves)
-            problems.append(f"{names[0]}: could be under {choices} in the checkpoint; rename one of them")
-            continue
-        strip, add = moves[0] if moves else ("", "")
-        for name in names:
-            target = add + name.removeprefix(strip)
-            if target not in stored:
-                missing.append(name)
-            elif target in found.values():
-                problems.append(f"{name}: another part of the adapter also belongs to {target}")
-            else:
-                found[name] = target
-    return found, missing, problems
-
-
-def _find_prefix(name: str) -> str:
-    """The name up to its first number, with the dot: ``"model.layers."``."""
-    parts = name.split(".")
-    end = next((i for i, part in enumerate(parts) if part.isdigit()), max(0, len(parts) - 2))
-    return "".join(part + "." for part in parts[:end])
-
-
-def _find_moves(head: str, names: list[str], stored: Mapping[str, Stored]) -> list[tuple[str, str]]:
-    """(prefix to take off, prefix to put on) that finds every name; the shortest cut that finds any."""
-    parts = head.split(".")[:-1]
-    for cut in range(len(parts) + 1):
-        strip = "".join(part + "." for part in parts[:cut])
-        rest = names[0].removeprefix(strip)
-        adds = [name.removesuffix(rest) for name in stored if name == rest or name.endswith("." + rest)]
-        fits = [(strip, add) for add in adds if all(add + name.removeprefix(strip) in stored for name in names)]
-        if fits:
-            return fits
-    return []
 
 
 def _drop_tied_copies(
