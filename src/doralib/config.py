@@ -123,6 +123,8 @@ class DoraConfig(Checked):
     """Another lora_alpha, likewise."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and saved with the adapter, by name ending."""
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
+    """Tokens whose rows of the embedding, and of a head tied to it, are trained; or tokens by a module's ending."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias vectors are trained and saved as well."""
     dropout_mode: Literal["adapter", "exact"] = "adapter"
@@ -139,7 +141,8 @@ class DoraConfig(Checked):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = self._find_bad_patterns() + self._find_bank_problems()
-        if self.target_modules == "" or (self.target_modules == () and not self.target_parameters):
+        others = self.target_parameters or self.trainable_token_indices
+        if self.target_modules == "" or (self.target_modules == () and not others):
             problems.insert(0, "target_modules is empty: nothing would be adapted")
         if self.loraplus_lr_ratio != 1 and self.method not in ("dora", "lora"):
             problems.append(f"loraplus_lr_ratio: method {self.method!r} trains no B")
@@ -232,7 +235,7 @@ class DoraConfig(Checked):
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
-_NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
+_NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "trainable_token_indices")
 
 
 def matches(pattern: str, layer: str) -> bool:

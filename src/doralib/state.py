@@ -323,6 +323,24 @@ class LayerAdapter:
 
 
 @dataclass(frozen=True)
+class RowValues:
+    """Rows of an embedding or an output head that take the place of its own, as of tokens trained one by one.
+
+    Raises:
+        DoraError: if there is not one row for each index.
+    """
+
+    index_N: Tensor
+    """Which rows, int64."""
+    rows_ND: Tensor
+    """Their values."""
+
+    def __post_init__(self) -> None:
+        if self.rows_ND.dim() != 2 or self.index_N.shape != self.rows_ND.shape[:1]:
+            raise DoraError(f"{self.index_N.numel()} trained tokens, and rows of shape {tuple(self.rows_ND.shape)}")
+
+
+@dataclass(frozen=True)
 class AdapterState:
     """A whole adapter: layers by module name, and whole tensors trained beside them."""
 
@@ -332,3 +350,7 @@ class AdapterState:
     """Trained tensors of modules_to_save and biases, by their name in the base model's state dict."""
     base_model: str | None = None
     """Hub name or path of the model it was trained on, if known."""
+    rows: Mapping[str, RowValues] = field(default_factory=dict)
+    """Tokens trained one by one, by the tensor's name in the base model's state dict."""
+    resized: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frozen weights of adapted embeddings and heads, likewise; they count where the base has other sizes."""

@@ -189,7 +189,7 @@ def replace_places(model: nn.Module, make_plain: Callable[[str, Place], nn.Modul
 def restore_base(model: nn.Module, record: Record) -> None:
     """Let parameters train that trained before the model had adapters, and forget the adapters."""
     for name, p in model.named_parameters():
-        p.requires_grad_(record.frozen[name])
+        p.requires_grad_(record.frozen.get(name, False))
     set_record(model, None)
 
 

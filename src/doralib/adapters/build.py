@@ -1,6 +1,10 @@
 """The layers that an adapter puts in the place of a model's: chosen, checked and made before the first is put in."""
 
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from ..config import DoraConfig, matches
 from ..errors import UsageError, did_you_mean
@@ -12,8 +16,9 @@ from ..layers.experts import AdaptedExperts
 from ..layers.fused import DoraFused, check_parts
 from ..layers.linear import DoraLinear
 from ..layers.magnitude import DoraMagnitude
+from ..layers.rows import TrainedRows
 from ..layers.vera import Bank, DoraBank, bank_for
-from ..layers.wrapper import AdapterLayer, TrainedCopy
+from ..layers.wrapper import AdapterLayer, TrainedCopy, base_module
 from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
@@ -28,6 +33,12 @@ class Targets(NamedTuple):
     """Layers and parameters."""
     whole: list[str]
     """Modules that are trained whole."""
+    rows: dict[str, tuple[int, ...]]
+    """Tokens that are trained one by one, by the embedding's or head's name."""
+    from_file: bool = False
+    """Whether the adapter was trained already, so that a tied weight may be changed in one of its places."""
+    apart: bool = False
+    """Whether modules that share a weight have been trained to weights of their own."""
 
 
 def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
@@ -38,7 +49,39 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
     """
     chosen = [*choose(found, config), *choose_parameters(found, config.target_parameters)]
     _check_patterns(config, chosen)
-    return Targets(chosen, _choose_whole(found, config))
+    return Targets(chosen, _choose_whole(found, config), _choose_rows(found, config))
+
+
+def _choose_rows(found: Scan, config: DoraConfig) -> dict[str, tuple[int, ...]]:
+    """The modules of `trainable_token_indices`, with their tokens: of a list, the model's input embedding."""
+    asked = config.trainable_token_indices
+    if not asked:
+        return {}
+    if not isinstance(asked, dict):
+        get: Callable[[], nn.Module] | None = getattr(found.model, "get_input_embeddings", None)
+        own = base_module(get()) if get is not None else None
+        names = [name for name, module in found.modules.items() if module is own]
+        if not names:
+            raise UsageError("trainable_token_indices: name the embedding, {embed_tokens: [...]}; this model has none")
+        return {names[0]: asked}
+    return {
+        name: each for end, each in asked.items() for name in match_modules(found, (end,), "trainable_token_indices")
+    }
+
+
+def _make_rows(found: Scan, targets: Targets, taken: Collection[str]) -> dict[str, AdapterLayer]:
+    """The layers of tokens trained one by one; what is tied to one of them has the same rows."""
+    layers: dict[str, AdapterLayer] = {}
+    for name, tokens in targets.rows.items():
+        mine = TrainedRows(found.modules[name], tokens)
+        layers[name] = mine
+        for other in found.other_names(f"{name}.weight"):
+            place = other.removesuffix(".weight")
+            if place not in targets.rows:
+                layers[place] = TrainedRows(found.modules[place], tokens, like=mine)
+    if both := sorted(layers.keys() & set(taken)):
+        raise UsageError(f"trainable_token_indices: {', '.join(both)} is adapted or trained whole too; leave one out")
+    return layers
 
 
 def _choose_whole(found: Scan, config: DoraConfig) -> list[str]:
@@ -69,8 +112,26 @@ def choose_by_state(found: Scan, config: DoraConfig, state: AdapterState, source
     if absent := sorted(state.layers.keys() - {*chosen, *found.stacks}):
         raise error_of(f"{source} is an adapter of another model; this one has no", absent)
     _check_shapes(found, state, source)
-    check_layers(found, chosen)
-    return Targets([*chosen, *choose_parameters(found, experts)], _choose_whole(found, config))
+    check_layers(found, chosen, tied=True)
+    parameters = choose_parameters(found, experts)
+    whole = _choose_saved(found, config, state)
+    apart = any(
+        not torch.equal(value, state.extra[other])
+        for name, value in state.extra.items()
+        for other in found.other_names(name)
+        if other in state.extra
+    )
+    return Targets([*chosen, *parameters], whole, _choose_rows(found, config), from_file=True, apart=apart)
+
+
+def _choose_saved(found: Scan, config: DoraConfig, state: AdapterState) -> list[str]:
+    """The modules that a file has whole: as in PEFT, where the ending of a name is enough."""
+    chosen = set()
+    for key in state.extra:
+        parts = key.split(".")
+        places = (".".join(parts[:i]) for i in range(1, len(parts)))
+        chosen.add(next((p for p in places if p in found.modules and p.endswith(config.modules_to_save)), ""))
+    return [name for name in found.modules if name and name in chosen]
 
 
 def make_layers(found: Scan, config: DoraConfig, targets: Targets) -> tuple[dict[str, AdapterLayer], list[str]]:
@@ -109,7 +170,21 @@ def _make_layers(found: Scan, config: DoraConfig, targets: Targets) -> dict[str,
     for holder in holders:
         inside = [name for name in parameters if name.rpartition(".")[0] == holder]
         layers[holder] = AdaptedExperts(found.modules[holder], inside, config)
-    return layers | {name: TrainedCopy(found.modules[name]) for name in targets.whole}
+    copies = {name: TrainedCopy(found.modules[name]) for name in targets.whole}
+    if not targets.apart:
+        _tie_copies(copies)
+    return {**layers, **copies, **_make_rows(found, targets, [*layers, *copies])}
+
+
+def _tie_copies(copies: Mapping[str, TrainedCopy]) -> None:
+    """Let copies of modules that share a weight share its copy, so that the tie stays."""
+    made: dict[int, nn.Parameter] = {}
+    for copy in copies.values():
+        for key, _ in list(copy.trained.named_parameters()):
+            owner, _, child = key.rpartition(".")
+            original = copy.base_layer.get_parameter(key)
+            kept = made.setdefault(id(original), copy.trained.get_parameter(key))
+            setattr(copy.trained.get_submodule(owner), child, kept)
 
 
 _LAYERS: dict[str, type[DoraLinear]] = {
@@ -146,7 +221,8 @@ def _check_whole(found: Scan, targets: Targets) -> None:
     for name in whole:
         for parameter in [each for each in found.parameters if each.startswith(name + ".")]:
             owners = {each.rpartition(".")[0] for each in found.other_names(parameter)}
-            if others := sorted(each for each in owners if not f"{each}.".startswith(name + ".")):
+            apart = (each for each in owners if not f"{each}.".startswith(name + ".") and each not in whole)
+            if not targets.from_file and (others := sorted(apart)):
                 problems.append(f"{name} is tied to {', '.join(others)}; a copy of it would break the tie")
     if problems:
         raise UsageError("modules_to_save: " + "; ".join(dict.fromkeys(problems)))

@@ -99,7 +99,9 @@ def _combine_tensors(
     """What was trained whole."""
     states = {name: state_of(found.model, name).extra for name in adapters}
     layers = sorted({place for name in adapters for place in layers_of(found.model, name)} - set(whole))
-    names = {key for extra in states.values() for key in extra} | {*find_biases(found, config, Targets(layers, whole))}
+    names = {key for extra in states.values() for key in extra} | {
+        *find_biases(found, config, Targets(layers, whole, {}))
+    }
     with base_biases(found.model):
         base = {name: found.parameters[name].detach().double() for name in sorted(names)}
     combined = {}
@@ -118,12 +120,16 @@ def _check_mixed(model: nn.Module, adapters: Mapping[str, float]) -> None:
 
 
 def _check_kinds(model: nn.Module, adapters: Mapping[str, float]) -> None:
-    """Check that there are no stacks of experts, and no embeddings with lengths of tokens here, of dimensions there."""
+    """Check that there are no stacks of experts or rows, nor embeddings with lengths of tokens and of dimensions."""
     kinds = {(place, part.kind) for name in adapters for place, part in parts_of(model, name).items()}
     problems = [
         f"{place}: a stack of experts; merge the adapters into a checkpoint (doralib merge)"
         for place, kind in sorted(kinds)
         if kind == "experts"
+    ]
+    problems += [
+        f"{place}: tokens trained one by one; merge the adapters into a checkpoint (doralib merge)"
+        for place in sorted({key for name in adapters for key in state_of(model, name).rows})
     ]
     if len({kind for _, kind in kinds if kind.endswith("embedding")}) > 1:
         problems.append("some embeddings have a length for each token and others for each dimension")

@@ -12,7 +12,9 @@ from ..state import AdapterState, map_tensors
 def gather(state: AdapterState) -> AdapterState:
     """The adapter with every tensor whole; every process takes part where one is shared out, and gets it."""
     layers = {name: replace(layer, values=map_tensors(layer.values, _whole)) for name, layer in state.layers.items()}
-    return replace(state, layers=layers, extra={name: _whole(t) for name, t in state.extra.items()})
+    rows = {name: replace(each, rows_ND=_whole(each.rows_ND)) for name, each in state.rows.items()}
+    extra, resized = ({name: _whole(t) for name, t in each.items()} for each in (state.extra, state.resized))
+    return replace(state, layers=layers, extra=extra, rows=rows, resized=resized)
 
 
 def is_writer(model: nn.Module) -> bool:

@@ -37,6 +37,12 @@ def hotswap_adapter(model: Model, path: str | Path, adapter_name: str | None = N
     problems = [f"{key}: {name} has no such layer" for key in state.layers.keys() - into.layers.keys()]
     problems += [f"{key}: {name} has no such tensor" for key in state.extra.keys() - into.extra.keys()]
     problems += [
+        f"{key}: trains other tokens than {name}"
+        for key in state.rows.keys() | into.rows.keys()
+        if key in state.rows
+        and not (key in into.rows and torch.equal(state.rows[key].index_N, into.rows[key].index_N.cpu()))
+    ]
+    problems += [
         f"{key}: {tuple(state.extra[key].shape)} in the adapter, {tuple(into.extra[key].shape)} in the model"
         for key in state.extra.keys() & into.extra.keys()
         if state.extra[key].shape != into.extra[key].shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..config import DoraConfig, matches
-from ..state import AdapterState, FusedValues, LayerAdapter
+from ..state import AdapterState, FusedValues, LayerAdapter, RowValues
 from .experts import find_weights, stack_experts
 from .names import match_names
 from .registry import error_of
@@ -35,11 +35,13 @@ def match_model(found: Scan, config: DoraConfig, state: AdapterState) -> tuple[D
     wanted = find_weights(stacked, shapes)
 
     def fits(name: str, target: str) -> bool:
-        if name in state.extra:
-            return shapes[target] == tuple(state.extra[name].shape)
+        if name not in wanted:
+            return name not in state.extra or shapes[target] == tuple(state.extra[name].shape)
         return _row_shape(wanted[name][1].narrowed(shapes[target])) == shapes[target]
 
-    match = match_names([*wanted, *state.extra], shapes, fits, partial(find_live_spelling, found.model))
+    tensors = dict.fromkeys([*state.extra, *state.rows, *state.resized])
+    names = [*wanted, *(name for name in tensors if name not in wanted)]
+    match = match_names(names, shapes, fits, partial(find_live_spelling, found.model))
     if match.problems:
         raise error_of("it cannot be told which layers the adapter belongs to", match.problems)
     layers, origins = {}, {}
@@ -48,9 +50,23 @@ def match_model(found: Scan, config: DoraConfig, state: AdapterState) -> tuple[D
         layers[place] = layer.narrowed(shapes.get(f"{place}.weight", ()))
         origins[place] = [old for old, parent in parents.items() if parent == source] or [source]
     extra = {match.found.get(name, name): value for name, value in state.extra.items()}
-    if layers.keys() != state.layers.keys() or extra.keys() != state.extra.keys():
+    rows = _drop_tied(found, {match.found.get(name, name): value for name, value in state.rows.items()})
+    resized = {match.found.get(name, name): value for name, value in state.resized.items()}
+    if layers.keys() != state.layers.keys() or {*extra, *rows} != {*state.extra, *state.rows}:
         config = _rename_settings(config, state, match.found, layers, origins)
-    return config, replace(state, layers=layers, extra=extra)
+        tokens = {name.removesuffix(".weight"): tuple(each.index_N.tolist()) for name, each in rows.items()}
+        config = config.model_copy(update={"trainable_token_indices": tokens or ()})
+    return config, replace(state, layers=layers, extra=extra, rows=rows, resized=resized)
+
+
+def _drop_tied(found: Scan, rows: dict[str, RowValues]) -> dict[str, RowValues]:
+    """The rows, less those of a weight that is another's too and has the same."""
+    kept: dict[str, RowValues] = {}
+    for name in sorted(rows, key=lambda name: [*found.parameters, name].index(name)):
+        mine, others = rows[name], [kept[other] for other in found.other_names(name) if other in kept]
+        if not any(torch.equal(mine.index_N, o.index_N) and torch.equal(mine.rows_ND, o.rows_ND) for o in others):
+            kept[name] = mine
+    return kept
 
 
 def _row_shape(layer: LayerAdapter) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from .adapt import Model, replace_places, restore_base
 from .fsdp import check_unsharded
 from .registry import Record, adapter_of, find_record, free_record_of, places_of, record_of, set_module, show_biases
+from .scan import Scan
 
 # what transformers leaves on a model that it loaded quantized
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -152,12 +153,27 @@ def merge(model: Model, *, dequantise: bool = False) -> Model:
         )
     merging = Merging(model, dequantise=dequantise)
     show_biases(model, name)
+    tied = Scan(model).names.values()
     replace_places(model, merging.merge_place)
+    _tie_again(model, [names for names in tied if len(names) > 1])
     if merging.dtype is not None:
         dequantize(model, merging.dtype)
     restore_base(model, record)
     merging.warn()
     return model
+
+
+def _tie_again(model: nn.Module, tied: list[list[str]]) -> None:
+    """Let weights be one again that were before; where they went apart the model's settings say so."""
+    for first, *others in tied:
+        module, _, field = first.rpartition(".")
+        p = model.get_submodule(module).get_parameter(field)
+        for other in others:
+            owner, _, child = other.rpartition(".")
+            if torch.equal(model.get_submodule(owner).get_parameter(child), p):
+                setattr(model.get_submodule(owner), child, p)
+            elif getattr(model, "config", None) is not None:
+                model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 @dataclass

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 from ..layers.multi_adapter import MultiAdapter, RowPlan
 from ..layers.wrapper import AdapterLayer, Part, Place, base_module
-from ..state import AdapterState
+from ..state import AdapterState, RowValues
 
 # the name of the adapter of a model that was given none, as in PEFT
 DEFAULT = "default"
@@ -24,6 +25,8 @@ class Adapter:
     config: DoraConfig
     biases: dict[str, Tensor] = field(default_factory=dict)
     """What it has made of the biases it trains, by their name in the base model; old while the model holds them."""
+    resized: tuple[str, ...] = ()
+    """Adapted embeddings and heads whose frozen weights came with the adapter, in another size than the base's."""
 
 
 @dataclass
@@ -236,13 +239,17 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     record = record_of(model)
     extra: dict[str, Tensor] = {}
     layers = {key: part.state() for key, part in parts_of(model, name).items()}
+    rows: dict[str, RowValues] = {}
     for place, layer in layers_of(model, name).items():
         extra |= layer.whole_tensors(place)
+        rows |= layer.trained_rows(place)
     for bias, value in adapter.biases.items():
         extra[bias] = bias_of(model, bias).detach() if record.shown == name else value
     if adapter.config.method == "full":
         extra = {key: p.detach() for key, p in trainable(model)}
-    return AdapterState(layers, extra, getattr(model, "name_or_path", None) or None)
+    frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
+    resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
+    return AdapterState(layers, extra, getattr(model, "name_or_path", None) or None, rows, resized)
 
 
 def find_differences(into: AdapterState, given: AdapterState) -> list[str]:
@@ -250,6 +257,11 @@ def find_differences(into: AdapterState, given: AdapterState) -> list[str]:
     ours, theirs = tensors_of(into), tensors_of(given)
     problems = [f"{name}: the adapter has no such tensor" for name in ours.keys() - theirs.keys()]
     problems += [f"{name}: the model has no such tensor" for name in theirs.keys() - ours.keys()]
+    problems += [
+        f"{name}: other tokens in the adapter than in the model"
+        for name in into.rows.keys() & given.rows.keys()
+        if not torch.equal(into.rows[name].index_N.cpu(), given.rows[name].index_N.cpu())
+    ]
     return problems + [
         f"{name}: {tuple(theirs[name].shape)} in the adapter, {tuple(ours[name].shape)} in the model"
         for name in ours.keys() & theirs.keys()
@@ -260,7 +272,8 @@ def find_differences(into: AdapterState, given: AdapterState) -> list[str]:
 def tensors_of(state: AdapterState) -> dict[str, Tensor]:
     """Everything that is trained, by layer and short name."""
     parts = {f"{layer}.{part}": t for layer, adapter in state.layers.items() for part, t in adapter.tensors().items()}
-    return {**parts, **state.extra}
+    rows = {f"{name} of {len(each.index_N)} tokens": each.rows_ND for name, each in state.rows.items()}
+    return {**parts, **state.extra, **rows}
 
 
 def error_of(what: str, lines: list[str]) -> DoraError:

@@ -36,6 +36,7 @@ from .registry import (
     tensors_of,
 )
 from .scan import Scan
+from .vocabulary import fit_vocabulary
 
 
 def add_state(found: Scan, adapter_name: str, config: DoraConfig, state: AdapterState, source: str) -> None:
@@ -52,6 +53,7 @@ def add_state(found: Scan, adapter_name: str, config: DoraConfig, state: Adapter
         check_beside(model, adapter_name, config)
         put = put_beside
     put(found, config, choose_by_state(found, config, state, source), adapter_name)
+    adapter_of(model, adapter_name)[1].resized = tuple(name.removesuffix(".weight") for name in state.resized)
     load_into(model, state, adapter_name)
 
 
@@ -170,6 +172,8 @@ def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None
     found, record = Scan(model), find_record(model)
     config, state = read_for_model(path, found, given)
     if record is None or (adapter_name is not None and adapter_name not in record.adapters):
+        state = fit_vocabulary(model, state, str(path))
+        found = Scan(model)
         add_state(found, adapter_name or DEFAULT, config, state, str(path))
     else:
         load_into(model, state, adapter_name)

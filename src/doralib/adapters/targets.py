@@ -71,7 +71,7 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
     if both := [name for name in alone if name in chosen]:
         raise UsageError(f"{', '.join(both)}: in magnitude_modules and in target_modules, which train it whole anyway")
     chosen += alone
-    if not chosen and not config.target_parameters:
+    if not chosen and not config.target_parameters and not config.trainable_token_indices:
         raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
     check_layers(found, chosen)
     return chosen
@@ -102,8 +102,11 @@ def match_modules(found: Scan, names: Names, setting: str) -> list[str]:
     return [name for name in known if name in chosen]
 
 
-def check_layers(found: Scan, chosen: list[str]) -> None:
+def check_layers(found: Scan, chosen: list[str], *, tied: bool = False) -> None:
     """Say everything that stands in the way of adapting these modules.
+
+    Args:
+        tied: a weight may be adapted in one of its places only, as in adapters that were trained so.
 
     Raises:
         UsageError: if anything does.
@@ -117,7 +120,7 @@ def check_layers(found: Scan, chosen: list[str]) -> None:
             inside = [n.rpartition(".")[2] for n in found.bases if n.startswith(name + ".")]
             hint = f"; inside it: {', '.join(dict.fromkeys(inside))}" if inside else ""
             problems.append(f"{name} is a {type(found.modules[name]).__name__}, not a linear layer{hint}")
-        elif others:
+        elif others and not tied:
             problems.append(f"{name} is tied to {', '.join(others)}: one weight cannot be adapted in one place only")
         elif isinstance(found.modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             problems.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; it cannot be adapted")

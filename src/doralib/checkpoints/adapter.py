@@ -41,7 +41,7 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
     """
     hints = replace(base, alpha=asked.alpha, component=asked.component or base.component)
     form, adapter = read_any_format(path, hints)
-    if not adapter.state.layers and not adapter.state.extra:
+    if not (adapter.state.layers or adapter.state.extra or adapter.state.rows):
         raise UsageError(f"the adapter in {path} is empty")
     if asked.component:
         check_component(adapter, asked.component)
@@ -124,8 +124,11 @@ def _read_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def match_checkpoint(state: AdapterState, checkpoint: Checkpoint) -> MatchedAdapter:
+def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool = False) -> MatchedAdapter:
     """Match an adapter's names with a checkpoint's.
+
+    Args:
+        untie: whether a head that is tied to the embedding becomes a tensor of its own.
 
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once.
@@ -136,7 +139,7 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint) -> MatchedAdap
         W_EOI = stored if stored.shape[1] == num_rows else stored.mT
         return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
 
-    return match_adapter(state, _list_stored(checkpoint), checkpoint.config(), lengths)
+    return match_adapter(state, _list_stored(checkpoint), checkpoint.config(), lengths, untie=untie)
 
 
 def compute_adapted_lengths(checkpoint: Checkpoint, state: AdapterState) -> dict[str, Tensor]:
@@ -159,12 +162,18 @@ def read_base_rows(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tupl
     Raises:
         DoraError: if the adapter does not fit the checkpoint: everything, at once, before the first.
     """
-    quantized, matched = find_quantized(checkpoint), match_checkpoint(state, checkpoint)
+    # a head that is tied is read as it is: to look at it, nothing has to be untied
+    quantized, matched = find_quantized(checkpoint), match_checkpoint(state, checkpoint, untie=True)
     # in the same order, by the checkpoint's names, and as wide as its weights
     for name, slots in itertools.groupby(matched.layers.items(), key=lambda item: matched.sources[item[0]]):
         rows, layer = [], matched.adapted[name]
         for slot, part in slots:
-            stored = quantized[slot].dequantize() if slot in quantized else read_whole(checkpoint.slots[slot])
+            if slot in matched.resized:
+                stored = matched.resized[slot]
+            elif slot in quantized:
+                stored = quantized[slot].dequantize()
+            else:
+                stored = read_whole(checkpoint.slots[matched.copies.get(slot, slot)])
             rows.append(view_as_rows(stored, part, transposed=slot in matched.transposed))
             layer = part if layer.kind != "experts" else layer
         # experts that are kept apart come one after the other

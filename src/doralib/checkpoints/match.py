@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint each part of an adapter belongs to; everything that does not fit is told at once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from ..adapters.names import match_names
 from ..adapters.spelling import find_stored_spelling
 from ..errors import DoraError, nearest
 from ..functional import swapped_channels
-from ..state import AdapterState, LayerAdapter
+from ..state import AdapterState, LayerAdapter, RowValues
 
 
 def view_as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
@@ -70,6 +70,12 @@ class MatchedAdapter:
     """Which of ``adapted`` each of ``layers`` is of: experts that the checkpoint keeps apart share one."""
     adapted: Mapping[str, LayerAdapter]
     """The adapter's layers, in the stacks that the checkpoint has."""
+    rows: Mapping[str, RowValues] = field(default_factory=dict)
+    """Rows that take the place of the checkpoint's, and beyond its last one are added."""
+    resized: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the adapter starts from instead of tensors of the checkpoint, which have another number of tokens."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Output heads that the checkpoint does not store, by the embedding that they are tied to and start as."""
 
 
 def match_adapter(
@@ -77,6 +83,8 @@ def match_adapter(
     stored: Mapping[str, Stored],
     config: Mapping[str, Any],
     lengths: Callable[[str, int], Tensor] | None = None,
+    *,
+    untie: bool = False,
 ) -> MatchedAdapter:
     """Find every adapted weight and every whole tensor among the stored ones.
 
@@ -84,40 +92,133 @@ def match_adapter(
         stored: the checkpoint's tensors by name.
         config: the model's config.json, or empty.
         lengths: reads the row lengths, (E, O), of a stack of this name with O rows, where some have no adapter.
+        untie: whether a head that is tied to the embedding becomes a tensor of its own.
 
     Raises:
         DoraError: with all names that are not there, all shapes that differ, and everything that cannot be decided.
     """
+    copies = _find_tied_head(stored, config) if untie else {}
+    stored = {**stored, **{head: stored[embedding] for head, embedding in copies.items()}}
     values = _drop_tied_copies(state.extra, stored, config)
+    tied_rows = _drop_tied_rows(state.rows, stored, config)
     adapted, _ = stack_experts(state.layers, {name: each.shape for name, each in stored.items()}, lengths)
     wanted = find_weights(adapted, stored)
 
     def fits(name: str, target: str) -> bool:
         shape = tuple(stored[target].shape)
-        return _fits(wanted[name][1].narrowed(shape), shape) if name in wanted else shape == tuple(values[name].shape)
+        if name in wanted:
+            return _fits(wanted[name][1].narrowed(shape), shape)
+        return name not in values or shape == tuple(values[name].shape)
 
-    match = match_names([*wanted, *values], stored, fits, lambda: find_stored_spelling(config, stored))
+    together = dict.fromkeys([*wanted, *values, *tied_rows])
+    match = match_names(together, stored, fits, lambda: find_stored_spelling(config, stored))
     names, missing, problems = match.found, match.missing, [*match.problems]
+    rows = {names[name]: each for name, each in tied_rows.items() if name in names}
+    resized = {names[name]: value for name, value in {**state.resized, **values}.items() if name in names}
+    resized = {name: value for name, value in resized.items() if _is_resized(stored[name], value, name)}
+    sized = {
+        name: _Resized(each, tuple(resized[name].shape)) if name in resized else each for name, each in stored.items()
+    }
     layers = {
         (stored_name := names[key]): adapter.narrowed(tuple(stored[stored_name].shape))
         for key, (_, adapter) in wanted.items()
         if key in names
     }
     sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
-    values = {names[name]: value for name, value in values.items() if name in names}
+    whole = {names[name]: value for name, value in values.items() if name in names}
+    dropped = {name for name in state.extra if name not in values}
+    for head, embedding in copies.items():
+        if embedding in rows and not {head} & {*rows, *layers, *whole}:
+            rows[head] = rows[embedding]
     problems += _explain_missing(missing, stored, config)
-    problems += _find_misfits(layers, values, stored)
-    problems += _find_not_finite(layers, values)
-    problems += _find_untied(
-        [*values, *(name for name in layers if layers[name].kind.endswith("embedding"))], stored, config
-    )
-    transposed, undecided = _find_transposed(layers, stored, config)
+    problems += _find_misfits(layers, whole, sized)
+    problems += _find_not_finite(layers, whole)
+    problems += _find_bad_rows(rows, sized)
+    apart = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
+    problems += [] if dropped else _find_untied(apart, stored, config)
+    problems += _find_uneven(rows, sized)
+    transposed, undecided = _find_transposed(layers, sized, config)
     problems += undecided
     if problems:
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return MatchedAdapter(layers, transposed, values, sources, adapted)
+    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies)
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """A stored tensor with the rows of another vocabulary."""
+
+    stored: Stored
+    shape: tuple[int, ...]
+
+    @property
+    def code(self) -> str:
+        return self.stored.code
+
+    @property
+    def plain(self) -> bool:
+        return self.stored.plain
+
+
+def _is_resized(stored: Stored, value: Tensor, name: str) -> bool:
+    """Whether a tensor is an embedding's or a head's with another number of tokens."""
+    (size, *others), (mine, *same) = stored.shape or (0,), tuple(value.shape) or (0,)
+    return name.endswith((*_EMBEDDINGS, *_HEADS)) and others == same and size != mine
+
+
+def _find_tied_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, str]:
+    """The embedding by the name of the head that is tied to it; nothing where the head is stored."""
+    embeddings = [name for name in stored if name.endswith(_EMBEDDINGS)]
+    if not _is_tied(stored, config) or len(embeddings) != 1:
+        return {}
+    (embedding,) = embeddings
+    front = "language_model." if embedding.startswith("language_model.model.") else ""
+    return {front + _HEADS[config.get("model_type") == "gpt_neox"]: embedding}
+
+
+def _drop_tied_rows(
+    rows: Mapping[str, RowValues], stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> dict[str, RowValues]:
+    """The rows, less those of a tied head that equal the embedding's."""
+    kept = dict(rows)
+    embeddings = [each for name, each in rows.items() if name.endswith(_EMBEDDINGS)]
+    for name, each in rows.items():
+        if name.endswith(_HEADS) and _is_tied(stored, config) and any(_are_equal(each, other) for other in embeddings):
+            del kept[name]
+    return kept
+
+
+def _are_equal(one: RowValues, other: RowValues) -> bool:
+    return torch.equal(one.index_N, other.index_N) and torch.equal(one.rows_ND, other.rows_ND)
+
+
+def _find_bad_rows(rows: Mapping[str, RowValues], stored: Mapping[str, Stored]) -> list[str]:
+    """Rows of another width, of a quantized tensor, with a gap before new ones, or that are no numbers."""
+    problems = []
+    for name, each in rows.items():
+        (V, *width), D = stored[name].shape, each.rows_ND.shape[1]
+        last = int(each.index_N.max()) if len(each.index_N) else -1
+        if width != [D] or not stored[name].plain:
+            problems.append(f"{name}: the adapter has rows of {D}, the checkpoint {stored[name].code} {(V, *width)}")
+        elif gap := sorted({*range(V, last)} - {*each.index_N.tolist()}):
+            problems.append(f"{name}: trains token {last}, and neither it nor the checkpoint has {gap[0]}")
+        elif not bool(each.rows_ND.isfinite().all()):
+            problems.append(f"{name}: the adapter holds NaN or infinite rows; merge an earlier checkpoint of the run")
+    return problems
+
+
+def _find_uneven(rows: Mapping[str, RowValues], stored: Mapping[str, Stored]) -> list[str]:
+    """An embedding and a head that would have different numbers of tokens, where the adapter changes them."""
+    sizes = {name: each.shape[0] for name, each in stored.items() if name.endswith((*_EMBEDDINGS, *_HEADS))}
+    for name, each in rows.items():
+        sizes[name] = max(sizes[name], int(each.index_N.max()) + 1 if len(each.index_N) else 0)
+    changed = {name for name in sizes if isinstance(stored[name], _Resized) or sizes[name] > stored[name].shape[0]}
+    ends = {name: sizes[name] for name in sizes if changed}
+    if len(set(ends.values())) < 2:
+        return []
+    return [f"the vocabulary would have several sizes: {', '.join(f'{name} {size}' for name, size in ends.items())}"]
 
 
 def is_conv1d_model(config: Mapping[str, Any]) -> bool:
@@ -152,7 +253,7 @@ def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: M
         hint = f": the base is quantized ({method}); merge into the model in full precision"
     return [
         f"{name}: is tied to the input embedding in this model, so changing it would change both; "
-        "save the base with tie_word_embeddings=False first, or train without it"
+        "merge with --untie, which gives the head a tensor of its own"
         if tied and name.endswith(_HEADS)
         else f"{name}: the checkpoint has no such tensor" + hint * (i == 0)
         for i, name in enumerate(missing)
@@ -162,7 +263,8 @@ def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: M
 def _find_untied(embeddings: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
     """An embedding trained as a copy of its own cannot go where the output head is the same tensor."""
     return [
-        f"{name}: the output head is tied to this embedding, which was trained apart; replacing it would change both"
+        f"{name}: the output head is tied to this embedding, which was trained apart; replacing it would change both; "
+        "merge with --untie, which gives the head a tensor of its own"
         for name in embeddings
         if name.endswith(_EMBEDDINGS) and _is_tied(stored, config) and config.get("tie_word_embeddings", True)
     ]

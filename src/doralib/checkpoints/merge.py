@@ -10,22 +10,23 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from ..files import format_bytes, list_folder, replacing, write_json
+from ..files import format_bytes, list_folder, read_json, replacing, write_json
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
-from ..state import LayerAdapter
+from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .match import MatchedAdapter
 from .quantized import find_quantized
-from .safetensors import CODES, Checkpoint
+from .safetensors import CODES, Checkpoint, read_whole
 from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,6 +110,7 @@ def merge_checkpoint(
     out: Path,
     *,
     dtype: str | None = None,
+    untie: bool = False,
     overwrite: bool = False,
     progress: Progress = ignore_progress,
 ) -> MergeSummary:
@@ -127,6 +129,7 @@ def merge_checkpoint(
         out: made whole or not at all; an existing model there is refused unless ``overwrite``.
         dtype: float32, bfloat16 or float16 for every floating-point tensor, quantized ones included; by default each
             keeps its own.
+        untie: write a tensor of its own for an output head that is tied to the embedding, and say so in config.json.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -140,14 +143,15 @@ def merge_checkpoint(
     checkpoint = open_checkpoint(base, ingredients)
     _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
     _check_dtype_change(checkpoint, dtype)
-    merged, changes, notes = _collect_changes(ingredients, checkpoint)
-    plan = _make_plan(changes, checkpoint, code)
+    merged, changes, notes, starts = _collect_changes(ingredients, checkpoint, untie=untie)
+    plan = replace(_make_plan(changes, checkpoint, code), resized=starts.resized, copies=starts.copies)
     need = sum(plan_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
         files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
         errors = write_weights(files, plan, progress)
         left_out = write_companions(part, checkpoint, dtype, files)
+        _update_vocabulary(part, checkpoint, starts)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
@@ -205,33 +209,81 @@ def _make_plan(changes: Mapping[str, Sequence[TensorChange]], checkpoint: Checkp
     return Plan(changes, code, {name: layer for layer in anew for name in layer.slots})
 
 
+@dataclass
+class _Starts:
+    """What the adapters begin with where the base has another vocabulary, or no head of its own."""
+
+    resized: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+
 def _collect_changes(
-    ingredients: Sequence[Ingredient], checkpoint: Checkpoint
-) -> tuple[list[MergedAdapter], dict[str, list[TensorChange]], list[str]]:
-    """Read every adapter; what it is, its changes by the tensor's name, and what there is to note."""
+    ingredients: Sequence[Ingredient], checkpoint: Checkpoint, *, untie: bool
+) -> tuple[list[MergedAdapter], dict[str, list[TensorChange]], list[str], _Starts]:
+    """Read every adapter; what it is, its changes by the tensor's name, what there is to note, and other starts."""
     changes: dict[str, list[TensorChange]] = defaultdict(list)
     merged: list[MergedAdapter] = []
     notes: list[str] = []
     problems: list[DoraError] = []
+    starts = _Starts()
     base = describe_base(Hints(), checkpoint)
     for each in ingredients:
         with collecting(problems), _name_adapter(each.path, alone=len(ingredients) == 1):
             form, adapter = read_for_base(each.path, each.given, base)
             other = find_other_base(adapter.state.base_model, checkpoint.folder)
-            matched = _match(adapter, checkpoint, other)
+            matched = _match(adapter, checkpoint, other, untie=untie)
+            _add_starts(starts, matched, checkpoint)
+            if starts.resized and (each.weight != 1 or len(ingredients) > 1):
+                raise DoraError(
+                    f"has another vocabulary than the base ({', '.join(sorted(starts.resized))}), which nothing can be "
+                    "added to by a weight; merge it alone first, and the others into what comes out"
+                )
             for name, layer in matched.layers.items():
                 changes[name].append(TensorChange(each.weight, layer, name in matched.transposed))
-            for name, value in matched.values.items():
+            given: dict[str, Tensor | RowValues] = {**matched.values, **matched.rows}
+            for name, value in given.items():
                 changes[name].append(TensorChange(each.weight, value))
-            merged.append(MergedAdapter(str(each.path), form, each.weight, len(matched.layers), len(matched.values)))
+            whole = len(matched.values) + len(matched.rows)
+            merged.append(MergedAdapter(str(each.path), form, each.weight, len(matched.layers), whole))
             notes += [f"{each.path}: {note}" for note in (*adapter.notes, *other)]
     raise_all(problems)
-    return merged, changes, notes
+    return merged, changes, notes, starts
 
 
-def _match(adapter: ParsedAdapter, checkpoint: Checkpoint, other: Sequence[str]) -> MatchedAdapter:
+def _add_starts(starts: _Starts, matched: MatchedAdapter, checkpoint: Checkpoint) -> None:
+    """Add one adapter's; rows beyond the base's last one make room for themselves."""
+    starts.resized |= matched.resized
+    starts.copies |= matched.copies
+    for name, rows in matched.rows.items():
+        old = starts.resized.get(name)
+        slot = checkpoint.slots[matched.copies.get(name, name)]
+        more = int(rows.index_N.max()) + 1 - (slot.shape[0] if old is None else len(old)) if len(rows.index_N) else 0
+        if more > 0:
+            old = read_whole(slot) if old is None else old
+            starts.resized[name] = torch.cat([old, old.new_zeros(more, old.shape[1])])
+
+
+def _update_vocabulary(folder: Path, checkpoint: Checkpoint, starts: _Starts) -> None:
+    """Say in config.json how many tokens there are now, and whether the head is still the embedding."""
+    config = checkpoint.config()
+    if not config or not (starts.resized or starts.copies):
+        return
+    sizes = {len(value) for value in starts.resized.values()}
+    old = {checkpoint.slots[starts.copies.get(name, name)].shape[0] for name in starts.resized}
+    values: dict[str, Any] = {"vocab_size": sizes.pop()} if len(sizes) == 1 else {}
+    changed = dict(read_json(folder / "config.json"))
+    inner = changed.get("text_config")
+    for part in [changed, *([inner] if isinstance(inner, dict) else [])]:
+        if values and (part.get("vocab_size") in old or (part is changed and not isinstance(inner, dict))):
+            part.update(values)
+        if starts.copies and (part is changed or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    write_json(folder / "config.json", changed)
+
+
+def _match(adapter: ParsedAdapter, checkpoint: Checkpoint, other: Sequence[str], *, untie: bool) -> MatchedAdapter:
     try:
-        return match_checkpoint(adapter.state, checkpoint)
+        return match_checkpoint(adapter.state, checkpoint, untie=untie)
     except DoraError as error:
         if not other:
             raise

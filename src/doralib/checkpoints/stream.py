@@ -4,7 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from ..errors import DoraError
 from ..files import read_json, write_json
 from ..functional import combined, merge_weight, merged_change, row_blocks, sum_dtype, swapped_channels
 from ..quantization.error import QuantizationCost
-from ..state import LayerAdapter
+from ..state import LayerAdapter, RowValues
 from .match import view_as_rows
 from .quantized import QuantizedWeight, drop_torchao_metadata
-from .safetensors import Checkpoint, Shard, Slot, cast_to, copy_bytes, lay_out, read_rows, write_at
+from .safetensors import DTYPES, Checkpoint, Shard, Slot, cast_to, copy_bytes, lay_out, read_rows, write_at
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class TensorChange:
 
     weight: float
     """Its share: the tensor moves by this times the adapter's own change."""
-    what: LayerAdapter | Tensor
-    """An adapter of its rows, or the tensor as it was trained whole."""
+    what: LayerAdapter | Tensor | RowValues
+    """An adapter of its rows, the tensor as it was trained whole, or some rows as they were trained."""
     transposed: bool = False
     """Whether its rows are not stored as rows: HF Conv1D, embeddings, transposed convolutions, some experts."""
 
@@ -54,6 +54,8 @@ def apply_changes(block: Tensor, changes: Sequence[TensorChange], rows: slice, s
         change = changes[0]
         if isinstance(change.what, Tensor):
             return _view_matrix(change.what)[rows]
+        if isinstance(change.what, RowValues):
+            return _put_rows(block, change.what, rows)
         return _apply_to_rows(merge_weight, block, change, rows, shape)
     return combined(block, ((change.weight, _compute_difference(block, change, rows, shape)) for change in changes))
 
@@ -62,7 +64,17 @@ def _compute_difference(block: Tensor, change: TensorChange, rows: slice, shape:
     if isinstance(change.what, LayerAdapter):
         return _apply_to_rows(merged_change, block, change, rows, shape)
     dtype = sum_dtype(block.dtype)
+    if isinstance(change.what, RowValues):
+        return _put_rows(block.to(dtype), change.what, rows) - block.to(dtype)
     return _view_matrix(change.what)[rows].to(dtype) - block.to(dtype)
+
+
+def _put_rows(block: Tensor, values: RowValues, rows: slice) -> Tensor:
+    """The block with the rows that are in it replaced, in the wider of the two dtypes."""
+    first = rows.start or 0
+    inside = (values.index_N >= first) & (values.index_N < first + len(block))
+    dtype = torch.promote_types(block.dtype, values.rows_ND.dtype)
+    return block.to(dtype).index_copy(0, values.index_N[inside] - first, values.rows_ND[inside].to(dtype))
 
 
 def _view_matrix(value: Tensor) -> Tensor:
@@ -136,10 +148,22 @@ class Plan:
     """The dtype of every floating-point tensor, quantized ones included; None: each keeps its own."""
     quantized: Mapping[str, QuantizedWeight]
     """Quantized layers to be written anew, by the name of each of their tensors."""
+    resized: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is changed instead of the base's tensor of this name, which has other sizes."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """New tensors, by the base's tensors that they start as."""
+
+    def plan_new(self, slot: Slot, name: str) -> Slot:
+        """A dense tensor of this name as it will be, made of this one."""
+        slot = slot.cast(self.code) if self.code and slot.plain else slot
+        shape = tuple(self.resized[name].shape) if name in self.resized else slot.shape
+        return replace(slot, name=name, shape=shape).cast(slot.code)
 
     def plan_slot(self, slot: Slot) -> Slot | None:
         """A tensor as it will be; None where it is left out."""
         layer = self.quantized.get(slot.name)
+        if layer is None and slot.name in self.resized:
+            return self.plan_new(slot, slot.name)
         if layer is None:
             return slot.cast(self.code) if self.code and slot.plain else slot
         if not self.code:
@@ -155,16 +179,19 @@ class _Piece:
     slot: Slot
     out: Slot
     changes: tuple[TensorChange, ...] = ()
+    start: Tensor | None = None
+    """What is changed instead of the slot."""
 
     @property
     def untouched(self) -> bool:
-        return not self.changes and self.slot.code == self.out.code
+        same = self.slot.code == self.out.code and self.slot.name == self.out.name
+        return same and not self.changes and self.start is None
 
     @property
     def blocks(self) -> Iterable[slice]:
         """Rows that are read, computed and written together."""
         whole = any(change.needs_all for change in self.changes)
-        return [slice(None)] if whole else row_blocks(*self.slot.matrix)
+        return [slice(None)] if whole else row_blocks(*self.out.matrix)
 
 
 @dataclass(frozen=True)
@@ -196,15 +223,24 @@ def ignore_progress(done: int, total: int) -> None:
 def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
     """Plan what one file of the base becomes: its header, and the place of every tensor."""
     path = folder / shard.path.name
-    wanted = {slot.name: new for slot in shard.slots if (new := plan.plan_slot(slot)) is not None}
+    wanted: dict[str, Slot] = {}
+    sources: dict[str, Slot] = {}
+    for slot in shard.slots:
+        if (new := plan.plan_slot(slot)) is not None:
+            wanted[slot.name] = new
+        copies = [name for name, source in plan.copies.items() if source == slot.name]
+        wanted |= {name: plan.plan_new(slot, name) for name in copies}
+        sources |= dict.fromkeys([slot.name, *copies], slot)
     kept = list(wanted.values())
     header, placed = lay_out(kept, path, drop_torchao_metadata(shard.metadata) if plan.code else shard.metadata)
     if kept == list(shard.slots):  # the same sizes at the same places: the very same header
         header, placed = shard.header(), [replace(slot, file=path) for slot in kept]
     outs = dict(zip(wanted, placed, strict=True))
     pieces = [
-        None if slot.name in plan.quantized else _Piece(slot, outs[slot.name], tuple(plan.changes.get(slot.name, ())))
-        for slot in shard.slots
+        None
+        if name in plan.quantized
+        else _Piece(slot, outs[name], tuple(plan.changes.get(name, ())), plan.resized.get(name))
+        for name, slot in sources.items()
     ]
     return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.quantized})
 
@@ -258,9 +294,11 @@ def _copy(piece: _Piece, offset: int, count: int) -> int:
 
 
 def _write(piece: _Piece, rows: slice) -> int:
-    block = apply_changes(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
-    cast = cast_to(piece.slot.name, block, piece.out.code)
-    first, _, _ = rows.indices(piece.slot.matrix[0])
+    start = piece.start
+    read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
+    block = apply_changes(read, piece.changes, rows, piece.out.shape)
+    cast = cast_to(piece.out.name, block, piece.out.code)
+    first, _, _ = rows.indices(piece.out.matrix[0])
     write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
 

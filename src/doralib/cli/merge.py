@@ -29,6 +29,7 @@ def merge_command(
     ] = None,
     alpha: Alpha = None,
     component: Component = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied output head a tensor of its own.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -38,12 +39,25 @@ def merge_command(
 
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
     merge_and_show(
-        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
+        with_weights(adapters, weight or [], each),
+        base,
+        out,
+        dtype=dtype,
+        untie=untie,
+        verify=verify,
+        overwrite=overwrite,
     )
 
 
 def merge_and_show(
-    adapters: "Sequence[Ingredient]", base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
+    adapters: "Sequence[Ingredient]",
+    base: str | None,
+    out: Path,
+    *,
+    dtype: str | None,
+    untie: bool = False,
+    verify: bool,
+    overwrite: bool,
 ) -> "MergeSummary":
     """Merge, print the summary, and with `verify` compare logits on real text.
 
@@ -63,6 +77,7 @@ def merge_and_show(
                 folder,
                 out,
                 dtype=dtype,
+                untie=untie,
                 overwrite=overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )

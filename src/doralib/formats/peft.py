@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, raise_problems
-from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter
+from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValues
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft_vera import TYPES, from_vera, to_vera
@@ -29,6 +30,15 @@ _MEANINGS = {MAGNITUDE: ("m_O", "")} | {
 }
 _PEFT_LAYER = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _MEANINGS))})")
 _FROZEN_COPY = ".base_layer.weight"
+# tokens trained one by one, beside an adapter or alone
+_ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
+_ROWS_KEY, _ROWS_ALONE = ".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta"
+_ROWS_FROZEN = ".token_adapter.base_layer.weight"
+_WRAPPED_WHOLE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(.+)")
+# what PEFT writes whole, where the vocabulary was resized
+_VOCABULARY = frozenset(
+    {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "output", "shared"}
+)
 # settings that PEFT's file shares with ours, by the same name
 _SHARED = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
@@ -36,7 +46,7 @@ _SHARED = (
 )
 # what PEFT can write and a linear DoRA adapter here cannot mean; the last is what `tensorrt` writes
 _REFUSED = (
-    *("lora_bias", "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices"),
+    *("lora_bias", "layer_replication", "use_qalora", "use_bdlora"),
     "magnitudes_divided_by_norm",
 )
 # starts of PEFT's that change the base weight, so that the tensors mean nothing beside the weight as it was
@@ -66,7 +76,20 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         for field, value in unsaid.items()
         if field != "lora_alpha" or hints.alpha is None
     )
-    return ParsedAdapter(*from_peft(raw.tensors, {**settings, **unsaid}), notes)
+    tensors, ignored = _unwrap_whole(raw.tensors)
+    if ignored:
+        notes += (f"{', '.join(ignored)}: PEFT's untouched originals of modules that are saved whole, left aside",)
+    return ParsedAdapter(*from_peft(tensors, {**settings, **unsaid}), notes)
+
+
+def _unwrap_whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Modules saved whole by their own names, and the modules of which an untouched original was there too."""
+    wrapped = {key: match for key in tensors if (match := _WRAPPED_WHOLE.fullmatch(key))}
+    trained = {f"{m[1]}.{m[3]}": tensors[key] for key, m in wrapped.items() if m[2] == "modules_to_save"}
+    originals = {f"{m[1]}.{m[3]}": tensors[key] for key, m in wrapped.items() if m[2] == "original_module"}
+    plain = {key: tensor for key, tensor in tensors.items() if key not in wrapped}
+    names = sorted({key.removeprefix(_PEFT_PREFIX).rpartition(".")[0] for key in originals.keys() & trained.keys()})
+    return {**originals, **plain, **trained}, names
 
 
 def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
@@ -86,29 +109,69 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     if settings.get("peft_type") in TYPES:
         return from_vera(tensors, settings)
     config = _read_config(settings)
+    rows, resized, rest = _take_rows(tensors, settings)
     parts: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, set[str]] = {}
     extra: dict[str, Tensor] = {}
     problems = []
-    for key, tensor in tensors.items():
+    for key, tensor in rest.items():
         name = key.removeprefix(_PEFT_PREFIX)
         if match := _PEFT_LAYER.fullmatch(name):
             field, kind = _MEANINGS[match[2]]
             parts.setdefault(match[1], {})[field] = tensor
             kinds.setdefault(match[1], set()).update({kind} - {""})
-        elif _is_extra(name, config):
+        elif _is_extra(name, config) or name.split(".")[-2:-1] in ([each] for each in _VOCABULARY):
             extra[name.replace(".base_layer.", ".")] = tensor
         elif name.endswith(_FROZEN_COPY) and _has_factors(key.removesuffix(_FROZEN_COPY), tensors):
-            continue  # PEFT adds the untouched weight of an adapted embedding or head
+            # the untouched weight of an adapted embedding or head; of use where the vocabulary was resized
+            resized[name.replace(".base_layer.", ".")] = tensor
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a DoRA or LoRA adapter")
     layers = _read_layers(parts, kinds, config, problems)
-    if not layers and not extra and not problems:
+    if not (layers or extra or rows or problems):
         problems.append("the file holds no tensor at all")
     raise_problems("adapter", problems)
+    config = config.model_copy(update=_name_vocabulary(config, extra, rows))
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
-    return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
+    return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"), rows, resized)
+
+
+def _take_rows(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[dict[str, RowValues], dict[str, Tensor], dict[str, Tensor]]:
+    """Tokens trained one by one, the frozen weights that PEFT wrote with them, and all other tensors.
+
+    Raises:
+        DoraError: if the settings do not say which tokens they are.
+    """
+    asked = settings.get("trainable_token_indices") or settings.get("token_indices") or []
+    rows: dict[str, RowValues] = {}
+    resized: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PEFT_PREFIX)
+        if match := _ROWS.fullmatch(name):
+            module = match[1]
+            mine = asked
+            if isinstance(asked, dict):
+                ends = [end for end in asked if module == end or module.endswith(f".{end}")]
+                mine = asked[ends[0]] if ends else []
+            if len(mine) != len(tensor):
+                raise DoraError(f"{key}: {len(tensor)} trained tokens, and the settings name {len(mine)} of them")
+            rows[f"{module}.weight"] = RowValues(torch.tensor(mine), tensor)
+        elif name.endswith(_ROWS_FROZEN):
+            resized[name.removesuffix(_ROWS_FROZEN) + ".weight"] = tensor
+        else:
+            rest[key] = tensor
+    return rows, resized, rest
+
+
+def _name_vocabulary(config: DoraConfig, extra: Mapping[str, Tensor], rows: Mapping[str, RowValues]) -> dict[str, Any]:
+    """The settings that make a place for embeddings and heads that came whole or by the token."""
+    whole = [name.removesuffix(".weight") for name in extra if not _is_extra(name, config)]
+    tokens = {name.removesuffix(".weight"): tuple(each.index_N.tolist()) for name, each in rows.items()}
+    return {"modules_to_save": (*config.modules_to_save, *whole), "trainable_token_indices": tokens or ()}
 
 
 def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,6 +189,12 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         # PEFT keeps the bias of a layer it adapted under the wrapped layer's name
         inner = ".base_layer" if module in state.layers else ""
         tensors[f"{_PEFT_PREFIX}{module}{inner}.{field}"] = tensor
+    for name, rows in state.rows.items():
+        tensors[f"{_PEFT_PREFIX}{name.removesuffix('.weight')}{_ROWS_KEY}"] = rows.rows_ND
+    for name, tensor in state.resized.items():
+        ending = _FROZEN_COPY if name.removesuffix(".weight") in state.layers else _ROWS_FROZEN
+        tensors[f"{_PEFT_PREFIX}{name.removesuffix('.weight')}{ending}"] = tensor
+    tokens = {name.removesuffix(".weight"): rows.index_N.tolist() for name, rows in state.rows.items()}
     settings = {field: getattr(config, field) for field in _SHARED}
     settings |= _make_patterns(config, state)
     settings |= {
@@ -137,12 +206,23 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "init_lora_weights": True,
         "target_modules": _make_target_modules(config, state),
         "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": tokens or None,
         "target_parameters": list(config.target_parameters) or None,
         "exclude_modules": None,
         "task_type": None,
     }
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
+    alone = {tuple(each) for each in tokens.values()}
+    if len(alone) == 1 and not (state.layers or state.extra or state.resized):
+        # PEFT's LoRA needs a layer
+        tensors = {key.replace(_ROWS_KEY, _ROWS_ALONE): tensor for key, tensor in tensors.items()}
+        settings = {name: settings[name] for name in ("base_model_name_or_path", "inference_mode", "task_type")}
+        settings |= {
+            "peft_type": "TRAINABLE_TOKENS",
+            "token_indices": list(alone.pop()),
+            "target_modules": list(tokens),
+        }
     return tensors, settings
 
 
@@ -180,7 +260,9 @@ def _make_patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[st
 
 
 def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
-    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+    if (kind := settings.get("peft_type", "LORA")) == "TRAINABLE_TOKENS":
+        return DoraConfig(method="lora", dropout_mode="exact", target_modules=None)
+    if kind != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
     if asked := [field for field in _REFUSED if settings.get(field)]:
         raise DoraError(f"adapter: {', '.join(asked)} is set, which a linear DoRA or LoRA adapter has no place for")

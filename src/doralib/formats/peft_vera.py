@@ -60,10 +60,9 @@ def to_vera(
     """
     tensors: dict[str, Tensor] = {}
     others = [name for name, layer in state.layers.items() if not isinstance(layer.values, BankValues)]
-    if others or state.extra:
-        raise DoraError(
-            f"{list_some([*others, *state.extra], 5, ', ')}: a {config.method} adapter file has no place for it"
-        )
+    if others or state.extra or state.rows:
+        named = list_some([*others, *state.extra, *state.rows], 5, ", ")
+        raise DoraError(f"{named}: a {config.method} adapter file has no place for it")
     for name, layer in state.layers.items():
         values = layer.values
         assert isinstance(values, BankValues)

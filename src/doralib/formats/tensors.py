@@ -23,10 +23,10 @@ def check_only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = 
     if others := [f"{name} ({layer.kind})" for name, layer in state.layers.items() if layer.kind not in kinds]:
         named = list_some(others, 5, ", ")
         raise UsageError(f"{title} has no DoRA of {named}; it takes {' and '.join(kinds)} layers: merge")
-    if state.extra:
-        names = list_some(sorted(state.extra), 5, ", ")
+    if whole := sorted({**state.extra, **state.rows}):
+        names = list_some(whole, 5, ", ")
         raise UsageError(
-            f"{title} files hold layers' adapters alone; this adapter also trained {len(state.extra)} whole tensors "
+            f"{title} files hold layers' adapters alone; this adapter also trained {len(whole)} whole tensors "
             f"({names}), which would be lost: convert to peft, or merge"
         )
 

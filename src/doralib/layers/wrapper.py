@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..errors import DoraError
 from ..quantization import find_storage
-from ..state import AdapterState, BankValues, FusedValues, LayerAdapter, MovedValues, Values, map_tensors
+from ..state import AdapterState, BankValues, FusedValues, LayerAdapter, MovedValues, RowValues, Values, map_tensors
 
 
 class Masters(nn.Module):
@@ -150,6 +150,10 @@ class AdapterLayer(Place):
 
     def whole_tensors(self, place: str) -> dict[str, Tensor]:  # noqa: ARG002
         """What is trained whole, by name in the base model; views, not copies."""
+        return {}
+
+    def trained_rows(self, place: str) -> dict[str, RowValues]:  # noqa: ARG002
+        """Rows that are trained one by one, by the tensor's name in the base model; views, not copies."""
         return {}
 
     def fill_from(self, state: AdapterState, place: str) -> None:
