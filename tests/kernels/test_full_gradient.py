@@ -10,9 +10,9 @@ from doralib.experiments.bench.counting import allocations, peak
 from doralib.layers.base.registry import open_base
 from doralib.layers.convolution import DoraConv
 from doralib.layers.embedding import DoraEmbedding
+from doralib.layers.factors.bank import BankFactors, bank_for
 from doralib.layers.linear import DoraLinear
 from doralib.layers.magnitude import DoraMagnitude
-from doralib.layers.vera import DoraBank, bank_for
 
 # 8 to 9 million numbers: 32 MiB in float32, of which a block of rows is 4
 BASES = {
@@ -20,7 +20,7 @@ BASES = {
     "convolution": (DoraConv, lambda: nn.Conv2d(1024, 1024, 3, bias=False)),
     "groups": (DoraConv, lambda: nn.Conv2d(4096, 4096, (20, 26), groups=1024, bias=False)),
     "embedding": (DoraEmbedding, lambda: nn.Embedding(16384, 512)),
-    "bank": (DoraBank, lambda: nn.Linear(4096, 2048, bias=False)),
+    "bank": (DoraLinear, lambda: nn.Linear(4096, 2048, bias=False)),
     "magnitude": (DoraMagnitude, lambda: nn.Linear(4096, 2048, bias=False)),
 }
 R = 4
@@ -33,10 +33,11 @@ def make(kind, dtype, **changes):
     module = module.to_empty(device="cpu").to(dtype)
     nn.init.normal_(module.weight)
     config = DoraConfig(r=R, method="dvora" if kind == "bank" else "dora", **changes)
-    layer = (
-        cls(module, bank_for([open_base(module)], config), config) if kind == "bank" else cls(module, R, 2.0, config)
-    )
-    return move(layer)
+    if kind != "bank":
+        return move(cls(module, R, 2.0, config))
+    base = open_base(module)
+    factors = BankFactors(base, bank_for([base], config), config.d_initial)
+    return move(cls(module, R, 1.0, config, base, factors))
 
 
 CASES = [(kind, dtype, "kaiming") for kind in BASES for dtype in (torch.float32, torch.bfloat16)]
