@@ -48,7 +48,7 @@ CASES += [(kind, torch.float32, "pissa_niter_1") for kind in ("linear", "convolu
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_norm_and_its_gradient_hold_no_dense_temporary(kind, dtype, start, detach):
     layer = make(kind, dtype, detach_norm=detach, init_lora_weights=start)
-    layer.cache._norm = None
+    layer.cache.last_norm = None
     sizes = allocations(lambda: layer.gain().sum().backward())
     dense = 4 * layer.out_features * layer.in_features
     assert dense >= 32 * 2**20
@@ -69,9 +69,9 @@ def test_rslora_is_a_scale_by_the_root(kind):
     model = adapt(nn.Sequential(build[kind]()), DoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=("0",)))
     assert model[0].scale == 3.0
     with torch.no_grad():
-        model[0].lora_A.normal_()
-        model[0].lora_B.normal_()
-    A, B = (p.detach().flatten(1) for p in (model[0].lora_A, model[0].lora_B))
+        model[0].a_RI.normal_()
+        model[0].b_OR.normal_()
+    A, B = model[0].a_RI.detach(), model[0].b_OR.detach()
     V = model[0].base.W_OI.detach() + 3.0 * B @ A
     want = (model[0].lora_magnitude_vector / V.norm(dim=1))[:, None] * V
     torch.testing.assert_close(model[0].merged_weight(), want)
