@@ -22,6 +22,8 @@ class ModelSettings(Checked):
     """eager, sdpa, flash_attention_2 ...; null: transformers' choice."""
     trust_remote_code: bool = False
     """Run the code that comes with a model."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary; their rows of the embedding, and of the head, are trained beside the adapter."""
 
 
 class DataSettings(Checked):
@@ -86,4 +88,6 @@ class Recipe(Checked):
     def _check_trainable(self) -> Self:
         if self.model.quantization and self.adapter.method == "full":
             raise ValueError("method full trains the weights themselves, which model.quantization freezes")
+        if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
+            raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")
         return self

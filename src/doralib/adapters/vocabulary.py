@@ -22,7 +22,7 @@ def fit_vocabulary(model: nn.Module, state: AdapterState, source: str) -> Adapte
         UsageError: if the model has adapters already, or does not know how to change its vocabulary.
         DoraError: if new tokens have no values in the adapter.
     """
-    sizes = {name: len(p) for name, p in _find_embeddings(model).items()}
+    sizes = {name: len(p) for name, p in find_embeddings(model).items()}
     wanted = {name: len(t) for name, t in {**state.extra, **state.resized}.items() if name in sizes}
     for name, rows in state.rows.items():
         last = int(rows.index_N.max()) + 1 if len(rows.index_N) else 0
@@ -46,20 +46,23 @@ def fit_vocabulary(model: nn.Module, state: AdapterState, source: str) -> Adapte
         raise UsageError(f"{source} has {size} tokens, and this model cannot change its vocabulary")
     resize(size, mean_resizing=False)
     frozen = {name: value for name, value in state.resized.items() if name in changed}
-    for name, p in _find_embeddings(model).items():
+    for name, p in find_embeddings(model).items():
         given = frozen.get(name)
         if given is not None:
             p.copy_(given)
     return replace(state, resized=frozen)
 
 
-def _find_embeddings(model: nn.Module) -> dict[str, Tensor]:
+def find_embeddings(model: nn.Module) -> dict[str, Tensor]:
     """The input embedding's and the output head's weights, by every name."""
-    found = []
+    found: list[nn.Module] = []
     for ask in ("get_input_embeddings", "get_output_embeddings"):
         get: Callable[[], nn.Module | None] | None = getattr(model, ask, None)
         module = get() if get is not None else None
-        found += [] if module is None else [base_module(module)]
+        frozen = None if module is None else base_module(module)
+        # of pictures it is no table
+        if frozen is not None and isinstance(frozen._parameters.get("weight"), Tensor):
+            found.append(frozen)
     return {
         f"{name}.weight": module.get_parameter("weight")
         for name, module in model.named_modules(remove_duplicate=False)

@@ -32,6 +32,7 @@ from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
 from .modalities import MODALITIES
 from .modality import Modality, Prepared
+from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def _model(plan: _Plan) -> Loaded:
         settings = settings.model_copy(update={"path": str(trained)})
     model, processor = plan.modality.load(settings)
     torch.manual_seed(recipe.seed)
-    adapt(model, recipe.adapter)
+    adapt(model, add_new_tokens(model, processor, recipe))
     if plan.resume and trained.is_file():
         load_adapter(model, plan.run.path)
     model.to(plan.args.device)
@@ -323,6 +324,8 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     _write_summary(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
         save_adapter(job.model, run.path)
+        if job.plan.recipe.model.new_tokens:
+            job.processor.save_pretrained(run.path)
         return
     with files.replacing(run.path / "model") as part:
         job.model.save_pretrained(part)
