@@ -354,3 +354,5 @@ class AdapterState:
     """Tokens trained one by one, by the tensor's name in the base model's state dict."""
     resized: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen weights of adapted embeddings and heads, likewise; they count where the base has other sizes."""
+    task_type: str | None = None
+    """PEFT's word for a model whose head classifies: SEQ_CLS or TOKEN_CLS."""

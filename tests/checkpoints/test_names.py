@@ -234,6 +234,14 @@ def test_the_path_and_the_shapes_decide():
     assert "could be under" in match.problems[0]
 
 
+def test_a_module_of_its_own_is_not_taken_for_another():
+    known = ["bert.encoder.layer.0.attention.output.dense.weight", "language_model.model.embed_tokens.weight"]
+    wanted = ["bert.pooler.dense.weight", "model.language_model.embed_tokens.weight"]
+    match = match_names(wanted, known, lambda *_: True, lambda: None)
+    assert match.found == {wanted[1]: known[1]}
+    assert match.missing == [wanted[0]]
+
+
 def test_transformers_is_asked_only_where_names_do_not_match():
     def refuse():
         raise AssertionError

@@ -1,4 +1,4 @@
-"""`model.new_tokens`: what a row says with a new token is learned in rows of their own, and merged, and read by PEFT."""
+"""`model.new_tokens`: rows of their own for new tokens are learned, merged, and read by PEFT."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_from_the_recipe_to_the_merged_model(tmp_path, tie, spare):
     assert ids.flatten().tolist()[-2:] == [size, size + 1]
     settings = json.loads((run / "adapter_config.json").read_text())
     names = ["model.embed_tokens"] if tie else ["model.embed_tokens", "lm_head"]
-    assert settings["trainable_token_indices"] == dict.fromkeys(names, [size, size + 1])
+    assert settings["trainable_token_indices"] == {key: [size, size + 1] for key in names}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = doralib.load_adapter(base, run)
     want = logits(loaded, ids)

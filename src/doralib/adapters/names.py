@@ -38,6 +38,8 @@ class NameMatch:
 _WRAPPERS = re.compile(
     r"^(?:(?:base_model\.model|module)\.)+|(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+# what holds other modules and does nothing itself; a name without a number is not known by less than what is in these
+_HOLDERS = frozenset({"model", "language_model", "text_model", "transformer", "encoder", "decoder", "backbone"})
 # the layers of a causal language model, and what they are part of where that model sees or hears
 _CAUSAL, _LANGUAGE_MODEL = "model.layers.", "language_model"
 
@@ -126,7 +128,10 @@ def _find_moves(
 ) -> list[tuple[str, str]]:
     """(prefix to take off, prefix to put on) that finds every name; the shortest cut that finds any."""
     parts, first = head.split(".")[:-1], next(iter(inside.values()))
+    numbered = any(part.isdigit() for part in first.split("."))
     for cut in range(len(parts) + 1):
+        if not numbered and not _HOLDERS.issuperset(parts[1:cut]):
+            break
         strip = "".join(part + "." for part in parts[:cut])
         rest = first.removeprefix(strip)
         near = ends.get(_take_end(rest), []) if "." in rest else []

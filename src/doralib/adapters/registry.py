@@ -14,6 +14,8 @@ from ..layers.multi_adapter import MultiAdapter, RowPlan
 from ..layers.wrapper import AdapterLayer, Part, Place, base_module
 from ..state import AdapterState, RowValues
 
+# PEFT's words for classes of transformers
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 # the name of the adapter of a model that was given none, as in PEFT
 DEFAULT = "default"
 
@@ -249,7 +251,9 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
         extra = {key: p.detach() for key, p in trainable(model)}
     frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
     resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
-    return AdapterState(layers, extra, getattr(model, "name_or_path", None) or None, rows, resized)
+    named, kind = getattr(model, "name_or_path", None) or None, type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    return AdapterState(layers, extra, named, rows, resized, task)
 
 
 def find_differences(into: AdapterState, given: AdapterState) -> list[str]:

@@ -1,16 +1,21 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
 import importlib.util
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -21,12 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.multiple import set_adapter
 from ..adapters.save_load import load_adapter
 from ..errors import DoraError, Note, UsageError
-from ..files import list_folder, read_yaml
+from ..files import list_folder, read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
 from .adapter import find_other_base
 from .gguf import is_local
+from .heads import Head, Kind, find_head, find_kind
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -55,6 +61,64 @@ def load_base(settings: ModelSettings) -> Loaded:
     return model, tokenizer
 
 
+def load_classifier(settings: ModelSettings, head: Head | None = None) -> Loaded:
+    """Load a model with a head that classifies, and its tokenizer.
+
+    Args:
+        head: the head that it gets, where it has none for these labels: the new modules start at random, and
+            `find_new_modules` names them. None: the one that it has.
+
+    Raises:
+        UsageError: if there is nothing of that name, or no such model of this type.
+        DoraError: if its files are damaged.
+    """
+    where, extra = _locate(settings.path)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
+    for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    if settings.quantization:
+        for_model["quantization_config"] = _make_quantization(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(where, **options)
+        kind = find_kind(config.to_dict()) if head is None else head.kind
+        if head is not None and tuple(config.id2label.values()) != head.labels:
+            labels = dict(enumerate(head.labels))
+            for_model |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        auto = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+        with _without_loading_report():
+            model, info = auto.from_pretrained(
+                where, **options, **for_model, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # safetensors and tokenizers raise bare classes of their own
+        raise _explain(settings.path, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    wrong = [name for name, *_ in info.get("mismatched_keys") or []]
+    model.doralib_new = sorted({name.rpartition(".")[0] for name in (*info["missing_keys"], *wrong)})
+    return model, tokenizer
+
+
+def find_new_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """The modules of a loaded classifier that its files do not have."""
+    return tuple(getattr(model, "doralib_new", ()))
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Without the table of missing weights: a head that is to be trained is missing by intention."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
     """Load a model for use, in evaluation mode, and its tokenizer.
 
@@ -76,14 +140,22 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantization = None if base else _read_quantization(folder)
-        model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
+        settings, head = ModelSettings(path=named, dtype=dtype, quantization=quantization), find_head(folder)
+        model, tokenizer = load_base(settings) if head is None else load_classifier(settings, head)
         load_adapter(model, folder, given=given)
         _warn_other_base(path, named)
         return model.eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
-    model, tokenizer = load_base(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
+    settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype)
+    model, tokenizer = load_base(settings) if read_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
+
+
+def read_kind(path: str) -> Kind | None:
+    """The kind of head that a local model's config.json names; None for language models, and where there is no such."""
+    file = Path(path).expanduser() / "config.json"
+    return find_kind(read_json(file)) if file.is_file() else None
 
 
 def _warn_other_base(adapter: str, base: str) -> None:

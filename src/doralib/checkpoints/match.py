@@ -13,6 +13,7 @@ from ..adapters.spelling import find_stored_spelling
 from ..errors import DoraError, nearest
 from ..functional import swapped_channels
 from ..state import AdapterState, LayerAdapter, RowValues
+from .heads import take_new_head
 
 
 def view_as_rows(stored: Tensor, adapter: LayerAdapter, *, transposed: bool) -> Tensor:
@@ -76,6 +77,8 @@ class MatchedAdapter:
     """What the adapter starts from instead of tensors of the checkpoint, which have another number of tokens."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Output heads that the checkpoint does not store, by the embedding that they are tied to and start as."""
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    """A classifier's tensors, which the checkpoint does not have, or has for other labels."""
 
 
 def match_adapter(
@@ -112,7 +115,10 @@ def match_adapter(
 
     together = dict.fromkeys([*wanted, *values, *tied_rows])
     match = match_names(together, stored, fits, lambda: find_stored_spelling(config, stored))
-    names, missing, problems = match.found, match.missing, [*match.problems]
+    shapes = {name: each.shape for name, each in stored.items()}
+    head = take_new_head(state, shapes, match.found)
+    names = {name: target for name, target in match.found.items() if name not in head}
+    missing, problems = [name for name in match.missing if name not in head], [*match.problems]
     rows = {names[name]: each for name, each in tied_rows.items() if name in names}
     resized = {names[name]: value for name, value in {**state.resized, **values}.items() if name in names}
     resized = {name: value for name, value in resized.items() if _is_resized(stored[name], value, name)}
@@ -127,12 +133,12 @@ def match_adapter(
     sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
     whole = {names[name]: value for name, value in values.items() if name in names}
     dropped = {name for name in state.extra if name not in values}
-    for head, embedding in copies.items():
-        if embedding in rows and not {head} & {*rows, *layers, *whole}:
-            rows[head] = rows[embedding]
+    for copy, embedding in copies.items():
+        if embedding in rows and not {copy} & {*rows, *layers, *whole}:
+            rows[copy] = rows[embedding]
     problems += _explain_missing(missing, stored, config)
     problems += _find_misfits(layers, whole, sized)
-    problems += _find_not_finite(layers, whole)
+    problems += _find_not_finite(layers, {**whole, **head})
     problems += _find_bad_rows(rows, sized)
     apart = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
     problems += [] if dropped else _find_untied(apart, stored, config)
@@ -143,7 +149,7 @@ def match_adapter(
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies)
+    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies, head)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..formats.files import find_adapter_file
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
+from .heads import change_config, find_head
 from .match import MatchedAdapter
 from .quantized import find_quantized
 from .safetensors import CODES, Checkpoint, read_whole
@@ -144,7 +145,7 @@ def merge_checkpoint(
     _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
     _check_dtype_change(checkpoint, dtype)
     merged, changes, notes, starts = _collect_changes(ingredients, checkpoint, untie=untie)
-    plan = replace(_make_plan(changes, checkpoint, code), resized=starts.resized, copies=starts.copies)
+    plan = _add_new(_make_plan(changes, checkpoint, code), starts, checkpoint)
     need = sum(plan_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
@@ -152,6 +153,10 @@ def merge_checkpoint(
         errors = write_weights(files, plan, progress)
         left_out = write_companions(part, checkpoint, dtype, files)
         _update_vocabulary(part, checkpoint, starts)
+        if starts.head and checkpoint.config():
+            head = find_head(ingredients[0].path)
+            assert head is not None
+            write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
@@ -215,6 +220,10 @@ class _Starts:
 
     resized: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """A classifier's tensors."""
+    dropped: tuple[str, ...] = ()
+    """The head of a language model, in whose place the classifier comes."""
 
 
 def _collect_changes(
@@ -233,17 +242,18 @@ def _collect_changes(
             other = find_other_base(adapter.state.base_model, checkpoint.folder)
             matched = _match(adapter, checkpoint, other, untie=untie)
             _add_starts(starts, matched, checkpoint)
-            if starts.resized and (each.weight != 1 or len(ingredients) > 1):
+            if (starts.resized or starts.head) and (each.weight != 1 or len(ingredients) > 1):
+                others = ", ".join(sorted(starts.resized | starts.head))
                 raise DoraError(
-                    f"has another vocabulary than the base ({', '.join(sorted(starts.resized))}), which nothing can be "
-                    "added to by a weight; merge it alone first, and the others into what comes out"
+                    f"has another vocabulary or head than the base ({others}), which nothing can be added to by a "
+                    "weight; merge it alone first, and the others into what comes out"
                 )
             for name, layer in matched.layers.items():
                 changes[name].append(TensorChange(each.weight, layer, name in matched.transposed))
-            given: dict[str, Tensor | RowValues] = {**matched.values, **matched.rows}
+            given: dict[str, Tensor | RowValues] = {**matched.values, **matched.rows, **matched.head}
             for name, value in given.items():
                 changes[name].append(TensorChange(each.weight, value))
-            whole = len(matched.values) + len(matched.rows)
+            whole = len(given)
             merged.append(MergedAdapter(str(each.path), form, each.weight, len(matched.layers), whole))
             notes += [f"{each.path}: {note}" for note in (*adapter.notes, *other)]
     raise_all(problems)
@@ -254,6 +264,9 @@ def _add_starts(starts: _Starts, matched: MatchedAdapter, checkpoint: Checkpoint
     """Add one adapter's; rows beyond the base's last one make room for themselves."""
     starts.resized |= matched.resized
     starts.copies |= matched.copies
+    starts.head |= matched.head
+    if matched.head:
+        starts.dropped = tuple(name for name in checkpoint.slots if name.endswith(("lm_head.weight", "lm_head.bias")))
     for name, rows in matched.rows.items():
         old = starts.resized.get(name)
         slot = checkpoint.slots[matched.copies.get(name, name)]
@@ -261,6 +274,18 @@ def _add_starts(starts: _Starts, matched: MatchedAdapter, checkpoint: Checkpoint
         if more > 0:
             old = read_whole(slot) if old is None else old
             starts.resized[name] = torch.cat([old, old.new_zeros(more, old.shape[1])])
+
+
+def _add_new(plan: Plan, starts: _Starts, checkpoint: Checkpoint) -> Plan:
+    """The plan with new tensors in it: in the last file, and of the dtype that the last plain matrix there has."""
+    stay = [slot for slot in checkpoint.shards[-1].slots if slot.name not in starts.dropped and slot.plain]
+    like = max(stay, key=lambda slot: len(slot.shape) > 1).name if starts.head else ""
+    return replace(
+        plan,
+        resized={**starts.resized, **starts.head},
+        copies={**starts.copies, **dict.fromkeys((name for name in starts.head if name not in checkpoint.slots), like)},
+        dropped=frozenset(starts.dropped),
+    )
 
 
 def _update_vocabulary(folder: Path, checkpoint: Checkpoint, starts: _Starts) -> None:

@@ -152,6 +152,8 @@ class Plan:
     """What is changed instead of the base's tensor of this name, which has other sizes."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """New tensors, by the base's tensors that they start as."""
+    dropped: frozenset[str] = frozenset()
+    """The base's tensors that are left out."""
 
     def plan_new(self, slot: Slot, name: str) -> Slot:
         """A dense tensor of this name as it will be, made of this one."""
@@ -161,6 +163,8 @@ class Plan:
 
     def plan_slot(self, slot: Slot) -> Slot | None:
         """A tensor as it will be; None where it is left out."""
+        if slot.name in self.dropped:
+            return None
         layer = self.quantized.get(slot.name)
         if layer is None and slot.name in self.resized:
             return self.plan_new(slot, slot.name)
@@ -230,7 +234,7 @@ def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
             wanted[slot.name] = new
         copies = [name for name, source in plan.copies.items() if source == slot.name]
         wanted |= {name: plan.plan_new(slot, name) for name in copies}
-        sources |= dict.fromkeys([slot.name, *copies], slot)
+        sources |= dict.fromkeys([slot.name, *copies] if slot.name not in plan.dropped else copies, slot)
     kept = list(wanted.values())
     header, placed = lay_out(kept, path, drop_torchao_metadata(shard.metadata) if plan.code else shard.metadata)
     if kept == list(shard.slots):  # the same sizes at the same places: the very same header

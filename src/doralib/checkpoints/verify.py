@@ -15,7 +15,9 @@ from ..adapters.merge import dequantize, merge
 from ..adapters.save_load import load_adapter
 from ..errors import Note
 from ..quantization.error import QuantizationCost
-from .load import load_model
+from ..recipe import ModelSettings
+from .heads import find_head
+from .load import load_classifier, load_model
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
 
@@ -86,8 +88,10 @@ def verify_merge(
         costs: what quantizing again cost, where the merged model is quantized.
     """
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
-    model, tokenizer = load_model(str(base), dtype="float32")
-    dequantize(model, torch.float32)
+    head = find_head(ingredients[0].path)
+    settings = ModelSettings(path=str(base), dtype="float32")
+    model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
+    dequantize(model.eval(), torch.float32)
     inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
@@ -135,7 +139,9 @@ def _load_quietly(model: PreTrainedModel, ingredient: Ingredient) -> PreTrainedM
 @torch.inference_mode()
 def compute_logits(model: PreTrainedModel, inputs: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """The logits of every text, (positions of all texts, vocabulary)."""
-    return torch.cat([model(**each).logits[0] for each in inputs])
+    found = [model(**each).logits[0] for each in inputs]
+    # of a classifier one row for a whole text
+    return torch.cat([logits[None] if logits.dim() == 1 else logits for logits in found])
 
 
 def compute_logit_error(got: Tensor, want: Tensor) -> float:

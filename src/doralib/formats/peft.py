@@ -134,7 +134,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     config = config.model_copy(update=_name_vocabulary(config, extra, rows))
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
-    return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"), rows, resized)
+    task = settings.get("task_type") if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
+    return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"), rows, resized, task)
 
 
 def _take_rows(
@@ -209,7 +210,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "trainable_token_indices": tokens or None,
         "target_parameters": list(config.target_parameters) or None,
         "exclude_modules": None,
-        "task_type": None,
+        "task_type": state.task_type,
     }
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])

@@ -1,0 +1,122 @@
+"""Heads that classify: what an adapter says of one, and how a model with it is called."""
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..files import read_json, write_json
+from ..formats.base import SETTINGS_FILE
+from ..formats.files import find_adapter_file, read_raw_adapter
+from ..state import AdapterState
+
+Kind = Literal["classify", "tokens"]
+LABELS_FILE = "doralib_labels.json"
+TASKS: dict[str, Kind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
+CLASSES: dict[Kind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+# the last layer of a head, by the modules in which transformers' classes have it
+_LAST = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classifier.out.weight")
+_MODULES = (
+    "score",
+    "classifier",
+    "pre_classifier",
+    "classification_head",
+    "pooler",
+    "sequence_summary",
+    "vocab_transform",
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What has to be known of a head to build its model."""
+
+    kind: Kind
+    labels: tuple[str, ...]
+    pad_token_id: int | None = None
+    """What a decoder is padded with, whose head reads the last token before that."""
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        names = {str(i): label for i, label in enumerate(self.labels)}
+        return {"id2label": names, "label2id": {label: i for i, label in enumerate(self.labels)}}
+
+
+def find_head(adapter: Path) -> Head | None:
+    """The head that an adapter's settings name, with its labels; None for other adapters.
+
+    Raises:
+        UsageError: if there is no adapter.
+        DoraError: if its files are damaged.
+    """
+    file = find_adapter_file(adapter)
+    settings = file.parent / SETTINGS_FILE
+    task = read_json(settings).get("task_type") if settings.is_file() else None
+    if task not in TASKS:
+        return None
+    labels = file.parent / LABELS_FILE
+    if labels.is_file():
+        said = read_json(labels)
+        return Head(TASKS[task], tuple(said["labels"]), said.get("pad_token_id"))
+    # only their number is in PEFT's file
+    shapes = {key: tuple(tensor.shape) for key, tensor in read_raw_adapter(file).tensors.items()}
+    last = next((shape for key, shape in shapes.items() if key.endswith(_LAST)), None)
+    return None if last is None else Head(TASKS[task], name_labels(last[0]))
+
+
+def name_labels(count: int) -> tuple[str, ...]:
+    """The names that transformers gives to labels without any."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def write_labels(folder: Path, head: Head) -> None:
+    """Keep the labels beside an adapter, whose own files have no place for them."""
+    write_json(folder / LABELS_FILE, {"labels": list(head.labels), "pad_token_id": head.pad_token_id})
+
+
+def find_kind(config: Mapping[str, Any]) -> Kind | None:
+    """The kind of head that a model's config.json names."""
+    names = config.get("architectures") or []
+    return next((kind for kind, ending in CLASSES.items() if any(name.endswith(ending) for name in names)), None)
+
+
+def take_new_head(
+    state: AdapterState, stored: Mapping[str, Sequence[int]], found: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Whole tensors of a head that the base does not have, or has for another number of labels."""
+    if state.task_type not in TASKS:
+        return {}
+    return {
+        name: value
+        for name, value in state.extra.items()
+        if any(part in _MODULES for part in name.split("."))
+        and (name not in found or tuple(stored[found[name]]) != tuple(value.shape))
+    }
+
+
+def change_config(config: Mapping[str, Any], head: Head) -> dict[str, Any]:
+    """The config.json of the same model with this head."""
+    changed = {**config, **head.settings(), "architectures": [_name_class(config, head.kind)]}
+    if changed.get("pad_token_id") is None and head.pad_token_id is not None:
+        changed["pad_token_id"] = head.pad_token_id
+    changed.pop("num_labels", None)
+    return changed
+
+
+def _name_class(config: Mapping[str, Any], kind: Kind) -> str:
+    """transformers' class, asked of it where it is installed; its names go by a rule."""
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.models.auto import modeling_auto  # noqa: PLC0415  # seconds that heads alone pay
+
+        named = {
+            "classify": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            "tokens": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        }[kind]
+        if (name := named.get(config.get("model_type"))) is not None:
+            return str(name)
+    first = str(next(iter(config.get("architectures") or []), ""))
+    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model|DoubleHeadsModel)$", "", first) + CLASSES[kind]
