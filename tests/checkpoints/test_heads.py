@@ -58,7 +58,7 @@ def write(folder, kind, task, labels=3):
     settings = peft.LoraConfig(r=2, use_dora=True, task_type=task, target_modules=targets, modules_to_save=more or None)
     tuned = peft.get_peft_model(model, settings)
     with torch.no_grad():
-        for key, p in tuned.named_parameters():
+        for p in tuned.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.1)
     tuned.save_pretrained(folder / "peft")

@@ -24,7 +24,7 @@ from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
 from .scan import Scan
-from .targets import check_layers, choose, choose_magnitudes, choose_parameters, match_modules
+from .targets import ALL_LINEAR, check_layers, choose, choose_magnitudes, choose_parameters, match_modules
 
 
 class Targets(NamedTuple):
@@ -48,9 +48,12 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
     Raises:
         UsageError: if something is misspelt or cannot be adapted: all problems of a kind at once.
     """
-    chosen = [*choose(found, config), *choose_parameters(found, config.target_parameters)]
+    whole, layers = _choose_whole(found, config), choose(found, config)
+    if config.target_modules in (None, ALL_LINEAR):
+        layers = [name for name in layers if not any(f"{name}.".startswith(f"{each}.") for each in whole)]
+    chosen = [*layers, *choose_parameters(found, config.target_parameters)]
     _check_patterns(config, chosen)
-    return Targets(chosen, _choose_whole(found, config), _choose_rows(found, config))
+    return Targets(chosen, whole, _choose_rows(found, config))
 
 
 def _choose_rows(found: Scan, config: DoraConfig) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,7 +67,7 @@ def load_classifier(settings: ModelSettings, head: Head | None = None) -> Loaded
 
     Args:
         head: the head that it gets, where it has none for these labels: the new modules start at random, and
-            `find_new_modules` names them. None: the one that it has.
+            `find_head_modules` names them. None: the one that it has.
 
     Raises:
         UsageError: if there is nothing of that name, or no such model of this type.
@@ -102,9 +103,13 @@ def load_classifier(settings: ModelSettings, head: Head | None = None) -> Loaded
     return model, tokenizer
 
 
-def find_new_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """The modules of a loaded classifier that its files do not have."""
-    return tuple(getattr(model, "doralib_new", ()))
+def find_head_modules(model: nn.Module) -> tuple[str, ...]:
+    """What of a loaded classifier is trained whole: its last layers, and all else that its files do not have."""
+    fresh: list[str] | None = model.__dict__.get("doralib_new")
+    if fresh is None:
+        return ()
+    new = [*fresh, *(name for name in ("score", "classifier") if hasattr(model, name))]
+    return tuple(name for name in dict.fromkeys(new) if not any(name.startswith(f"{other}.") for other in new))
 
 
 @contextmanager

@@ -89,4 +89,4 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
 
 def _score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
-    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1"} else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1", "token_f1"} else f"{value:.3f}"

@@ -14,9 +14,17 @@ from ..adapters.inference import unchanged
 from ..data.encoding import context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick
+from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
 from .generation import Sampling, continuations, evaluation_mode
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
-from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
+from .metrics import (
+    Score,
+    accuracy_score,
+    classification_scores,
+    confusion_counts,
+    perplexity_scores,
+    tag_score,
+)
 from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
 
 _WRONG_KEPT = 20
@@ -100,6 +108,49 @@ def evaluate(
     return results
 
 
+def score_labels(
+    name: str,
+    rows: Sequence[tuple[list[str], list[str]]],
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    seed: int,
+    tick: Tick | None,
+) -> TaskResult:
+    """The result of a model with a head on rows of words, or of one text, and their labels."""
+    start = time.perf_counter()
+    labels = list_labels(model)
+    advance = lambda share: tick(name, share, 1.0) if tick else None
+    by_word = find_head_kind(model) == "tokens"
+    with evaluation_mode(model), unchanged(model):
+        if by_word:
+            found = predict_tags(model, tokenizer, [words for words, _ in rows], batch_size, advance)
+        else:
+            texts = [words[0] for words, _ in rows]
+            found = [[i] for i in predict_labels(model, tokenizer, texts, batch_size, advance)]
+    advance(1.0)
+    pairs = [
+        (labels.index(said), got)
+        for (_, truth), given in zip(rows, found, strict=True)
+        for said, got in zip(truth, given, strict=True)
+        if got >= 0 and said in labels
+    ]
+    counts_LL = confusion_counts([truth for truth, _ in pairs], [got for _, got in pairs], len(labels))
+    metrics = classification_scores(counts_LL, seed)
+    if by_word:
+        metrics["token_f1"] = tag_score(counts_LL, [i for i, label in enumerate(labels) if label != "O"], seed)
+    told = lambda numbers: " ".join(labels[i] for i in numbers if i >= 0)
+    wrong = [
+        {"prompt": " ".join(words), "expected": " ".join(truth), "predicted": told(given)}
+        for (words, truth), given in zip(rows, found, strict=True)
+        if " ".join(truth) != told(given)
+    ]
+    confusion = {"labels": labels, "counts": counts_LL.tolist()}
+    seconds = time.perf_counter() - start
+    kind = "tokens" if by_word else "classify"
+    return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
+
+
 def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Example]]:
     examples: dict[str, list[Example]] = {}
     problems: list[DoraError] = []
@@ -113,6 +164,11 @@ def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Exampl
 def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     start = time.perf_counter()
     run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
+    head = find_head_kind(scorer.model)
+    if head == "tokens" or (head is not None and not isinstance(task, ClassificationTask)):
+        raise UsageError(
+            f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
+        )
     outcome = run(task, examples, scorer)
     wrong = [
         {"prompt": examples[i].prompt, "expected": examples[i].answer, "predicted": outcome.said[i]}
@@ -140,9 +196,12 @@ def _run_choice(task: ChoiceTask, examples: Sequence[Example], scorer: _Scorer) 
 
 
 def _run_classification(task: ClassificationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
-    _check_labels(task, examples[0], scorer)
-    chosen, cut = _choose(task, examples, scorer)
     names = list(task.labels)
+    if find_head_kind(scorer.model) is None:
+        _check_labels(task, examples[0], scorer)
+        chosen, cut = _choose(task, examples, scorer)
+    else:
+        chosen, cut = _ask_head(task, examples, scorer), 0
     counts_LL = confusion_counts([example.truth for example in examples], chosen, len(names))
     return _Outcome(
         metrics=classification_scores(counts_LL, scorer.seed),
@@ -151,6 +210,20 @@ def _run_classification(task: ClassificationTask, examples: Sequence[Example], s
         cut=cut,
         confusion={"labels": names, "counts": counts_LL.tolist()},
     )
+
+
+def _ask_head(task: ClassificationTask, examples: Sequence[Example], scorer: _Scorer) -> list[int]:
+    """The label that a classifier's head gives each example, by the task's names or the texts of its labels."""
+    own, names = list_labels(scorer.model), list(task.labels)
+    texts = [text.strip() for text in task.labels.values()]
+    if not set(own) <= {*names, *texts}:
+        raise UsageError(
+            f"task {task.name}: the model's labels are {', '.join(own)}, and the task's {', '.join(names)}; write the "
+            "task's labels as {value in the data: label of the model}"
+        )
+    prompts = [_prompt(task, example, scorer) for example in examples]
+    found = predict_labels(scorer.model, scorer.tokenizer, prompts, scorer.batch_size, scorer.tick)
+    return [names.index(own[i]) if own[i] in names else texts.index(own[i]) for i in found]
 
 
 def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:

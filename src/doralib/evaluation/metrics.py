@@ -55,6 +55,19 @@ def classification_scores(counts_LL: Counts, seed: int) -> dict[str, Score]:
     }
 
 
+def tag_score(counts_LL: Counts, tags: Sequence[int], seed: int) -> Score:
+    """F1 over all tokens of the labels that say something: what is none of ``tags`` is no hit."""
+
+    def f1(table_LL: Counts) -> Floats:
+        hits = np.diagonal(table_LL, axis1=-2, axis2=-1)[..., tags].sum(axis=-1)
+        seen = table_LL[..., tags, :].sum(axis=(-2, -1)) + table_LL[..., tags].sum(axis=(-2, -1))
+        return 2 * hits / np.maximum(seen, 1)
+
+    cells = counts_LL.ravel() / counts_LL.sum()
+    drawn = np.random.default_rng(seed).multinomial(counts_LL.sum(), cells, size=RESAMPLES)
+    return _score(float(f1(counts_LL)), f1(drawn.reshape(RESAMPLES, *counts_LL.shape)))
+
+
 def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
     """Share of true entries."""
     hits, rows = sum(correct), len(correct)

@@ -16,7 +16,8 @@ from .. import files
 from ..adapters.adapt import adapt, disabled
 from ..adapters.registry import trainable
 from ..adapters.save_load import load_adapter, save_adapter
-from ..checkpoints.load import Loaded
+from ..checkpoints.heads import write_labels
+from ..checkpoints.load import Loaded, find_head_modules
 from ..data.rows import RawRows
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
@@ -30,8 +31,8 @@ from ..runs.report import write_report
 from .arguments import make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
-from .modalities import MODALITIES
-from .modality import Modality, Prepared
+from .modalities import choose_modality
+from .modality import Modality, Prepared, ScoringModality
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
@@ -115,7 +116,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
-    run, modality = RunFolder(Path(recipe.out).expanduser()), MODALITIES["text"]
+    run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe.model)
     problems: list[DoraError] = []
     with collecting(problems):
         run.check(recipe, resume=resume, overwrite=overwrite)
@@ -151,7 +152,10 @@ def _model(plan: _Plan) -> Loaded:
         settings = settings.model_copy(update={"path": str(trained)})
     model, processor = plan.modality.load(settings)
     torch.manual_seed(recipe.seed)
-    adapt(model, add_new_tokens(model, processor, recipe))
+    config = add_new_tokens(model, processor, recipe)
+    if (head := find_head_modules(model)) and config.method != "full":
+        config = config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    adapt(model, config)
     if plan.resume and trained.is_file():
         load_adapter(model, plan.run.path)
     model.to(plan.args.device)
@@ -219,9 +223,11 @@ def _score_before(job: _Job) -> None:
 def _score(job: _Job, when: str) -> None:
     run, settings = job.plan.run, job.plan.recipe.eval
     results = run.read(run.results, {})
-    if not job.plan.tasks or when in results:
+    scoring = isinstance(job.plan.modality, ScoringModality)
+    if when in results or not (job.plan.tasks or (scoring and job.data.validation)):
         return
-    log.info(f"scoring the model {when} training: {', '.join(task.name for task in job.plan.tasks)}")
+    named = [*(task.name for task in job.plan.tasks), *(["the validation rows"] if scoring else [])]
+    log.info(f"scoring the model {when} training: {', '.join(named)}")
     found = evaluate(
         job.model,
         job.processor,
@@ -231,6 +237,15 @@ def _score(job: _Job, when: str) -> None:
         seed=job.plan.recipe.seed,
         tick=job.tick,
     )
+    if isinstance(job.plan.modality, ScoringModality):
+        found |= job.plan.modality.score(
+            job.model,
+            job.processor,
+            job.plan.recipe.data,
+            batch_size=settings.batch_size,
+            seed=job.plan.recipe.seed,
+            tick=job.tick,
+        )
     if is_main():
         files.write_json(run.results, {**results, when: {name: result.to_json() for name, result in found.items()}})
     for name, result in found.items():
@@ -293,13 +308,14 @@ def _optional_callbacks(plan: _Plan) -> list[Any]:
 
 def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
     """Train to the end; a run killed after its last checkpoint has nothing left to do but read it."""
-    use_cache = trainer.model.config.use_cache
+    use_cache = getattr(trainer.model.config, "use_cache", None)
     try:
         if not trainer.load_if_done(checkpoint):
             trainer.train(checkpoint)
     finally:
         trainer.unwrap()
-        trainer.model.config.use_cache = use_cache
+        if use_cache is not None:
+            trainer.model.config.use_cache = use_cache
 
 
 @contextmanager
@@ -324,6 +340,8 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     _write_summary(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
         save_adapter(job.model, run.path)
+        if (head := getattr(job.plan.modality, "head", None)) is not None:
+            write_labels(run.path, head)
         if job.plan.recipe.model.new_tokens:
             job.processor.save_pretrained(run.path)
         return

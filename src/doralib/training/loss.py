@@ -22,6 +22,9 @@ class LabelLoss:
         label_smoothing: Share of the target spread over the vocabulary.
     """
 
+    shifts_labels = True
+    """A label is the token that comes next."""
+
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
         self._labelled_BT: Tensor | None = None
@@ -64,6 +67,38 @@ class LabelLoss:
         if self._labelled_BT is None or not args or args[0].shape[:2] != self._labelled_BT.shape:
             return None
         return (args[0][self._labelled_BT][None], *args[1:])
+
+
+class HeadLoss:
+    """Cross entropy of a classifier, over texts or over words: a sum and a count, so that batches do not matter.
+
+    Args:
+        label_smoothing: Share of the target spread over the labels.
+    """
+
+    shifts_labels = False
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    @staticmethod
+    def is_possible(model: nn.Module) -> bool:
+        """Whether the loss is plain cross entropy over labels: no regression, and no several labels a text."""
+        config: Any = model.config
+        kind, problem = getattr(model, "loss_type", None), getattr(config, "problem_type", None)
+        plain = kind in ("ForSequenceClassification", "ForTokenClassification") and config.num_labels > 1
+        return bool(plain and problem in (None, "single_label_classification"))
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the labels, and their number."""
+        labels = inputs["labels"].flatten()
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        logits_NL = logits.flatten(0, -2).float()
+        options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": self.label_smoothing}
+        return nnf.cross_entropy(logits_NL, labels, **options), (labels != IGNORED).sum()  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Nothing was put on the model."""
 
 
 def _head(model: nn.Module) -> Any:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.rows import RawRows
+from ..evaluation.evaluate import TaskResult
+from ..progress import Tick
 from ..recipe import DataSettings, ModelSettings
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
@@ -43,3 +45,13 @@ class Modality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]
     ) -> list[str]:
         """What the model answers to each sample, given as ``{"prompt": ..., "expected": ...}``."""
+
+
+@runtime_checkable
+class ScoringModality(Protocol):
+    """A modality that also scores the validation rows by more than the loss."""
+
+    def score(
+        self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
+    ) -> dict[str, TaskResult]:
+        """Results by name."""

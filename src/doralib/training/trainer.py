@@ -25,7 +25,7 @@ from ..errors import DoraError, UsageError
 from ..runs import checkpointing
 from ..state import MAGNITUDE
 from .distributed import wait_for_all
-from .loss import LabelLoss
+from .loss import HeadLoss, LabelLoss
 from .meter import Meter
 from .modality import Collate, Prepared
 from .sampler import SeededSampler
@@ -78,10 +78,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             )
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
-        self.label_loss = LabelLoss(model, args.label_smoothing_factor) if possible else None
+        self.label_loss: LabelLoss | HeadLoss | None = None
+        if possible:
+            self.label_loss = LabelLoss(model, args.label_smoothing_factor)
+        elif HeadLoss.is_possible(model):
+            self.label_loss = HeadLoss(args.label_smoothing_factor)
         if self.label_loss is not None:
             # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
-            self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+            self.model_accepts_loss_kwargs = True
+            self._loss_shifts_labels = self.label_loss.shifts_labels
 
     def train(self, resume_from_checkpoint: Path | None = None) -> Any:
         """Train to the end, from the start or from a whole checkpoint."""

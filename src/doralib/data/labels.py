@@ -1,0 +1,256 @@
+"""Rows with labels, for a whole text or for each of its words, as a classifier takes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ..errors import DoraError, UsageError, did_you_mean, list_some
+from ..recipe import DataSettings
+from .prepare import IGNORED, BadRow, PreparedRows, Row, RowReport
+from .rows import RawRows
+from .templates import columns_in, fill_template
+
+_MOST_LABELS = 1000
+
+
+@dataclass(frozen=True)
+class LabelCollator:
+    """Rows of one batch as tensors, padded on the right; the labels are one a row, or one a token."""
+
+    pad_id: int
+    multiple: int = 8
+    most: int | None = None
+    """Positions that the model has, where padding would go beyond them."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Keys input_ids, attention_mask and labels."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = longest + -longest % self.multiple
+        longest = padded if self.most is None else max(longest, min(padded, self.most))
+        fill = lambda values, value: [*values, *[value] * (longest - len(values))]
+        by_token = isinstance(rows[0]["labels"], list)
+        labels = [fill(row["labels"], IGNORED) if by_token else row["labels"] for row in rows]
+        return {
+            "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
+            "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
+            "labels": torch.tensor(labels),
+        }
+
+
+def check_label_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
+    """Check that the columns of texts and labels are named and there.
+
+    Raises:
+        UsageError: with everything that is missing.
+    """
+    problems = [
+        f"data.{name}: a classifier needs it, the column of {what}"
+        for name, what in (("prompt", "texts, or a template"), ("target", "labels"))
+        if not getattr(settings, name)
+    ]
+    for name in ("prompt", "target"):
+        problems += [
+            f"data.{name}: {source} has no column {column!r}{did_you_mean(column, columns)}"
+            for column in columns_in(getattr(settings, name) or "", f"data.{name}")
+            if column not in columns
+        ]
+    if problems:
+        raise UsageError("\n".join([*problems, f"columns of {source}: {', '.join(columns)}"]))
+
+
+def find_labels(rows: RawRows, settings: DataSettings, *, by_word: bool) -> tuple[str, ...]:
+    """The labels of the data: in the order that a data set gives them, numbers by size, else by the alphabet.
+
+    Raises:
+        UsageError: if there are fewer than two, or as many as rows.
+    """
+    parts = [rows.train] if rows.validation is None else [rows.train, rows.validation]
+    if (named := _find_named(rows.train, settings.target or "")) is not None:
+        return named
+    found: set[str] = set()
+    for part in parts:
+        for row in part:
+            try:
+                said = read_labels(row, settings, by_word=by_word)
+            except BadRow:
+                continue
+            found.update(said)
+    if len(found) < 2:
+        raise UsageError(f"data.target: a classifier needs two labels at least, found {', '.join(found) or 'none'}")
+    if len(found) > _MOST_LABELS:
+        shown = list_some(sorted(found), 5, ", ")
+        raise UsageError(
+            f"data.target: {len(found)} different labels ({shown}) are no classes; is it the right column?"
+        )
+    return tuple(sorted(found, key=_sort_key))
+
+
+def _find_named(rows: datasets.Dataset, target: str) -> tuple[str, ...] | None:
+    """The names of a column of classes."""
+    feature = rows.features.get(target)
+    inner = getattr(feature, "feature", feature)
+    return tuple(inner.names) if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _sort_key(label: str) -> tuple[int, int, str]:
+    return (0, int(label), label) if label.lstrip("-").isdecimal() else (1, 0, label)
+
+
+def read_labels(row: Row, settings: DataSettings, *, by_word: bool) -> list[str]:
+    """The labels of a row as text: one, or one for each word.
+
+    Raises:
+        BadRow: if there are none.
+    """
+    target = settings.target or ""
+    if by_word:
+        said = row[target]
+        if not isinstance(said, list) or not said or any(each is None for each in said):
+            raise BadRow("malformed", f"column {target!r} holds no list of labels")
+        return [_as_text(each) for each in said]
+    value = row[target] if target in row else _fill(target, row)
+    if value is None or not _as_text(value):
+        raise BadRow("empty", f"no label in {target!r}")
+    return [_as_text(value)]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _fill(template: str, row: Row) -> str:
+    """The template with the row's values as text."""
+    values = {column: row[column] for column in columns_in(template)}
+    if all(value is None or not str(value).strip() for value in values.values()):
+        raise BadRow("empty", f"nothing in {', '.join(values)}")
+    return fill_template(template, {name: "" if v is None else str(v) for name, v in values.items()})
+
+
+def read_text(row: Row, settings: DataSettings) -> str:
+    """The text of a row.
+
+    Raises:
+        BadRow: if there is none.
+    """
+    return _fill(settings.prompt or "", row)
+
+
+def read_words(row: Row, settings: DataSettings) -> list[str]:
+    """The words of a row.
+
+    Raises:
+        BadRow: if they are no list.
+    """
+    words = row[settings.prompt or ""]
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise BadRow("malformed", f"column {settings.prompt!r} holds no list of words")
+    return words
+
+
+def label_rows(
+    rows: datasets.Dataset,
+    numbers: Sequence[int],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    *,
+    by_word: bool,
+) -> PreparedRows:
+    """The usable rows as tokens and the numbers of their labels.
+
+    A word's label is that of its first token.
+
+    Raises:
+        UsageError: if no row is usable.
+        DoraError: if a row is bad and bad rows are errors.
+    """
+    report, ids = RowReport(len(rows)), _number_labels(rows, settings, labels)
+    encode: Callable[..., tuple[list[int], Any]] = _encode_words if by_word else _encode_text
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    for number, row in zip(numbers, rows, strict=False):
+        try:
+            tokens, said = encode(row, settings, tokenizer, ids)
+            length = len(tokens)
+            if length > settings.max_length and settings.too_long == "skip":
+                detail = f"{length} tokens, data.max_length is {settings.max_length}"
+                raise BadRow(f"longer than {settings.max_length} tokens", detail)
+        except BadRow as bad:
+            report.drop(number, bad)
+            continue
+        if length > settings.max_length:
+            report.cut(number, length)
+            tokens, said = tokens[: settings.max_length], said[: settings.max_length] if by_word else said
+        report.kept += 1
+        report.tokens += len(tokens)
+        report.label_tokens += sum(each != IGNORED for each in said) if by_word else 1
+        for column, value in zip(columns.values(), (tokens, said, len(tokens)), strict=True):
+            column.append(value)
+    told = "\n".join(report.lines())
+    if report.dropped and settings.bad_rows == "error":
+        raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
+    if not report.kept:
+        raise UsageError(f"no row can be used, the data set is empty:\n{told}")
+    return PreparedRows(datasets.Dataset.from_dict(columns), report)
+
+
+def _number_labels(rows: datasets.Dataset, settings: DataSettings, labels: Sequence[str]) -> dict[str, int]:
+    """The number of each label, by how the rows say it: a column of classes says numbers."""
+    if _find_named(rows, settings.target or "") is not None:
+        return {str(i): i for i in range(len(labels))}
+    return {label: i for i, label in enumerate(labels)}
+
+
+def _find_number(label: str, ids: Mapping[str, int]) -> int:
+    if label not in ids:
+        raise BadRow("unknown label", f"{label!r} is none of the labels {list_some(list(ids), 8, ', ')}")
+    return ids[label]
+
+
+def _encode_text(
+    row: Row, settings: DataSettings, tokenizer: Tokenizer, ids: Mapping[str, int]
+) -> tuple[list[int], int]:
+    (label,) = read_labels(row, settings, by_word=False)
+    tokens = tokenizer(read_text(row, settings), verbose=False)["input_ids"]
+    if not tokens:
+        raise BadRow("empty", "the tokenizer makes no token of its text")
+    return tokens, _find_number(label, ids)
+
+
+def _encode_words(
+    row: Row, settings: DataSettings, tokenizer: Tokenizer, ids: Mapping[str, int]
+) -> tuple[list[int], list[int]]:
+    words, said = read_words(row, settings), read_labels(row, settings, by_word=True)
+    if len(words) != len(said):
+        raise BadRow("malformed", f"{len(words)} words and {len(said)} labels")
+    tokens, firsts = encode_words(tokenizer, words)
+    labels = [IGNORED] * len(tokens)
+    for first, label in zip(firsts, said, strict=True):
+        if first is not None:
+            labels[first] = _find_number(label, ids)
+    return tokens, labels
+
+
+def encode_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
+    """The tokens of a text given by its words, and the place of each word's first one; None: it has none."""
+    pieces = [
+        tokenizer(f" {word}" if i else word, add_special_tokens=False, verbose=False)["input_ids"]
+        for i, word in enumerate(words)
+    ]
+    inner = [token for piece in pieces for token in piece]
+    whole = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    cut = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:cut], whole[cut + len(plain) :]
+    firsts: list[int | None] = []
+    place = len(before)
+    for piece in pieces:
+        firsts.append(place if piece else None)
+        place += len(piece)
+    return [*before, *inner, *after], firsts

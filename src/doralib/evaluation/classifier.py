@@ -1,0 +1,80 @@
+"""What a model with a head says: a label for each text, or for each word."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ..data.encoding import context_length, pad_token
+from ..data.labels import encode_words
+from ..errors import DoraError
+
+
+def find_head_kind(model: nn.Module) -> str | None:
+    """classify or tokens, by the class of a model with a head; None for others."""
+    name = type(model).__name__
+    endings = {"ForSequenceClassification": "classify", "ForTokenClassification": "tokens"}
+    return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
+
+
+def list_labels(model: nn.Module) -> list[str]:
+    """The model's labels in the order of its outputs."""
+    names = model.config.id2label  # type: ignore[union-attr]
+    return [str(names[i]) for i in sorted(names)]  # type: ignore[index,arg-type]
+
+
+def predict_labels(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, tick: Callable[[float], None]
+) -> list[int]:
+    """The number of the likeliest label of each text; the end of one too long for the model is left out.
+
+    Raises:
+        DoraError: if the model gives NaN.
+    """
+    tokens = [tokenizer(text, verbose=False)["input_ids"][: context_length(model)] for text in texts]
+    found = _run(model, tokenizer, tokens, batch_size, tick)
+    return [int(logits_L.argmax()) for logits_L in found]
+
+
+def predict_tags(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[str]],
+    batch_size: int,
+    tick: Callable[[float], None],
+) -> list[list[int]]:
+    """The number of the likeliest label of each word of each text; -1 for words beyond what the model takes.
+
+    Raises:
+        DoraError: if the model gives NaN.
+    """
+    coded = [encode_words(tokenizer, words) for words in texts]
+    limit = context_length(model)
+    found = _run(model, tokenizer, [tokens[:limit] for tokens, _ in coded], batch_size, tick)
+    return [
+        [-1 if first is None or first >= len(logits_TL) else int(logits_TL[first].argmax()) for first in firsts]
+        for (_, firsts), logits_TL in zip(coded, found, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _run(
+    model: nn.Module, tokenizer: Tokenizer, tokens: Sequence[list[int]], batch_size: int, tick: Callable[[float], None]
+) -> list[Tensor]:
+    """Logits of each text, (L,) or (T, L); texts of like lengths go together."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    found: dict[int, Tensor] = {}
+    pad = pad_token(tokenizer)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(tokens[i]) for i in batch)
+        ids = torch.tensor([[*tokens[i], *[pad] * (longest - len(tokens[i]))] for i in batch], device=device)
+        mask = torch.tensor([[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in batch], device=device)
+        logits = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise DoraError("the model gives NaN or infinite numbers; was it trained to its end?")
+        found |= dict(zip(batch, logits, strict=True))
+        tick(min(1.0, (start + len(batch)) / len(order)))
+    return [found[i] for i in range(len(tokens))]
