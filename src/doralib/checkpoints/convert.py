@@ -30,6 +30,7 @@ TARGETS = (*(name for name, each in FORMATS.items() if each.write), LORA)
 _IN_THE_LAYERS = (
     *("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "magnitude_modules", "modules_to_save", "bias"),
+    "trainable_token_indices",
     *("d_initial", "projection_prng_key"),
 )
 
@@ -167,7 +168,7 @@ def _approximate(
 ) -> tuple[ParsedAdapter, list[Approximation]]:
     assert request.rank is not None
     state, errors = approximate(adapter.state, checkpoint, request.rank)
-    kept = ("bias", "modules_to_save", "lora_dropout", "dropout_mode")
+    kept = ("bias", "modules_to_save", "trainable_token_indices", "lora_dropout", "dropout_mode")
     config = make_config(state.layers, **{name: getattr(adapter.config, name) for name in kept})
     return ParsedAdapter(config, replace(state, base_model=request.base or state.base_model)), errors
 

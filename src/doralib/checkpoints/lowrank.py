@@ -1,7 +1,7 @@
 """The best LoRA of a given rank in place of DoRA, for servers that run LoRA alone; a layer at a time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def approximate(state: AdapterState, checkpoint: Checkpoint, rank: int) -> tuple
         layers[name], error, size = _approximate_layer(layer, W_OI, rank)
         relative = error / size if size else 0.0
         errors.append(Approximation(name, layers[name].rank, relative, error / max(W_OI.float().norm().item(), 1e-30)))
-    return AdapterState(layers, state.extra, state.base_model), errors
+    return replace(state, layers=layers), errors
 
 
 def _approximate_layer(layer: LayerAdapter, W_OI: Tensor, rank: int) -> tuple[LayerAdapter, float, float]:

@@ -35,6 +35,7 @@ def generate_command(
     from ..adapters.multiple import set_adapter
     from ..checkpoints.load import load_model, load_named_adapters
     from ..evaluation import generation
+    from ..evaluation.classifier import find_head_kind
     from ..files import check_writable
     from ..formats.base import Hints
     from .chat import chat_loop
@@ -48,6 +49,8 @@ def generate_command(
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
     loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    if find_head_kind(loaded) is not None:
+        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     names = load_named_adapters(loaded, adapter or [])
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from ..errors import list_some
 from .console import console
 from .options import Alpha, Component
 
@@ -84,7 +85,7 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None
 def _summary(adapter: Path, form: str, found: "ParsedAdapter", notes: Sequence[str]) -> Text:
     config, state = found.config, found.state
     tensors = [t for layer in state.layers.values() for t in layer.tensors().values()]
-    count = sum(t.numel() for t in [*tensors, *state.extra.values()])
+    count = sum(t.numel() for t in [*tensors, *state.extra.values(), *(rows.rows_ND for rows in state.rows.values())])
     lines = [
         f"{adapter} ({form}): {config.method}, {len(state.layers)} layers, {count:,} parameters, "
         f"base {state.base_model or 'not named'}",
@@ -93,6 +94,8 @@ def _summary(adapter: Path, form: str, found: "ParsedAdapter", notes: Sequence[s
     ]
     if state.extra:
         lines.append(f"saved whole: {', '.join(state.extra)}")
+    for name, rows in state.rows.items():
+        lines.append(f"tokens of {name}: {list_some([str(i) for i in rows.index_N.tolist()], 8, ', ')}")
     lines += [f"note: {note}" for note in notes]
     return Text("\n".join(lines))
 
