@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from adapted import move
+from safetensors.torch import load_file, save_file
 
 import doralib
 from doralib.checkpoints.merge import merge_checkpoint
@@ -114,6 +115,21 @@ def test_merge(tmp_path, case, tie):
     assert config["tie_word_embeddings"] is (tie and not untie)
 
 
+@pytest.mark.parametrize("case", ["tokens", "saved embedding", "saved and tied", "resized"])
+def test_merge_into_files_that_store_a_tied_head(tmp_path, case):
+    want = write(tmp_path, case, tie=True)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    untie = case == "saved embedding"
+    if untie:
+        with pytest.raises(DoraError, match=r"tied to model.embed_tokens.weight by config.json[^!]*--untie"):
+            merge_checkpoint(tmp_path / "peft", tmp_path / "base", tmp_path / "out")
+    merge_checkpoint(tmp_path / "peft", tmp_path / "base", tmp_path / "out", untie=untie)
+    close(logits(fresh(tmp_path, "out")), want)
+
+
 @each_tie
 @pytest.mark.parametrize("case", ["tokens", "new tokens", "saved embedding", "adapted head"])
 def test_merge_in_memory(tmp_path, case, tie):
@@ -135,8 +151,6 @@ def test_scaled_embeddings(tmp_path):
 def test_merged_rows_are_exact(tmp_path, tie):
     write(tmp_path, "tokens", tie=tie)
     merge_checkpoint(tmp_path / "peft", tmp_path / "base", tmp_path / "out")
-    from safetensors.torch import load_file
-
     name = "model.embed_tokens.weight"
     base, out = (load_file(tmp_path / each / "model.safetensors")[name] for each in ("base", "out"))
     rows = load_file(tmp_path / "peft" / "adapter_model.safetensors")[

@@ -23,8 +23,7 @@ def find_live_spelling(model: nn.Module) -> Spelling | None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    rename = _make_rename(model)
-    return Spelling(lambda name: rename(name)[0])
+    return Spelling(_keep_changed(_make_rename(model)))
 
 
 def find_stored_spelling(config: Mapping[str, Any], stored: Iterable[str]) -> Spelling | None:
@@ -44,7 +43,17 @@ def find_stored_spelling(config: Mapping[str, Any], stored: Iterable[str]) -> Sp
         log.debug(f"the names of {config.get('model_type')} could not be asked of transformers: {error}")
         return None
     # what is put together, taken apart or turned on the way is no tensor of the model's under another name
-    return Spelling(lambda name: rename(name)[0], {new: name for name, (new, changed) in names.items() if not changed})
+    return Spelling(_keep_changed(rename), {new: name for name, (new, changed) in names.items() if not changed})
+
+
+def _keep_changed(rename: Callable[[str], tuple[str, bool]]) -> Callable[[str], str]:
+    """The renaming alone: a tensor whose numbers would change too keeps its name, and is not found under another."""
+
+    def rename_alone(name: str) -> str:
+        new, changed = rename(name)
+        return name if changed else new
+
+    return rename_alone
 
 
 def _make_empty(config: Mapping[str, Any]) -> nn.Module:

@@ -79,6 +79,8 @@ class MatchedAdapter:
     """Output heads that the checkpoint does not store, by the embedding that they are tied to and start as."""
     head: Mapping[str, Tensor] = field(default_factory=dict)
     """A classifier's tensors, which the checkpoint does not have, or has for other labels."""
+    untied: bool = False
+    """Whether the head no longer equals the embedding that it was tied to."""
 
 
 def match_adapter(
@@ -115,8 +117,7 @@ def match_adapter(
 
     together = dict.fromkeys([*wanted, *values, *tied_rows])
     match = match_names(together, stored, fits, lambda: find_stored_spelling(config, stored))
-    shapes = {name: each.shape for name, each in stored.items()}
-    head = take_new_head(state, shapes, match.found)
+    head = take_new_head(state, {name: each.shape for name, each in stored.items()}, match.found)
     names = {name: target for name, target in match.found.items() if name not in head}
     missing, problems = [name for name in match.missing if name not in head], [*match.problems]
     rows = {names[name]: each for name, each in tied_rows.items() if name in names}
@@ -136,20 +137,23 @@ def match_adapter(
     for copy, embedding in copies.items():
         if embedding in rows and not {copy} & {*rows, *layers, *whole}:
             rows[copy] = rows[embedding]
+    tie = None if copies or head else _find_stored_tie(stored, config)
+    apart = tie is not None and _are_apart(tie, rows, layers, whole)
+    untied = bool(copies) or apart
+    problems += _find_stored_untied(tie) if tie and apart and not untie else []
     problems += _explain_missing(missing, stored, config)
     problems += _find_misfits(layers, whole, sized)
-    problems += _find_not_finite(layers, {**whole, **head})
-    problems += _find_bad_rows(rows, sized)
-    apart = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
-    problems += [] if dropped else _find_untied(apart, stored, config)
-    problems += _find_uneven(rows, sized)
+    problems += _find_not_finite(layers, {**whole, **head}) + _find_bad_rows(rows, sized)
+    if not dropped:
+        embeddings = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
+        problems += _find_untied(embeddings, stored, config)
     transposed, undecided = _find_transposed(layers, sized, config)
-    problems += undecided
+    problems += _find_uneven(rows, sized) + undecided
     if problems:
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies, head)
+    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies, head, untied)
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,39 @@ def _find_tied_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> 
     (embedding,) = embeddings
     front = "language_model." if embedding.startswith("language_model.model.") else ""
     return {front + _HEADS[config.get("model_type") == "gpt_neox"]: embedding}
+
+
+def _find_stored_tie(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Embedding and head of a model that ties them and has both in its files, as older tools wrote them."""
+    inner = config.get("text_config")
+    ties = [part.get("tie_word_embeddings") for part in (config, inner if isinstance(inner, dict) else {})]
+    embeddings = [name for name in stored if name.endswith(_EMBEDDINGS)]
+    heads = [name for name in stored if name.endswith(_HEADS)]
+    return (embeddings[0], heads[0]) if True in ties and len(embeddings) == len(heads) == 1 else None
+
+
+def _are_apart(
+    tie: tuple[str, str],
+    rows: dict[str, RowValues],
+    layers: Mapping[str, LayerAdapter],
+    whole: Mapping[str, Tensor],
+) -> bool:
+    """Whether the adapter changes a tied weight in one of its places only, or otherwise; rows go to both."""
+    embedding, head = tie
+    if embedding in rows and not {head} & {*rows, *layers, *whole}:
+        rows[head] = rows[embedding]
+    if not {embedding, head} & {*rows, *layers, *whole}:
+        return False
+    if embedding in whole and head in whole:
+        return not torch.equal(whole[embedding], whole[head])
+    return not (embedding in rows and head in rows and _are_equal(rows[embedding], rows[head]))
+
+
+def _find_stored_untied(tie: tuple[str, str]) -> list[str]:
+    return [
+        f"{tie[1]}: is tied to {tie[0]} by config.json, and the adapter changes the two differently; merge with "
+        "--untie, which says that they are not tied"
+    ]
 
 
 def _drop_tied_rows(

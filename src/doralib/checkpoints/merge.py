@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -224,6 +224,8 @@ class _Starts:
     """A classifier's tensors."""
     dropped: tuple[str, ...] = ()
     """The head of a language model, in whose place the classifier comes."""
+    untied: bool = False
+    """Whether the output head no longer is the embedding."""
 
 
 def _collect_changes(
@@ -265,6 +267,7 @@ def _add_starts(starts: _Starts, matched: MatchedAdapter, checkpoint: Checkpoint
     starts.resized |= matched.resized
     starts.copies |= matched.copies
     starts.head |= matched.head
+    starts.untied |= matched.untied
     if matched.head:
         starts.dropped = tuple(name for name in checkpoint.slots if name.endswith(("lm_head.weight", "lm_head.bias")))
     for name, rows in matched.rows.items():
@@ -290,20 +293,26 @@ def _add_new(plan: Plan, starts: _Starts, checkpoint: Checkpoint) -> Plan:
 
 def _update_vocabulary(folder: Path, checkpoint: Checkpoint, starts: _Starts) -> None:
     """Say in config.json how many tokens there are now, and whether the head is still the embedding."""
-    config = checkpoint.config()
-    if not config or not (starts.resized or starts.copies):
+    if not checkpoint.config() or not (starts.resized or starts.untied):
         return
     sizes = {len(value) for value in starts.resized.values()}
     old = {checkpoint.slots[starts.copies.get(name, name)].shape[0] for name in starts.resized}
-    values: dict[str, Any] = {"vocab_size": sizes.pop()} if len(sizes) == 1 else {}
     changed = dict(read_json(folder / "config.json"))
-    inner = changed.get("text_config")
-    for part in [changed, *([inner] if isinstance(inner, dict) else [])]:
-        if values and (part.get("vocab_size") in old or (part is changed and not isinstance(inner, dict))):
-            part.update(values)
-        if starts.copies and (part is changed or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
+    if starts.untied:
+        changed["tie_word_embeddings"] = False
+        _replace(changed, "tie_word_embeddings", {True}, False)
+    if len(sizes) == 1 and not _replace(changed, "vocab_size", old, size := sizes.pop()):
+        changed["vocab_size"] = size
     write_json(folder / "config.json", changed)
+
+
+def _replace(config: dict[str, Any], key: str, old: Collection[Any], new: Any) -> bool:
+    """Whether a setting had one of the old values, here or in a model inside the model, and has the new one now."""
+    found = config.get(key) in old
+    if found:
+        config[key] = new
+    inside = [_replace(value, key, old, new) for value in config.values() if isinstance(value, dict)]
+    return found or any(inside)
 
 
 def _match(adapter: ParsedAdapter, checkpoint: Checkpoint, other: Sequence[str], *, untie: bool) -> MatchedAdapter:

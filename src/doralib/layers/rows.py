@@ -24,7 +24,8 @@ class TrainedRows(ReadsThrough, Masters, AdapterLayer):
         like: The layer of the tied weight whose rows these are too.
 
     Raises:
-        DoraError: if a row is not there, or the module has no rows that are looked up or multiplied.
+        UsageError: if a row is not there, or named twice.
+        DoraError: if the module has no rows that are looked up or multiplied.
     """
 
     index_N: Tensor
@@ -36,6 +37,8 @@ class TrainedRows(ReadsThrough, Masters, AdapterLayer):
         if not isinstance(base_layer, nn.Embedding | nn.Linear):
             raise DoraError(f"trainable_token_indices: a {type(base_layer).__name__} has no rows that are tokens")
         weight = base_layer.weight
+        if len({*index}) < len(index):
+            raise UsageError("trainable_token_indices name a token twice")
         if index and not (min(index) >= 0 and max(index) < len(weight)):
             raise UsageError(f"trainable_token_indices: there is no token {max(index)} among {len(weight)}")
         self.base_layer = base_layer.requires_grad_(False)
