@@ -91,6 +91,8 @@ OLD_LLAVA = [(r"model\.language_model\.", "language_model.model.")]
 MODELS = {
     "vit": (vit, ["q_proj", "v_proj", "o_proj", "fc1", "fc2"], OLD_VIT),
     "dinov2": (dinov2, ["q_proj", "v_proj", "o_proj", "fc1"], OLD_DINO),
+    "swiglu": (lambda: dinov2(swiglu=True), ["q_proj", "gate_proj", "up_proj"], OLD_DINO),
+    "one part": (lambda: dinov2(swiglu=True), ["up_proj"], OLD_DINO),
     "llava": (llava, r"model\.language_model\..*\.(q_proj|v_proj|up_proj)", OLD_LLAVA),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -141,6 +143,26 @@ def test_ours_merges_into_its_own_base(tmp_path, name):
     doralib.save_adapter(model, tmp_path / "ours")
     merge_checkpoint(tmp_path / "ours", tmp_path / "base", tmp_path / "out")
     close(outputs(fresh(tmp_path / "out", type(model)), inputs), outputs(model, inputs))
+
+
+def test_one_layer_of_an_old_adapter_is_two_of_the_model(tmp_path):
+    torch.manual_seed(1)
+    model, inputs = dinov2(swiglu=True)
+    model.save_pretrained(tmp_path / "base")
+    size = model.dinov2.layers[0].mlp.gate_proj.out_features if hasattr(model.dinov2, "layers") else 0
+    size = size or next(m.out_features for n, m in model.named_modules() if n.endswith("gate_proj"))
+    place = next(n for n, _ in model.named_modules() if n.endswith("0.mlp"))
+    a, b, m = torch.randn(2, 16) * 0.3, torch.randn(2 * size, 2) * 0.3, torch.rand(2 * size)
+    key = f"base_model.model.{place}.weights_in"
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b, f"{key}.lora_magnitude_vector": m}
+    (tmp_path / "old").mkdir()
+    save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "use_dora": True, "r": 2, "lora_alpha": 2, "target_modules": ["weights_in"]}
+    write_json(tmp_path / "old" / "adapter_config.json", settings)
+    merge_checkpoint(tmp_path / "old", tmp_path / "base", tmp_path / "out")
+    want = outputs(fresh(tmp_path / "out", type(model)), inputs)
+    assert not torch.allclose(want, outputs(model, inputs), atol=1e-4)
+    close(outputs(doralib.load_adapter(fresh(tmp_path / "base", type(model)), tmp_path / "old"), inputs), want)
 
 
 @pytest.mark.parametrize("name", ["llava"])

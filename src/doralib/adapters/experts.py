@@ -117,27 +117,64 @@ def _stack(
     (O, I), E, P = one.shape, shape[0], len(parts)
     if sorted(shape[1:]) != sorted((P * O, I)) or any(layer.shape != (O, I) for layer in layers.values()):
         return None
-    R, with_m = max(layer.rank for layer in layers.values()), any(layer.m_O is not None for layer in layers.values())
-    scales = {layer.scale for layer in layers.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    a_EPRI, b_EPOPR = one.a_RI.new_zeros(E, P, R, I), one.b_OR.new_zeros(E, P, O, P, R)
+    with_m = any(layer.m_O is not None for layer in layers.values())
     m_EPO = None
     if with_m and len(layers) < E * P:
         if lengths is None:
             return None
-        m_EPO = lengths(name, P * O).to(one.a_RI).view(E, P, O).clone()
-    elif with_m:
+        m_EPO = lengths(name, P * O).reshape(E, P, O)
+    placed = {(e, parts.index(part)): layer for (e, part), layer in layers.items()}
+    values, scale = _put_together(placed, (E, P), m_EPO)
+    return LayerAdapter(values=values, scale=scale)
+
+
+def join_rows(parts: Mapping[int, LayerAdapter], count: int, lengths: Callable[[], Tensor]) -> LayerAdapter:
+    """One layer whose rows are those of several, one after the other; rows of none of them stay.
+
+    Args:
+        parts: by their place among the ``count`` equal shares of the rows.
+        lengths: reads the row lengths of the whole, (O,), where a share has no adapter.
+    """
+    with_m, shares = any(layer.m_O is not None for layer in parts.values()), len(parts)
+    m_EPO = lengths().reshape(1, count, -1) if with_m and shares < count else None
+    values, scale = _put_together({(0, i): layer for i, layer in parts.items()}, (1, count), m_EPO)
+    return LayerAdapter(values.a_RI[0], values.b_OR[0], None if values.m_O is None else values.m_O[0], scale)
+
+
+def _put_together(
+    layers: Mapping[tuple[int, int], LayerAdapter], size: tuple[int, int], m_EPO: Tensor | None
+) -> tuple[ExpertsValues, float]:
+    """A of each expert's parts one below the other, B with a block for each, and the scale of all.
+
+    Args:
+        m_EPO: lengths of the rows without a layer.
+    """
+    one, (E, P) = next(iter(layers.values())), size
+    (O, I), R = one.shape, max(layer.rank for layer in layers.values())
+    scales = {layer.scale for layer in layers.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    a_EPRI, b_EPOPR = one.a_RI.new_zeros(E, P, R, I), one.b_OR.new_zeros(E, P, O, P, R)
+    if m_EPO is not None:
+        m_EPO = m_EPO.to(one.a_RI).clone()
+    elif any(layer.m_O is not None for layer in layers.values()):
         m_EPO = one.a_RI.new_zeros(E, P, O)
-    for (e, part), layer in layers.items():
-        p, r = parts.index(part), layer.rank
-        a_EPRI[e, p, :r] = layer.a_RI
-        b_EPOPR[e, p, :, p, :r] = layer.b_OR * (layer.scale / scale)
+    for (e, p), layer in layers.items():
+        a_EPRI[e, p, : layer.rank] = layer.a_RI
+        b_EPOPR[e, p, :, p, : layer.rank] = layer.b_OR * (layer.scale / scale)
         if m_EPO is not None and layer.m_O is not None:
             m_EPO[e, p] = layer.m_O
-    values = ExpertsValues(
-        a_EPRI.flatten(1, 2), b_EPOPR.flatten(3).flatten(1, 2), None if m_EPO is None else m_EPO.flatten(1)
-    )
-    return LayerAdapter(values=values, scale=scale)
+    m_EO = None if m_EPO is None else m_EPO.flatten(1)
+    return ExpertsValues(a_EPRI.flatten(1, 2), b_EPOPR.flatten(3).flatten(1, 2), m_EO), scale
+
+
+def share_rows(layer: LayerAdapter, count: int) -> list[LayerAdapter]:
+    """Equal shares of a layer's rows, each a layer of its own with the same A."""
+    size = layer.shape[0] // count
+    m = layer.m_O
+    return [
+        LayerAdapter(layer.a_RI, layer.b_OR[rows], None if m is None else m[rows], layer.scale)
+        for rows in (slice(i * size, (i + 1) * size) for i in range(count))
+    ]
 
 
 def _strip_prefix(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import functional as F
 from ..config import DoraConfig, matches
 from ..state import AdapterState, FusedValues, LayerAdapter, RowValues
-from .experts import find_weights, stack_experts
+from .experts import find_weights, share_rows, stack_experts
 from .names import match_names
 from .registry import error_of
 from .scan import Scan
@@ -31,15 +31,16 @@ def match_model(found: Scan, config: DoraConfig, state: AdapterState) -> tuple[D
     stacks = {name: stack.shape for name, stack in found.stacks.items()}
     shapes = {name: tuple(p.shape) for name, p in found.parameters.items()}
     shapes |= stacks | {f"{name}.weight": base.row_shape for name, base in found.bases.items()}
-    stacked, parents = stack_experts(state.layers, shapes, partial(_read_lengths, found))
+    divided, whole, sources = _divide(found, state, shapes)
+    stacked, parents = stack_experts(divided, shapes, partial(_read_lengths, found))
     wanted = find_weights(stacked, shapes)
 
     def fits(name: str, target: str) -> bool:
         if name not in wanted:
-            return name not in state.extra or shapes[target] == tuple(state.extra[name].shape)
+            return name not in whole or shapes[target] == tuple(whole[name].shape)
         return _row_shape(wanted[name][1].narrowed(shapes[target])) == shapes[target]
 
-    tensors = dict.fromkeys([*state.extra, *state.rows, *state.resized])
+    tensors = dict.fromkeys([*whole, *state.rows, *state.resized])
     names = [*wanted, *(name for name in tensors if name not in wanted)]
     match = match_names(names, shapes, fits, partial(find_live_spelling, found.model))
     if match.problems:
@@ -48,8 +49,9 @@ def match_model(found: Scan, config: DoraConfig, state: AdapterState) -> tuple[D
     for name, (source, layer) in wanted.items():
         place = match.found.get(name, name).removesuffix("" if layer.kind == "experts" else ".weight")
         layers[place] = layer.narrowed(shapes.get(f"{place}.weight", ()))
-        origins[place] = [old for old, parent in parents.items() if parent == source] or [source]
-    extra = {match.found.get(name, name): value for name, value in state.extra.items()}
+        stacked_from = [old for old, parent in parents.items() if parent == source]
+        origins[place] = stacked_from or [sources.get(source, source)]
+    extra = {match.found.get(name, name): value for name, value in whole.items()}
     rows = _drop_tied(found, {match.found.get(name, name): value for name, value in state.rows.items()})
     resized = {match.found.get(name, name): value for name, value in state.resized.items()}
     if layers.keys() != state.layers.keys() or {*extra, *rows} != {*state.extra, *state.rows}:
@@ -57,6 +59,28 @@ def match_model(found: Scan, config: DoraConfig, state: AdapterState) -> tuple[D
         tokens = {name.removesuffix(".weight"): tuple(each.index_N.tolist()) for name, each in rows.items()}
         config = config.model_copy(update={"trainable_token_indices": tokens or ()})
     return config, replace(state, layers=layers, extra=extra, rows=rows, resized=resized)
+
+
+def _divide(
+    found: Scan, state: AdapterState, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, LayerAdapter], dict[str, Tensor], dict[str, str]]:
+    """The layers and whole tensors, those divided that the model has in parts; also the layer that each part is of."""
+    layers, whole = dict(state.layers), dict(state.extra)
+    sources: dict[str, str] = {}
+    strange = [name for name, layer in layers.items() if layer.kind == "linear" and f"{name}.weight" not in shapes]
+    if not strange or (spelling := find_live_spelling(found.model)) is None:
+        return layers, whole, sources
+    for name in strange:
+        targets = spelling.split(f"{name}.weight")
+        if targets and all(target in shapes for target in targets):
+            new = [target.removesuffix(".weight") for target in targets]
+            layers |= dict(zip(new, share_rows(layers.pop(name), len(new)), strict=True))
+            sources |= dict.fromkeys(new, name)
+    for name in state.extra:
+        targets = spelling.split(name) if name not in shapes else ()
+        if targets and all(target in shapes for target in targets):
+            whole |= dict(zip(targets, whole.pop(name).chunk(len(targets)), strict=True))
+    return layers, whole, sources
 
 
 def _drop_tied(found: Scan, rows: dict[str, RowValues]) -> dict[str, RowValues]:

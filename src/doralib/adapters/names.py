@@ -13,6 +13,19 @@ Fits = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
+class StoredPart:
+    """A tensor of a model that a checkpoint stores as one of several equal shares of another one's rows."""
+
+    stored: str
+    index: int
+    count: int
+
+
+def _split_nothing(_name: str) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
 class Spelling:
     """How transformers names what a model's files name otherwise."""
 
@@ -20,6 +33,10 @@ class Spelling:
     """A tensor's name in the model, from its name in a file, of whatever age."""
     stored: Mapping[str, str] = field(default_factory=dict)
     """By a tensor's name in the model the one that the checkpoint stores it under; empty for a live model."""
+    parts: Mapping[str, StoredPart] = field(default_factory=dict)
+    """Likewise, for tensors that are stored together."""
+    split: Callable[[str], tuple[str, ...]] = _split_nothing
+    """The model's tensors that a tensor of a file is divided into, by its rows; none, where it stays one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class NameMatch:
     """Names that the model does not have."""
     problems: list[str]
     """A line for each name that may mean several."""
+    parts: Mapping[str, StoredPart] = field(default_factory=dict)
+    """By the adapter's names, those of tensors that the checkpoint stores together."""
 
 
 # what stands in front of a model's own names, or between them, where something is wrapped around it
@@ -64,10 +83,13 @@ def match_names(
     renamed = _match({name: spelling.rename(_WRAPPERS.sub("", name)) for name in left}, table, fits)
     taken = set(again.found.values())
     found = {**again.found, **{name: target for name, target in renamed.found.items() if target not in taken}}
-    if len(found) <= len(match.found):
+    clean = {name: _WRAPPERS.sub("", name) for name in left if name not in found}
+    parts = {name: spelling.parts[each] for name, each in clean.items() if each in spelling.parts}
+    if len(found) + len(parts) <= len(match.found):
         return match
     problems = [line for line in again.problems if line in renamed.problems]
-    return NameMatch(found, [name for name in renamed.missing if name not in found], problems)
+    missing = [name for name in renamed.missing if name not in found and name not in parts]
+    return NameMatch(found, missing, problems, parts)
 
 
 def _match(spelled: Mapping[str, str], table: Mapping[str, str], fits: Fits) -> NameMatch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .names import Spelling
+from .names import Spelling, StoredPart
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ def find_live_spelling(model: nn.Module) -> Spelling | None:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    return Spelling(_keep_changed(_make_rename(model)))
+    read = _make_reader(model)
+    return Spelling(_rename_alone(read), split=lambda name: read(name)[1] or ())
 
 
 def find_stored_spelling(config: Mapping[str, Any], stored: Iterable[str]) -> Spelling | None:
@@ -37,23 +38,33 @@ def find_stored_spelling(config: Mapping[str, Any], stored: Iterable[str]) -> Sp
         return None
     try:
         model = _make_empty(config)
-        rename = _make_rename(model)
-        names = {name: rename(name) for name in stored}
+        read = _make_reader(model)
+        names = {name: read(name) for name in stored}
     except Exception as error:  # noqa: BLE001  # whatever a model's class raises, its names are not to be had
         log.debug(f"the names of {config.get('model_type')} could not be asked of transformers: {error}")
         return None
-    # what is put together, taken apart or turned on the way is no tensor of the model's under another name
-    return Spelling(_keep_changed(rename), {new: name for name, (new, changed) in names.items() if not changed})
+    parts = {
+        new: StoredPart(name, i, len(targets))
+        for name, (_, targets) in names.items()
+        if targets
+        for i, new in enumerate(targets)
+    }
+    # what else is put together or turned on the way is no tensor of the model's under another name
+    return Spelling(_rename_alone(read), {new: name for name, (new, also) in names.items() if also is None}, parts)
 
 
-def _keep_changed(rename: Callable[[str], tuple[str, bool]]) -> Callable[[str], str]:
+# a tensor's name in the model, and where its numbers change too the tensors that its rows are shared out to, if any
+_Reader = Callable[[str], tuple[str, tuple[str, ...] | None]]
+
+
+def _rename_alone(read: _Reader) -> Callable[[str], str]:
     """The renaming alone: a tensor whose numbers would change too keeps its name, and is not found under another."""
 
-    def rename_alone(name: str) -> str:
-        new, changed = rename(name)
-        return name if changed else new
+    def rename(name: str) -> str:
+        new, also = read(name)
+        return new if also is None else name
 
-    return rename_alone
+    return rename
 
 
 def _make_empty(config: Mapping[str, Any]) -> nn.Module:
@@ -69,8 +80,8 @@ def _make_empty(config: Mapping[str, Any]) -> nn.Module:
         return transformers.AutoModel.from_config(made)
 
 
-def _make_rename(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """The function from a stored name to the model's, as transformers loads it, and whether the numbers change too."""
+def _make_reader(model: nn.Module) -> _Reader:
+    """The function that says what becomes of a stored tensor, as transformers loads the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.core_model_loading import (  # noqa: PLC0415
         WeightConverter,
@@ -82,10 +93,26 @@ def _make_rename(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     changes = get_model_conversion_mapping(each)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
+    by_pattern = {pattern: converter for converter in reversed(converters) for pattern in converter.source_patterns}
     names = each.state_dict()
 
-    def rename(name: str) -> tuple[str, bool]:
-        new, converted = rename_source_key(name, renamings, converters, each.base_model_prefix, names)
-        return new, converted is not None
+    def read(name: str) -> tuple[str, tuple[str, ...] | None]:
+        new, pattern = rename_source_key(name, renamings, converters, each.base_model_prefix, names)
+        if pattern is None:
+            return new, None
+        converter = by_pattern[pattern]
+        if not _is_shared_out(converter):
+            return new, ()
+        first, *_ = converter.target_patterns
+        return new, tuple(new.replace(first, target, 1) for target in converter.target_patterns)
 
-    return rename
+    return read
+
+
+def _is_shared_out(converter: Any) -> bool:
+    """Whether it gives each of its targets an equal share of one tensor's rows, in their order."""
+    if len(converter.operations) != 1 or len(converter.source_patterns) != 1:
+        return False
+    (operation,) = converter.operations
+    own = type(operation).__name__ == "Chunk" and operation.dim == 0
+    return own and getattr(operation, "num_shards_attribute", None) is None

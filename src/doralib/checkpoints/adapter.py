@@ -136,6 +136,8 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool
 
     def lengths(name: str, num_rows: int) -> Tensor:
         stored = read_whole(checkpoint.slots[name])
+        if stored.dim() == 2:
+            return row_norm_sq(stored).sqrt()
         W_EOI = stored if stored.shape[1] == num_rows else stored.mT
         return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
 
@@ -165,7 +167,8 @@ def read_base_rows(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tupl
     # a head that is tied is read as it is: to look at it, nothing has to be untied
     quantized, matched = find_quantized(checkpoint), match_checkpoint(state, checkpoint, untie=True)
     # in the same order, by the checkpoint's names, and as wide as its weights
-    for name, slots in itertools.groupby(matched.layers.items(), key=lambda item: matched.sources[item[0]]):
+    alone = [(slot, part) for slot, part in matched.layers.items() if slot in matched.sources]
+    for name, slots in itertools.groupby(alone, key=lambda item: matched.sources[item[0]]):
         rows, layer = [], matched.adapted[name]
         for slot, part in slots:
             if slot in matched.resized:
@@ -178,3 +181,6 @@ def read_base_rows(state: AdapterState, checkpoint: Checkpoint) -> Iterator[tupl
             layer = part if layer.kind != "experts" else layer
         # experts that are kept apart come one after the other
         yield name, layer, rows[0] if len(rows) == 1 else torch.cat(rows).view(layer.shape)
+    for name, share in matched.parts.items():
+        W = read_whole(checkpoint.slots[share.stored])
+        yield name, matched.adapted[name], W.chunk(share.count)[share.index]

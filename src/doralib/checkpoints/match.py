@@ -1,14 +1,15 @@
 """Which tensor of a checkpoint each part of an adapter belongs to; everything that does not fit is told at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..adapters.experts import find_transposed_experts, find_weights, stack_experts
-from ..adapters.names import match_names
+from ..adapters.experts import find_transposed_experts, find_weights, join_rows, stack_experts
+from ..adapters.names import StoredPart, match_names
 from ..adapters.spelling import find_stored_spelling
 from ..errors import DoraError, nearest
 from ..functional import swapped_channels
@@ -81,6 +82,8 @@ class MatchedAdapter:
     """A classifier's tensors, which the checkpoint does not have, or has for other labels."""
     untied: bool = False
     """Whether the head no longer equals the embedding that it was tied to."""
+    parts: Mapping[str, StoredPart] = field(default_factory=dict)
+    """By the adapter's layers, which rows of a stored tensor they are of."""
 
 
 def match_adapter(
@@ -121,8 +124,7 @@ def match_adapter(
     names = {name: target for name, target in match.found.items() if name not in head}
     missing, problems = [name for name in match.missing if name not in head], [*match.problems]
     rows = {names[name]: each for name, each in tied_rows.items() if name in names}
-    resized = {names[name]: value for name, value in {**state.resized, **values}.items() if name in names}
-    resized = {name: value for name, value in resized.items() if _is_resized(stored[name], value, name)}
+    resized = _find_resized({**state.resized, **values}, names, stored)
     sized = {
         name: _Resized(each, tuple(resized[name].shape)) if name in resized else each for name, each in stored.items()
     }
@@ -132,8 +134,10 @@ def match_adapter(
         if key in names
     }
     sources = {names[key]: source for key, (source, _) in wanted.items() if key in names}
+    parts = {wanted[name][0]: part for name, part in match.parts.items() if name in wanted}
+    joined, bad_parts = _join_parts(adapted, parts, stored, lengths)
+    layers |= joined
     whole = {names[name]: value for name, value in values.items() if name in names}
-    dropped = {name for name in state.extra if name not in values}
     for copy, embedding in copies.items():
         if embedding in rows and not {copy} & {*rows, *layers, *whole}:
             rows[copy] = rows[embedding]
@@ -144,16 +148,48 @@ def match_adapter(
     problems += _explain_missing(missing, stored, config)
     problems += _find_misfits(layers, whole, sized)
     problems += _find_not_finite(layers, {**whole, **head}) + _find_bad_rows(rows, sized)
-    if not dropped:
+    if len(values) == len(state.extra):
         embeddings = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
         problems += _find_untied(embeddings, stored, config)
     transposed, undecided = _find_transposed(layers, sized, config)
-    problems += _find_uneven(rows, sized) + undecided
+    problems += _find_uneven(rows, sized) + undecided + bad_parts + _find_lone_parts(values.keys() & match.parts.keys())
     if problems:
         raise DoraError(
             "\n  ".join([f"the adapter does not fit the base model ({len(problems)} problems):", *problems])
         )
-    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies, head, untied)
+    return MatchedAdapter(layers, transposed, whole, sources, adapted, rows, resized, copies, head, untied, parts)
+
+
+def _join_parts(
+    adapted: Mapping[str, LayerAdapter],
+    parts: Mapping[str, StoredPart],
+    stored: Mapping[str, Stored],
+    lengths: Callable[[str, int], Tensor] | None,
+) -> tuple[dict[str, LayerAdapter], list[str]]:
+    """The adapters of stored tensors that hold several of the model's, and a line for each that cannot be."""
+    together: dict[str, dict[int, LayerAdapter]] = {}
+    counts = {part.stored: part.count for part in parts.values()}
+    for name, part in parts.items():
+        together.setdefault(part.stored, {})[part.index] = adapted[name]
+    joined, problems = {}, []
+    for name, each in together.items():
+        (O, *others), count = stored[name].shape, counts[name]
+        wrong = [layer.shape for layer in each.values() if layer.shape != (O // count, *others)]
+        lacks = len(each) < count and lengths is None
+        if wrong or O % count or lacks:
+            problems.append(f"{name}: holds {count} layers of the model, and the adapter's shapes are not theirs")
+            continue
+        joined[name] = join_rows(each, count, partial(_read_lengths, lengths, name, O))
+    return joined, problems
+
+
+def _read_lengths(lengths: Callable[[str, int], Tensor] | None, name: str, num_rows: int) -> Tensor:
+    assert lengths is not None
+    return lengths(name, num_rows)
+
+
+def _find_lone_parts(names: Collection[str]) -> list[str]:
+    return [f"{name}: is stored together with others, in whose place it cannot come alone" for name in sorted(names)]
 
 
 @dataclass(frozen=True)
@@ -172,10 +208,16 @@ class _Resized:
         return self.stored.plain
 
 
-def _is_resized(stored: Stored, value: Tensor, name: str) -> bool:
-    """Whether a tensor is an embedding's or a head's with another number of tokens."""
-    (size, *others), (mine, *same) = stored.shape or (0,), tuple(value.shape) or (0,)
-    return name.endswith((*_EMBEDDINGS, *_HEADS)) and others == same and size != mine
+def _find_resized(
+    values: Mapping[str, Tensor], names: Mapping[str, str], stored: Mapping[str, Stored]
+) -> dict[str, Tensor]:
+    """The embeddings and heads that have another number of tokens, by their stored names."""
+    found = {}
+    for name, value in values.items():
+        if (target := names.get(name, "")).endswith((*_EMBEDDINGS, *_HEADS)):
+            (size, *others), (mine, *same) = stored[target].shape or (0,), tuple(value.shape) or (0,)
+            found |= {target: value} if others == same and size != mine else {}
+    return found
 
 
 def _find_tied_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, str]:
