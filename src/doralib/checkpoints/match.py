@@ -212,7 +212,7 @@ def _find_resized(
     values: Mapping[str, Tensor], names: Mapping[str, str], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
     """The embeddings and heads that have another number of tokens, by their stored names."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in values.items():
         if (target := names.get(name, "")).endswith((*_EMBEDDINGS, *_HEADS)):
             (size, *others), (mine, *same) = stored[target].shape or (0,), tuple(value.shape) or (0,)
