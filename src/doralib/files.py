@@ -1,5 +1,6 @@
 """Bytes in and out: files that appear whole or not at all, JSON, safetensors."""
 
+import codecs
 import contextlib
 import errno
 import glob
@@ -142,6 +143,12 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file begins with one, in UTF-8 or UTF-16."""
+    with path.open("rb") as file:
+        return file.read(3).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
@@ -151,7 +158,8 @@ def read_json(path: str | Path) -> Any:
     """
     path = find_file(path)
     try:
-        return json.loads(read_text(path))
+        # Windows' editors and shells put a byte order mark in front, and some write UTF-16
+        return json.loads(path.read_bytes() if has_byte_order_mark(path) else read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
 
@@ -164,7 +172,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = find_file(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}") from None
 

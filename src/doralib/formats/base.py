@@ -23,6 +23,8 @@ class RawAdapter:
     """The metadata inside a safetensors file."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """doralib_config.json beside the tensors: what PEFT's files have no word for."""
+    notes: tuple[str, ...] = ()
+    """What of the files was not as their format has it, a sentence each."""
 
 
 @dataclass(frozen=True)

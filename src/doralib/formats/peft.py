@@ -13,6 +13,7 @@ from ..errors import DoraError, raise_problems
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .peft_settings import LORA, VERA
 from .peft_vera import TYPES, from_vera, to_vera
 from .tensors import check_complete, compute_alpha
 
@@ -34,13 +35,6 @@ _SHARED = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "modules_to_save", "target_parameters", "bias"),
 )
-# what PEFT can write and a linear DoRA adapter here cannot mean; the last is what `tensorrt` writes
-_REFUSED = (
-    *("lora_bias", "layer_replication", "use_qalora", "use_bdlora", "trainable_token_indices"),
-    "magnitudes_divided_by_norm",
-)
-# starts of PEFT's that change the base weight, so that the tensors mean nothing beside the weight as it was
-_MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def detect(raw: RawAdapter) -> bool:
@@ -66,7 +60,10 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         for field, value in unsaid.items()
         if field != "lora_alpha" or hints.alpha is None
     )
-    return ParsedAdapter(*from_peft(raw.tensors, {**settings, **unsaid}), notes)
+    verdicts = LORA if is_lora else VERA
+    return ParsedAdapter(
+        *from_peft(raw.tensors, {**settings, **unsaid}), (*notes, *verdicts.describe_unknown(settings))
+    )
 
 
 def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
@@ -106,6 +103,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     if not layers and not extra and not problems:
         problems.append("the file holds no tensor at all")
     raise_problems("adapter", problems)
+    if settings.get("layers_to_transform") is not None:
+        config = config.model_copy(update={"target_modules": tuple(sorted(layers))})
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
     return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"))
@@ -182,13 +181,7 @@ def _make_patterns(config: DoraConfig, state: AdapterState) -> dict[str, dict[st
 def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
     if (kind := settings.get("peft_type", "LORA")) != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
-    if asked := [field for field in _REFUSED if settings.get(field)]:
-        raise DoraError(f"adapter: {', '.join(asked)} is set, which a linear DoRA or LoRA adapter has no place for")
-    if (start := str(settings.get("init_lora_weights"))).lower().startswith(_MOVED_STARTS):
-        raise DoraError(
-            f"adapter: init_lora_weights is {start!r}: its A and B belong to a base that PEFT changed, not to the base "
-            "model; save it in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    LORA.check(settings)
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values.get(field), list | set):
