@@ -19,8 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import DoraError, UsageError, did_you_mean, list_some
+from .process import ON_WINDOWS, is_alive
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# Windows' own number of a full disk, which safetensors passes on
+_FULL_BY_WINDOWS = 112
 _HOST = socket.gethostname()
 
 
@@ -192,7 +195,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = find_file(path)
     try:
-        return safetensors.torch.load_file(path)
+        # tensors are mapped from the file, and Windows lets nobody replace a file that is
+        return safetensors.torch.load(path.read_bytes()) if ON_WINDOWS else safetensors.torch.load_file(path)
     except SafetensorError as error:
         if pointer := explain_git_lfs(path):
             raise DoraError(pointer) from None
@@ -235,18 +239,8 @@ def _sweep(final: Path) -> None:
     delete(aside)
     for part in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(_HOST)}-*.part"):
         pid = part.name.removesuffix(".part").rsplit("-", 2)[-2]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             delete(part)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync(part: Path) -> None:
@@ -256,7 +250,9 @@ def _sync(part: Path) -> None:
 
 
 def _sync_one(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
+    if ON_WINDOWS and file.is_dir():
+        return
+    handle = os.open(file, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -287,7 +283,7 @@ def _set_aside_name(final: Path) -> Path:
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
-    return any(f"os error {code}" in str(error) for code in _FULL)
+    return any(f"os error {code})" in str(error) for code in (*_FULL, _FULL_BY_WINDOWS))
 
 
 def _explain_disk_full(final: Path, need: int) -> str:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from torch import Tensor
@@ -103,7 +103,8 @@ def _shorten_name(model: str | Path) -> str:
         path = path.with_suffix("") if path.suffix == ".gguf" else path.parent
     if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return path.parents[1].name.rpartition("--")[2].lower()
-    return path.name.removesuffix(".gguf").lower()
+    # the other system's path too: adapters are made on one and used on another
+    return PureWindowsPath(path).name.removesuffix(".gguf").lower()
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -174,7 +174,7 @@ def _approximate(
 
 def _read_logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
     """The logits of the base with this adapter, (positions of all texts, vocabulary)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
     return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

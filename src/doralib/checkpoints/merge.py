@@ -5,7 +5,6 @@ touch is copied as bytes.
 """
 
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from ..files import format_bytes, list_folder, replacing, write_json
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
+from ..process import read_peak_memory
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from ..state import LayerAdapter
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
@@ -76,8 +76,8 @@ class MergeSummary:
     bytes: int
     """Bytes of weights written."""
     seconds: float
-    peak_bytes: int
-    """Most memory this process has held so far."""
+    peak_bytes: int | None
+    """Most memory this process has held so far; None where the system does not tell."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken along: weights in other formats."""
     notes: tuple[str, ...] = ()
@@ -87,9 +87,10 @@ class MergeSummary:
 
     def text(self) -> str:
         """For a person."""
+        peak = "" if self.peak_bytes is None else f", at most {format_bytes(self.peak_bytes)} of memory"
         lines = [
             f"{self.out}: {self.layers} layers merged, {self.replaced} tensors replaced, of {self.tensors}; "
-            f"{format_bytes(self.bytes)} in {self.seconds:.1f} s, at most {format_bytes(self.peak_bytes)} of memory"
+            f"{format_bytes(self.bytes)} in {self.seconds:.1f} s{peak}"
         ]
         if len(self.adapters) > 1:
             lines += [adapter.text() for adapter in self.adapters]
@@ -158,7 +159,7 @@ def merge_checkpoint(
         tensors=len(checkpoint.slots),
         bytes=need,
         seconds=time.perf_counter() - started,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=read_peak_memory(),
         left_out=left_out,
         notes=tuple(notes),
         requantised=errors,

@@ -12,7 +12,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from io import FileIO
+from pathlib import Path, PureWindowsPath
 from typing import Any, Self
 
 import torch
@@ -242,28 +243,32 @@ def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> N
     with source.open("rb", buffering=0) as src, target.open("r+b", buffering=0) as dst:
         done = 0
         while done < count:
-            done += _copy_some(src.fileno(), dst.fileno(), count - done, start + done, at + done)
+            done += _copy_some(src, dst, count - done, start + done, at + done)
 
 
 def write_at(target: Path, at: int, block: Tensor) -> None:
     """Write the bytes of a contiguous tensor into a file that exists."""
     view = view_bytes(block)
     with target.open("r+b", buffering=0) as file:
+        file.seek(at)
         done = 0
         while done < len(view):
-            done += os.pwrite(file.fileno(), view[done:], at + done)
+            done += file.write(view[done:]) or 0
 
 
-def _copy_some(src: int, dst: int, count: int, start: int, at: int) -> int:
+def _copy_some(src: FileIO, dst: FileIO, count: int, start: int, at: int) -> int:
     """Bytes copied, at least one."""
     try:
-        got = os.copy_file_range(src, dst, count, start, at) if hasattr(os, "copy_file_range") else -1
+        kernel = getattr(os, "copy_file_range", None)  # Linux alone has it
+        got = kernel(src.fileno(), dst.fileno(), count, start, at) if kernel else -1
     except OSError as error:
         if error.errno not in _NO_KERNEL_COPY:
             raise
         got = -1
     if got < 0:
-        got = os.pwrite(dst, os.pread(src, min(count, _COPY_BLOCK), start), at)
+        src.seek(start)
+        dst.seek(at)
+        got = dst.write(src.read(min(count, _COPY_BLOCK))) or 0
     if got == 0:
         raise DoraError("a shard became shorter while it was copied; nothing was written")
     return got
@@ -277,9 +282,10 @@ def _is_weights(name: Path) -> bool:
 def _fill(block: Tensor, slot: Slot, at: int) -> None:
     view = view_bytes(block)
     with slot.file.open("rb", buffering=0) as file:
+        file.seek(at)
         done = 0
         while done < len(view):
-            got = os.preadv(file.fileno(), [view[done:]], at + done)
+            got = file.readinto(view[done:]) or 0
             if got == 0:
                 raise DoraError(f"{slot.file} became shorter while {slot.name} was read; nothing was written")
             done += got
@@ -308,7 +314,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     whole = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
     if not whole or not weight_map:
         raise DoraError(f"{index} has no weight_map from tensors to files; download it again")
-    if outside := sorted({file for file in weight_map.values() if Path(file).name != file}):
+    # read as Windows does, a drive or a backslash is a path too, wherever the index was written
+    if outside := sorted({file for file in weight_map.values() if PureWindowsPath(file).name != file}):
         raise DoraError(f"{index} names files outside its own folder: {', '.join(outside)}")
     return weight_map
 
