@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from doralib import functional
+from doralib.checkpoints import merge
 from doralib.checkpoints import safetensors as checkpoints
-from doralib.checkpoints import stream
 from doralib.checkpoints.match import match_adapter
 from doralib.checkpoints.merge import RECORD, merge_checkpoint
 from doralib.config import DoraConfig
@@ -364,7 +364,7 @@ def test_where_out_may_be(tmp_path):
     ],
     ids=["full disk", "Ctrl-C", "fault"],
 )
-@pytest.mark.parametrize(("place", "call"), [(stream, "write_at"), (os, "copy_file_range")], ids=["write", "copy"])
+@pytest.mark.parametrize(("place", "call"), [(merge, "write_at"), (os, "copy_file_range")], ids=["write", "copy"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_merge_that_fails_leaves_nothing_and_loses_nothing(
     tmp_path, monkeypatch, error, raised, message, place, call, exists

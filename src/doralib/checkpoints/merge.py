@@ -25,8 +25,19 @@ from ..state import LayerAdapter
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .match import MatchedAdapter
 from .quantized import find_quantized
-from .safetensors import CODES, Checkpoint
-from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
+from .safetensors import CODES, Checkpoint, copy_bytes, write_at
+from .stream import (
+    NewFile,
+    Plan,
+    Progress,
+    Sink,
+    TensorChange,
+    ignore_progress,
+    plan_file,
+    stream_weights,
+    write_companions,
+    write_headers,
+)
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -147,7 +158,8 @@ def merge_checkpoint(
     with replacing(out, need) as part:
         part.mkdir()
         files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
-        errors = write_weights(files, plan, progress)
+        write_headers(files)
+        errors = stream_weights(files, plan, progress, Sink(write_at, copy_bytes))
         left_out = write_companions(part, checkpoint, dtype, files)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
@@ -164,6 +176,20 @@ def merge_checkpoint(
         notes=tuple(notes),
         requantised=errors,
     )
+
+
+def plan_again(
+    merged: Path, ingredients: Sequence[Ingredient], base: str | Path, dtype: str | None
+) -> tuple[list[NewFile], Plan]:
+    """Plan a merge that was done, from its base and adapters: the files as they have to stand in ``merged``.
+
+    Raises:
+        DoraError: as `merge_checkpoint` does.
+    """
+    checkpoint = open_checkpoint(base, ingredients)
+    _, changes, _ = _collect_changes(ingredients, checkpoint)
+    plan = _make_plan(changes, checkpoint, _find_code(dtype))
+    return [plan_file(shard, plan, merged) for shard in checkpoint.shards], plan
 
 
 def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:

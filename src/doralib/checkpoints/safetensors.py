@@ -238,6 +238,18 @@ def lay_out(slots: Sequence[Slot], file: Path, metadata: Mapping[str, str] | Non
     return header, placed
 
 
+def read_bytes(file: Path, start: int, count: int) -> Tensor:
+    """A range of a file, (count,) in uint8; shorter where the file ends."""
+    block = torch.empty(count, dtype=torch.uint8)
+    view = view_bytes(block)
+    with file.open("rb", buffering=0) as source:
+        source.seek(start)
+        done = 0
+        while done < count and (got := source.readinto(view[done:])):
+            done += got
+    return block[:done]
+
+
 def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> None:
     """Copy a range of one file into another that exists, inside the kernel where it can."""
     with source.open("rb", buffering=0) as src, target.open("r+b", buffering=0) as dst:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console
-from .options import Alpha, Component, Overwrite
+from .options import Alpha, Component, Overwrite, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -29,7 +29,10 @@ def merge_command(
     ] = None,
     alpha: Alpha = None,
     component: Component = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
+    verify: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge adapters into a checkpoint."""
@@ -38,22 +41,34 @@ def merge_command(
 
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
     merge_and_show(
-        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify, overwrite=overwrite
+        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify or (), overwrite=overwrite
     )
 
 
 def merge_and_show(
-    adapters: "Sequence[Ingredient]", base: str | None, out: Path, *, dtype: str | None, verify: bool, overwrite: bool
+    adapters: "Sequence[Ingredient]",
+    base: str | None,
+    out: Path,
+    *,
+    dtype: str | None,
+    verify: Sequence[str],
+    overwrite: bool,
 ) -> "MergeSummary":
-    """Merge, print the summary, and with `verify` compare logits on real text.
+    """Merge, print the summary, and check it.
+
+    Args:
+        verify: ``logits`` compares those of merged and adapted on real text, ``exact`` makes every bit again.
 
     Raises:
         UsageError: if an adapter is not there, or no base is named.
-        DoraError: if the merged model does not answer as the adapted one does.
+        DoraError: if the merged model does not answer as the adapted one does, or a bit of it is not what it should be.
     """
     from ..checkpoints.merge import merge_checkpoint
+    from ..checkpoints.replay import verify_bits
     from ..checkpoints.verify import verify_merge
 
+    if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
+        raise UsageError(f"--verify {unknown[0]}: give {' or '.join(VerifyingCommand.choices)}")
     with ExitStack() as stack:
         folder = _open_base(adapters, base, out, stack)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -67,7 +82,12 @@ def merge_and_show(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         console.print(summary.text())
-        if verify:
+        if "exact" in verify:
+            replay = verify_bits(out, adapters, folder, dtype)
+            console.print(replay.text())
+            if not replay.passed:
+                raise DoraError(f"{out}: the merged model is not bit for bit what its base and adapters make")
+        if "logits" in verify:
             check = verify_merge(out, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:
