@@ -125,6 +125,8 @@ def read_raw_adapter(path: Path) -> RawAdapter:
     Raises:
         DoraError: if either is damaged.
     """
+    if path.suffix == ".gguf":
+        raise UsageError(f"{path} is a .gguf file; adapters in that form are written, not read")
     settings, own = (_read_beside(path, name) for name in (SETTINGS_FILE, _OWN_SETTINGS))
     notes = _note_byte_order_mark(path.parent / SETTINGS_FILE)
     if path.suffix in _PICKLED:
@@ -141,7 +143,7 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     Raises:
         UsageError: if something stands there and is not to be overwritten, or the format needs a folder.
     """
-    lone = is_tensors_file(out)
+    lone = is_tensors_file(out) or out.suffix == Path(into.tensors_file).suffix
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
@@ -156,7 +158,10 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     there = [str(file) for file in (path, *beside) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
-    if path.suffix in _PICKLED:
+    if into.save:
+        with files.replacing(path) as part:
+            into.save(raw, part)
+    elif path.suffix in _PICKLED:
         with files.replacing(path) as part:
             torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
     else:
