@@ -21,7 +21,7 @@ from .gguf import open_base_folder
 from .load import load_model
 from .lowrank import Approximation, approximate
 from .merge import Ingredient, merge_checkpoint
-from .safetensors import Checkpoint
+from .safetensors import Checkpoint, find_variant
 from .serving import MERGED, Form, choose_form, find_server, make_uniform
 from .verify import compute_logit_error, compute_logits
 
@@ -58,6 +58,8 @@ class ConversionRequest:
     overwrite: bool = False
     server: str | None = None
     """The server that it is for, in place of a format."""
+    variant: str | None = None
+    """Which weights of the base, where its folder holds several."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,12 @@ def convert_adapter(request: ConversionRequest) -> Conversion:
         hints, base = request.given, None
         if request.base:
             base = stack.enter_context(open_base_folder(request.base, request.out))
-            hints = describe_base(hints, base)
+            hints = describe_base(hints, base, request.variant)
         source, adapter = read_any_format(request.adapter, hints, request.source)
         form = _choose_form(request, adapter)
         if base is None and (form.shrink or form.to == MERGED or _find_target(form).needs_weights):
             base = stack.enter_context(open_base_folder(_find_base(request, adapter), request.out))
-            hints = describe_base(hints, base)
+            hints = describe_base(hints, base, request.variant)
         if form.to == MERGED:
             assert base is not None
             return _merge(request, source.name, base, form)
@@ -131,8 +133,12 @@ def _merge(request: ConversionRequest, source: str, base: Path, form: Form) -> C
     if request.out.suffix in (".safetensors", ".gguf"):
         raise UsageError(f"--out {request.out}: a merged model is a folder; name one, or give --rank R")
     one = Ingredient(request.adapter, given=request.given)
-    done = merge_checkpoint([one], base, request.out, overwrite=request.overwrite)
+    done = merge_checkpoint([one], _choose_weights(base, request), request.out, overwrite=request.overwrite)
     return Conversion(request.out, source, "a merged checkpoint", done.layers, (*form.notes, *done.notes))
+
+
+def _choose_weights(base: Path, request: ConversionRequest) -> Path:
+    return find_variant(base, request.variant) if request.variant and base.is_dir() else base
 
 
 def _write(
@@ -147,7 +153,7 @@ def _write(
     written, errors, logits = adapter, list[Approximation](), None
     if form.shrink:
         assert base is not None
-        written, errors = _approximate(adapter, Checkpoint.open(base), request)
+        written, errors = _approximate(adapter, Checkpoint.open(_choose_weights(base, request)), request)
     if form.one_scale:
         written = make_uniform(written)
     raw = into.write(written.config, written.state, hints)

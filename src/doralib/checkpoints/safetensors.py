@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -40,10 +41,14 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # weights as plain numbers; float8 and integers mean something only with scales kept elsewhere
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
-_WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json")
+# `model.safetensors.index.json`, of a variant `model.safetensors.index.fp16.json`
+_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[^.]+)?\.json$")
+# transformers' name of a model's weights, and diffusers'
+_MODEL_NAMES = ("model", "diffusion_pytorch_model")
 _COPY_BLOCK = 4 << 20
 # between two file systems, or on one that cannot
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+_VARIANT = re.compile(r"(?:model|diffusion_pytorch_model)\.(?:safetensors\.index\.)?([^.-]+)(?:\.safetensors|\.json)")
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -118,7 +123,7 @@ class Checkpoint:
         """
         path = Path(path)
         weights = path if path.is_file() else _find_weights_file(path)
-        if not weights.name.endswith(".index.json"):
+        if not _INDEX.search(weights.name):
             shard = read_shard(weights)
             return cls(weights.parent, (shard,), None, {slot.name: slot for slot in shard.slots})
         return cls._open_index(weights)
@@ -287,7 +292,7 @@ def _copy_some(src: FileIO, dst: FileIO, count: int, start: int, at: int) -> int
 
 
 def _is_weights(name: Path) -> bool:
-    weights = name.suffix in _WEIGHTS or name.name.endswith(_WEIGHT_INDEXES)
+    weights = name.suffix in _WEIGHTS or bool(_INDEX.search(name.name))
     return weights or name.name == "adapter_config.json"
 
 
@@ -303,20 +308,37 @@ def _fill(block: Tensor, slot: Slot, at: int) -> None:
             done += got
 
 
+def find_variant(folder: Path, variant: str) -> Path:
+    """The file of weights, or the index of its shards, of one variant (fp16, ema, ...) that a folder holds.
+
+    Raises:
+        UsageError: if it holds none of this name, with those that it holds.
+    """
+    for name in _MODEL_NAMES:
+        for file in (f"{name}.{variant}.safetensors", f"{name}.safetensors.index.{variant}.json"):
+            if (folder / file).is_file():
+                return folder / file
+    found = sorted({match[1] for file in folder.glob("*.safetensors*") if (match := _VARIANT.fullmatch(file.name))})
+    there = f"it has {', '.join(found)}" if found else f"it has no variants, and holds: {list_folder(folder)}"
+    raise UsageError(f"--variant {variant}: {folder} has no such weights; {there}")
+
+
 def _find_weights_file(folder: Path) -> Path:
     """The file that transformers would read; else the only one there is."""
     if not folder.is_dir():
         raise UsageError(f"there is no model folder {folder}")
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            return folder / name
+    for name in _MODEL_NAMES:
+        for file in (f"{name}.safetensors", f"{name}.safetensors.index.json"):
+            if (folder / file).is_file():
+                return folder / file
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = [file for file in folder.glob(pattern) if not file.name.startswith("adapter_")]
         if len(found) == 1:
             return found[0]
     raise UsageError(
         f"{folder} has no model.safetensors or model.safetensors.index.json; it holds: {list_folder(folder)}\n"
-        "  weights in another format: load them in transformers and save_pretrained them first"
+        "  of several variants choose one with --variant; weights in another format: load them in transformers and "
+        "save_pretrained them first"
     )
 
 

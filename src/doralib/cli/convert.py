@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console
-from .options import Alpha, Component, Overwrite
+from .options import Alpha, Component, Overwrite, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -33,6 +33,7 @@ def convert_command(
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
     alpha: Alpha = None,
     component: Component = None,
+    variant: Variant = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the nearest LoRA (lora, gguf, --for).")] = None,
     texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
     overwrite: Overwrite = False,
@@ -47,7 +48,19 @@ def convert_command(
 
     given = Hints(alpha=alpha, component=component)
     convert_and_show(
-        ConversionRequest(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite, server)
+        ConversionRequest(
+            adapter,
+            to,
+            out,
+            source,
+            base,
+            given,
+            rank,
+            tuple(TEXTS) if texts else (),
+            overwrite,
+            server,
+            variant,
+        )
     )
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console
-from .options import Alpha, Component, Overwrite, VerifyingCommand
+from .options import Alpha, Component, Overwrite, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -29,6 +29,7 @@ def merge_command(
     ] = None,
     alpha: Alpha = None,
     component: Component = None,
+    variant: Variant = None,
     verify: Annotated[
         list[str] | None,
         typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
@@ -41,7 +42,13 @@ def merge_command(
 
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
     merge_and_show(
-        with_weights(adapters, weight or [], each), base, out, dtype=dtype, verify=verify or (), overwrite=overwrite
+        with_weights(adapters, weight or [], each),
+        base,
+        out,
+        dtype=dtype,
+        verify=verify or (),
+        overwrite=overwrite,
+        variant=variant,
     )
 
 
@@ -53,6 +60,7 @@ def merge_and_show(
     dtype: str | None,
     verify: Sequence[str],
     overwrite: bool,
+    variant: str | None = None,
 ) -> "MergeSummary":
     """Merge, print the summary, and check it.
 
@@ -65,12 +73,16 @@ def merge_and_show(
     """
     from ..checkpoints.merge import merge_checkpoint
     from ..checkpoints.replay import verify_bits
+    from ..checkpoints.safetensors import find_variant
     from ..checkpoints.verify import verify_merge
 
     if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
         raise UsageError(f"--verify {unknown[0]}: give {' or '.join(VerifyingCommand.choices)}")
+    if variant and "logits" in verify:
+        raise UsageError("--verify logits loads a folder's own weights, not a variant; give --verify exact")
     with ExitStack() as stack:
         folder = _open_base(adapters, base, out, stack)
+        folder = find_variant(folder, variant) if variant else folder
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
