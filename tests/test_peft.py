@@ -390,8 +390,8 @@ def test_pefts_caching_is_said_to_do_nothing_and_the_norms_are_kept_all_the_same
     from doralib.kernels import cache
 
     peft._note_caching.cache_clear()
-    made, own = [], cache._make
-    monkeypatch.setattr(cache, "_make", lambda requests: made.append(len(requests)) or own(requests))
+    made, own = [], cache.renew_operands
+    monkeypatch.setattr(cache, "renew_operands", lambda requests: made.append(len(requests)) or own(requests))
     model = accelerate(peft_model()).eval()
     with torch.no_grad(), DoraCaching():
         with pytest.warns(Note, match="DoraCaching has no effect") as said:
