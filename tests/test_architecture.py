@@ -31,6 +31,7 @@ OPTIONAL = {
     "matplotlib": {"runs/plots.py"},
     "bitsandbytes": set(),
     "peft": {"experiments/bench"},
+    "psutil": {"process.py"},
     "rich": {"cli/"},  # all printing is there
 }
 

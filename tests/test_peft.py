@@ -9,7 +9,7 @@ from conftest import make_llama, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from doralib.errors import UsageError
+from doralib.errors import Note, UsageError
 from doralib.kernels.dropout import draw, zeroed
 from doralib.peft import accelerate, restore
 
@@ -381,3 +381,24 @@ def test_refusals_name_every_layer_with_its_reason():
     with pytest.raises(UsageError, match=r"1 of 2 DoRA layers[\s\S]*conv: it is PEFT's Conv2d"):
         accelerate(model)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_pefts_caching_is_said_to_do_nothing_and_the_norms_are_kept_all_the_same(monkeypatch):
+    from peft.helpers import DoraCaching
+
+    from doralib import peft
+    from doralib.kernels import cache
+
+    peft._note_caching.cache_clear()
+    made, own = [], cache.renew_operands
+    monkeypatch.setattr(cache, "renew_operands", lambda requests: made.append(len(requests)) or own(requests))
+    model = accelerate(peft_model()).eval()
+    with torch.no_grad(), DoraCaching():
+        with pytest.warns(Note, match="DoraCaching has no effect") as said:
+            first = model(IDS).logits
+        computed = sum(made)
+        again = model(IDS).logits
+    assert len(said) == 1
+    assert computed == sum(made) == 8
+    assert torch.equal(first, again)
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"]._dora_cache

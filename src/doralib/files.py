@@ -1,5 +1,6 @@
 """Bytes in and out: files that appear whole or not at all, JSON, safetensors."""
 
+import codecs
 import contextlib
 import errno
 import glob
@@ -18,8 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import DoraError, UsageError, did_you_mean, list_some
+from .process import ON_WINDOWS, is_alive
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# Windows' own number of a full disk, which safetensors passes on
+_FULL_BY_WINDOWS = 112
 _HOST = socket.gethostname()
 
 
@@ -142,6 +146,12 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file begins with one, in UTF-8 or UTF-16."""
+    with path.open("rb") as file:
+        return file.read(3).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
@@ -151,7 +161,8 @@ def read_json(path: str | Path) -> Any:
     """
     path = find_file(path)
     try:
-        return json.loads(read_text(path))
+        # Windows' editors and shells put a byte order mark in front, and some write UTF-16
+        return json.loads(path.read_bytes() if has_byte_order_mark(path) else read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
 
@@ -164,7 +175,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = find_file(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}") from None
 
@@ -184,7 +195,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = find_file(path)
     try:
-        return safetensors.torch.load_file(path)
+        # tensors are mapped from the file, and Windows lets nobody replace a file that is
+        return safetensors.torch.load(path.read_bytes()) if ON_WINDOWS else safetensors.torch.load_file(path)
     except SafetensorError as error:
         if pointer := explain_git_lfs(path):
             raise DoraError(pointer) from None
@@ -227,18 +239,8 @@ def _sweep(final: Path) -> None:
     delete(aside)
     for part in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(_HOST)}-*.part"):
         pid = part.name.removesuffix(".part").rsplit("-", 2)[-2]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             delete(part)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync(part: Path) -> None:
@@ -248,7 +250,9 @@ def _sync(part: Path) -> None:
 
 
 def _sync_one(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
+    if ON_WINDOWS and file.is_dir():
+        return
+    handle = os.open(file, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -279,7 +283,7 @@ def _set_aside_name(final: Path) -> Path:
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
-    return any(f"os error {code}" in str(error) for code in _FULL)
+    return any(f"os error {code})" in str(error) for code in (*_FULL, _FULL_BY_WINDOWS))
 
 
 def _explain_disk_full(final: Path, need: int) -> str:

@@ -5,12 +5,15 @@ without dropout, no identity matrix, and no NaN on zero rows. Nothing is wrapped
 the instance, and `restore` puts PEFT's own back.
 """
 
+import functools
+import sys
+import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import Note, UsageError
 from .kernels import eager
 from .kernels.cache import Group, LayerCache
 from .kernels.dispatch import on_gpu
@@ -21,6 +24,7 @@ from .layers.base.registry import open_base
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."
+_PEFT_DORA = "peft.tuners.lora.dora"
 _TAKEN = "doralib_fast"
 _DROPOUTS = (nn.Dropout, nn.Identity)
 
@@ -30,6 +34,9 @@ def accelerate(peft_model: Model) -> Model:
 
     Where a call needs what PEFT alone can do (merged or disabled adapters, several at once, adapters without DoRA, a
     base weight that is trained or has hooks, a compiler on a CPU) the layer's own forward is used.
+
+    PEFT's `DoraCaching` has nothing to do there: norms and products are kept between calls anyway, and made anew once
+    A, B or m change, which its own caches do not notice.
 
     Raises:
         UsageError: if there is no DoRA layer, or some cannot be taken: all of them with the reason; nothing is changed.
@@ -74,6 +81,8 @@ class _Fast:
         layer = self.layer
         plain = not args and all(value is None for value in kwargs.values())
         if plain and not (layer.disable_adapters or layer.merged or self._has_more(x)) and self._is_ours():
+            if not torch.compiler.is_compiling() and getattr(_find_peft_dora(), "ENABLE_DORA_CACHING", False):
+                _note_caching()
             return self._dora(x, layer.active_adapters[0])
         own: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return own
@@ -108,6 +117,21 @@ class _Fast:
         if dropout is None and not torch.is_grad_enabled():
             return eager.infer(x, W_OI, operands, None if bias_O is None else bias_O.to(x.dtype))
         return eager.apply_operands(x, W_OI, (A, B, m), operands, bias_O, dropout)
+
+
+def _find_peft_dora() -> Any:
+    """PEFT's module that the caching is switched on in."""
+    return sys.modules.get(_PEFT_DORA)
+
+
+@functools.cache
+def _note_caching() -> None:
+    """Say once that PEFT's caches stay empty."""
+    warnings.warn(
+        "accelerate: DoraCaching has no effect on accelerated layers, which keep their norms between calls anyway",
+        Note,
+        stacklevel=2,
+    )
 
 
 def _is_dora(module: nn.Module) -> bool:

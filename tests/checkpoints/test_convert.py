@@ -37,7 +37,7 @@ def trained(tiny_llama, tiny_llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "to", [name for name in TARGETS if name not in ("tensorrt", "lora", "diffusers", "ai-toolkit")]
+    "to", [name for name in TARGETS if name not in ("tensorrt", "lora", "gguf", "diffusers", "ai-toolkit")]
 )
 def test_there_and_back(to, trained, tmp_path):
     adapter, base = trained

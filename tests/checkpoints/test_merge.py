@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from doralib import functional
+from doralib.checkpoints import merge
 from doralib.checkpoints import safetensors as checkpoints
 from doralib.checkpoints.match import match_adapter
 from doralib.checkpoints.merge import RECORD, merge_checkpoint
@@ -363,17 +364,17 @@ def test_where_out_may_be(tmp_path):
     ],
     ids=["full disk", "Ctrl-C", "fault"],
 )
-@pytest.mark.parametrize("call", ["pwrite", "copy_file_range"])
+@pytest.mark.parametrize(("place", "call"), [(merge, "write_at"), (os, "copy_file_range")], ids=["write", "copy"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_merge_that_fails_leaves_nothing_and_loses_nothing(
-    tmp_path, monkeypatch, error, raised, message, call, exists
+    tmp_path, monkeypatch, error, raised, message, place, call, exists
 ):
     base = save_base(tmp_path / "base", base_tensors(torch.float32))
     folder = save_adapter(tmp_path / "adapter", AdapterState({Q: layer(), UP: layer(O + 1)}))
     if exists:
         merge_checkpoint(folder, base, tmp_path / "out")
     before = content(tmp_path)
-    real, calls = getattr(os, call), []
+    real, calls = getattr(place, call), []
 
     def failing(*args):
         calls.append(args)
@@ -381,7 +382,7 @@ def test_a_merge_that_fails_leaves_nothing_and_loses_nothing(
             raise error
         return real(*args)
 
-    monkeypatch.setattr(os, call, failing)
+    monkeypatch.setattr(place, call, failing)
     with pytest.raises(raised, match=message):
         merge_checkpoint(folder, base, tmp_path / "out", overwrite=True)
     assert content(tmp_path) == before

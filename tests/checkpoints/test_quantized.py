@@ -176,7 +176,7 @@ def test_verify(kind, bases, adapter, tmp_path):
 def test_what_four_bits_swallow_is_said_and_fails_verification(bases, even_llama_folder, tmp_path, capsys):
     base = bases("nf4 double")
     save_turned(even_llama_folder, tmp_path / "small", 0.002)
-    options = {"dtype": None, "verify": True, "overwrite": False}
+    options = {"dtype": None, "verify": ("logits",), "overwrite": False}
     with pytest.raises(DoraError, match="does not answer as the adapted one"):
         merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
     told = " ".join(capsys.readouterr().out.split())
@@ -195,12 +195,12 @@ def test_the_layers_are_found(bases):
 
 def test_one_layer_is_held_at_a_time(bases, adapter, tmp_path, monkeypatch):
     """Each layer's tensors are read when the one before has been written."""
-    from doralib.checkpoints import quantized, stream
+    from doralib.checkpoints import merge, quantized
 
     events = []
-    read, write = quantized.QuantizedWeight.read, stream.write_at
+    read, write = quantized.QuantizedWeight.read, merge.write_at
     monkeypatch.setattr(quantized.QuantizedWeight, "read", lambda self: events.append("read") or read(self))
-    monkeypatch.setattr(stream, "write_at", lambda *args: events.append("write") or write(*args))
+    monkeypatch.setattr(merge, "write_at", lambda *args: events.append("write") or write(*args))
     merge_checkpoint(adapter, bases("nf4"), tmp_path / "out", dtype="bfloat16")
     # all that is not quantized has been written before
     assert events[events.index("read") :] == ["read", "write"] * 14

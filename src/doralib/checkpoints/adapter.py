@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..functional import dense_row_norm, row_norm_sq
 from ..state import AdapterState, LayerAdapter
 from .match import MatchedAdapter, Stored, match_adapter, view_as_rows
 from .quantized import find_quantized
-from .safetensors import Checkpoint, read_whole
+from .safetensors import Checkpoint, find_variant, read_whole
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
 _SINGLE_FILE = {
@@ -48,11 +48,14 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
     return form.name, take_component(adapter, hints.component)
 
 
-def describe_base(hints: Hints, base: Path | Checkpoint) -> Hints:
+def describe_base(hints: Hints, base: Path | Checkpoint, variant: str | None = None) -> Hints:
     """Add the names and shapes of a base's modules, and its config; a pipeline's parts go by their own names.
 
     Only headers are read; ``lengths`` reads weights when a format asks. Of a folder that is one part of a pipeline,
     that part is the component.
+
+    Args:
+        variant: which weights of a folder that has several, as `find_variant` takes it.
 
     Raises:
         UsageError: if there are no weights.
@@ -63,16 +66,22 @@ def describe_base(hints: Hints, base: Path | Checkpoint) -> Hints:
         # other parts' layers are told from unknown ones by the whole pipeline's names
         hints, base = replace(hints, component=hints.component or folder.name), folder.parent
     if isinstance(base, Path) and _is_pipeline(base):
-        parts = {part: Checkpoint.open(base / part) for part in COMPONENTS if (base / part).is_dir()}
+        parts = {part: _open(base / part, variant) for part in COMPONENTS if (base / part).is_dir()}
         named = {part: _read_shapes(checkpoint) for part, checkpoint in parts.items()}
         return replace(hints, shapes={f"{part}.{name}": s for part in named for name, s in named[part].items()})
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    checkpoint = base if isinstance(base, Checkpoint) else _open(base, variant)
     shapes = {}
     for name, shape in _read_shapes(checkpoint).items():
         head = next((head for head in _SINGLE_FILE if name.startswith(head)), "")
         shapes[_SINGLE_FILE.get(head, "") + name.removeprefix(head)] = shape
     lengths = partial(compute_adapted_lengths, checkpoint)
     return replace(hints, shapes=shapes, config=checkpoint.config(), lengths=lengths)
+
+
+def _open(path: Path, variant: str | None) -> Checkpoint:
+    """A checkpoint's variant; of a part that has none of that name, its only weights."""
+    files = list(path.glob("*.safetensors")) if path.is_dir() else []
+    return Checkpoint.open(find_variant(path, variant) if variant and len(files) > 1 else path)
 
 
 def check_one_model(base: str | Path) -> None:
@@ -103,7 +112,8 @@ def _shorten_name(model: str | Path) -> str:
         path = path.with_suffix("") if path.suffix == ".gguf" else path.parent
     if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return path.parents[1].name.rpartition("--")[2].lower()
-    return path.name.removesuffix(".gguf").lower()
+    # the other system's path too: adapters are made on one and used on another
+    return PureWindowsPath(path).name.removesuffix(".gguf").lower()
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import tempfile
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,11 +16,13 @@ from ..formats.files import is_tensors_file, read_any_format, write_raw_adapter
 from ..formats.peft import to_peft
 from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..formats.tensors import make_config
-from .adapter import compute_adapted_lengths, describe_base
+from .adapter import describe_base
 from .gguf import open_base_folder
 from .load import load_model
 from .lowrank import Approximation, approximate
-from .safetensors import Checkpoint
+from .merge import Ingredient, merge_checkpoint
+from .safetensors import Checkpoint, find_variant
+from .serving import MERGED, Form, choose_form, find_server, make_uniform
 from .verify import compute_logit_error, compute_logits
 
 LORA = "lora"
@@ -41,8 +42,8 @@ class ConversionRequest:
 
     adapter: Path
     """A file, or a folder that holds one."""
-    to: str
-    """A format's name, or ``lora``."""
+    to: str | None
+    """A format's name, or ``lora``; None: what ``server`` needs."""
     out: Path
     """A folder, or one .safetensors file for the formats that are one."""
     source: str | None = None
@@ -52,10 +53,14 @@ class ConversionRequest:
     given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them."""
     rank: int | None = None
-    """With ``lora``: its rank."""
+    """With ``lora``, ``gguf`` or a server: the rank of the nearest LoRA."""
     texts: tuple[str, ...] = ()
     """With ``lora``: compare the logits on these."""
     overwrite: bool = False
+    server: str | None = None
+    """The server that it is for, in place of a format."""
+    variant: str | None = None
+    """Which weights of the base, where its folder holds several."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Conversion:
     out: Path
     source: str
     """The format it was in."""
+    to: str
+    """The form that was written: a format, ``lora``, or a merged checkpoint."""
     layers: int
     notes: tuple[str, ...]
     """What had to be assumed, and what the written file does not say."""
@@ -82,58 +89,110 @@ def convert_adapter(request: ConversionRequest) -> Conversion:
         DoraError: if the adapter is damaged, or anything of it would be lost.
     """
     _check(request)
-    is_lora = request.to == LORA
-    into = FORMATS["peft" if is_lora else request.to]
-    assert into.write is not None
     with contextlib.ExitStack() as stack:
         hints, base = request.given, None
         if request.base:
             base = stack.enter_context(open_base_folder(request.base, request.out))
-            hints = describe_base(hints, base)
+            hints = describe_base(hints, base, request.variant)
         source, adapter = read_any_format(request.adapter, hints, request.source)
-        if adapter.config.method not in into.methods:
-            raise UsageError(
-                f"{adapter.config.method} shares its random matrices between layers, and {request.to} has no place for "
-                "that: merge it, or take the nearest LoRA (--to lora)"
-            )
-        asked = request.given.component
-        if asked and not into.pipelines:
-            check_component(adapter, asked)
-        if asked or not into.pipelines:
-            adapter = take_component(adapter, hints.component)
-        written, logits = adapter, None
-        errors: list[Approximation] = []
-        if is_lora or into.needs_weights:
-            named = request.base or adapter.state.base_model
-            if not named:
-                raise UsageError(
-                    f"--to {request.to} needs the base model's weights, and the adapter names none: give --base MODEL"
-                )
-            base = base or stack.enter_context(open_base_folder(named, request.out))
-            checkpoint = Checkpoint.open(base)
-            hints = replace(hints, lengths=partial(compute_adapted_lengths, checkpoint))
-            if is_lora:
-                written, errors = _approximate(adapter, checkpoint, request)
-        raw = into.write(written.config, written.state, hints)
-        out = write_raw_adapter(raw, into, request.out, overwrite=request.overwrite)
-        if base and request.texts:
-            want, got = (_read_logits(each, base, request.texts) for each in (adapter, written))
-            logits = compute_logit_error(got, want)
-    notes = (*adapter.notes, *_describe_losses(written, into), *([into.note] if into.note else []))
-    return Conversion(out, source.name, len(adapter.state.layers), notes, tuple(errors), logits)
+        form = _choose_form(request, adapter)
+        if base is None and (form.shrink or form.to == MERGED or _find_target(form).needs_weights):
+            base = stack.enter_context(open_base_folder(_find_base(request, adapter), request.out))
+            hints = describe_base(hints, base, request.variant)
+        if form.to == MERGED:
+            assert base is not None
+            return _merge(request, source.name, base, form)
+        return _write(request, source.name, adapter, form, hints, base)
+
+
+def _choose_form(request: ConversionRequest, adapter: ParsedAdapter) -> Form:
+    """The form that was asked for, or that the server needs.
+
+    Raises:
+        UsageError: if that form has no place for the method.
+    """
+    if request.server:
+        return choose_form(find_server(request.server), adapter, request.rank)
+    form = Form(request.to or "", (), shrink=request.rank is not None)
+    if not form.shrink and adapter.config.method not in _find_target(form).methods:
+        raise UsageError(_explain_method(adapter.config.method, form.to))
+    return form
+
+
+def _find_target(form: Form) -> Format:
+    return FORMATS["peft" if form.to == LORA else form.to]
+
+
+def _find_base(request: ConversionRequest, adapter: ParsedAdapter) -> str:
+    if not adapter.state.base_model:
+        asked = f"--for {request.server}" if request.server else f"--to {request.to}"
+        raise UsageError(f"{asked} needs the base model, and the adapter names none: give --base MODEL")
+    return adapter.state.base_model
+
+
+def _merge(request: ConversionRequest, source: str, base: Path, form: Form) -> Conversion:
+    if request.out.suffix in (".safetensors", ".gguf"):
+        raise UsageError(f"--out {request.out}: a merged model is a folder; name one, or give --rank R")
+    one = Ingredient(request.adapter, given=request.given)
+    done = merge_checkpoint([one], _choose_weights(base, request), request.out, overwrite=request.overwrite)
+    return Conversion(request.out, source, "a merged checkpoint", done.layers, (*form.notes, *done.notes))
+
+
+def _choose_weights(base: Path, request: ConversionRequest) -> Path:
+    return find_variant(base, request.variant) if request.variant and base.is_dir() else base
+
+
+def _write(
+    request: ConversionRequest, source: str, adapter: ParsedAdapter, form: Form, hints: Hints, base: Path | None
+) -> Conversion:
+    into, asked = _find_target(form), request.given.component
+    assert into.write is not None
+    if asked and not into.pipelines:
+        check_component(adapter, asked)
+    if asked or form.shrink or not into.pipelines:
+        adapter = take_component(adapter, hints.component)
+    written, errors, logits = adapter, list[Approximation](), None
+    if form.shrink:
+        assert base is not None
+        written, errors = _approximate(adapter, Checkpoint.open(_choose_weights(base, request)), request)
+    if form.one_scale:
+        written = make_uniform(written)
+    raw = into.write(written.config, written.state, hints)
+    out = write_raw_adapter(raw, into, request.out, overwrite=request.overwrite)
+    if base and request.texts:
+        want, got = (_read_logits(each, base, request.texts) for each in (adapter, written))
+        logits = compute_logit_error(got, want)
+    notes = (*form.notes, *adapter.notes, *_describe_losses(written, into), *([into.note] if into.note else []))
+    return Conversion(out, source, form.to, len(adapter.state.layers), notes, tuple(errors), logits)
+
+
+def _explain_method(method: str, to: str) -> str:
+    """Why a format cannot hold a method's adapter, and what can be done."""
+    if to == "gguf":
+        return f"llama.cpp runs LoRA alone, this adapter is {method}: give --rank R for the nearest LoRA, or merge it"
+    return (
+        f"{method} shares its random matrices between layers, and {to} has no place for that: merge it, or take the "
+        "nearest LoRA (--to lora)"
+    )
 
 
 def _check(request: ConversionRequest) -> None:
     """Raise UsageError for a request that cannot be right, whatever the adapter is."""
-    check_writable(request.out, "--out", folder=not is_tensors_file(request.out))
-    if request.to not in TARGETS:
+    check_writable(request.out, "--out", folder=not is_tensors_file(request.out) and request.out.suffix != ".gguf")
+    if (request.to is None) == (request.server is None):
+        raise UsageError("give either --to FORMAT or --for SERVER")
+    if request.server:
+        find_server(request.server)
+    elif request.to not in TARGETS:
         readable = f"{request.to} is read, not written; " if request.to in FORMATS else ""
-        hint = did_you_mean(request.to, TARGETS)
+        hint = did_you_mean(str(request.to), TARGETS)
         raise UsageError(f"--to {request.to}: {readable}known: {', '.join(TARGETS)}{hint}")
     if request.to == LORA and request.rank is None:
         raise UsageError("--to lora needs --rank R: the change of a DoRA layer has no rank of its own")
-    if request.to != LORA and (request.rank is not None or request.texts):
+    if request.to not in (LORA, "gguf", None) and (request.rank is not None or request.texts):
         raise UsageError(f"--rank and texts belong to --to lora; {request.to} keeps the adapter as it is")
+    if request.texts and request.rank is None:
+        raise UsageError("--texts shows what the nearest LoRA loses: give --rank R too")
     if request.rank is not None and request.rank < 1:
         raise UsageError(f"--rank {request.rank} is no rank; give 1 or more")
     if request.given.component is not None and request.given.component not in COMPONENTS:
@@ -175,7 +234,7 @@ def _approximate(
 
 def _read_logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
     """The logits of the base with this adapter, (positions of all texts, vocabulary)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")
     return compute_logits(model, (tokenizer(text, return_tensors="pt") for text in texts))

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +30,10 @@ def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
     if path.suffix == ".gguf":
         find_file(path)
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.gguf-", dir=scratch.parent) as folder:
+        # on Windows a model that is still mapped keeps its files
+        with tempfile.TemporaryDirectory(
+            prefix=f".{scratch.name}.gguf-", dir=scratch.parent, ignore_cleanup_errors=True
+        ) as folder:
             yield expand_gguf(path, Path(folder) / path.stem)
     elif path.exists():
         yield path
@@ -62,7 +65,8 @@ def expand_gguf(path: Path, out: Path) -> Path:
 
 def is_local(name: str) -> bool:
     """Whether a name is a path, and not one of the hub's, by its form alone."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    on_windows = "\\" in name or bool(PureWindowsPath(name).drive)
+    return on_windows or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _fetch_from_hub(name: str) -> Path:

@@ -5,7 +5,6 @@ touch is copied as bytes.
 """
 
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,14 +20,26 @@ from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from ..files import format_bytes, list_folder, read_json, replacing, write_json
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
+from ..process import read_peak_memory
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .heads import change_config, find_head
 from .match import MatchedAdapter
 from .quantized import find_quantized
-from .safetensors import CODES, Checkpoint, read_whole
-from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
+from .safetensors import CODES, Checkpoint, copy_bytes, read_whole, write_at
+from .stream import (
+    NewFile,
+    Plan,
+    Progress,
+    Sink,
+    TensorChange,
+    ignore_progress,
+    plan_file,
+    stream_weights,
+    write_companions,
+    write_headers,
+)
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -78,8 +89,8 @@ class MergeSummary:
     bytes: int
     """Bytes of weights written."""
     seconds: float
-    peak_bytes: int
-    """Most memory this process has held so far."""
+    peak_bytes: int | None
+    """Most memory this process has held so far; None where the system does not tell."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken along: weights in other formats."""
     notes: tuple[str, ...] = ()
@@ -89,9 +100,10 @@ class MergeSummary:
 
     def text(self) -> str:
         """For a person."""
+        peak = "" if self.peak_bytes is None else f", at most {format_bytes(self.peak_bytes)} of memory"
         lines = [
             f"{self.out}: {self.layers} layers merged, {self.replaced} tensors replaced, of {self.tensors}; "
-            f"{format_bytes(self.bytes)} in {self.seconds:.1f} s, at most {format_bytes(self.peak_bytes)} of memory"
+            f"{format_bytes(self.bytes)} in {self.seconds:.1f} s{peak}"
         ]
         if len(self.adapters) > 1:
             lines += [adapter.text() for adapter in self.adapters]
@@ -150,7 +162,8 @@ def merge_checkpoint(
     with replacing(out, need) as part:
         part.mkdir()
         files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
-        errors = write_weights(files, plan, progress)
+        write_headers(files)
+        errors = stream_weights(files, plan, progress, Sink(write_at, copy_bytes))
         left_out = write_companions(part, checkpoint, dtype, files)
         _update_vocabulary(part, checkpoint, starts)
         if starts.head and checkpoint.config():
@@ -167,11 +180,25 @@ def merge_checkpoint(
         tensors=len(checkpoint.slots),
         bytes=need,
         seconds=time.perf_counter() - started,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=read_peak_memory(),
         left_out=left_out,
         notes=tuple(notes),
         requantised=errors,
     )
+
+
+def plan_again(
+    merged: Path, ingredients: Sequence[Ingredient], base: str | Path, dtype: str | None, *, untie: bool = False
+) -> tuple[list[NewFile], Plan]:
+    """Plan a merge that was done, from its base and adapters: the files as they have to stand in ``merged``.
+
+    Raises:
+        DoraError: as `merge_checkpoint` does.
+    """
+    checkpoint = open_checkpoint(base, ingredients)
+    _, changes, _, starts = _collect_changes(ingredients, checkpoint, untie=untie)
+    plan = _add_new(_make_plan(changes, checkpoint, _find_code(dtype)), starts, checkpoint)
+    return [plan_file(shard, plan, merged) for shard in checkpoint.shards], plan
 
 
 def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Checkpoint:

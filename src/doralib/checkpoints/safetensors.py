@@ -10,9 +10,11 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from io import FileIO
+from pathlib import Path, PureWindowsPath
 from typing import Any, Self
 
 import torch
@@ -39,10 +41,14 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # weights as plain numbers; float8 and integers mean something only with scales kept elsewhere
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
-_WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json")
+# `model.safetensors.index.json`, of a variant `model.safetensors.index.fp16.json`
+_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[^.]+)?\.json$")
+# transformers' name of a model's weights, and diffusers'
+_MODEL_NAMES = ("model", "diffusion_pytorch_model")
 _COPY_BLOCK = 4 << 20
 # between two file systems, or on one that cannot
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+_VARIANT = re.compile(r"(?:model|diffusion_pytorch_model)\.(?:safetensors\.index\.)?([^.-]+)(?:\.safetensors|\.json)")
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -117,7 +123,7 @@ class Checkpoint:
         """
         path = Path(path)
         weights = path if path.is_file() else _find_weights_file(path)
-        if not weights.name.endswith(".index.json"):
+        if not _INDEX.search(weights.name):
             shard = read_shard(weights)
             return cls(weights.parent, (shard,), None, {slot.name: slot for slot in shard.slots})
         return cls._open_index(weights)
@@ -237,68 +243,102 @@ def lay_out(slots: Sequence[Slot], file: Path, metadata: Mapping[str, str] | Non
     return header, placed
 
 
+def read_bytes(file: Path, start: int, count: int) -> Tensor:
+    """A range of a file, (count,) in uint8; shorter where the file ends."""
+    block = torch.empty(count, dtype=torch.uint8)
+    view = view_bytes(block)
+    with file.open("rb", buffering=0) as source:
+        source.seek(start)
+        done = 0
+        while done < count and (got := source.readinto(view[done:])):
+            done += got
+    return block[:done]
+
+
 def copy_bytes(source: Path, start: int, count: int, target: Path, at: int) -> None:
     """Copy a range of one file into another that exists, inside the kernel where it can."""
     with source.open("rb", buffering=0) as src, target.open("r+b", buffering=0) as dst:
         done = 0
         while done < count:
-            done += _copy_some(src.fileno(), dst.fileno(), count - done, start + done, at + done)
+            done += _copy_some(src, dst, count - done, start + done, at + done)
 
 
 def write_at(target: Path, at: int, block: Tensor) -> None:
     """Write the bytes of a contiguous tensor into a file that exists."""
     view = view_bytes(block)
     with target.open("r+b", buffering=0) as file:
+        file.seek(at)
         done = 0
         while done < len(view):
-            done += os.pwrite(file.fileno(), view[done:], at + done)
+            done += file.write(view[done:]) or 0
 
 
-def _copy_some(src: int, dst: int, count: int, start: int, at: int) -> int:
+def _copy_some(src: FileIO, dst: FileIO, count: int, start: int, at: int) -> int:
     """Bytes copied, at least one."""
     try:
-        got = os.copy_file_range(src, dst, count, start, at) if hasattr(os, "copy_file_range") else -1
+        kernel = getattr(os, "copy_file_range", None)  # Linux alone has it
+        got = kernel(src.fileno(), dst.fileno(), count, start, at) if kernel else -1
     except OSError as error:
         if error.errno not in _NO_KERNEL_COPY:
             raise
         got = -1
     if got < 0:
-        got = os.pwrite(dst, os.pread(src, min(count, _COPY_BLOCK), start), at)
+        src.seek(start)
+        dst.seek(at)
+        got = dst.write(src.read(min(count, _COPY_BLOCK))) or 0
     if got == 0:
         raise DoraError("a shard became shorter while it was copied; nothing was written")
     return got
 
 
 def _is_weights(name: Path) -> bool:
-    weights = name.suffix in _WEIGHTS or name.name.endswith(_WEIGHT_INDEXES)
+    weights = name.suffix in _WEIGHTS or bool(_INDEX.search(name.name))
     return weights or name.name == "adapter_config.json"
 
 
 def _fill(block: Tensor, slot: Slot, at: int) -> None:
     view = view_bytes(block)
     with slot.file.open("rb", buffering=0) as file:
+        file.seek(at)
         done = 0
         while done < len(view):
-            got = os.preadv(file.fileno(), [view[done:]], at + done)
+            got = file.readinto(view[done:]) or 0
             if got == 0:
                 raise DoraError(f"{slot.file} became shorter while {slot.name} was read; nothing was written")
             done += got
+
+
+def find_variant(folder: Path, variant: str) -> Path:
+    """The file of weights, or the index of its shards, of one variant (fp16, ema, ...) that a folder holds.
+
+    Raises:
+        UsageError: if it holds none of this name, with those that it holds.
+    """
+    for name in _MODEL_NAMES:
+        for file in (f"{name}.{variant}.safetensors", f"{name}.safetensors.index.{variant}.json"):
+            if (folder / file).is_file():
+                return folder / file
+    found = sorted({match[1] for file in folder.glob("*.safetensors*") if (match := _VARIANT.fullmatch(file.name))})
+    there = f"it has {', '.join(found)}" if found else f"it has no variants, and holds: {list_folder(folder)}"
+    raise UsageError(f"--variant {variant}: {folder} has no such weights; {there}")
 
 
 def _find_weights_file(folder: Path) -> Path:
     """The file that transformers would read; else the only one there is."""
     if not folder.is_dir():
         raise UsageError(f"there is no model folder {folder}")
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            return folder / name
+    for name in _MODEL_NAMES:
+        for file in (f"{name}.safetensors", f"{name}.safetensors.index.json"):
+            if (folder / file).is_file():
+                return folder / file
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = [file for file in folder.glob(pattern) if not file.name.startswith("adapter_")]
         if len(found) == 1:
             return found[0]
     raise UsageError(
         f"{folder} has no model.safetensors or model.safetensors.index.json; it holds: {list_folder(folder)}\n"
-        "  weights in another format: load them in transformers and save_pretrained them first"
+        "  of several variants choose one with --variant; weights in another format: load them in transformers and "
+        "save_pretrained them first"
     )
 
 
@@ -308,7 +348,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     whole = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
     if not whole or not weight_map:
         raise DoraError(f"{index} has no weight_map from tensors to files; download it again")
-    if outside := sorted({file for file in weight_map.values() if Path(file).name != file}):
+    # read as Windows does, a drive or a backslash is a path too, wherever the index was written
+    if outside := sorted({file for file in weight_map.values() if PureWindowsPath(file).name != file}):
         raise DoraError(f"{index} names files outside its own folder: {', '.join(outside)}")
     return weight_map
 

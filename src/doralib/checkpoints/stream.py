@@ -19,7 +19,7 @@ from ..quantization.error import QuantizationCost
 from ..state import LayerAdapter, RowValues
 from .match import view_as_rows
 from .quantized import QuantizedWeight, drop_torchao_metadata
-from .safetensors import DTYPES, Checkpoint, Shard, Slot, cast_to, copy_bytes, lay_out, read_rows, write_at
+from .safetensors import DTYPES, Checkpoint, Shard, Slot, cast_to, lay_out, read_rows
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,18 @@ def _apply_to_rows(
     return new_OI.T
 
 
+@dataclass(frozen=True)
+class Sink:
+    """Where the bytes of the output go: into its files, or beside what stands there, to be compared."""
+
+    put: Callable[[Path, int, Tensor], None]
+    """Takes a file, a place in it and a contiguous tensor."""
+    copy: Callable[[Path, int, int, Path, int], None]
+    """Takes a file, a place, a number of bytes, and the file and the place where they go."""
+
+
 def write_quantized(
-    layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None
+    layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None, sink: Sink
 ) -> QuantizationCost | None:
     """Write one layer with every change, and say what quantizing it again cost.
 
@@ -120,7 +130,7 @@ def write_quantized(
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
-            write_at(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
+            sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
@@ -129,7 +139,7 @@ def write_quantized(
     for name in layer.slots:
         if made[name].nbytes != outs[name].nbytes:
             raise DoraError(f"{name}: quantized again it takes {made[name].nbytes} bytes, not {outs[name].nbytes}")
-        write_at(outs[name].file, outs[name].start, made[name].contiguous())
+        sink.put(outs[name].file, outs[name].start, made[name].contiguous())
     return QuantizationCost.measure(layer.name.removesuffix(".weight"), layer.storage, W, V_OI, layer.rows(made))
 
 
@@ -249,14 +259,20 @@ def plan_file(shard: Shard, plan: Plan, folder: Path) -> NewFile:
     return NewFile(path, header, pieces, {name: out for name, out in outs.items() if name in plan.quantized})
 
 
-def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> tuple[QuantizationCost, ...]:
-    """Write every file's header, then all tensors by independent blocks; returns what quantizing again cost."""
+def write_headers(files: Sequence[NewFile]) -> None:
+    """Write every file's header, and make it as long as it will be."""
     for file in files:
         with file.path.open("wb") as handle:
             handle.write(file.header)
             handle.truncate(len(file.header) + file.nbytes)
+
+
+def stream_weights(
+    files: Sequence[NewFile], plan: Plan, progress: Progress, sink: Sink
+) -> tuple[QuantizationCost, ...]:
+    """Make all tensors by independent blocks and hand them on; returns what quantizing again cost."""
     total = sum(file.nbytes for file in files)
-    jobs = [job for file in files for job in _make_jobs(file.pieces)]
+    jobs = [job for file in files for job in _make_jobs(file.pieces, sink)]
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS)
     done = 0
@@ -272,38 +288,38 @@ def write_weights(files: Sequence[NewFile], plan: Plan, progress: Progress) -> t
     outs = {name: out for file in files for name, out in file.quantized.items()}
     errors = []
     for layer in {layer.name: layer for layer in plan.quantized.values()}.values():
-        error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan.code)
+        error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan.code, sink)
         errors.extend([error] if error else [])
         done += sum(outs[name].nbytes for name in layer.slots if name in outs)
         progress(done, total)
     return tuple(errors)
 
 
-def _make_jobs(pieces: Sequence[_Piece | None]) -> Iterator[Callable[[], int]]:
-    """Calls that write one block each and return its size in bytes; neighbors that stay as they are go together."""
+def _make_jobs(pieces: Sequence[_Piece | None], sink: Sink) -> Iterator[Callable[[], int]]:
+    """Calls that make one block each and return its size in bytes; neighbors that stay as they are go together."""
     for untouched, group in itertools.groupby(pieces, key=lambda piece: piece is not None and piece.untouched):
         run = [piece for piece in group if piece]
         if untouched:
             first, count = run[0], sum(piece.out.nbytes for piece in run)
             for offset in range(0, count, _COPY_BYTES):
-                yield partial(_copy, first, offset, min(_COPY_BYTES, count - offset))
+                yield partial(_copy, sink, first, offset, min(_COPY_BYTES, count - offset))
             continue
         for piece in run:
-            yield from (partial(_write, piece, rows) for rows in piece.blocks)
+            yield from (partial(_write, sink, piece, rows) for rows in piece.blocks)
 
 
-def _copy(piece: _Piece, offset: int, count: int) -> int:
-    copy_bytes(piece.slot.file, piece.slot.start + offset, count, piece.out.file, piece.out.start + offset)
+def _copy(sink: Sink, piece: _Piece, offset: int, count: int) -> int:
+    sink.copy(piece.slot.file, piece.slot.start + offset, count, piece.out.file, piece.out.start + offset)
     return count
 
 
-def _write(piece: _Piece, rows: slice) -> int:
+def _write(sink: Sink, piece: _Piece, rows: slice) -> int:
     start = piece.start
     read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
     block = apply_changes(read, piece.changes, rows, piece.out.shape)
     cast = cast_to(piece.out.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.out.matrix[0])
-    write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
+    sink.put(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
 
 

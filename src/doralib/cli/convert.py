@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console
-from .options import Alpha, Component, Overwrite
+from .options import Alpha, Component, Overwrite, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -19,21 +19,28 @@ _BAD = 0.1
 
 def convert_command(
     adapter: Annotated[Path, typer.Argument(help="A file, or a folder that holds one.")],
-    to: Annotated[str, typer.Option(help="peft, kohya, ai-toolkit, diffusers, mlx, torchtune, tensorrt, lora ...")],
-    out: Annotated[Path, typer.Option(help="A folder, or one .safetensors file.")],
+    out: Annotated[Path, typer.Option(help="A folder, or one .safetensors or .gguf file.")],
+    to: Annotated[
+        str | None, typer.Option(help="peft, kohya, ai-toolkit, diffusers, mlx, torchtune, tensorrt, gguf, lora ...")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option("--for", help="vllm, sglang, llama.cpp, ollama, tensorrt-llm, peft, diffusers or comfyui."),
+    ] = None,
     source: Annotated[
         str | None, typer.Option("--from", help="Its format, where the file could be of several.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
     alpha: Alpha = None,
     component: Component = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="With --to lora: its rank.")] = None,
+    variant: Variant = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the nearest LoRA (lora, gguf, --for).")] = None,
     texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in another format.
 
-    Any known format as any other, or as the nearest plain LoRA.
+    Any known format as any other, as the nearest plain LoRA, or in the form that a server takes.
     """
     from ..checkpoints.convert import ConversionRequest
     from ..checkpoints.verify import TEXTS
@@ -41,7 +48,19 @@ def convert_command(
 
     given = Hints(alpha=alpha, component=component)
     convert_and_show(
-        ConversionRequest(adapter, to, out, source, base, given, rank, tuple(TEXTS) if texts else (), overwrite)
+        ConversionRequest(
+            adapter,
+            to,
+            out,
+            source,
+            base,
+            given,
+            rank,
+            tuple(TEXTS) if texts else (),
+            overwrite,
+            server,
+            variant,
+        )
     )
 
 
@@ -55,7 +74,7 @@ def convert_and_show(request: "ConversionRequest") -> "Conversion":
     from ..checkpoints.convert import convert_adapter
 
     done = convert_adapter(request)
-    console.print(f"{request.adapter} ({done.source}): {done.layers} layers written as {request.to} to {done.out}")
+    console.print(f"{request.adapter} ({done.source}): {done.layers} layers written as {done.to} to {done.out}")
     for note in done.notes:
         console.print(f"note: {note}")
     if done.errors:

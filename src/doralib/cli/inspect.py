@@ -60,7 +60,7 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None
     with ExitStack() as stack:
         checkpoint, known = None, Hints()
         if base:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / "base"
             folder = stack.enter_context(open_base_folder(base, scratch))
             check_one_model(folder)
             checkpoint = Checkpoint.open(folder)

@@ -20,6 +20,7 @@ from .eval import eval_command
 from .generate import generate_command
 from .inspect import inspect_command
 from .merge import merge_command
+from .options import VerifyingCommand
 from .targets import targets_command
 from .train import train_command
 
@@ -61,7 +62,7 @@ def _main(
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
-app.command("merge")(merge_command)
+app.command("merge", cls=VerifyingCommand)(merge_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("targets")(targets_command)

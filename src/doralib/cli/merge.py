@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console
-from .options import Alpha, Component, Overwrite
+from .options import Alpha, Component, Overwrite, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -29,8 +29,12 @@ def merge_command(
     ] = None,
     alpha: Alpha = None,
     component: Component = None,
+    variant: Variant = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied output head a tensor of its own.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits of merged and adapted on text.")] = False,
+    verify: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge adapters into a checkpoint."""
@@ -44,8 +48,9 @@ def merge_command(
         out,
         dtype=dtype,
         untie=untie,
-        verify=verify,
+        verify=verify or (),
         overwrite=overwrite,
+        variant=variant,
     )
 
 
@@ -56,20 +61,31 @@ def merge_and_show(
     *,
     dtype: str | None,
     untie: bool = False,
-    verify: bool,
+    verify: Sequence[str],
     overwrite: bool,
+    variant: str | None = None,
 ) -> "MergeSummary":
-    """Merge, print the summary, and with `verify` compare logits on real text.
+    """Merge, print the summary, and check it.
+
+    Args:
+        verify: ``logits`` compares those of merged and adapted on real text, ``exact`` makes every bit again.
 
     Raises:
         UsageError: if an adapter is not there, or no base is named.
-        DoraError: if the merged model does not answer as the adapted one does.
+        DoraError: if the merged model does not answer as the adapted one does, or a bit of it is not what it should be.
     """
     from ..checkpoints.merge import merge_checkpoint
+    from ..checkpoints.replay import verify_bits
+    from ..checkpoints.safetensors import find_variant
     from ..checkpoints.verify import verify_merge
 
+    if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
+        raise UsageError(f"--verify {unknown[0]}: give {' or '.join(VerifyingCommand.choices)}")
+    if variant and "logits" in verify:
+        raise UsageError("--verify logits loads a folder's own weights, not a variant; give --verify exact")
     with ExitStack() as stack:
         folder = _open_base(adapters, base, out, stack)
+        folder = find_variant(folder, variant) if variant else folder
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
@@ -82,7 +98,12 @@ def merge_and_show(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         console.print(summary.text())
-        if verify:
+        if "exact" in verify:
+            replay = verify_bits(out, adapters, folder, dtype, untie=untie)
+            console.print(replay.text())
+            if not replay.passed:
+                raise DoraError(f"{out}: the merged model is not bit for bit what its base and adapters make")
+        if "logits" in verify:
             check = verify_merge(out, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:

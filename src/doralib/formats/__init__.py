@@ -1,7 +1,7 @@
 """Adapter file formats: for each, a pair of pure functions between its tensors and settings and ours."""
 
 from ..errors import DoraError, UsageError, did_you_mean
-from . import aitoolkit, diffusers, fsdp_qlora, kohya, mlx, nvlabs, peft, tensorrt, torchtune
+from . import aitoolkit, diffusers, fsdp_qlora, kohya, llama_cpp, mlx, nvlabs, peft, tensorrt, torchtune
 from .base import Format, RawAdapter
 
 FORMATS = {
@@ -17,6 +17,7 @@ FORMATS = {
         torchtune.EXPORT,
         fsdp_qlora.FORMAT,
         tensorrt.FORMAT,
+        llama_cpp.FORMAT,
     )
 }
 

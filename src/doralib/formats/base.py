@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,8 @@ class RawAdapter:
     """The metadata inside a safetensors file."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """doralib_config.json beside the tensors: what PEFT's files have no word for."""
+    notes: tuple[str, ...] = ()
+    """What of the files was not as their format has it, a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Format:
     """Whether doralib_config.json stands beside its files and keeps what they have no word for."""
     needs_weights: bool = False
     """Whether it is written with the base model's weights at hand: ``Hints.lengths``."""
+    save: Callable[[RawAdapter, Path], None] | None = None
+    """Writes the tensors' file where it is neither safetensors nor torch's own."""
     variant_of: str | None = None
     """A format with the same names; a file that both take for theirs is of this one."""
     note: str = ""

@@ -12,6 +12,7 @@ from ..errors import DoraError
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
 from .peft import shape_magnitude
+from .peft_settings import LORA
 from .pipeline import COMPONENTS, add_component, find_component
 from .tensors import (
     check_only_layers,
@@ -110,6 +111,7 @@ def _read_settings(
         if own:
             fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
             method = "dora" if own.get("use_dora") else "lora"
+            LORA.check(own)
             configs[part] = DoraConfig(method=method, **{f: own[f] for f in fields if own.get(f) is not None})
     return configs, ()
 

@@ -16,6 +16,7 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from . import detect_format, explain_mismatch, find_format
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .leftovers import remove_leftovers
 from .tensors import check_alpha
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
@@ -47,7 +48,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
     if hints.alpha is not None and not 0 < hints.alpha < math.inf:
         raise UsageError(f"--alpha {hints.alpha:g}: lora_alpha is a number above 0")
     file = find_adapter_file(Path(path))
-    raw = read_raw_adapter(file)
+    raw = remove_leftovers(read_raw_adapter(file))
     form = find_format(named) if named else detect_format(raw)
     try:
         adapter = form.read(raw, hints)
@@ -56,6 +57,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
         if likely := explain_mismatch(form, raw):
             raise UsageError(f"{file}: {likely}\n  read as {form.name}: {str(error).splitlines()[0]}") from None
         raise
+    adapter = replace(adapter, notes=(*raw.notes, *adapter.notes))
     if form.own_settings and raw.own:
         adapter = _add_own_settings(adapter, raw.own, file.parent)
     return form, adapter if hints.alpha is None else check_alpha(adapter, hints.alpha)
@@ -107,7 +109,10 @@ def find_adapter_file(path: Path) -> Path:
         raise UsageError(f"{path} holds several: {', '.join(file.name for file in lone)}; name one of them")
     if (path / "model" / "config.json").is_file():
         raise UsageError(f"{path} is a full fine-tune, which has no adapter; its whole model is {path / 'model'}")
-    raise UsageError(f"{path} holds no adapter: {files.list_folder(path)}")
+    # PEFT saves every adapter but the default one in a folder of its name
+    inside = [each.parent for each in sorted(path.glob(f"*/{SETTINGS_FILE}"))]
+    hint = f"; {' and '.join(map(str, inside[:5]))} does" if inside else ""
+    raise UsageError(f"{path} holds no adapter: {files.list_folder(path)}{hint}")
 
 
 def _list_unnamed(folder: Path) -> list[Path]:
@@ -120,13 +125,16 @@ def read_raw_adapter(path: Path) -> RawAdapter:
     Raises:
         DoraError: if either is damaged.
     """
+    if path.suffix == ".gguf":
+        raise UsageError(f"{path} is a .gguf file; adapters in that form are written, not read")
     settings, own = (_read_beside(path, name) for name in (SETTINGS_FILE, _OWN_SETTINGS))
+    notes = _note_byte_order_mark(path.parent / SETTINGS_FILE)
     if path.suffix in _PICKLED:
-        return RawAdapter(_read_pickled(path), settings, own=own)
+        return RawAdapter(_read_pickled(path), settings, own=own, notes=notes)
     tensors = files.read_tensors(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return RawAdapter(tensors, settings, metadata, own)
+    return RawAdapter(tensors, settings, metadata, own, notes)
 
 
 def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bool = False) -> Path:
@@ -135,7 +143,7 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     Raises:
         UsageError: if something stands there and is not to be overwritten, or the format needs a folder.
     """
-    lone = is_tensors_file(out)
+    lone = is_tensors_file(out) or out.suffix == Path(into.tensors_file).suffix
     if lone and (into.settings_file or out.suffix != Path(into.tensors_file).suffix):
         raise UsageError(f"{into.title} keeps its settings in a file beside the tensors: name a folder, not {out.name}")
     path = out if lone else out / into.tensors_file
@@ -150,7 +158,10 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     there = [str(file) for file in (path, *beside) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
-    if path.suffix in _PICKLED:
+    if into.save:
+        with files.replacing(path) as part:
+            into.save(raw, part)
+    elif path.suffix in _PICKLED:
         with files.replacing(path) as part:
             torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
     else:
@@ -162,7 +173,15 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
-    return dict(files.read_json(file)) if file.is_file() else {}
+    value = files.read_json(file) if file.is_file() else {}
+    if not isinstance(value, dict):
+        raise DoraError(f"{file} is no JSON object of settings but a {type(value).__name__}; write it again")
+    return value
+
+
+def _note_byte_order_mark(file: Path) -> tuple[str, ...]:
+    marked = file.is_file() and files.has_byte_order_mark(file)
+    return (f"{file.name} begins with a byte order mark, and PEFT does not read it so",) if marked else ()
 
 
 def _add_own_settings(adapter: ParsedAdapter, own: Mapping[str, Any], folder: Path) -> ParsedAdapter:

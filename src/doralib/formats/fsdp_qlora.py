@@ -22,9 +22,7 @@ def read(raw: RawAdapter, _hints: Hints) -> ParsedAdapter:
     Raises:
         DoraError: listing everything that does not belong.
     """
-    # FSDP puts its wrapper's name into the path where a layer was a unit of its own
-    plain = {key.replace("_fsdp_wrapped_module.", ""): tensor for key, tensor in raw.tensors.items()}
-    parts, problems = group_by_layer(plain, _KEYS)
+    parts, problems = group_by_layer(raw.tensors, _KEYS)
     return parse_layers("the fsdp_qlora adapter", parts, _make_layer, _KEYS, problems)
 
 

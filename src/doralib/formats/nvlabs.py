@@ -1,6 +1,5 @@
 """The paper's own code (NVlabs/DoRA): adapter_model.bin, an early PEFT with peft_type DORA. Read only."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,6 @@ from .peft import from_peft
 
 _MAGNITUDE = ".weight_m_wdecomp.weight"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# the LLaVA fork leaves the adapter's name in the keys
-_NAMED = re.compile(r"(.+\.(?:lora_A|lora_B|weight_m_wdecomp))\.([A-Za-z_]\w*)\.weight")
 _MAGNITUDE_ONLY = ("Wdecompose_target_modules", "wdecompose_target_modules")
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "base_model_name_or_path")
 
@@ -32,7 +29,7 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         DoraError: listing missing magnitudes (one of the forks' savers drops them), magnitude-only modules whose inputs
             no base model tells, and all else that does not belong.
     """
-    tensors = _drop_adapter_name(raw.tensors)
+    tensors = dict(raw.tensors)
     layers = {key.removesuffix(_A) for key in tensors if key.endswith(_A)}
     magnitudes = {key.removesuffix(_MAGNITUDE) for key in tensors if key.endswith(_MAGNITUDE)}
     alone = sorted(magnitudes - layers)
@@ -106,13 +103,6 @@ def _find_num_in(name: str, num_out: int, hints: Hints) -> int:
 
 def _strip(name: str) -> str:
     return name.removeprefix("base_model.model.")
-
-
-def _drop_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = {match[2] for key in tensors if (match := _NAMED.fullmatch(key))}
-    if len(names) > 1:
-        raise DoraError(f"the file holds several adapters ({', '.join(sorted(names))}); save one of them alone")
-    return {_NAMED.sub(r"\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
 def _rename(key: str) -> str:

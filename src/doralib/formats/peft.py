@@ -14,6 +14,7 @@ from ..errors import DoraError, raise_problems
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValues
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
+from .peft_settings import LORA, VERA
 from .peft_vera import TYPES, from_vera, to_vera
 from .tensors import check_complete, compute_alpha
 
@@ -44,13 +45,6 @@ _SHARED = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "modules_to_save", "target_parameters", "bias"),
 )
-# what PEFT can write and a linear DoRA adapter here cannot mean; the last is what `tensorrt` writes
-_REFUSED = (
-    *("lora_bias", "layer_replication", "use_qalora", "use_bdlora"),
-    "magnitudes_divided_by_norm",
-)
-# starts of PEFT's that change the base weight, so that the tensors mean nothing beside the weight as it was
-_MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def detect(raw: RawAdapter) -> bool:
@@ -79,7 +73,8 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     tensors, ignored = _unwrap_whole(raw.tensors)
     if ignored:
         notes += (f"{', '.join(ignored)}: PEFT's untouched originals of modules that are saved whole, left aside",)
-    return ParsedAdapter(*from_peft(tensors, {**settings, **unsaid}), notes)
+    verdicts = LORA if is_lora else VERA
+    return ParsedAdapter(*from_peft(tensors, {**settings, **unsaid}), (*notes, *verdicts.describe_unknown(settings)))
 
 
 def _unwrap_whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -132,6 +127,8 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         problems.append("the file holds no tensor at all")
     raise_problems("adapter", problems)
     config = config.model_copy(update=_name_vocabulary(config, extra, rows))
+    if settings.get("layers_to_transform") is not None:
+        config = config.model_copy(update={"target_modules": tuple(sorted(layers))})
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
     task = settings.get("task_type") if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
@@ -265,13 +262,7 @@ def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
         return DoraConfig(method="lora", dropout_mode="exact", target_modules=None)
     if kind != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
-    if asked := [field for field in _REFUSED if settings.get(field)]:
-        raise DoraError(f"adapter: {', '.join(asked)} is set, which a linear DoRA or LoRA adapter has no place for")
-    if (start := str(settings.get("init_lora_weights"))).lower().startswith(_MOVED_STARTS):
-        raise DoraError(
-            f"adapter: init_lora_weights is {start!r}: its A and B belong to a base that PEFT changed, not to the base "
-            "model; save it in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    LORA.check(settings)
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values.get(field), list | set):

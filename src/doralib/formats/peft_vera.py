@@ -8,12 +8,13 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError, list_some, raise_problems
 from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
+from .peft_settings import VERA
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
 _PREFIX = "base_model.model."
 _BANK = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
 _FIELDS = {"vera_lambda_d": "d_R", "vera_lambda_b": "b_O", MAGNITUDE: "m_O"}
-_SHARED = ("r", "target_modules", "exclude_modules", "modules_to_save", "d_initial", "projection_prng_key")
+_SHARED = ("r", "target_modules", "exclude_modules", "d_initial", "projection_prng_key")
 
 
 def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
@@ -23,6 +24,7 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         DoraError: listing every missing and extra tensor.
     """
     method = TYPES[settings["peft_type"]]
+    VERA.check(settings)
     if absent := [key for key in _BANK if key not in tensors]:
         raise DoraError(f"adapter: lacks {', '.join(absent)}; save it with save_projection")
     bank = tensors["base_model.vera_A"], tensors["base_model.vera_B"]

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, list_some
+from ..errors import UsageError, list_some
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft import from_peft
+from .rotary import to_halves, to_pairs
 from .tensors import (
     check_only_layers,
     compute_alpha,
@@ -76,7 +77,7 @@ def read_live(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     heads = _count_heads(list(turned), hints)
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
-        turn = _make_turn(name, heads, _to_hf)
+        turn = _make_turn(name, heads, to_halves)
         return LayerAdapter(
             part["a"], turn(part["b"]), turn(part["m"]) if "m" in part else None, alpha / len(part["a"])
         )
@@ -100,10 +101,10 @@ def read_export(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
         name = key.removeprefix("base_model.model.")
         turned = tensor
         if not as_is and name.endswith(_EXPORTED):
-            turned = _make_turn(name.removesuffix(_EXPORTED), heads, _to_hf)(tensor)
+            turned = _make_turn(name.removesuffix(_EXPORTED), heads, to_halves)(tensor)
         elif as_is and name.endswith(".lora_B.weight"):
             counts = _read_head_counts(hints)
-            turned = _make_turn(name.removesuffix(".lora_B.weight"), counts, _from_hf)(tensor)
+            turned = _make_turn(name.removesuffix(".lora_B.weight"), counts, to_pairs)(tensor)
         tensors[key] = turned
     config, state = from_peft(tensors, {**raw.settings, "peft_type": "LORA", "use_dora": True})
     config = config.model_copy(update={"dropout_mode": "adapter"})
@@ -127,7 +128,7 @@ def write_live(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAda
     alpha = find_commonest({name: compute_alpha(layer) for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        turn = _make_turn(name, heads, _from_hf)
+        turn = _make_turn(name, heads, to_pairs)
         # one alpha for all: a scale of its own goes into B
         b_OR = layer.b_OR if compute_alpha(layer) == alpha else layer.b_OR * (compute_alpha(layer) / alpha)
         m_O = None if layer.m_O is None else turn(layer.m_O)
@@ -178,24 +179,6 @@ def _read_head_counts(hints: Hints) -> dict[str, int]:
 def _make_turn(name: str, heads: Mapping[str, int], reorder: Reorder) -> Callable[[Tensor], Tensor]:
     count = heads.get(name.rpartition(".")[2])
     return (lambda tensor: tensor) if count is None else (lambda tensor: reorder(tensor, count))
-
-
-def _to_hf(rows: Tensor, heads: int) -> Tensor:
-    """Pairs side by side to halves apart, within each head."""
-    size = _find_head_size(rows, heads)
-    return rows.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
-
-
-def _from_hf(rows: Tensor, heads: int) -> Tensor:
-    """Halves apart to pairs side by side."""
-    size = _find_head_size(rows, heads)
-    return rows.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(rows.shape)
-
-
-def _find_head_size(rows: Tensor, heads: int) -> int:
-    if rows.dim() == 0 or rows.shape[0] % (2 * heads):
-        raise DoraError(f"{tuple(rows.shape)} has not the rows of {heads} heads of even size, as the base model has")
-    return rows.shape[0] // heads
 
 
 FORMAT = Format("torchtune", "torchtune", detect_live, read_live, write_live, "adapter_model.pt", SETTINGS_FILE)

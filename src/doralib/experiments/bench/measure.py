@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import DoraError
+from ...process import read_load, read_machine_memory
 from ...runs.machine import cpu_name, package_versions
 
 Result = TypeVar("Result")
@@ -124,12 +125,12 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round((read_machine_memory() or 0) / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": package_versions(PACKAGES),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average": list(os.getloadavg()),
+        "load_average": read_load(),
     }
 
 

@@ -36,14 +36,14 @@ shutil.copytree(sys.argv[2], sys.argv[3])
 """
 # a merge waits until its bytes are on the disk, so a copy has to as well; ru_maxrss would count the parent's memory too
 _TIMED = """
-import json, os, re, time
-from pathlib import Path
+import json, os, time
+from doralib.process import read_peak_memory
 start = time.perf_counter()
 {work}
 written = time.perf_counter()
-os.sync()
+getattr(os, "sync", lambda: None)()
 seconds, cpu = time.perf_counter() - start, time.process_time()
-peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+peak = read_peak_memory() or 0
 print(json.dumps({{"seconds": seconds, "unsynced": written - start, "cpu_seconds": cpu, "peak": peak}}))
 """
 

@@ -44,7 +44,7 @@ def update_pages(readme: Path, page: Path, results: Path) -> None:
     found = [read_json(path) for path in results.glob("*.json")]
     reports = [report for report in found if isinstance(report, dict) and report.get("goals")]
     reports.sort(key=lambda report: list(BENCHES).index(report["bench"]))
-    texts = {path: path.read_text() for path in (readme, page)}
+    texts = {path: path.read_text(encoding="utf-8") for path in (readme, page)}
     for path, text in texts.items():
         if _START not in text or _END not in text:
             raise UsageError(f"{path} has no lines {_START} and {_END} to write between")
@@ -60,7 +60,7 @@ def update_pages(readme: Path, page: Path, results: Path) -> None:
     for path, text in texts.items():
         head, rest = text.split(_START, 1)
         with replacing(path) as part:
-            part.write_text(f"{head}{_START}\n{words[path]}\n{_END}{rest.split(_END, 1)[1]}")
+            part.write_text(f"{head}{_START}\n{words[path]}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -142,7 +142,7 @@ def goal_table(goals: Sequence[Goal]) -> Table:
 def markdown(report: Report, machine: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    load = ", ".join(f"{value:.1f}" for value in machine["load_average"])
+    load = ", ".join(f"{value:.1f}" for value in machine["load_average"]) or "unknown"
     head = [
         f"# {report.title}",
         "",
