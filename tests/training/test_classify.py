@@ -10,7 +10,7 @@ from conftest import make_tokenizer
 
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
-from doralib.data.labels import encode_words
+from doralib.data.classes import encode_words
 from doralib.errors import UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.metrics import tag_score

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..data.classes import encode_words
 from ..data.encoding import context_length, pad_token
-from ..data.labels import encode_words
 from ..errors import DoraError
 
 

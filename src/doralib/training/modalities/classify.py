@@ -7,8 +7,7 @@ from torch import nn
 
 from ...checkpoints.heads import Head, Kind
 from ...checkpoints.load import Loaded, load_classifier
-from ...data.encoding import context_length, pad_token
-from ...data.labels import (
+from ...data.classes import (
     LabelCollator,
     check_label_columns,
     find_labels,
@@ -17,6 +16,7 @@ from ...data.labels import (
     read_text,
     read_words,
 )
+from ...data.encoding import context_length, pad_token
 from ...data.prepare import BadRow, Row, Sample
 from ...data.rows import RawRows, read_both
 from ...errors import UsageError
