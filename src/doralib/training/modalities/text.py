@@ -2,11 +2,13 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...checkpoints.load import Loaded, load_base
+from ...data.detect import describe_style, find_style, look_at
 from ...data.encoding import context_length, encode, pad_token
 from ...data.prompts import STYLES, check_columns
 from ...data.rows import RawRows, read_both
@@ -24,10 +26,13 @@ _SAMPLE_TOKENS = 64
 def check_rows(settings: DataSettings, seed: int) -> RawRows:
     """The rows, with all columns that the style names."""
     rows = read_both(settings, seed)
-    check_columns(settings, rows.train.column_names, settings.train)
+    found = find_style(settings, rows.train.column_names, look_at(rows.train), settings.train)
+    check_columns(found, rows.train.column_names, settings.train)
     if rows.validation is not None:
-        check_columns(settings, rows.validation.column_names, str(settings.validation))
-    return rows
+        check_columns(found, rows.validation.column_names, str(settings.validation))
+    if found is not settings:
+        log.info(describe_style(found))
+    return replace(rows, settings=found)
 
 
 def load(settings: ModelSettings) -> Loaded:
