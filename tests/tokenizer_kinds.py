@@ -144,8 +144,6 @@ _CORES = {
 class Syllables(PreTrainedTokenizer):
     """Tokens of up to three characters, which join words and lines; it knows no offsets."""
 
-    vocab_files_names = {}
-
     def __init__(self, **options):
         self.known = {name: i for i, name in enumerate(SPECIAL)}
         for text in [*TEXTS, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:?!#\n"]:

@@ -1,5 +1,7 @@
 """Ids are those of the whole text for every kind of tokenizer and every style; labels are the answer's characters."""
 
+import itertools
+
 import datasets
 import pytest
 from tokenizer_kinds import CHAT, KINDS, make_tokenizer
@@ -81,7 +83,7 @@ def characters(tokenizer, text, closed):
     """The characters of each token, by decoding ever longer beginnings: knows nothing of offsets."""
     ids = tokenizer(text, add_special_tokens=not closed)["input_ids"]
     ends = [len(tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False)) for i in range(len(ids) + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize("style", ["completion", "joined", "alpaca", "history", "chat"])
@@ -198,7 +200,7 @@ def test_a_target_without_tokens_is_an_error_for_tokenizers_without_offsets_too(
             return super()._tokenize(text.replace("Ж", ""), **options)
 
     tokenizer = Deaf(eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(DoraError, match="maps the target ' ЖЖ' to no token|maps the target 'ЖЖ' to no token"):
+    with pytest.raises(DoraError, match="maps the target 'ЖЖ' to no token"):
         prepare("joined", tokenizer, {"t": "a", "l": "ЖЖ"})
 
 
