@@ -158,7 +158,8 @@ def _read_message(given: Message, column: str) -> list[Message]:
     results: list[Message] = []
     if isinstance(said, list):
         results = _read_parts(message, said, column)
-    calls = [call for key in ("tool_calls", "function_call") if message.get(key) for call in _as_list(message.pop(key))]
+    given_calls = [message.pop(key) for key in ("tool_calls", "function_call") if message.get(key)]
+    calls = [call for one in given_calls for call in _as_list(_read_json(one, "a tool call"))]
     if calls:
         message["tool_calls"] = _read_calls(calls)
     elif not message.get("tool_calls"):
