@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,9 @@ class ChatTemplate:
     messages: list[Message]
     tools: list[Any] | None
     options: Mapping[str, Any]
+    _beginnings: dict[tuple[int, bool], str | None] = field(default_factory=dict)
+    _known: dict[str, str] = field(default_factory=dict)
+    """What opens an answer, by the role above it, and under `end` what the template wrote last behind one."""
 
     @property
     def source(self) -> str:
@@ -52,14 +55,14 @@ class ChatTemplate:
         conversation before it. A template may write a turn in another way once others follow; then other words in
         its place show where it stands.
         """
-        before, upto = self._try(self.messages[:turn], open_turn=True), self._try(self.messages[: turn + 1])
+        before, upto = self._begin(turn, open_turn=True), self._begin(turn + 1)
         if upto is None:
             return None
         if before is not None and upto.startswith(before) and text.startswith(upto):
             return len(before), len(upto)
         words = self._find_words(self.messages, turn, text)
         if words is None:
-            bare = self._try(self.messages[:turn])
+            bare = self._begin(turn)
             last = turn == len(self.messages) - 1
             return (len(bare), len(text)) if last and bare is not None and text.startswith(bare) else None
         return self._find_start(turn, text, words[0]), self._find_end(turn, text, upto, words[1])
@@ -77,6 +80,12 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **self.options},
         )
         return [(start, end) for start, end in marks[0]] if texts[0] == text else []
+
+    def _begin(self, count: int, *, open_turn: bool = False) -> str | None:
+        """The text of so many messages, rendered once."""
+        if (count, open_turn) not in self._beginnings:
+            self._beginnings[count, open_turn] = self._try(self.messages[:count], open_turn=open_turn)
+        return self._beginnings[count, open_turn]
 
     def _try(self, messages: Sequence[Message], *, open_turn: bool = False) -> str | None:
         """The text, or None where there are no messages or the template refuses them."""
@@ -100,7 +109,12 @@ class ChatTemplate:
 
     def _find_start(self, turn: int, text: str, words: int) -> int:
         """Where the model begins to write: behind what opens an answer, as far as that is there."""
-        opening = self._find_opening(turn)
+        role = self.messages[turn - 1]["role"] if turn else ""
+        if role not in self._known:
+            self._known[role] = self._find_opening(turn)
+        opening = self._known[role]
+        if not opening or text.endswith(opening, 0, words):
+            return words
         above = self._find_words(self.messages, turn - 1, text) if turn else (0, 0)
         between = text[above[1] : words] if above is not None else ""
         found = [
@@ -113,19 +127,23 @@ class ChatTemplate:
 
     def _find_opening(self, turn: int) -> str:
         """What the template writes for an answer to begin; empty if it writes nothing."""
-        for upto in (turn, *range(1, len(self.messages))):
-            shut, opened = self._try(self.messages[:upto]), self._try(self.messages[:upto], open_turn=True)
+        for count in (turn, *range(1, len(self.messages))):
+            shut, opened = self._begin(count), self._begin(count, open_turn=True)
             if shut is not None and opened is not None:
                 return opened[count_common(shut, opened) :]
         return ""
 
     def _find_end(self, turn: int, text: str, upto: str, words: int) -> int:
         """Where the turn ends: behind what the template writes after an answer's words."""
+        if (tail := self._known.get("end")) and text.startswith(tail, words):
+            return words + len(tail)
         there = self._find_words(self.messages[: turn + 1], turn, upto)
         if there is None:
             return words
         tail, after = upto[there[1] :], text[words:]
-        return words + _cut(self.tokenizer, count_common(tail, after), tail, after)
+        end = _cut(self.tokenizer, count_common(tail, after), tail, after)
+        self._known["end"] = tail[:end]
+        return words + end
 
 
 def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
