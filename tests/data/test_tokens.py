@@ -8,6 +8,7 @@ from tokenizer_kinds import CHAT, KINDS, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from doralib.data.encoding import encode
 from doralib.data.prepare import IGNORED
 from doralib.data.prompts import check_columns, render_row
 from doralib.data.tokenize import tokenize_rows
@@ -206,3 +207,13 @@ def test_a_target_without_tokens_is_an_error_for_tokenizers_without_offsets_too(
 
 def test_a_template_is_read_from_the_tokenizer(tokenizers):
     assert tokenizers["byte level"].chat_template == CHAT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_goes_on(kind, tokenizers):
+    """In use a prompt has what stands before any text, and not the end of one."""
+    tokenizer = tokenizers[kind]
+    bare = tokenizer("a good film", add_special_tokens=False)["input_ids"]
+    before = {"wordpiece": ["[CLS]"], "unigram": [], "byte level": [], "byte level, trimmed": []}.get(kind, ["<s>"])
+    assert encode(tokenizer, "a good film") == [*tokenizer.convert_tokens_to_ids(before), *bare]
+    assert encode(tokenizer, "a good film", chat=True) == bare
