@@ -85,7 +85,7 @@ def split_columns(text: str, split: str, where: str) -> dict[str, list[str | Non
         ValueError: if it is not JSON, or a row is no object.
         UsageError: if the file holds several lists of rows and none is called `split`.
     """
-    rows = [_row(value) for value in _values(text)]
+    rows = _read_rows(text)
     if len(rows) == 1 and text.lstrip().startswith("{"):
         rows = _unwrap(rows[0], split, where)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -93,26 +93,29 @@ def split_columns(text: str, split: str, where: str) -> dict[str, list[str | Non
     return {name: [taken(row.get(name)) for row in rows] for name in names}
 
 
-def _values(text: str) -> Iterator[str]:
-    """The JSON of each row."""
-    at = _skip(text, 0)
-    if text[at : at + 1] == "[" and _skip(text, end := _end(text, at)) == len(text):
-        whole = text[at:end]
-        # a line of a JSONL file may be a list: a row that is a conversation and nothing else
-        yield from [whole] if _is_conversation(whole) else _items(whole)
-        return
-    while at < len(text):
-        end = _end(text, at)
-        yield text[at:end]
-        at = _skip(text, end)
+def _read_rows(text: str) -> list[Row]:
+    """The rows of a list, or those that stand one after the other."""
+    at, rows = _skip(text, 0), []
+    # a line of a JSONL file may be a list too: a conversation and nothing else
+    listed = text.startswith("[", at) and not _is_conversation(text, at)
+    at = _skip(text, at + 1) if listed else at
+    while at < len(text) and not (listed and text[at] == "]"):
+        row, at = _read_row(text, at)
+        rows.append(row)
+        at = _skip_comma(text, at, "]") if listed else _skip(text, at)
+    if listed and _skip(text, at + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+    return rows
 
 
-def _row(value: str) -> Row:
-    if value.startswith("{"):
-        return _pairs(value)
-    if _is_conversation(value):
-        return {"messages": value}
-    raise ValueError(f"a row is no object with columns, {{...}}, but {value:.40}")
+def _read_row(text: str, at: int) -> tuple[Row, int]:
+    """The row that begins here, and where it ends."""
+    if text[at] == "{":
+        return _read_pairs(text, at)
+    end = _end(text, at)
+    if _is_conversation(text, at):
+        return {"messages": text[at:end]}, end
+    raise ValueError(f"a row is no object with columns, {{...}}, but {text[at:end]:.40}")
 
 
 def _unwrap(found: Row, split: str, where: str) -> list[Row]:
@@ -127,7 +130,7 @@ def _unwrap(found: Row, split: str, where: str) -> list[Row]:
                 f"{where} holds several lists of rows, {', '.join(tables)}, and none is called {split!r}; "
                 "name one by data.split (or validation_split)"
             )
-        return [_row(item) for item in _items(tables.get(split, next(iter(tables.values()))))]
+        return _read_rows(tables.get(split, next(iter(tables.values()))))
     kinds = {value[0] for value in found.values()}
     if set(found) >= {"columns", "data"} and kinds == {"["}:
         names = [json.loads(name) for name in _items(found["columns"])]
@@ -137,7 +140,7 @@ def _unwrap(found: Row, split: str, where: str) -> list[Row]:
         if len({len(column) for column in columns.values()}) == 1:
             return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if kinds == {"{"}:
-        inner = {name: _pairs(value) for name, value in found.items()}
+        inner = {name: _read_pairs(value, 0)[0] for name, value in found.items()}
         if all(name.isdecimal() for name in inner):
             return list(inner.values())
         keys = next(iter(inner.values()))
@@ -148,36 +151,50 @@ def _unwrap(found: Row, split: str, where: str) -> list[Row]:
 
 def _is_table(value: str) -> bool:
     """Is it a list of objects, which are no turns of a conversation?"""
-    return value.startswith("[") and not _is_conversation(value) and next(_items(value), "").startswith("{")
+    return value.startswith("[") and value.startswith("{", _skip(value, 1)) and not _is_conversation(value)
 
 
-def _is_conversation(value: str) -> bool:
-    if not value.startswith("["):
+def _is_conversation(text: str, at: int = 0) -> bool:
+    """Is what begins here a list of turns, by the first of them?"""
+    first = _skip(text, at + 1)
+    if not (text.startswith("[", at) and text.startswith("{", first)):
         return False
-    first = next(_items(value), "")
-    return first.startswith("{") and not {"role", "from"}.isdisjoint(_pairs(first))
+    return not {"role", "from"}.isdisjoint(_read_pairs(text, first)[0])
 
 
 def _items(array: str) -> Iterator[str]:
+    """The JSON of each element of a list."""
     at = _skip(array, 1)
     while array[at] != "]":
         end = _end(array, at)
         yield array[at:end]
-        at = _skip(array, end)
-        at = _skip(array, at + 1) if array[at] == "," else at
+        at = _skip_comma(array, end, "]")
 
 
-def _pairs(whole: str) -> Row:
-    """The keys of an object, which is known to be JSON, and the JSON of their values."""
-    found, at = {}, _skip(whole, 1)
-    while whole[at] != "}":
-        key, at = _DECODER.raw_decode(whole, at)
-        start = _skip(whole, _skip(whole, at) + 1)
-        end = _end(whole, start)
-        found[key] = whole[start:end]
-        at = _skip(whole, end)
-        at = _skip(whole, at + 1) if whole[at] == "," else at
-    return found
+def _read_pairs(text: str, at: int) -> tuple[Row, int]:
+    """The keys of the object that begins here with the JSON of their values, and where it ends."""
+    found: Row = {}
+    at = _skip(text, at + 1)
+    while not text.startswith("}", at):
+        key, at = _DECODER.raw_decode(text, at)
+        at = _skip(text, at)
+        if not isinstance(key, str) or not text.startswith(":", at):
+            raise json.JSONDecodeError("Expecting a name in quotes and ':'", text, at)
+        start = _skip(text, at + 1)
+        end = _end(text, start)
+        found[key] = text[start:end]
+        at = _skip_comma(text, end, "}")
+    return found, at + 1
+
+
+def _skip_comma(text: str, at: int, closing: str) -> int:
+    """Where the next element begins, or the closing bracket stands."""
+    at = _skip(text, at)
+    if text.startswith(closing, at):
+        return at
+    if not text.startswith(",", at):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    return _skip(text, at + 1)
 
 
 def _end(text: str, start: int) -> int:
@@ -186,6 +203,9 @@ def _end(text: str, start: int) -> int:
 
 
 def _skip(text: str, at: int) -> int:
+    """The next place that is not blank."""
+    if at < len(text) and text[at] > " ":
+        return at
     found = _SPACE.match(text, at)
     assert found is not None, "it matches nothing too"
     return found.end()

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..errors import DoraError, UsageError
 from ..recipe import DataSettings
@@ -147,8 +148,9 @@ def _read_parquet(path: Path, where: str) -> datasets.Dataset:
 
 def _from_columns(columns: Mapping[str, Sequence[Any]], types: Mapping[str, str] | None = None) -> datasets.Dataset:
     """A data set of these columns, text unless another type is named."""
-    features = datasets.Features({name: datasets.Value((types or {}).get(name, "large_string")) for name in columns})
-    return datasets.Dataset.from_dict(dict(columns), features=features)
+    kinds = {name: pa.type_for_alias((types or {}).get(name, "large_string")) for name in columns}
+    table = pa.table({name: pa.array(column, kinds[name]) for name, column in columns.items()})
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
 def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:
