@@ -127,6 +127,17 @@ def test_a_template_that_marks_its_answers_is_followed():
     assert [label != IGNORED for label in made.rows[0]["labels"]] == [bool(one) for one in coded["assistant_masks"]]
 
 
+def test_what_the_generation_prompt_has_written_is_not_learned():
+    # the prompt in use opens the thoughts, and the text closes them at once
+    source = CHAT.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    closed = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    source = source.replace("{{ m['content'] }}", closed)
+    assert learned(ROWS["chat"], make_tokenizer("byte level", source, extra=["<think>", "</think>"])) == [
+        "</think>hello<|im_end|>\n",
+        "</think>hi<|im_end|>\n",
+    ]
+
+
 def test_a_template_without_an_end_inside_learns_the_words():
     # the end stands behind the last turn only, and differs from what begins the next in its second character
     source = (

@@ -103,6 +103,20 @@ def test_labels_are_the_tokens_that_hold_a_learned_character(kind, style, tokeni
     assert [label != IGNORED for label in row["labels"]] == expected
 
 
+@pytest.mark.parametrize("length", range(1, 7))
+@pytest.mark.parametrize("kind", ["byte level", "without offsets"])
+def test_a_token_that_ends_in_what_follows_is_learned(kind, length):
+    roles = "{% for m in messages %}{{ 'Sentiment' if m.role == 'user' else 'it' }}:{{ m.content }}\n{% endfor %}"
+    tokenizer = make_tokenizer(kind, roles + "{% if add_generation_prompt %}it:{% endif %}")
+    answer = "d film"[-length:]
+    talk = [TALK[0], {"role": "assistant", "content": answer}, *TALK[2:]]
+    made, rendered = prepare("chat", tokenizer, {"messages": talk})
+    assert [rendered.text[start:end] for start, end in rendered.learned] == [f"{answer}\n", "good and bad\n"]
+    places = characters(tokenizer, rendered.text, closed=True)
+    expected = [any(start < b and a < end for a, b in rendered.learned) for start, end in places]
+    assert [label != IGNORED for label in made.rows[0]["labels"]] == expected
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wordpiece"])
 def test_labels_read_as_the_answers(kind, tokenizers):
     tokenizer = tokenizers[kind]
