@@ -82,7 +82,7 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
             whole = render_row(row, settings.model_copy(update={"loss_on": "completion"}), tokenizer)
         except BadRow:
             continue
-        start, end = whole.learned[-1]
+        start, end = whole.learned[-1] if whole.learned else (0, 0)
         if start and len(tokenizer(whole.text, verbose=False)["input_ids"]) <= settings.max_length:
             found.append(Sample(whole.text[:start], whole.text[start:end]))
     return found
