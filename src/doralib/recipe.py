@@ -33,21 +33,21 @@ class DataSettings(Checked):
     """Which rows, how they become prompts and targets, and what counts in the loss."""
 
     train: str
-    """A .json, .jsonl, .csv or .parquet file, or a hub name (`name`, `name:config`)."""
+    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, or a hub name (`name`, `name:config`)."""
     split: str = "train"
-    """The split of a hub data set."""
+    """The split of a hub data set, or of a JSON file that holds several."""
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     """A file or hub name, or a fraction taken out of train."""
     validation_split: str = "validation"
     """The split, where validation is a hub data set."""
-    style: str = "completion"
-    """What a row is: completion, alpaca, chat."""
+    style: str = "auto"
+    """What a row is: completion, alpaca, chat, text; auto: what its columns say."""
     prompt: str | None = None
     """completion: a column's name, or a template with {column}."""
     target: str | None = None
-    """completion: a column's name, or a template with {column}."""
+    """completion, text: a column's name, or a template with {column}."""
     messages: str = "messages"
-    """chat: the column of [{role, content}, ...]."""
+    """chat: the column of [{role, content}, ...] or [{from, value}, ...]."""
     max_length: int = Field(default=512, ge=2)
     """Tokens of one row, prompt and target together."""
     loss_on: Literal["completion", "all"] = "completion"

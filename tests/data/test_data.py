@@ -136,21 +136,37 @@ def test_chat_refuses_what_it_cannot_do(tokenizer):
     chat = {"style": "chat", "prompt": None, "target": None}
     with pytest.raises(UsageError, match="has none"):
         run([{"messages": TALK}], tokenizer, **chat)
-    with pytest.raises(UsageError, match=r"row 1: .*rewrites earlier turns"):
-        run([{"messages": TALK}], make_tokenizer(template=FORGETFUL), **chat)
+
+
+def test_an_answer_that_the_template_leaves_out_is_counted():
+    chat = {"style": "chat", "prompt": None, "target": None}
+    tokenizer = make_tokenizer(template=FORGETFUL)
+    made = run([{"messages": TALK}, {"messages": TALK[:2]}], tokenizer, **chat)
+    assert tokenizer.decode(made.rows[0]["input_ids"]) == "<|im_start|>a film?<|im_start|>and<|im_start|>bad"
+    assert [learned(row, tokenizer) for row in made.rows] == ["<|im_start|>bad", "<|im_start|>good"]
+    told = "\n".join(made.report.lines())
+    assert "of 2 rows: 1 with answers that the chat template leaves out or rewrites, which are not learned" in told
+    assert "row 1: answers that" in told
 
 
 def test_chat_counts_rows_it_cannot_use():
     silent = [{"role": "user", "content": "x"}]
     made = run(
-        [{"messages": TALK}, {"messages": silent}, {"messages": []}, {"messages": TALK[1:]}],
+        [{"messages": TALK}, {"messages": silent}, {"messages": []}, {"messages": [{"content": "x"}]}],
         make_tokenizer(template=CHAT),
         style="chat",
         prompt=None,
         target=None,
     )
     assert made.report.dropped == {"empty": 2, "malformed": 1}
-    assert any("row 4: the conversation begins with the assistant" in line for line in made.report.lines())
+    assert any("row 4: a message in 'messages' lacks the text of its role" in line for line in made.report.lines())
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    tokenizer = make_tokenizer(template=CHAT)
+    made = run([{"messages": TALK[1:]}, {"messages": TALK[1:2]}], tokenizer, style="chat", prompt=None, target=None)
+    assert tokenizer.decode(made.rows[0]["input_ids"]) == tokenizer.apply_chat_template(TALK[1:], tokenize=False)
+    assert [learned(row, tokenizer) for row in made.rows] == ["good<|im_end|>\nbad<|im_end|>\n", "good<|im_end|>\n"]
 
 
 BAD = [
@@ -210,7 +226,7 @@ def test_misspelt_names_are_all_told_at_once():
     with pytest.raises(UsageError, match=r"data.prompt: style alpaca does not read it"):
         check_columns(DataSettings(train="t", style="alpaca", prompt="x"), ["instruction", "output"], "t")
     with pytest.raises(UsageError, match=r"data.target: style completion needs it"):
-        check_columns(DataSettings(train="t"), ["text"], "t")
+        check_columns(DataSettings(train="t", style="completion"), ["text"], "t")
     with pytest.raises(UsageError, match=r"a brace in the text is written"):
         check_columns(DataSettings(train="t", target="{text"), ["text"], "t")
     with pytest.raises(UsageError, match=r"holds a column.s name alone"):
@@ -309,13 +325,13 @@ def test_utf_16_is_named(tmp_path, cache):
 
 def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
-    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "rows.docx").write_text("x")
     with pytest.raises(UsageError, match=r"data.train: no file .*looked for .*did you mean 'train.jsonl'"):
         read_dataset(str(tmp_path / "trian.jsonl"), "data.train")
     with pytest.raises(UsageError, match=r"there is no folder"):
         read_dataset(str(tmp_path / "no" / "train.jsonl"), "data.train")
-    with pytest.raises(UsageError, match=r"ends in '.txt'"):
-        read_dataset(str(tmp_path / "rows.txt"), "data.train")
+    with pytest.raises(UsageError, match=r"ends in '.docx'"):
+        read_dataset(str(tmp_path / "rows.docx"), "data.train")
     with pytest.raises(UsageError, match="is a folder"):
         read_dataset(str(tmp_path), "data.train")
     (tmp_path / "empty.jsonl").touch()

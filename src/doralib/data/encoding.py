@@ -11,8 +11,18 @@ Message = Mapping[str, str]
 
 
 def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[int]:
-    """Tokens of a text; a text made by a chat template already spells its special tokens."""
-    return tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    """Tokens of a text that goes on: with what the tokenizer puts before a text, without what it puts behind one.
+
+    A text made by a chat template already spells its special tokens.
+    """
+    ids = list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+    return ids if chat else ids[: len(ids) - _count_ending(tokenizer)]
+
+
+def _count_ending(tokenizer: Tokenizer) -> int:
+    """How many tokens the tokenizer puts behind a text, such as the end-of-text token."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    return next((len(whole) - i - len(bare) for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
 
 
 def chat_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:

@@ -35,6 +35,8 @@ class RowReport:
     label_tokens: int = 0
     examples: list[str] = field(default_factory=list)
     """The first rows of each reason, with their numbers in the file."""
+    noted: Counter[str] = field(default_factory=Counter)
+    """Rows that are used, and what of them is not."""
 
     def drop(self, number: int, bad: BadRow) -> None:
         """Count a row that is left out."""
@@ -46,6 +48,11 @@ class RowReport:
         self.truncated += 1
         self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
 
+    def note(self, number: int, kind: str) -> None:
+        """Count a row that is used, but not in all it says."""
+        self.noted[kind] += 1
+        self._show(kind, f"row {number}: {kind}", self.noted[kind])
+
     def keep(self, labels: Sequence[int]) -> None:
         """Count a row that is used."""
         self.kept += 1
@@ -56,13 +63,36 @@ class RowReport:
         """The report for a person; empty when every row was taken whole."""
         lost = [f"{count} left out, {reason}" for reason, count in self.dropped.items()]
         cut = [f"{self.truncated} cut to max_length"] if self.truncated else []
-        return [f"of {self.rows} rows: {'; '.join(lost + cut)}", *self.examples] if lost or cut else []
+        partly = [f"{count} with {reason}" for reason, count in self.noted.items()]
+        told = "; ".join(lost + cut + partly)
+        return [f"of {self.rows} rows: {told}", *self.examples] if told else []
 
     def _show(self, kind: str, text: str, count: int) -> None:
         if count <= _SHOWN_PER_REASON:
             self.examples.append(f"  {text}")
         elif count == _SHOWN_PER_REASON + 1:
             self.examples.append(f"  more rows {kind} not shown")
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row as one text, and what of it is learned."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+    """Start and end of each stretch of characters whose tokens are labels, in order."""
+    closed: bool = False
+    """The text spells its own start and end tokens."""
+    notes: tuple[str, ...] = ()
+    """What of the row is not in the text, or not learned: texts to follow `rows with`."""
+
+    def mark(self, opening: str = "⟦", closing: str = "⟧") -> str:
+        """The text with each learned stretch between two marks."""
+        shown, place = "", 0
+        for start, end in self.learned:
+            shown += f"{self.text[place:start]}{opening}{self.text[start:end]}{closing}"
+            place = end
+        return shown + self.text[place:]
 
 
 @dataclass(frozen=True)

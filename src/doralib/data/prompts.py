@@ -1,26 +1,21 @@
-"""Prompt styles: how a row of data becomes text, piece by piece, with the pieces to learn marked."""
+"""Prompt styles: how a row of data becomes one text, with what is learned of it."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import date, time
+from decimal import Decimal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
-from .prepare import BadRow, Row
-from .templates import columns_in, fill_template
+from .chat import render_conversation
+from .conversations import COLUMNS, find_column, read_conversation, read_history
+from .detect import find_style
+from .prepare import BadRow, RenderedRow, Row
+from .templates import columns_in, fill_template, value_text
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a row's text; each is tokenized by itself, so that a prompt has the tokens it has in use."""
-
-    text: str
-    learned: bool
-    """Its tokens are labels also when only the completion counts."""
+_SCALARS = (str, int, float, Decimal, date, time, type(None))
 
 
 @dataclass(frozen=True)
@@ -29,22 +24,44 @@ class Style:
 
     needs: Callable[[DataSettings, Sequence[str]], dict[str, list[str]]]
     """(settings, columns of the data) to the columns that must be there, by the setting that names them."""
-    pieces: Callable[[Row, DataSettings, Tokenizer], list[Piece]]
+    render: Callable[[Row, DataSettings, Tokenizer], RenderedRow]
     settings: tuple[str, ...] = ()
     """The fields of `DataSettings` that it alone reads."""
     closed: bool = False
     """The text spells its own start and end tokens."""
 
 
+def render_row(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedRow:
+    """A row as the text that the model gets, and which stretches of it are learned; the style is not auto.
+
+    Raises:
+        BadRow: if the row is empty or malformed.
+        UsageError: if the tokenizer cannot do the style.
+    """
+    made = STYLES[settings.style].render(row, settings, tokenizer)
+    try:
+        made.text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(made.text[error.start])
+        raise BadRow(
+            "malformed",
+            f"the character {code:#x} near {made.text[max(0, error.start - 20) : error.start]!r} is half "
+            "of a pair, and no text",
+        ) from None
+    return made
+
+
 def check_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
     """Check that the style is known and its columns are all there.
 
     Raises:
-        UsageError: with every column that is missing, the nearest names and those that there are.
+        UsageError: with every column that is missing, the nearest names and those that there are; if the style is auto
+            and the columns fit none.
     """
+    settings = find_style(settings, columns, {}, source)
     if settings.style not in STYLES:
-        hint = did_you_mean(settings.style, STYLES)
-        raise UsageError(f"data.style: there is no style {settings.style!r}{hint}; known: {', '.join(STYLES)}")
+        hint = did_you_mean(settings.style, ["auto", *STYLES])
+        raise UsageError(f"data.style: there is no style {settings.style!r}{hint}; known: auto, {', '.join(STYLES)}")
     style = STYLES[settings.style]
     problems = [
         f"data.{name}: style {settings.style} does not read it"
@@ -63,11 +80,9 @@ def check_columns(settings: DataSettings, columns: Sequence[str], source: str) -
 
 def _text(row: Row, column: str) -> str:
     value = row[column]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, _SCALARS):
         raise BadRow("malformed", f"column {column!r} holds a {type(value).__name__}, not text")
-    return str(value)
+    return value_text(value)
 
 
 def _fill(template: str, row: Row, setting: str) -> str:
@@ -79,6 +94,16 @@ def _fill(template: str, row: Row, setting: str) -> str:
     return fill_template(template, values)
 
 
+def _join(pieces: Sequence[tuple[str, bool]], settings: DataSettings) -> RenderedRow:
+    """Texts one after the other, each with whether it is learned."""
+    spans, place = [], 0
+    for text, learned in pieces:
+        if learned or settings.loss_on == "all":
+            spans.append((place, place + len(text)))
+        place += len(text)
+    return RenderedRow("".join(text for text, _ in pieces), tuple(spans))
+
+
 def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:
     if settings.target is None:
         raise UsageError("data.target: style completion needs it, a column's name or a template like ' {label}'")
@@ -86,94 +111,69 @@ def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, lis
     return {key: columns_in(text, key) for key, text in named.items() if text is not None}
 
 
-def _completion(row: Row, settings: DataSettings, _: Tokenizer) -> list[Piece]:
+def _completion(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
     """Prompt and target from columns or templates; without a prompt it is plain language modeling."""
     assert settings.target is not None, "checked by check_columns"
-    prompt = [] if settings.prompt is None else [Piece(_fill(settings.prompt, row, "data.prompt"), learned=False)]
-    return [*prompt, Piece(_fill(settings.target, row, "data.target"), learned=True)]
+    prompt = [] if settings.prompt is None else [(_fill(settings.prompt, row, "data.prompt"), False)]
+    return _join([*prompt, (_fill(settings.target, row, "data.target"), True)], settings)
+
+
+def _text_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:
+    return {"style text" if settings.target is None else "data.target": columns_in(settings.target or "text")}
+
+
+def _plain(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
+    """A text that is learned from its first word on."""
+    return _join([(_fill(settings.target or "text", row, "data.target"), True)], settings)
 
 
 _ALPACA = (
-    "Below is an instruction that describes a task{also}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
 )
 
 
-def _alpaca(row: Row, _: DataSettings, __: Tokenizer) -> list[Piece]:
-    """Stanford Alpaca's prompt; the column input may be missing or empty."""
+def _alpaca(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedRow:
+    """Stanford Alpaca's prompt; input may be missing or empty, history and system too.
+
+    Earlier answers are learned too, each with the end-of-text token; a system text stands in the place of the first
+    paragraph.
+    """
     instruction, output = _fill("instruction", row, "instruction"), _fill("output", row, "output")
     given = _text(row, "input") if "input" in row else ""
+    system = _text(row, "system").strip() if "system" in row else ""
     also = ", paired with an input that provides further context" if given.strip() else ""
     shown = f"### Input:\n{given}\n\n" if given.strip() else ""
-    return [Piece(_ALPACA.format(also=also, instruction=instruction, input=shown), False), Piece(output, True)]
-
-
-def _messages(row: Row, column: str) -> list[dict[str, Any]]:
-    messages = row[column]
-    if not messages:
-        raise BadRow("empty", f"no messages in {column!r}")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRow("malformed", f"column {column!r} is not a list of {{role, content}}")
-    # a column's rows share their keys in Arrow, so one row's key is None in all others
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    if not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-        raise BadRow("malformed", f"a message in {column!r} lacks the text of its role or content")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise BadRow("empty", "the assistant says nothing")
-    return messages
-
-
-def _chat(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> list[Piece]:
-    """The conversation in the tokenizer's own template, the assistant's turns learned."""
-    if not tokenizer.chat_template:
-        raise UsageError(
-            "data.style: chat needs a chat template, and this model's tokenizer has none; use style completion or "
-            "alpaca, or a model tuned for chat"
-        )
-    messages = _messages(row, settings.messages)
-    try:
-        text = _render(tokenizer, messages)
-        if settings.loss_on == "all":
-            return [Piece(text, learned=True)]
-        spans = [
-            _span(tokenizer, messages, turn, text)
-            for turn, message in enumerate(messages)
-            if message["role"] == "assistant"
+    pieces = [(f"{system or _ALPACA.format(also=also)}\n\n", False)]
+    for question, answer in read_history(row):
+        pieces += [
+            (f"### Instruction:\n{question}\n\n### Response:\n", False),
+            (f"{answer}{tokenizer.eos_token or ''}", True),
+            ("\n\n", False),
         ]
-    except TemplateError as error:
-        raise BadRow("malformed", f"the chat template refuses it: {error}") from None
-    pieces, place = [], 0
-    for start, end in spans:
-        pieces += [Piece(text[place:start], learned=False), Piece(text[start:end], learned=True)]
-        place = end
-    return [piece for piece in [*pieces, Piece(text[place:], learned=False)] if piece.text]
+    asked = f"### Instruction:\n{instruction}\n\n{shown}### Response:\n"
+    return _join([*pieces, (asked, False), (output, True)], settings)
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Row], open_turn: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
+def _chat_needs(settings: DataSettings, columns: Sequence[str]) -> dict[str, list[str]]:
+    if talk := find_column(settings.messages, columns):
+        return {"data.messages": [talk]}
+    others = (["prompt", "completion"], ["instruction", "output"])
+    if settings.messages == COLUMNS[0] and (pair := next((one for one in others if set(one) <= set(columns)), None)):
+        return {"style chat": pair}
+    return {"data.messages": [settings.messages]}
 
 
-def _span(tokenizer: Tokenizer, messages: Sequence[Row], turn: int, text: str) -> tuple[int, int]:
-    """Start and end of an assistant's turn in the whole text, found by rendering what comes before and with it."""
-    if turn == 0:
-        raise BadRow("malformed", "the conversation begins with the assistant")
-    upto = _render(tokenizer, messages[: turn + 1])
-    # a template may open the answer with words that a past answer does not have, such as <think>
-    befores = (_render(tokenizer, messages[:turn], open_turn=True), _render(tokenizer, messages[:turn]))
-    before = next((before for before in befores if upto.startswith(before)), None)
-    if before is None or not text.startswith(upto):
-        raise UsageError(
-            f"this tokenizer's chat template rewrites earlier turns (the text up to turn {turn + 1} is not how the "
-            "whole conversation begins), so the assistant's words cannot be told from the rest; "
-            "use data.loss_on: all, conversations of one answer, or another style"
-        )
-    return len(before), len(upto)
+def _chat(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedRow:
+    """The conversation in the tokenizer's own template, the assistant's turns learned."""
+    learn_all = settings.loss_on == "all"
+    talk = read_conversation(row, settings.messages, learn_all=learn_all)
+    return render_conversation(talk, tokenizer, learn_all=learn_all)
 
 
 STYLES: dict[str, Style] = {
     "completion": Style(_completion_needs, _completion, settings=("prompt", "target")),
     "alpaca": Style(lambda *_: {"style alpaca": ["instruction", "output"]}, _alpaca),
-    "chat": Style(lambda s, _: {"data.messages": [s.messages]}, _chat, settings=("messages",), closed=True),
+    "chat": Style(_chat_needs, _chat, settings=("messages",), closed=True),
+    "text": Style(_text_needs, _plain, settings=("target",)),
 }
 """How rows become text, by the name that recipes use."""

@@ -1,23 +1,22 @@
-"""Rows of JSON, JSONL, CSV, Parquet or a hub data set, read by `datasets`; what cannot be read is named."""
+"""Rows of a file or a hub data set, as they are written there; what cannot be read is named."""
 
-import codecs
 import contextlib
-import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
-from ..errors import DoraError, UsageError, did_you_mean
+from ..errors import DoraError, UsageError
 from ..recipe import DataSettings
-
-READERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-"""File name ending to the reader of `datasets` that takes it."""
+from .csv_rows import read_columns
+from .json_rows import ParseColumns, find_type, split_columns
+from .sources import READERS, check_file, find_ending, open_text
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
@@ -31,6 +30,8 @@ class RawRows:
     train_numbers: tuple[int, ...]
     """Place of each row of `train` in its file, from 1."""
     validation_numbers: tuple[int, ...] = ()
+    settings: DataSettings | None = None
+    """The data's settings with what style auto stands for; None: as the recipe has them."""
 
 
 def check_source(source: str, setting: str) -> None:
@@ -39,23 +40,13 @@ def check_source(source: str, setting: str) -> None:
     Raises:
         UsageError: if not, with what was looked for.
     """
-    path = Path(source).expanduser()
-    known = ", ".join(sorted(READERS))
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise UsageError(f"{setting}: {source} ends in {path.suffix!r}; the kinds read are {known}")
-        return
-    if path.is_dir():
-        raise UsageError(f"{setting}: {source} is a folder; name a file in it ({known})")
-    if path.suffix.lower() in READERS or not _HUB_NAME.fullmatch(source):
-        folder = path.absolute().parent
-        there = [found.name for found in folder.iterdir()] if folder.is_dir() else []
-        hint = did_you_mean(path.name, there) if there else f"; there is no folder {folder}"
-        raise UsageError(f"{setting}: no file {source!r} (looked for {path.absolute()}){hint}")
+    check_file(source, setting, could_be_hub=_HUB_NAME.fullmatch)
 
 
 def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Dataset:
-    """Every row of a file, or of one split of a hub data set.
+    """Every row of a file, or of one split of a hub data set or of a JSON file that holds several.
+
+    Its columns are read by index or by iteration: `to_list` would give some values as the JSON that they are stored as.
 
     Raises:
         UsageError: if there is no such file or it holds no row.
@@ -63,7 +54,7 @@ def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Da
     """
     check_source(source, setting)
     path = Path(source).expanduser()
-    rows = _read_file(path, setting) if path.is_file() else _read_hub(source, setting, split)
+    rows = _read_file(path, setting, split) if path.is_file() else _read_hub(source, setting, split)
     if not len(rows):
         raise UsageError(f"{setting}: {source} has no rows")
     return rows
@@ -96,74 +87,70 @@ def read_both(settings: DataSettings, seed: int) -> RawRows:
     return RawRows(train.select(kept), train.select(held), tuple(i + 1 for i in kept), tuple(i + 1 for i in held))
 
 
-def _read_file(path: Path, setting: str) -> datasets.Dataset:
+def as_written(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows without what Arrow adds to them: keys that other rows of a column have, with None as value."""
+    plain = all(isinstance(feature, datasets.Value) for feature in rows.features.values())
+    return rows if plain or rows.format["type"] is not None else rows.with_transform(_drop_missing)
+
+
+def _drop_missing(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    return {name: [_without_none(value) for value in column] for name, column in batch.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
+
+
+def _read_file(path: Path, setting: str, split: str) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise UsageError(f"{setting}: {path} is empty")
-    reader = READERS[path.suffix.lower()]
-    if reader != "parquet":
-        _refuse_other_bytes(path, setting)
-    options = _as_text(path, setting) if reader == "csv" else {}
+    kind, where = READERS[find_ending(path)], f"{setting}: {path}"
+    if kind == "parquet":
+        return _read_parquet(path, where)
+    with open_text(path, setting) as file:
+        if kind == "json":
+            return _read_json(file.read(), path, where, split)
+        if kind == "csv":
+            return _from_columns(read_columns(file, "\t" if find_ending(path) == ".tsv" else ",", where))
+        return _from_columns({"text": [line.rstrip("\r\n") for line in file if line.strip()]})
+
+
+def _read_json(text: str, path: Path, where: str, split: str) -> datasets.Dataset:
+    try:
+        columns = split_columns(text, split, where)
+    except ValueError as error:
+        why = _bad_line(text, lines=find_ending(path) != ".json" or not text.lstrip().startswith("["))
+        raise DoraError(f"{where} cannot be read: {why or error}") from error
+    types = {name: find_type(column) for name, column in columns.items()}
+    plain = {
+        name: column if types[name] == "json" else [None if text is None else json.loads(text) for text in column]
+        for name, column in columns.items()
+    }
+    rows = _from_columns(plain, {name: "large_string" if kind == "json" else kind for name, kind in types.items()})
+    kept = frozenset(name for name, kind in types.items() if kind == "json")
+    return rows.with_transform(ParseColumns(kept)) if kept else rows
+
+
+def _read_parquet(path: Path, where: str) -> datasets.Dataset:
     try:
         with _quiet():
-            return datasets.load_dataset(reader, data_files=_literal(path), split="train", **options)
+            return datasets.load_dataset("parquet", data_files=_literal(path), split="train")
     except Exception as error:  # `datasets` lets errors of any kind through
         if "corresponds to no data" in str(error):
-            raise UsageError(f"{setting}: {path} has no rows") from None
-        raise DoraError(f"{setting}: {path} cannot be read: {_why(path, error)}") from error
+            raise UsageError(f"{where} has no rows") from None
+        deepest: BaseException = error
+        while deepest.__cause__ is not None:
+            deepest = deepest.__cause__
+        raise DoraError(f"{where} cannot be read: {_first_line(deepest)} (is it whole?)") from error
 
 
-def _as_text(path: Path, setting: str) -> dict[str, Any]:
-    """What makes the reader of CSV take every value as it is written.
-
-    Left alone it makes numbers of 007 and 1.10, True of true, 1.0 of 1 beside an empty cell, nothing of NA; and it
-    drops the first value of rows that are one longer than the header.
-    """
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = (line for line in csv.reader(file, delimiter=separator) if line)
-        header: list[str] = []
-        first: list[str] = []
-        # it takes no field above 128 kB, which a text may well be; the reader of `datasets` does
-        with contextlib.suppress(csv.Error):
-            header = next(lines, [])
-            first = next(lines, [])
-    if not header:
-        raise UsageError(f"{setting}: {path} has no header, a first line with the names of the columns")
-    names = [name or f"column {i}" for i, name in enumerate(header, 1)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DoraError(f"{setting}: {path} has two columns of one name, {', '.join(twice)}; rename one of them")
-    if len(first) > len(names):
-        raise DoraError(
-            f"{setting}: {path} cannot be read: its header has {len(names)} columns and the first row {len(first)}; "
-            "put values that hold the separator in quotes"
-        )
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    missing = {"keep_default_na": False, "na_values": [""]}
-    return {"sep": separator, "names": names, "header": 0, "features": features, **missing}
-
-
-def _refuse_other_bytes(path: Path, setting: str) -> None:
-    """The reader of JSON takes bytes that are not UTF-8, and fails later without a name."""
-    decode, done = codecs.getincrementaldecoder("utf-8")().decode, 0
-    with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise DoraError(
-                f"{setting}: {path} is UTF-16 text; save it again as UTF-8, for example with "
-                f"iconv -f utf-16 -t utf-8 {path.name}"
-            )
-        file.seek(0)
-        while True:
-            block = file.read(1 << 20)
-            try:
-                decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise DoraError(
-                    f"{setting}: {path} is not UTF-8 text (near byte {done + error.start}); save it again as UTF-8, "
-                    f"for example with iconv -f latin1 -t utf-8 {path.name}"
-                ) from None
-            if not block:
-                return
-            done += len(block)
+def _from_columns(columns: Mapping[str, Sequence[Any]], types: Mapping[str, str] | None = None) -> datasets.Dataset:
+    """A data set of these columns, text unless another type is named."""
+    kinds = {name: pa.type_for_alias((types or {}).get(name, "large_string")) for name in columns}
+    table = pa.table({name: pa.array(column, kinds[name]) for name, column in columns.items()})
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
 def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:
@@ -179,37 +166,24 @@ def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def _why(path: Path, error: Exception) -> str:
-    """Where a JSON file breaks, which its reader does not say; for the others the deepest error's own words."""
-    if READERS[path.suffix.lower()] == "json" and (found := _bad_line(path)):
-        return found
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return f"{_first_line(error)} (is it whole, and the same kind of value in every row of a column?)"
-
-
-def _bad_line(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 text at byte {error.start}"
-    lines = text.splitlines()
-    whole = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
-    for number, line in [(1, text)] if whole else enumerate(lines, 1):
+def _bad_line(text: str, *, lines: bool) -> str:
+    """Where a JSON text breaks, by its lines or as a whole; empty if it does not."""
+    there = text.splitlines()
+    for number, line in enumerate(there, 1) if lines else [(1, text)]:
         if not line.strip():
             continue
         try:
             found = json.loads(line)
-            if not whole and not isinstance(found, dict):
+            if lines and not isinstance(found, dict):
                 return f"line {number} is no object with columns, {{...}}, but {line.strip():.40}"
         except json.JSONDecodeError as error:
-            where = error.lineno if whole else number
-            end = "; the file ends there, so it may be cut short" if where >= len(lines) else ""
+            where = number if lines else error.lineno
+            end = "; the file ends there, so it may be cut short" if where >= len(there) else ""
             return f"line {where} is not JSON: {error.msg}{end}"
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -1,7 +1,10 @@
 """Templates with {column}: what they name, and what a row makes of them."""
 
+import math
+import re
 from collections.abc import Mapping
 from string import Formatter
+from typing import Any
 
 from ..errors import UsageError
 
@@ -19,9 +22,14 @@ def columns_in(template: str, setting: str = "template") -> list[str]:
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise UsageError(f"{setting} {template!r}: {error}; a brace in the text is written {{{{ or }}}}") from None
+        raise UsageError(
+            f"{setting} {template!r}: {error}; a brace in the text is written {{{{ or }}}}{_suggest(template)}"
+        ) from None
     if any(not name or spec or conversion for name, spec, conversion in parts):
-        raise UsageError(f"{setting} {template!r}: a pair of braces holds a column's name alone, like {{text}}")
+        raise UsageError(
+            f"{setting} {template!r}: a pair of braces holds a column's name alone, like {{text}}; "
+            f"a brace in the text is written {{{{ or }}}}{_suggest(template)}"
+        )
     return [name for name, _, _ in parts if name]
 
 
@@ -31,3 +39,19 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
         return values[template] if template else ""
     parts = Formatter().parse(template)
     return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
+
+
+def value_text(value: Any) -> str:
+    """A row's value as text, as JSON writes it: true and false, a number as it stands; a missing value is empty."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _suggest(template: str) -> str:
+    """The template with every brace doubled that does not hold a name; empty where some are already."""
+    if "{{" in template:
+        return ""
+    parts = re.split(r"(\{\w[\w .-]*\})", template)
+    doubled = [part if i % 2 else part.replace("{", "{{").replace("}", "}}") for i, part in enumerate(parts)]
+    return f": {''.join(doubled)!r}"

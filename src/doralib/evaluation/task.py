@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..config import Checked
 from ..data.prepare import Row
 from ..data.rows import read_dataset
-from ..data.templates import columns_in, fill_template
+from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
 _SHOWN = 12
@@ -231,7 +231,7 @@ class Example:
 
 def fill(template: str, row: Row) -> str:
     """The template with the row's values as text; braces in values stay as they are."""
-    return fill_template(template, {name: str(row[name]) for name in columns_in(template)})
+    return fill_template(template, {name: value_text(row[name]) for name in columns_in(template)})
 
 
 def read_examples(task: Task, limit: int | None = None) -> list[Example]:
@@ -244,7 +244,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
     dataset = read_dataset(task.data, f"task {task.name}: data", task.split)
-    rows: list[Row] = dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()
+    rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
     known = dataset.column_names
     wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))
     if unknown := [column for column in wanted if column not in known]:

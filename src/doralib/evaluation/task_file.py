@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.rows import READERS
+from ..data.sources import find_ending
 from ..data.templates import columns_in
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from ..files import read_yaml
@@ -82,7 +82,7 @@ def _values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
     data = values.get("data")
     # a relative file name is as seen from the task file; hub names stay as they are
-    if isinstance(data, str) and ((path.parent / data).is_file() or Path(data).suffix.lower() in READERS):
+    if isinstance(data, str) and ((path.parent / data).is_file() or find_ending(data)):
         values["data"] = str(path.parent / data)
     if "like" not in values:
         return values

@@ -130,6 +130,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
     raise_all(problems)
+    recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
     return _Plan(recipe, modality, run, rows, tasks, args, resume)
 
 

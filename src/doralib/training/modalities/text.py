@@ -1,15 +1,19 @@
 """Text: rows become prompts and targets for a causal language model."""
 
+import contextlib
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...checkpoints.load import Loaded, load_base
+from ...data.detect import describe_style, find_style, look_at
 from ...data.encoding import context_length, encode, pad_token
-from ...data.prompts import STYLES, check_columns
-from ...data.rows import RawRows, read_both
+from ...data.prepare import BadRow
+from ...data.prompts import STYLES, check_columns, render_row
+from ...data.rows import RawRows, as_written, read_both
 from ...data.tokenize import Collator, find_samples, tokenize_rows
 from ...evaluation.generation import continuations
 from ...recipe import DataSettings, ModelSettings
@@ -19,15 +23,21 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 5
 _SAMPLE_TOKENS = 64
+_SHOWN = 400
+"""Characters of each end of a row that is shown."""
 
 
 def check_rows(settings: DataSettings, seed: int) -> RawRows:
     """The rows, with all columns that the style names."""
     rows = read_both(settings, seed)
-    check_columns(settings, rows.train.column_names, settings.train)
+    found = find_style(settings, rows.train.column_names, look_at(rows.train), settings.train)
+    check_columns(found, rows.train.column_names, settings.train)
     if rows.validation is not None:
-        check_columns(settings, rows.validation.column_names, str(settings.validation))
-    return rows
+        check_columns(found, rows.validation.column_names, str(settings.validation))
+    if found is settings:
+        return rows
+    log.info(describe_style(found))
+    return replace(rows, settings=found)
 
 
 def load(settings: ModelSettings) -> Loaded:
@@ -38,6 +48,8 @@ def load(settings: ModelSettings) -> Loaded:
 def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
     """Tokens and labels."""
     settings = _within(settings, model)
+    if rows.settings is not None:
+        _show_first(rows, settings, processor)
     train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
     validation = None
     if rows.validation is not None:
@@ -63,6 +75,16 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
         max_new_tokens=max(1, int(min(longest + 8, _SAMPLE_TOKENS, room))),
         batch_size=_SAMPLES,
     )
+
+
+def _show_first(rows: RawRows, settings: DataSettings, processor: Any) -> None:
+    """Log the first row that can be used, so that what auto found can be checked."""
+    for row in as_written(rows.train):
+        with contextlib.suppress(BadRow):
+            text = render_row(row, settings, processor).mark()
+            cut = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+            log.info(f"a row, with what is learned between ⟦ and ⟧:\n{cut}")
+            return
 
 
 def _within(settings: DataSettings, model: nn.Module) -> DataSettings:
