@@ -27,7 +27,8 @@ import doralib
 from doralib.adapters.adapt import adapt
 from doralib.adapters.registry import trainable
 from doralib.config import DoraConfig
-from doralib.data.tokenize import Collator, tokenize_rows
+from doralib.data.batches import Collator
+from doralib.data.tokenize import tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.runs import checkpointing
