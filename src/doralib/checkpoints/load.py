@@ -118,7 +118,7 @@ def load_own_tokenizer(
     if own is None:
         return base()
     if not own.is_whole:
-        log.info(f"chat with the {own.words()}")
+        log.info(f"with the base's tokenizer and the {own.words()}")
         tokenizer = base()
         tokenizer.chat_template = own.template
         return tokenizer
@@ -186,8 +186,8 @@ def _read_quantization(run: Path) -> Any:
     return model.get("quantization") if isinstance(model, dict) else None
 
 
-def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
-    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns their names.
+def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> dict[str, Path]:
+    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns the paths by name.
 
     Raises:
         UsageError: if one is not given so, or two have one name.
@@ -203,7 +203,7 @@ def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[st
         _warn_other_base(path, model.name_or_path)
     if pairs:
         set_adapter(model, pairs[0][0])
-    return names
+    return {name: Path(path) for name, _, path in pairs}
 
 
 def _locate(path: str) -> tuple[str, dict[str, str]]:

@@ -13,8 +13,7 @@ from .prepare import IGNORED
 
 # how far logits of a packed row may be from those of the row alone, as a share of the largest; what a row sees of its
 # neighbors changes them by far more
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-_ROUNDING_OF_16_BITS = 3e-2
+_ROUNDING, _ROUNDING_OF_16_BITS = 1e-4, 3e-2
 # settings of models that do not see every earlier token, which a mask of ours would let them see
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 
@@ -41,8 +40,8 @@ def choose_layout(model: nn.Module, collator: Collator) -> Collator:
             return layout
         reasons.append(why)
     raise UsageError(
-        f"data.packing: {type(model).__name__} cannot keep packed rows apart: {reasons[0]}; set data.packing: false, "
-        "which pads rows instead"
+        f"data.packing: {type(model).__name__} cannot keep packed rows apart: {reasons[0]}; "
+        "data.packing: false pads rows instead"
     )
 
 
@@ -70,7 +69,8 @@ def _find_leak(model: nn.Module, collate: Collator) -> str:
     pairs = [(found, alone[len(found)]) for found in _split(together, packed)]
     worst = max(float((found - expected).abs().max()) for found, expected in pairs)
     scale = max(float(expected.abs().max()) for _, expected in pairs)
-    if worst <= _ROUNDING.get(_find_dtype(model), _ROUNDING_OF_16_BITS) * scale:
+    rounding = _ROUNDING_OF_16_BITS if _find_dtype(model).itemsize < 4 else _ROUNDING
+    if worst <= rounding * scale:
         return ""
     return f"the logits of a row change by {worst / scale:.1%} of the largest beside other rows"
 
