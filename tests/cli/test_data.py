@@ -52,11 +52,11 @@ def test_rows_are_shown_counted_and_compared(run, here):
         "train: 1 rows are there already: row 5 is row 1",
         "1 rows of validation are rows of train: row 1 as row 1",
         "1 rows of validation begin as rows of train and answer otherwise: row 2 as row 2",
-        "a good film It is[[ positive<|im_end|>]]",
-        "a dull film It is[[ negative<|im_end|>]]",
+        "a good film It is⟦ positive<|im_end|>⟧",
+        "a dull film It is⟦ negative<|im_end|>⟧",
     ):
         assert line in said
-    assert out.count("[[") == 2
+    assert out.count("⟦") == 2
     assert not (here / "run").exists()
 
 
@@ -112,6 +112,18 @@ def test_all_that_is_wrong_is_told_at_once(run, here):
     assert "given twice" in run("data", "r.yaml", "seed=1", "seed=2")[2]
 
 
+def test_prompts_of_tasks_that_stand_in_train_are_named(run, here):
+    task = {"kind": "classification", "data": "v.jsonl", "prompt": "{text}\nIt is", "answer": "label"}
+    task["labels"] = {"positive": " positive", "negative": " negative"}
+    (here / "mood.yaml").write_text(yaml.safe_dump(task))
+    status, out, err = run("data", "r.yaml", "eval.tasks=[mood.yaml]", "--out", "rows.html")
+    assert status == 0, err
+    told = "2 of 2 prompts of task mood stand in train: prompt 1 in row 1, prompt 2 in row 2"
+    assert told in out
+    assert told in (here / "rows.html").read_text()
+    assert "mod.yaml" in run("data", "r.yaml", "eval.tasks=[mod.yaml]")[2]
+
+
 def test_packing_and_lengths_are_told(run, here):
     status, out, err = run("data", "r.yaml", "data.packing=true", "data.max_length=64")
     assert status == 0, err
@@ -128,5 +140,5 @@ def test_learned_stretches_of_a_row():
         if 0 < cut < len(ids) and "�" not in pieces[0][0]:
             assert "".join(text for text, _ in pieces) == "Review: é good film"
     row = {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
-    assert mark_learned(row, tokenizer).endswith("]]")
+    assert mark_learned(row, tokenizer).endswith("⟧")
     assert shorten("x" * 1000) == f"{'x' * 200} ... 600 characters ... {'x' * 200}"

@@ -106,7 +106,7 @@ def test_packing_by_default_gives_way_and_by_wish_does_not(recipe, monkeypatch, 
 def test_the_first_row_is_shown_and_the_report_has_the_data(recipe, caplog):
     with caplog.at_level("INFO", logger="doralib"):
         run = train(recipe("run", per_device_train_batch_size=8, max_steps=1))
-    assert "the first row, what is learned of it in [[ ]]:\ngood[[ a<|im_end|>]]" in caplog.text
+    assert "the first row, what is learned of it in ⟦ ⟧:\ngood⟦ a<|im_end|>⟧" in caplog.text
     page = (run / "report.html").read_text()
     assert "<h2>Data</h2>" in page
     assert "<mark> a&lt;|im_end|&gt;</mark>" in page

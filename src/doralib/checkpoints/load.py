@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         quantization = None if base else _read_quantization(folder)
         where = base or locate_base(folder, named)
         settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
-        with telling_places(folder, where):
+        with nullcontext() if base else telling_places(folder, where):
             model = _load_weights(settings)
         load_adapter(model, folder, given=given)
         _warn_other_base(path, where)

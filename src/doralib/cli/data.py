@@ -33,6 +33,7 @@ def data_command(
     Nothing is trained, and of the model only its tokenizer and configuration are read.
     """
     from ..checkpoints.load import load_config, load_tokenizer
+    from ..evaluation.task_file import load_tasks
     from ..files import check_writable
     from ..runs.report_data import write_data_page
     from ..training.modalities import text
@@ -55,12 +56,14 @@ def data_command(
     with collecting(problems):
         raw = text.check_rows(chosen.data, chosen.seed)
     with collecting(problems):
+        tasks = load_tasks(chosen.eval.tasks)
+    with collecting(problems):
         tokenizer = load_tokenizer(chosen.model)
         # what looks at the model looks at its configuration alone
         model = SimpleNamespace(config=load_config(chosen.model))
     raise_all(problems)
     made = text.tokenize(raw, chosen.data, model, tokenizer)
-    survey = text.survey(raw, made, tokenizer, rows)
+    survey = text.survey(raw, made, tokenizer, rows, tasks)
     console.print(show_survey(survey))
     if out is not None:
         write_data_page(out, survey, f"The rows of {Path(recipe).name}")
@@ -95,7 +98,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) ->
 
 def show_survey(survey: Mapping[str, Any]) -> Group:
     """The survey of some rows for the terminal."""
-    from ..runs.report_data import tell_shared, tell_twice
+    from ..runs.report_data import tell_asked, tell_shared, tell_twice
 
     parts: list[RenderableType] = [_count_table(survey)]
     for name, split in survey["splits"].items():
@@ -104,7 +107,7 @@ def show_survey(survey: Mapping[str, Any]) -> Group:
         parts += [Text(f"{name}: {count:,} left out, {reason}") for reason, count in split["dropped"].items()]
         parts += [Text(f"  {line}") for line in split["examples"]]
         parts += [Text(line) for line in tell_twice(name, split)]
-    parts += [Text(line) for line in tell_shared(survey["duplicates"])]
+    parts += [Text(line) for line in (*tell_shared(survey["duplicates"]), *tell_asked(survey["tasks"]))]
     for row in survey["shown"]:
         head = f"\nrow {row['number']}: {row['tokens']:,} tokens, {row['learned']:,} learned"
         parts += [Text(head, style="bold"), color_learned(row["pieces"])]

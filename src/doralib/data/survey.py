@@ -11,7 +11,7 @@ from .packing import is_packed
 from .prepare import IGNORED, PreparedRows
 from .rows import RawRows
 
-LEFT, RIGHT = "[[", "]]"
+LEFT, RIGHT = "⟦", "⟧"
 """What stands around the learned part of a text where there are no colors."""
 
 _ROWS_AT_ONCE = 1000
@@ -29,12 +29,13 @@ def survey_rows(
     settings: DataSettings,
     tokenizer: Tokenizer,
     shown: int = 5,
+    prompts: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> dict[str, Any]:
     """What the rows are like, as plain values for a page or a terminal.
 
     Keys: ``settings``; ``splits``, by the name of each what `survey_split` says; ``duplicates``, what `find_shared`
-    says of train and validation; ``shown``, the first rows of train: number, tokens, learned tokens, and pieces
-    ``[text, learned]``.
+    says of train and validation; ``tasks``, what `find_asked` says of ``prompts``; ``shown``, the first rows of train:
+    number, tokens, learned tokens, and pieces ``[text, learned]``.
     """
     splits = {"train": (train, find_kept(raw.train_numbers, train))}
     if validation is not None:
@@ -49,6 +50,7 @@ def survey_rows(
         },
         "splits": {name: survey_split(rows, numbers) for name, (rows, numbers) in splits.items()},
         "duplicates": find_shared(*splits["train"], *splits["validation"]) if validation is not None else None,
+        "tasks": find_asked(*splits["train"], prompts or {}),
         "shown": [
             {
                 "number": number,
@@ -114,6 +116,22 @@ def find_shared(
     }
 
 
+def find_asked(
+    train: PreparedRows, train_numbers: Sequence[int], prompts: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, dict[str, Any]]:
+    """For each task, given as its prompts in tokens, those that rows of train begin with."""
+    beginnings: dict[bytes, int] = {}
+    for number, (ids, labels) in zip(train_numbers, _iterate(train), strict=True):
+        if beginning := _read_beginning(ids, labels):
+            beginnings.setdefault(beginning, number)
+    found = {}
+    for task, asked in prompts.items():
+        keys = [np.asarray(ids, dtype=np.int32).tobytes() for ids in asked]
+        pairs = [(number, beginnings[key]) for number, key in enumerate(keys, 1) if key in beginnings]
+        found[task] = {"num_asked": len(asked), "num_same": len(pairs), "same": pairs[:_DUPLICATES_SHOWN]}
+    return found
+
+
 def find_kept(numbers: Sequence[int], prepared: PreparedRows) -> list[int]:
     """The place in its file of each row that is kept."""
     gone = set(prepared.report.dropped_numbers)
@@ -159,8 +177,10 @@ def shorten(text: str) -> str:
 
 
 def _iterate(prepared: PreparedRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and labels of each row, int32, whose bytes can be compared."""
     for rows in prepared.rows.with_format("numpy").iter(_ROWS_AT_ONCE):
-        yield from zip(rows["input_ids"], rows["labels"], strict=True)
+        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+            yield np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
 
 
 def _read_beginning(ids: np.ndarray, labels: np.ndarray) -> bytes:

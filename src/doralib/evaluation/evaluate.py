@@ -102,6 +102,11 @@ def evaluate(
     return results
 
 
+def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each prompt as the model gets them."""
+    return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
+
+
 def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Example]]:
     examples: dict[str, list[Example]] = {}
     problems: list[DoraError] = []
@@ -156,7 +161,7 @@ def _run_classification(task: ClassificationTask, examples: Sequence[Example], s
 
 
 def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
-    prompts = [encode(scorer.tokenizer, _prompt(task, example, scorer), chat=task.chat) for example in examples]
+    prompts = encode_prompts(task, examples, scorer.tokenizer)
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
         room = limit - task.max_new_tokens
@@ -246,4 +251,8 @@ def _log_likelihoods(scorer: _Scorer, requests: Sequence[LikelihoodRequest]) -> 
 
 
 def _prompt(task: Task, example: Example, scorer: _Scorer) -> str:
-    return user_text(scorer.tokenizer, example.prompt) if task.chat else example.prompt
+    return _prompt_text(task, example, scorer.tokenizer)
+
+
+def _prompt_text(task: Task, example: Example, tokenizer: Tokenizer) -> str:
+    return user_text(tokenizer, example.prompt) if task.chat else example.prompt

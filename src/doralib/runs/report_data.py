@@ -42,7 +42,7 @@ def data_section(survey: Mapping[str, Any]) -> Markup | None:
             el("p", _intro(survey["settings"])),
             _counts(survey["splits"]),
             *(part for name, split in survey["splits"].items() for part in _split_details(name, split)),
-            _shared(survey["duplicates"]),
+            _shared([*tell_shared(survey["duplicates"]), *tell_asked(survey["tasks"])]),
             el("h3", "The first rows, with what is learned of them colored"),
             *map(_row, survey["shown"]),
         )
@@ -73,6 +73,16 @@ def tell_shared(shared: Mapping[str, Any] | None) -> list[str]:
             pairs = ", ".join(f"row {number} as row {other}" for number, other in shared[key])
             lines.append(f"{shared[f'num_{key}']:,} rows of validation {what}: {pairs}")
     return lines
+
+
+def tell_asked(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which prompts of tasks stand in train, a sentence for each task that has some."""
+    return [
+        f"{task['num_same']:,} of {task['num_asked']:,} prompts of task {name} stand in train: "
+        + ", ".join(f"prompt {number} in row {other}" for number, other in task["same"])
+        for name, task in tasks.items()
+        if task["num_same"]
+    ]
 
 
 def _intro(settings: Mapping[str, Any]) -> str:
@@ -126,11 +136,8 @@ def name_bar(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _shared(shared: Mapping[str, Any] | None) -> Markup | None:
-    lines = tell_shared(shared)
-    if shared is None:
-        return None
-    return join(el("h3", "Of validation in train"), *(el("p", line) for line in lines or ["No row."]))
+def _shared(lines: Sequence[str]) -> Markup | None:
+    return join(el("h3", "What is tested and stands in train"), *(el("p", line) for line in lines)) if lines else None
 
 
 def _row(row: Mapping[str, Any]) -> Markup:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from ...data.rows import RawRows, read_both
 from ...data.survey import mark_learned, survey_rows
 from ...data.tokenize import find_samples, tokenize_rows
 from ...errors import UsageError
+from ...evaluation.evaluate import encode_prompts
 from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...evaluation.task import Task, read_examples
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared
 
@@ -87,9 +90,12 @@ def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) 
     return TokenizedRows(settings, train, validation)
 
 
-def survey(rows: RawRows, made: TokenizedRows, processor: Any, shown: int = _SAMPLES) -> dict[str, Any]:
-    """What the rows are like: see `survey_rows`."""
-    return survey_rows(rows, made.train, made.validation, made.settings, processor, shown)
+def survey(
+    rows: RawRows, made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Sequence[Task] = ()
+) -> dict[str, Any]:
+    """What the rows are like: see `survey_rows`; and which prompts of tasks stand among them."""
+    prompts = {task.name: encode_prompts(task, read_examples(task), processor) for task in tasks}
+    return survey_rows(rows, made.train, made.validation, made.settings, processor, shown, prompts)
 
 
 def _can_pack(settings: DataSettings, model: nn.Module, processor: Any) -> bool:
