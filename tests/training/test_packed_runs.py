@@ -92,7 +92,7 @@ def test_a_packed_run_resumes_as_it_was(recipe, monkeypatch):
 
 def test_packing_by_default_gives_way_and_by_wish_does_not(recipe, monkeypatch, caplog):
     model = MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1))
-    settings = recipe("x").data
+    settings, wanted = recipe("x").data, recipe("x", {"packing": True}).data
     rows = text.check_rows(settings, 0)
     monkeypatch.setattr(text, "is_packed", lambda _: True)  # as for whole documents
     with caplog.at_level("INFO", logger="doralib"):
@@ -100,7 +100,7 @@ def test_packing_by_default_gives_way_and_by_wish_does_not(recipe, monkeypatch, 
     assert "rows are not packed, each is padded: data.packing: MambaForCausalLM cannot keep" in caplog.text
     assert len(data.train.rows) == 40
     with pytest.raises(UsageError, match="cannot keep packed rows apart"):
-        text.prepare(rows, settings.model_copy(update={"packing": True}), model, make_tokenizer())
+        text.prepare(text.check_rows(wanted, 0), wanted, model, make_tokenizer())
 
 
 def test_the_first_row_is_shown_and_the_report_has_the_data(recipe, caplog):
