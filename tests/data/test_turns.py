@@ -5,7 +5,9 @@ import torch
 from conftest import TEMPLATE, make_llama, make_tokenizer
 
 from doralib.data.turns import TurnEnd, find_end_tokens, find_turn_end, set_end_tokens
+from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import describe_ends, generate, stream
+from doralib.evaluation.task_file import load_tasks
 
 # as their makers published them, without what makes no difference to the end of a turn
 LLAMA_3 = (
@@ -131,3 +133,13 @@ def test_generation_stops_at_the_end_of_the_turn(learned, caplog):
     with caplog.at_level("INFO", logger="doralib"):
         generate(model, tokenizer, ["question"], chat=True, max_new_tokens=1)
     assert f"an answer ends at {describe_ends(model, tokenizer)}" in caplog.text
+
+
+def test_a_task_with_chat_stops_there_too(learned, tmp_path):
+    model, tokenizer = learned
+    (tmp_path / "t.jsonl").write_text('{"q": "question", "a": "the answer"}\n')
+    (tmp_path / "t.yaml").write_text(
+        "{kind: exact_match, data: t.jsonl, prompt: '{q}', answer: a, chat: true, max_new_tokens: 40}"
+    )
+    (result,) = evaluate(model, tokenizer, load_tasks([str(tmp_path / "t.yaml")])).values()
+    assert result.metrics["accuracy"].value == 1
