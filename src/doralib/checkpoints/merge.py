@@ -40,6 +40,7 @@ from .stream import (
     write_companions,
     write_headers,
 )
+from .tokenizer import read_template, take_tokenizer
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -170,6 +171,9 @@ def merge_checkpoint(
             head = find_head(ingredients[0].path)
             assert head is not None
             write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
+        notes += take_tokenizer([each.path for each in ingredients], part)
+        if not starts.head:
+            notes += _write_end_tokens(part)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
@@ -220,6 +224,18 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
         checkpoint = Checkpoint.open(base)
     raise_all(problems)
     return checkpoint
+
+
+def _write_end_tokens(folder: Path) -> list[str]:
+    """Add the end of an assistant's turn to the generation settings, where there is a chat template."""
+    if not (folder / "config.json").is_file() or read_template(folder) is None:
+        return []
+    try:
+        # only transformers renders a template as the model will see it; merging itself goes without
+        from .ends import write_end_tokens  # noqa: PLC0415
+    except ImportError:
+        return ["the tokens that end an answer are not known: transformers, which reads chat templates, is not there"]
+    return write_end_tokens(folder)
 
 
 def _check_dtype_change(checkpoint: Checkpoint, dtype: str | None) -> None:

@@ -154,7 +154,7 @@ def read_words(row: Row, settings: DataSettings) -> list[str]:
     return words
 
 
-def label_rows(
+def label_texts(
     rows: datasets.Dataset,
     numbers: Sequence[int],
     settings: DataSettings,

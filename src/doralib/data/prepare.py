@@ -37,10 +37,12 @@ class RowReport:
     """The first rows of each reason, with their numbers in the file."""
     noted: Counter[str] = field(default_factory=Counter)
     """Rows that are used, and what of them is not."""
+    dropped_numbers: list[int] = field(default_factory=list)
 
     def drop(self, number: int, bad: BadRow) -> None:
         """Count a row that is left out."""
         self.dropped[bad.kind] += 1
+        self.dropped_numbers.append(number)
         self._show(bad.kind, f"row {number}: {bad.detail}", self.dropped[bad.kind])
 
     def cut(self, number: int, length: int) -> None:

@@ -66,7 +66,7 @@ def _run(
     device = next(model.parameters()).device
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     found: dict[int, Tensor] = {}
-    pad = pad_token(tokenizer)
+    pad = pad_token(tokenizer, model)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         longest = max(len(tokens[i]) for i in batch)

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
-from ..data.encoding import context_length, encode, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick
 from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
-from .generation import Sampling, continuations, evaluation_mode
+from .generation import Sampling, continuations, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import (
     Score,
@@ -98,6 +98,8 @@ def evaluate(
         DoraError: if the data is damaged or the model gives NaN.
     """
     examples = _read_all(tasks, limit)
+    if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
+        tell_ends(model, tokenizer)
     results = {}
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
@@ -149,6 +151,11 @@ def score_labels(
     seconds = time.perf_counter() - start
     kind = "tokens" if by_word else "classify"
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
+
+
+def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each prompt as the model gets them."""
+    return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
 
 
 def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Example]]:
@@ -227,7 +234,7 @@ def _ask_head(task: ClassificationTask, examples: Sequence[Example], scorer: _Sc
 
 
 def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
-    prompts = [encode(scorer.tokenizer, _prompt(task, example, scorer), chat=task.chat) for example in examples]
+    prompts = encode_prompts(task, examples, scorer.tokenizer)
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
         room = limit - task.max_new_tokens
@@ -238,13 +245,14 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
             )
         cut = sum(len(tokens) > room for tokens in prompts)
         prompts = [tokens[-room:] for tokens in prompts]
+    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     texts = continuations(
         scorer.model,
         scorer.tokenizer,
         prompts,
         max_new_tokens=task.max_new_tokens,
         batch_size=scorer.batch_size,
-        sampling=Sampling(num_beams=task.num_beams, stop=task.stop),
+        sampling=stop_at_turn_end(sampling, scorer.tokenizer) if task.chat else sampling,
         tick=lambda done: scorer.tick(done / len(examples)),
     )
     said = [task.predicted(text) for text in texts]
@@ -310,9 +318,14 @@ def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -
 
 
 def _log_likelihoods(scorer: _Scorer, requests: Sequence[LikelihoodRequest]) -> list[float]:
-    pad = pad_token(scorer.tokenizer)
+    check_ids(scorer.model, scorer.tokenizer, (request.tokens for request in requests), "the task's rows")
+    pad = pad_token(scorer.tokenizer, scorer.model)
     return log_likelihoods(scorer.model, requests, batch_size=scorer.batch_size, pad=pad, tick=scorer.tick)
 
 
 def _prompt(task: Task, example: Example, scorer: _Scorer) -> str:
-    return user_text(scorer.tokenizer, example.prompt) if task.chat else example.prompt
+    return _prompt_text(task, example, scorer.tokenizer)
+
+
+def _prompt_text(task: Task, example: Example, tokenizer: Tokenizer) -> str:
+    return user_text(tokenizer, example.prompt) if task.chat else example.prompt

@@ -11,7 +11,7 @@ from ...data.classes import (
     LabelCollator,
     check_label_columns,
     find_labels,
-    label_rows,
+    label_texts,
     read_labels,
     read_text,
     read_words,
@@ -66,18 +66,18 @@ class Classification:
         if limit is not None and settings.max_length > limit:
             settings = settings.model_copy(update={"max_length": limit})
         labels = list_labels(model)
-        train = label_rows(rows.train, rows.train_numbers, settings, processor, labels, by_word=self.by_word)
+        train = label_texts(rows.train, rows.train_numbers, settings, processor, labels, by_word=self.by_word)
         held = None
         if rows.validation is not None:
             numbers = rows.validation_numbers
-            held = label_rows(rows.validation, numbers, settings, processor, labels, by_word=self.by_word)
+            held = label_texts(rows.validation, numbers, settings, processor, labels, by_word=self.by_word)
         shown = self._read(rows.train if rows.validation is None else rows.validation, settings, _SAMPLES)
         samples = [Sample(" ".join(words) if self.by_word else words[0], " ".join(said)) for words, said in shown]
         return Prepared(train, held, samples)
 
-    def collate(self, model: nn.Module, processor: Any) -> Collate:
+    def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:  # noqa: ARG002
         """Rows padded with the tokenizer's own token, which a decoder's head looks for."""
-        return LabelCollator(pad_token(processor), most=context_length(model))
+        return LabelCollator(pad_token(processor, model), most=context_length(model))
 
     def samples(
         self,

@@ -1,21 +1,28 @@
 """Text: rows become prompts and targets for a causal language model."""
 
-import contextlib
 import logging
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ...checkpoints.load import Loaded, load_base
+from ...data.batches import Collator
 from ...data.detect import describe_style, find_style, look_at
-from ...data.encoding import context_length, encode, pad_token
-from ...data.prepare import BadRow
-from ...data.prompts import STYLES, check_columns, render_row
-from ...data.rows import RawRows, as_written, read_both
-from ...data.tokenize import Collator, find_samples, tokenize_rows
-from ...evaluation.generation import continuations
+from ...data.encoding import check_ids, context_length, encode, pad_token
+from ...data.isolation import choose_layout
+from ...data.packing import is_packed, pack_rows
+from ...data.prepare import PreparedRows
+from ...data.prompts import STYLES, check_columns
+from ...data.rows import RawRows, read_both
+from ...data.survey import mark_learned, survey_rows
+from ...data.tokenize import find_samples, tokenize_rows
+from ...errors import UsageError
+from ...evaluation.evaluate import encode_prompts
+from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...evaluation.task import Task, read_examples
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared
 
@@ -23,8 +30,6 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 5
 _SAMPLE_TOKENS = 64
-_SHOWN = 400
-"""Characters of each end of a row that is shown."""
 
 
 def check_rows(settings: DataSettings, seed: int) -> RawRows:
@@ -46,20 +51,74 @@ def load(settings: ModelSettings) -> Loaded:
 
 
 def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
-    """Tokens and labels."""
-    settings = _within(settings, model)
-    if rows.settings is not None:
-        _show_first(rows, settings, processor)
+    """Tokens and labels; several rows in one sequence where they are packed, but never those of validation."""
+    made = tokenize(rows, settings, model, processor)
+    settings, train = made.settings, made.train
+    told = {"an answer ends at": describe_ends(model, processor)}
+    if is_packed(settings) and _can_pack(settings, model, processor):
+        packed = pack_rows(train.rows, settings.max_length)
+        full = train.report.tokens / (len(packed) * settings.max_length)
+        told["packed"] = f"into {len(packed):,} sequences of at most {settings.max_length:,} tokens, {full:.0%} full"
+        train = PreparedRows(packed, train.report)
+    found = find_samples(rows, settings, processor, _SAMPLES)
+    first = mark_learned(made.train.rows[0], processor)
+    return Prepared(train, made.validation, found, told, first, survey(rows, made, processor))
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """The rows as tokens, none packed."""
+
+    settings: DataSettings
+    """With no more tokens a row than the model takes."""
+    train: PreparedRows
+    validation: PreparedRows | None
+
+
+def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) -> TokenizedRows:
+    """Tokens and labels of every usable row.
+
+    Args:
+        model: The model, or anything with its ``config``.
+
+    Raises:
+        UsageError: if no row is usable, or the model has no embedding for a token.
+    """
+    settings = within(settings, model)
     train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
     validation = None
     if rows.validation is not None:
         validation = tokenize_rows(rows.validation, rows.validation_numbers, settings, processor)
-    return Prepared(train, validation, find_samples(rows, settings, processor, _SAMPLES))
+    for part in (train, validation):
+        if part is not None:
+            check_ids(model, processor, part.rows["input_ids"], "the rows")
+    return TokenizedRows(settings, train, validation)
 
 
-def collate(model: nn.Module, processor: Any) -> Collate:
+def survey(
+    rows: RawRows, made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Sequence[Task] = ()
+) -> dict[str, Any]:
+    """What the rows are like: see `survey_rows`; and which prompts of tasks stand among them."""
+    prompts = {task.name: encode_prompts(task, read_examples(task), processor) for task in tasks}
+    return survey_rows(rows, made.train, made.validation, made.settings, processor, shown, prompts)
+
+
+def _can_pack(settings: DataSettings, model: nn.Module, processor: Any) -> bool:
+    """Whether the model keeps packed rows apart; if not, it is an error only where packing was asked for."""
+    try:
+        choose_layout(model, Collator(pad_token(processor, model)))
+    except UsageError as error:
+        if settings.packing:
+            raise
+        log.info(f"rows are not packed, each is padded: {error}")
+        return False
+    return True
+
+
+def collate(model: nn.Module, processor: Any, data: Prepared) -> Collate:
     """Rows padded with the tokenizer's own token; padding is masked, so any token would do."""
-    return Collator(pad_token(processor), most=context_length(model))
+    collator = Collator(pad_token(processor, model), most=context_length(model))
+    return choose_layout(model, collator) if "lengths" in data.train.rows.column_names else collator
 
 
 def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]) -> list[str]:
@@ -74,20 +133,11 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
         prompts,
         max_new_tokens=max(1, int(min(longest + 8, _SAMPLE_TOKENS, room))),
         batch_size=_SAMPLES,
+        sampling=stop_at_turn_end(GREEDY, processor) if closed else GREEDY,
     )
 
 
-def _show_first(rows: RawRows, settings: DataSettings, processor: Any) -> None:
-    """Log the first row that can be used, so that what auto found can be checked."""
-    for row in as_written(rows.train):
-        with contextlib.suppress(BadRow):
-            text = render_row(row, settings, processor).mark()
-            cut = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
-            log.info(f"a row, with what is learned between ⟦ and ⟧:\n{cut}")
-            return
-
-
-def _within(settings: DataSettings, model: nn.Module) -> DataSettings:
+def within(settings: DataSettings, model: Any) -> DataSettings:
     """With no more tokens a row than the model takes: beyond, learned positions fail and turned ones mean nothing."""
     limit = context_length(model)
     if limit is None or settings.max_length <= limit:
