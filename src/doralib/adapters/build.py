@@ -18,7 +18,7 @@ from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
 from .scan import Scan
-from .targets import check_layers, choose, choose_magnitudes, choose_parameters, match_modules
+from .targets import check_layers, choose, choose_magnitudes, choose_parameters, describe_choice, match_modules
 
 
 class Targets(NamedTuple):
@@ -28,6 +28,8 @@ class Targets(NamedTuple):
     """Layers and parameters."""
     whole: list[str]
     """Modules that are trained whole."""
+    notes: tuple[str, ...] = ()
+    """What to say about the choice, a line each."""
 
 
 def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
@@ -38,7 +40,7 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
     """
     chosen = [*choose(found, config), *choose_parameters(found, config.target_parameters)]
     _check_patterns(config, chosen)
-    return Targets(chosen, _choose_whole(found, config))
+    return Targets(chosen, _choose_whole(found, config), tuple(describe_choice(found, config, chosen)))
 
 
 def _choose_whole(found: Scan, config: DoraConfig) -> list[str]:

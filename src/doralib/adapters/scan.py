@@ -7,9 +7,10 @@ from functools import cached_property
 from torch import nn
 
 from ..layers.base.linear import Dense
-from ..layers.base.registry import open_base
+from ..layers.base.registry import explain_refusal, open_base
 from ..layers.experts import Stack
 from ..layers.wrapper import Place, base_module
+from .bypass import Bypass, find_bypassed
 from .registry import find_record
 
 
@@ -43,6 +44,18 @@ class Scan:
         """Every layer that can be adapted, opened, in model order."""
         found = {name: open_base(module) for name, module in self.modules.items() if not name.endswith(".base_layer")}
         return {name: base for name, base in found.items() if base is not None}
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """What looks like a layer and cannot be adapted, with the reason."""
+        absent = {name: module for name, module in self.modules.items() if name not in self.bases}
+        reasons = {name: explain_refusal(m) for name, m in absent.items() if not name.endswith(".base_layer")}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    @cached_property
+    def bypassed(self) -> dict[str, Bypass]:
+        """Layers whose weight the model's own code reads past them."""
+        return {name: bypass for name, bypass in find_bypassed(self.modules).items() if name in self.bases}
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:

@@ -1,7 +1,7 @@
 """Which modules of a model an adapter goes on: names, regular expressions, "all-linear", and every refusal."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -58,8 +58,8 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
     """
     wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
     if wanted == ALL_LINEAR:
-        heads = _heads(found)
-        chosen = [name for name, base in found.bases.items() if base.kind == "linear" and name not in heads]
+        unreached = find_unreached(found)
+        chosen = [name for name in _linear_layers(found) if name not in unreached]
     else:
         chosen = match_modules(found, wanted, "target_modules")
     if config.exclude_modules is not None:
@@ -75,6 +75,38 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
         raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
     check_layers(found, chosen)
     return chosen
+
+
+def find_unreached(found: Scan) -> dict[str, str]:
+    """The linear layers that "all-linear" leaves out, since an adapter on them would do nothing, with the reason."""
+    wanted = _linear_layers(found)
+    passed_by = {name: str(each) for name, each in found.bypassed.items() if each.always or each.whole}
+    reasons = {name: passed_by[name] for name in wanted if name in passed_by}
+    return reasons | {name: why for name, why in found.refused.items() if isinstance(found.modules[name], nn.Linear)}
+
+
+def describe_choice(found: Scan, config: DoraConfig, chosen: list[str]) -> list[str]:
+    """What to say of the layers that are adapted: a line on those that "all-linear" leaves out, or on asked ones that
+    the model does not call everywhere."""
+    if config.target_modules in (None, ALL_LINEAR):
+        left_out = {name: why for name, why in find_unreached(found).items() if name not in chosen}
+        return [f"all-linear leaves out {_list_by_reason(left_out)}"] if left_out else []
+    in_part = {name: str(found.bypassed[name]) for name in chosen if name in found.bypassed}
+    return [_list_by_reason(in_part)] if in_part else []
+
+
+def _list_by_reason(reasons: dict[str, str]) -> str:
+    """On one line: ``"q_proj, k_proj (24 layers): WavLMAttention.forward reads ..."``."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons.items():
+        names[reason].append(name)
+    told = [
+        f"{', '.join(dict.fromkeys(n.rpartition('.')[2] for n in each))} ({len(each)} layers, first {each[0]}): {reason}"
+        if len(each) > 1
+        else f"{each[0]}: {reason}"
+        for reason, each in names.items()
+    ]
+    return "; ".join(told)
 
 
 def choose_magnitudes(found: Scan, config: DoraConfig) -> list[str]:
@@ -113,14 +145,16 @@ def check_layers(found: Scan, chosen: list[str]) -> None:
         others = [each.rpartition(".")[0] for each in found.other_names(f"{name}.weight")]
         if name in found.adapted:
             problems.append(f"{name} is adapted already; doralib.remove(model) takes an adapter off")
+        elif name in found.refused:
+            problems.append(f"{name}: {found.refused[name]}")
         elif name not in found.bases:
             inside = [n.rpartition(".")[2] for n in found.bases if n.startswith(name + ".")]
             hint = f"; inside it: {', '.join(dict.fromkeys(inside))}" if inside else ""
             problems.append(f"{name} is a {type(found.modules[name]).__name__}, not a linear layer{hint}")
         elif others:
             problems.append(f"{name} is tied to {', '.join(others)}: one weight cannot be adapted in one place only")
-        elif isinstance(found.modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            problems.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; it cannot be adapted")
+        elif name in found.bypassed and found.bypassed[name].always:
+            problems.append(f"{name}: {found.bypassed[name]}")
     _raise("these layers cannot be adapted:", problems)
 
 
@@ -130,6 +164,12 @@ _HELP = "list every layer that can be adapted with: doralib targets MODEL"
 def _raise(what: str, problems: list[str]) -> None:
     if problems:
         raise UsageError(f"{what}\n  {list_some(problems, 8)}\n  {_HELP}")
+
+
+def _linear_layers(found: Scan) -> list[str]:
+    """What "all-linear" means: linear layers without the output layer, in model order."""
+    heads = _heads(found)
+    return [name for name, base in found.bases.items() if base.kind == "linear" and name not in heads]
 
 
 def _heads(found: Scan) -> set[str]:

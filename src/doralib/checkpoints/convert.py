@@ -98,7 +98,7 @@ def convert_adapter(request: ConversionRequest) -> Conversion:
         asked = request.given.component
         if asked and not into.pipelines:
             check_component(adapter, asked)
-        if asked or not into.pipelines:
+        if asked or (source.pipelines and not into.pipelines):
             adapter = take_component(adapter, hints.component)
         written, logits = adapter, None
         errors: list[Approximation] = []

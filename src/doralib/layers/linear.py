@@ -42,6 +42,8 @@ class DoraLinear(Part, AdapterLayer):
     start_A: nn.Parameter | None
     """A and B as they began, frozen, where they began as a part of the weight: the change is ``B A - B0 A0``."""
     start_B: nn.Parameter | None
+    on_read: Callable[[], object] | None = None
+    """Called when model code reads the weight, while an audit listens."""
 
     def __init__(
         self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig, base: Dense | None = None
@@ -118,6 +120,8 @@ class DoraLinear(Part, AdapterLayer):
     @property
     def weight(self) -> Tensor:
         """The frozen layer's weight, for model code that reads it."""
+        if self.on_read is not None:
+            self.on_read()
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property

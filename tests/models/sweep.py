@@ -1,0 +1,143 @@
+"""Every architecture of transformers, tiny: adapted, trained, merged, saved, loaded, and read by PEFT.
+
+    python tests/models/sweep.py [MODEL_TYPE ...]     runs these, or all, and keeps what it saw in results.json
+    python tests/models/sweep.py --write              writes docs/models.md from results.json
+"""
+
+import copy
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+import torch
+import transformers
+from peft import PeftModel
+
+import doralib
+from doralib.adapters.registry import places_of
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def try_architecture(model_type: str, kind: str, model_class: Any) -> dict[str, Any]:
+    """What happened, by step; "not built" where transformers has no such tiny model."""
+    row: dict[str, Any] = {"kind": kind, "class": model_class.__name__}
+    try:
+        model = tiny.build(kind, model_class, transformers.CONFIG_MAPPING[model_type])
+        inputs, base = _find_inputs(model)
+    except Exception as error:  # noqa: BLE001  whatever a foreign model raises
+        return {**row, "not_built": _in_one_line(error)}
+    for step in (_adapt, _train, _save_and_load, _let_peft_read, _merge):
+        try:
+            step(model, inputs, base, row)
+        except Exception as error:  # noqa: BLE001
+            row.setdefault("failed", {})[step.__name__.strip("_")] = _in_one_line(error)
+            if step is _adapt:
+                break
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def _find_inputs(model: Any) -> tuple[dict[str, Any], torch.Tensor]:
+    problem: Exception = ValueError("no inputs are known for it")
+    for inputs in tiny.make_inputs(model):
+        try:
+            with torch.no_grad():
+                return inputs, tiny.run(model, inputs)
+        except Exception as error:  # noqa: BLE001
+            problem = error
+    raise problem
+
+
+def _adapt(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
+    row["_fresh"] = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        doralib.adapt(model, doralib.DoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    row["left_out"] = [str(each.message) for each in told if "leaves out" in str(each.message)]
+    row["layers"] = len(places_of(model))
+    with torch.no_grad():
+        row["identity"] = _distance(tiny.run(model, inputs), base) <= 1e-6
+
+
+def _train(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
+    optimizer = torch.optim.AdamW(doralib.parameter_groups(model, learning_rate=1e-2))
+    watch = doralib.audit(model, optimizer, tell=lambda _: None)
+    for _ in range(2):
+        optimizer.zero_grad()
+        tiny.run(model, inputs).float().square().mean().backward()
+        optimizer.step()
+    row["no_gradient"] = sorted({f"{each.name.rpartition('.')[2]}: {each.reason}" for each in watch.findings})
+    row["in_vain"] = len(watch.findings)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(1 + 0.1 * torch.randn_like(p)).add_(0.02 * torch.randn_like(p))
+        row["_adapted"] = tiny.run(model, inputs)
+
+
+def _save_and_load(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        doralib.save_adapter(model, folder)
+        loaded = doralib.load_adapter(copy.deepcopy(row["_fresh"]), folder)
+        row["loads"] = _distance(tiny.run(loaded, inputs), row["_adapted"]) <= 1e-6
+
+
+def _let_peft_read(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        doralib.save_adapter(model, folder)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(row["_fresh"]), folder).eval()
+        names = {
+            name.removeprefix("base_model.model.")
+            for name, module in theirs.named_modules()
+            if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+        }
+        ours = {name for name, _ in places_of(model)}
+        if names != ours:
+            raise ValueError(f"PEFT adapts {sorted(names - ours)[:3]} too, and not {sorted(ours - names)[:3]}")
+        row["peft"] = _distance(tiny.run(theirs.base_model.model, inputs), row["_adapted"]) <= 1e-4
+
+
+def _merge(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
+    with torch.no_grad():
+        row["merges"] = _distance(tiny.run(doralib.merge(model), inputs), row["_adapted"]) <= 1e-4
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative, in the largest element; where both are infinite or not numbers in the same places, these count not."""
+    one, other = torch.nan_to_num(one.float(), 0, 0, 0), torch.nan_to_num(other.float(), 0, 0, 0)
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def sweep(wanted: list[str]) -> None:
+    """Try these architectures, or all, and keep what was seen; one after the other, so that a stop loses nothing."""
+    architectures = tiny.list_architectures()
+    for model_type in wanted or architectures:
+        row = try_architecture(model_type, *architectures[model_type])
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept[model_type] = row
+        RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, sort_keys=True) + "\n")
+        bad = {key: row[key] for key in ("failed",) if key in row}
+        bad |= {key: False for key in ("identity", "loads", "peft", "merges") if row.get(key) is False}
+        if row.get("in_vain") or bad:
+            print(model_type, bad, row.get("no_gradient"), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    sweep([name for name in sys.argv[1:] if not name.startswith("-")])
