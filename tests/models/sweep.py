@@ -1,7 +1,7 @@
 """Every architecture of transformers, tiny: adapted, trained, merged, saved, loaded, and read by PEFT.
 
-    python tests/models/sweep.py [MODEL_TYPE ...]     runs these, or all, and keeps what it saw in results.json
-    python tests/models/sweep.py --write              writes docs/models.md from results.json
+python tests/models/sweep.py [MODEL_TYPE ...]     runs these, or all, and keeps what it saw in results.json
+python tests/models/sweep.py --write              writes docs/models.md from results.json
 """
 
 import copy
@@ -122,22 +122,26 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def sweep(wanted: list[str]) -> None:
+def sweep(wanted: list[str], results: Path) -> None:
     """Try these architectures, or all, and keep what was seen; one after the other, so that a stop loses nothing."""
     architectures = tiny.list_architectures()
-    for model_type in wanted or architectures:
+    names = [name for name, (kind, _) in architectures.items() if not wanted or {name, kind} & set(wanted)]
+    for model_type in names:
         row = try_architecture(model_type, *architectures[model_type])
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept = json.loads(results.read_text()) if results.exists() else {}
         kept[model_type] = row
-        RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, sort_keys=True) + "\n")
+        results.write_text(json.dumps(dict(sorted(kept.items())), indent=1, sort_keys=True) + "\n")
         bad = {key: row[key] for key in ("failed",) if key in row}
         bad |= {key: False for key in ("identity", "loads", "peft", "merges") if row.get(key) is False}
         if row.get("in_vain") or bad:
-            print(model_type, bad, row.get("no_gradient"), flush=True)
+            sys.stdout.write(f"{model_type} {bad} {row.get('no_gradient')}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    sweep([name for name in sys.argv[1:] if not name.startswith("-")])
+    asked = sys.argv[1:]
+    out = Path(asked[asked.index("--out") + 1]) if "--out" in asked else RESULTS
+    sweep([name for name in asked if not name.startswith("-") and name != str(out)], out)

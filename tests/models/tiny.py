@@ -46,12 +46,39 @@ _BY_NAME = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_group", "topk_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions", "max_source_positions"), 128),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_expand", "mamba_n_groups", "n_groups"), 2),
+    **dict.fromkeys(("rotary_dim",), 8),
+    **dict.fromkeys(("vocab_size_per_layer_input", "hidden_size_per_layer_input"), 32),
+    **dict.fromkeys(("first_k_dense_replace",), 1),
     "vocab_size": VOCABULARY,
     "image_size": _PIXELS,
     "patch_size": 8,
     "num_labels": 3,
     "use_cache": False,
 }
+# what a type needs beside
+_MLA = (
+    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu"),
+    *("kimi_k25", "kimi_vl", "kimi_k25_text", "longcat_flash", "mistral4", "mistral4_text", "deepseek_v4"),
+)
+_BY_TYPE: dict[str, dict[str, Any]] = {
+    **{name: {"num_key_value_heads": _HEADS} for name in _MLA},
+    "esmc": {"num_key_value_heads": _HEADS},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "flaubert": {"n_words": VOCABULARY, "emb_dim": _WIDTH},
+    "xlm": {"n_words": VOCABULARY, "emb_dim": _WIDTH},
+    "nemotron": {"head_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "zamba": {"layer_types": ["linear_attention", "hybrid"], "mamba_dt_rank": 4, "n_mamba_heads": 2},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1},
+}
+_ROPE_SECTIONS = [1, 1, 2]
 
 
 def list_architectures() -> dict[str, tuple[str, type[PreTrainedModel]]]:
@@ -84,7 +111,11 @@ def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
 def _changes(config: PreTrainedConfig, *, lists: bool = True) -> dict[str, Any]:
     values, changes = dict(vars(config)), {}
     for name, value in values.items():
-        if name.startswith("_") or name in ("layer_types", "mlp_layer_types", "block_types", "layers_block_type"):
+        if (
+            name.startswith("_")
+            or name in ("model_type",)
+            or name in ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")
+        ):
             continue
         if isinstance(value, PreTrainedConfig):
             changes[name] = {**_changes(value, lists=lists), "model_type": value.model_type}
@@ -99,7 +130,9 @@ def _changes(config: PreTrainedConfig, *, lists: bool = True) -> dict[str, Any]:
             changes[name] = VOCABULARY - 1 - len([each for each in changes if each.endswith("token_id")])
         elif name.endswith("token_index") and isinstance(value, int) and value >= VOCABULARY - 20:
             changes[name] = VOCABULARY - 1
-    return changes
+        elif isinstance(value, dict) and "mrope_section" in value:
+            changes[name] = {**value, "mrope_section": _ROPE_SECTIONS}
+    return {**changes, **_BY_TYPE.get(config.model_type, {})}
 
 
 def build(kind: str, model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> PreTrainedModel:
@@ -110,7 +143,7 @@ def build(kind: str, model_class: type[PreTrainedModel], config_class: type[PreT
         each.use_cache = False
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
-    if size > 60_000_000:
+    if size > 12_000_000:
         raise ValueError(f"its smallest settings still have {size:,} weights")
     torch.manual_seed(0)
     model = model_class(config)

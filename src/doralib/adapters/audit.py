@@ -86,19 +86,20 @@ def probe(model: nn.Module, inputs: Mapping[str, Any]) -> list[Finding]:
     if not names:
         return []
     pattern = "|".join(name.replace(".", r"\.") for name in names)
-    with warnings.catch_warnings(action="ignore"):
-        adapt(model, DoraConfig(r=1, target_modules=pattern))
-    watch, training, buffers = Audit(model), model.training, [(b, b.clone()) for b in model.buffers()]
-    try:
-        with torch.enable_grad(), torch.random.fork_rng():
-            _sum_outputs(model.train()(**inputs)).backward()
-        return watch.find_without_gradient()
-    finally:
-        watch.stop()
-        model.zero_grad(set_to_none=True)
-        remove(model.train(training))
-        for buffer, value in buffers:  # the means that batch norms keep
-            buffer.copy_(value)
+    with torch.random.fork_rng():
+        with warnings.catch_warnings(action="ignore"):
+            adapt(model, DoraConfig(r=1, target_modules=pattern))
+        watch, training, buffers = Audit(model), model.training, [(b, b.clone()) for b in model.buffers()]
+        try:
+            with torch.enable_grad():
+                _sum_outputs(model.train()(**inputs)).backward()
+            return watch.find_without_gradient()
+        finally:
+            watch.stop()
+            model.zero_grad(set_to_none=True)
+            remove(model.train(training))
+            for buffer, value in buffers:  # the means that batch norms keep
+                buffer.copy_(value)
 
 
 class Audit:

@@ -18,7 +18,7 @@ from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
 from .scan import Scan
-from .targets import check_layers, choose, choose_magnitudes, choose_parameters, describe_choice, match_modules
+from .targets import check_layers, choose, choose_magnitudes, choose_parameters, describe_choice, match_endings
 
 
 class Targets(NamedTuple):
@@ -44,7 +44,7 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
 
 
 def _choose_whole(found: Scan, config: DoraConfig) -> list[str]:
-    return match_modules(found, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
+    return match_endings(found, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
 
 
 def _check_patterns(config: DoraConfig, chosen: list[str]) -> None:

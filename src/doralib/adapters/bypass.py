@@ -38,7 +38,7 @@ def find_bypassed(modules: Mapping[str, nn.Module]) -> dict[str, Bypass]:
     """
     found: dict[str, Bypass] = {}
     for name, module in modules.items():
-        if not module._modules or not _mentions_weight(type(module)):
+        if not module._modules or not _mentions_weight(type(module)):  # type: ignore[arg-type]
             continue
         modes = [_Reader(module, training=training).read() for training in (True, False)]
         for path in dict.fromkeys(path for mode in modes for path in mode.reads):
@@ -128,7 +128,8 @@ class _Reader(ast.NodeVisitor):
             if isinstance(node, ast.Return | ast.Raise):
                 return
             if isinstance(node, ast.If):
-                taken = {True: node.body, False: node.orelse}.get(self._decide(node.test), [])  # type: ignore[call-overload]
+                decided = self._decide(node.test)
+                taken = [] if decided is None else node.body if decided else node.orelse
                 if taken and isinstance(taken[-1], ast.Return | ast.Raise):
                     return
 
@@ -155,7 +156,11 @@ class _Reader(ast.NodeVisitor):
         self.visit(node.iter)
         loops = [node.iter]
         targets: list[ast.expr] = [node.target]
-        if isinstance(node.iter, ast.Call) and isinstance(node.iter.func, ast.Name) and isinstance(node.target, ast.Tuple):
+        if (
+            isinstance(node.iter, ast.Call)
+            and isinstance(node.iter.func, ast.Name)
+            and isinstance(node.target, ast.Tuple)
+        ):
             skip = {"enumerate": 1, "zip": 0}.get(node.iter.func.id)
             loops, targets = (list(node.iter.args), node.target.elts[skip:]) if skip is not None else ([], [])
         for loop, target in zip(loops, targets, strict=False):
@@ -251,7 +256,14 @@ class _Reader(ast.NodeVisitor):
             if path is None:
                 return None
             index = node.slice.value if isinstance(node.slice, ast.Constant) else "*"
-            return f"{path}.{index}"
+            return f"{path}.{index!s}"
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            path = self._path(node.args[0])
+            return None if path is None else f"{path}.{node.args[1].value!s}".lstrip(".")
         return None
 
     def _is_module(self, path: str) -> bool:
@@ -291,7 +303,8 @@ class _Reader(ast.NodeVisitor):
             compare = _COMPARE[type(node.ops[0])]
             return compare(self._value(node.left), self._value(node.comparators[0]))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-            return {"hasattr": hasattr, "getattr": getattr, "len": len}[node.func.id](*map(self._value, node.args))
+            known: dict[str, Callable[..., Any]] = {"hasattr": hasattr, "getattr": getattr, "len": len}
+            return known[node.func.id](*map(self._value, node.args))
         raise ValueError(ast.dump(node))
 
 
@@ -321,6 +334,8 @@ def _is_write_to_data(node: ast.Attribute) -> bool:
     """Whether it is ``weight.data.clamp_`` or the like, which changes the weight and makes nothing of it."""
     value = node.value
     return (
-        node.attr.endswith("_") and isinstance(value, ast.Attribute) and value.attr == "data" and _is_weight(value.value)
+        node.attr.endswith("_")
+        and isinstance(value, ast.Attribute)
+        and value.attr == "data"
+        and _is_weight(value.value)
     )
-

@@ -1,7 +1,7 @@
 """What a base model has that can be adapted, and who owns it, found in one look."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from torch import nn
@@ -44,6 +44,22 @@ class Scan:
         """Every layer that can be adapted, opened, in model order."""
         found = {name: open_base(module) for name, module in self.modules.items() if not name.endswith(".base_layer")}
         return {name: base for name, base in found.items() if base is not None}
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """What "all-linear" means, before anything is left out: linear layers without the output layer, as in PEFT."""
+        output_layer: Callable[[], nn.Module | None] | None = getattr(self.model, "get_output_embeddings", None)
+        head = output_layer() if output_layer is not None else None
+        heads = {name for name, module in self.modules.items() if head is not None and module is base_module(head)}
+        heads |= {name for name in ("score", "classifier", "qa_outputs") if hasattr(self.model, name)}
+        return [name for name, base in self.bases.items() if base.kind == "linear" and name not in heads]
+
+    @cached_property
+    def unreached(self) -> dict[str, str]:
+        """The linear layers that "all-linear" leaves out, with the reason why an adapter on them would do nothing."""
+        passed_by = {name: str(each) for name, each in self.bypassed.items() if each.always or each.whole}
+        reasons = {name: passed_by[name] for name in self.linear if name in passed_by}
+        return reasons | {name: why for name, why in self.refused.items() if isinstance(self.modules[name], nn.Linear)}
 
     @cached_property
     def refused(self) -> dict[str, str]:

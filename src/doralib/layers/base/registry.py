@@ -64,20 +64,19 @@ def _dotted_name(cls: type) -> str:
 
 
 def _open_registered(module: nn.Module, cls: type[Any], storage: type[Dense]) -> Dense | None:
-    own_call = any(
-        getattr(type(module), call, None) is not getattr(cls, call, None) or call in module.__dict__
-        for call in ("forward", "_conv_forward")
-    )
+    calls = ("forward", "_conv_forward")
+    own_call = any(getattr(type(module), call, None) is not getattr(cls, call, None) for call in calls)
+    hooked = any(call in module.__dict__ for call in calls)
     weight = getattr(module, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[union-attr]
-    if plain and (not own_call or (storage is Embedding and _only_scales(module))):
+    if plain and not hooked and (not own_call or (storage is Embedding and _only_scales(module))):
         return storage(module)
     if storage.kind != "linear":
         return None
-    if not plain:
+    if hooked or not plain:
         return Opaque(module)
     error = _measure_own_product(module)
-    if storage is Dense and error <= max(1e-5, 4 * torch.finfo(weight.dtype).eps):
+    if storage is Dense and error <= max(1e-5, 4 * torch.finfo(module.weight.dtype).eps):  # type: ignore[arg-type]
         return Dense(module)
     # near its weight's product, as with numbers rounded on purpose; one that is far from it would be merged wrongly
     return Opaque(module) if error <= 0.2 else None
@@ -96,24 +95,26 @@ def _makers_of_weight(module: nn.Module) -> list[str]:
     return [name for name in module._parameters if name.startswith("weight_")]
 
 
+@torch.no_grad()
 def _measure_own_product(module: nn.Module) -> float:
-    """How far a layer's call is from ``x Wᵀ + bias``, relative, with a weight drawn for the purpose.
+    """How far a layer's call is from ``x Wᵀ + bias``, relative, with values drawn for the purpose.
 
     The layer's own may be zero, or not what its call reads. Where the call is of another kind the distance is infinite.
     """
     weight: Any = module.weight
-    I, O = module.in_features, module.out_features
-    x_NI, W_OI = (_draw(shape, weight) for shape in ((4, I), (O, I)))
+    drawn = {name: _draw(tuple(p.shape), weight) for name, p in module._parameters.items() if p is not None}
+    x_NI = _draw((4, module.in_features), weight)
     try:
-        y_NO = _call(module, x_NI, {"weight": W_OI})
+        y_NO = _call(module, x_NI, drawn)
     except Exception:  # noqa: BLE001  whatever a foreign module raises, it takes no rows
         return float("inf")
     if y_NO is None or y_NO.is_meta:
         return float("inf") if y_NO is None else 0.0
-    wanted_NO = nnf.linear(x_NI, W_OI, module.bias).float()  # type: ignore[arg-type]
+    wanted_NO = nnf.linear(x_NI, drawn["weight"], drawn.get("bias")).float()
     return float((y_NO.float() - wanted_NO).norm() / wanted_NO.norm())
 
 
+@torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
     """Whether a layer whose weight is not known is roughly linear up to a bias; True if it cannot be called here."""
     opaque = Opaque(module)
@@ -134,7 +135,6 @@ def _draw(shape: tuple[Any, ...], like: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator).to(like)
 
 
-@torch.no_grad()
 def _call(module: nn.Module, x_NI: Tensor, parameters: dict[str, Tensor]) -> Tensor | None:
     """What a module makes of a few rows, (N, O), or None where that is nothing of the kind."""
     training = module.training
