@@ -381,3 +381,30 @@ def test_refusals_name_every_layer_with_its_reason():
     with pytest.raises(UsageError, match=r"1 of 2 DoRA layers[\s\S]*conv: it is PEFT's Conv2d"):
         accelerate(model)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_magnitudes_in_16_bits_are_warned_of_with_the_remedy(recwarn):
+    model = peft_model()
+    accelerate(model)
+    assert not [each for each in recwarn if "magnitudes" in str(each.message)]
+    restore(model)
+    # as TRL does with a 4-bit base
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.bfloat16()
+    with pytest.warns(UserWarning, match=r"8 in torch.bfloat16, where small steps are lost.*p.data = p.data.float\(\)"):
+        accelerate(model)
+    # the remedy is one
+    for name, p in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            p.data = p.data.float()
+    restore(model)
+    recwarn.clear()
+    accelerate(model)
+    assert not [each for each in recwarn if "magnitudes" in str(each.message)]
+    lengths = [p for name, p in model.named_parameters() if "magnitude" in name]
+    before = [p.detach().clone() for p in lengths]
+    optimizer = torch.optim.AdamW(lengths, lr=1e-4, weight_decay=0)
+    run(model)
+    optimizer.step()
+    assert all((p != old).float().mean() > 0.9 for p, old in zip(lengths, before, strict=True))
