@@ -95,7 +95,11 @@ def _save_and_load(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, A
 def _let_peft_read(model: Any, inputs: Any, base: torch.Tensor, row: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         doralib.save_adapter(model, folder)
-        theirs = PeftModel.from_pretrained(copy.deepcopy(row["_fresh"]), folder).eval()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            theirs = PeftModel.from_pretrained(copy.deepcopy(row["_fresh"]), folder).eval()
+        if missing := [str(each.message) for each in told if "missing adapter keys" in str(each.message)]:
+            raise ValueError(f"PEFT renames keys of the file: {missing[0]}")
         names = {
             name.removeprefix("base_model.model.")
             for name, module in theirs.named_modules()
@@ -138,10 +142,65 @@ def sweep(wanted: list[str], results: Path) -> None:
             sys.stdout.flush()
 
 
+_HEAD = """# Models
+
+Every architecture of transformers {version} that one of its Auto classes builds for causal language modeling, sequence
+to sequence, masked language modeling, speech, images with text, classification (sequences, tokens, audio, images), or as
+an encoder: each as a tiny model with random weights. All that is listed here without a remark held: `all-linear` was
+adapted, a fresh adapter changed nothing, two steps of AdamW ran under the
+[audit](layers.md#layers-that-no-adapter-reaches), the adapter was saved and loaded into a fresh model, PEFT {peft} read
+it and adapted the same layers, and the merged model computed what the adapted one did.
+
+`make models` runs all this anew and writes this page. It takes about an hour of one processor.
+"""
+
+
+def write_page(rows: dict[str, Any]) -> str:
+    """docs/models.md of what was seen; it says what holds, and no number that depends on a machine."""
+    import peft
+
+    built = {name: row for name, row in rows.items() if "not_built" not in row}
+    remarks = {name: _remarks(row) for name, row in built.items()}
+    lines = [_HEAD.format(version=transformers.__version__, peft=peft.__version__)]
+    lines += ["| kind | architectures | built | with a remark |", "|---|---|---|---|"]
+    for kind in tiny.KINDS:
+        ours = [name for name, row in rows.items() if row["kind"] == kind]
+        counts = [sum(name in some for name in ours) for some in (rows, built, [n for n in remarks if remarks[n]])]
+        lines.append(f"| {kind} | {' | '.join(map(str, counts))} |")
+    lines += ["", "## Architectures with a remark", "", "| model type | class | remark |", "|---|---|---|"]
+    lines += [f"| {name} | {built[name]['class']} | {'<br>'.join(told)} |" for name, told in remarks.items() if told]
+    lines += ["", "## Architectures where everything holds", ""]
+    for kind in tiny.KINDS:
+        if names := [name for name, told in remarks.items() if not told and built[name]["kind"] == kind]:
+            lines += [f"{kind}: {', '.join(names)}.", ""]
+    lines += ["## Not built", "", "No tiny model of these could be made, or no inputs are known that it takes.", ""]
+    lines += [", ".join(name for name, row in rows.items() if "not_built" in row) + ".", ""]
+    return "\n".join(lines)
+
+
+def _remarks(row: dict[str, Any]) -> list[str]:
+    told = [f"left out: {each.removeprefix('all-linear leaves out ')}" for each in row.get("left_out", [])]
+    by_reason: dict[str, list[str]] = {}
+    for each in row.get("no_gradient", []):
+        name, _, reason = each.partition(": ")
+        by_reason.setdefault(reason, []).append(name)
+    told += [f"no gradient here: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    for step, error in row.get("failed", {}).items():
+        words = {"adapt": "refused", "let_peft_read": "PEFT does not read it"}.get(step, f"{step} fails")
+        told.append(f"{words}: {error}")
+    wrong = {"identity": "a fresh adapter changes rounding", "loads": "loads wrongly", "merges": "merges wrongly"}
+    wrong["peft"] = "PEFT computes other numbers"
+    told += [words for key, words in wrong.items() if row.get(key) is False]
+    return [each.replace("|", "\\|").replace("<", "&lt;") for each in told]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     asked = sys.argv[1:]
     out = Path(asked[asked.index("--out") + 1]) if "--out" in asked else RESULTS
-    sweep([name for name in asked if not name.startswith("-") and name != str(out)], out)
+    if "--write" not in asked:
+        sweep([name for name in asked if not name.startswith("-") and name != str(out)], out)
+    if out == RESULTS:
+        PAGE.write_text(write_page(json.loads(RESULTS.read_text())))

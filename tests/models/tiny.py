@@ -50,7 +50,8 @@ _BY_NAME = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("mamba_expand", "mamba_n_groups", "n_groups"), 2),
     **dict.fromkeys(("rotary_dim",), 8),
-    **dict.fromkeys(("vocab_size_per_layer_input", "hidden_size_per_layer_input"), 32),
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
     **dict.fromkeys(("first_k_dense_replace",), 1),
     "vocab_size": VOCABULARY,
     "image_size": _PIXELS,
@@ -70,7 +71,20 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "flaubert": {"n_words": VOCABULARY, "emb_dim": _WIDTH},
     "xlm": {"n_words": VOCABULARY, "emb_dim": _WIDTH},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "minicpm3": {"num_key_value_heads": _HEADS, "head_dim": 16},
+    "deepseek_v2": {"num_key_value_heads": _HEADS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": {"moe_k": 2},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2, "state_size": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4, "token_dropout": False},
+    "layoutlmv3": {"input_size": _PIXELS},
+    **{
+        name: {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
+        for name in ("swin", "swinv2", "donut-swin")
+    },
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -143,7 +157,7 @@ def build(kind: str, model_class: type[PreTrainedModel], config_class: type[PreT
         each.use_cache = False
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
-    if size > 12_000_000:
+    if size > 30_000_000:
         raise ValueError(f"its smallest settings still have {size:,} weights")
     torch.manual_seed(0)
     model = model_class(config)

@@ -59,6 +59,9 @@ class Scan:
         """The linear layers that "all-linear" leaves out, with the reason why an adapter on them would do nothing."""
         passed_by = {name: str(each) for name, each in self.bypassed.items() if each.always or each.whole}
         reasons = {name: passed_by[name] for name in self.linear if name in passed_by}
+        for name in self.linear:
+            if others := self.other_names(f"{name}.weight"):
+                reasons[name] = f"it is tied to {', '.join(others)}: one weight cannot be adapted in one place only"
         return reasons | {name: why for name, why in self.refused.items() if isinstance(self.modules[name], nn.Linear)}
 
     @cached_property
