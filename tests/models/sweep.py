@@ -145,8 +145,8 @@ def sweep(wanted: list[str], results: Path) -> None:
 _HEAD = """# Models
 
 Every architecture of transformers {version} that one of its Auto classes builds for causal language modeling, sequence
-to sequence, masked language modeling, speech, images with text, classification (sequences, tokens, audio, images), or as
-an encoder: each as a tiny model with random weights. All that is listed here without a remark held: `all-linear` was
+to sequence, masked language modeling, speech, images with text, classification (sequences, tokens, audio, images), or
+as an encoder: each as a tiny model with random weights. All that is listed here without a remark held: `all-linear` was
 adapted, a fresh adapter changed nothing, two steps of AdamW ran under the
 [audit](layers.md#layers-that-no-adapter-reaches), the adapter was saved and loaded into a fresh model, PEFT {peft} read
 it and adapted the same layers, and the merged model computed what the adapted one did.
