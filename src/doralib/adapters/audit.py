@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import DoraConfig
 from ..errors import list_some
-from ..layers.linear import DoraLinear
+from ..layers.layer import DoraLayer
 from ..layers.wrapper import Place
 from .adapt import adapt, remove
 from .bypass import Bypass
@@ -117,7 +117,7 @@ class Audit:
         self._places = dict(places_of(model))
         for name, place in self._places.items() if listen else ():
             self._handles.append(place.register_forward_pre_hook(partial(_add, self._called, name)))
-            for layer in _linear_layers(place):
+            for layer in _layers_in(place):
                 layer.on_read = partial(self._read.add, name)
 
     def stop(self) -> None:
@@ -125,7 +125,7 @@ class Audit:
         for handle in self._handles:
             handle.remove()
         for place in self._places.values():
-            for layer in _linear_layers(place):
+            for layer in _layers_in(place):
                 layer.on_read = None
 
     def find_missing(self, optimizer: torch.optim.Optimizer) -> list[Finding]:
@@ -204,8 +204,8 @@ class Audit:
         return findings
 
 
-def _linear_layers(place: Place) -> list[DoraLinear]:
-    return [module for module in place.modules() if isinstance(module, DoraLinear)]
+def _layers_in(place: Place) -> list[DoraLayer]:
+    return [module for module in place.modules() if isinstance(module, DoraLayer)]
 
 
 def _add(names: set[str], name: str, *_: Any) -> None:
