@@ -178,6 +178,13 @@ def write_page(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_WHY = {
+    "ValueError: lora.ParamWrapper does not work with use_dora=True.": (
+        "for this model type PEFT takes gate_proj, up_proj and down_proj for stacks of experts, where it has no DoRA"
+    )
+}
+
+
 def _remarks(row: dict[str, Any]) -> list[str]:
     told = [f"left out: {each.removeprefix('all-linear leaves out ')}" for each in row.get("left_out", [])]
     by_reason: dict[str, list[str]] = {}
@@ -187,7 +194,7 @@ def _remarks(row: dict[str, Any]) -> list[str]:
     told += [f"no gradient here: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     for step, error in row.get("failed", {}).items():
         words = {"adapt": "refused", "let_peft_read": "PEFT does not read it"}.get(step, f"{step} fails")
-        told.append(f"{words}: {error}")
+        told.append(f"{words}: {_WHY.get(error, error)}")
     wrong = {"identity": "a fresh adapter changes rounding", "loads": "loads wrongly", "merges": "merges wrongly"}
     wrong["peft"] = "PEFT computes other numbers"
     told += [words for key, words in wrong.items() if row.get(key) is False]

@@ -32,14 +32,14 @@ def test_every_architecture_is_accounted_for(sweep):
 def test_whatever_is_adapted_is_identical_at_first_loads_and_merges(sweep):
     for name, row in rows(sweep).items():
         if "not_built" in row or "adapt" in row.get("failed", {}):
-            continue
+            continue  # the page says why
         assert all(row[key] for key in ("identity", "loads", "merges")), name
         assert not row.get("failed", {}).keys() - {"let_peft_read"}, name
         assert row.get("peft") is not False, name
         assert not any("bypassed" in each for each in row["no_gradient"]), name
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mamba", "wavlm", "falcon", "mpt", "siglip"])
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "wavlm", "mpt"])
 def test_a_few_of_them_are_as_the_page_says(sweep, model_type):
     row = sweep.try_architecture(model_type, *sweep.tiny.list_architectures()[model_type])
     assert row == rows(sweep)[model_type]

@@ -217,4 +217,5 @@ def run(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
     if isinstance(logits, torch.Tensor):
         return logits
     values = list(output.values() if hasattr(output, "values") else output)
-    return next(each for each in values if isinstance(each, torch.Tensor) and each.is_floating_point())
+    floats = [each for each in values if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    return next((each for each in floats if each.requires_grad), floats[0])

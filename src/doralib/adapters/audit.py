@@ -166,7 +166,9 @@ class Audit:
         self._values = {}
         small = "small steps are lost in {}: keep what is trained in float32, with p.data = p.data.float()"
         reasons = {name: small.format(p.dtype) for name, p in still.items() if p.dtype.itemsize < 4}
-        other = "the optimizer left it as it was, although it has a gradient and a learning rate"
+        other = (
+            "the optimizer left it as it was, although it has a learning rate and a gradient, perhaps a very small one"
+        )
         return self._keep([Finding(name, reasons.get(name, other)) for name in still])
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:

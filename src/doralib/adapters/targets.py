@@ -81,12 +81,20 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
         raise UsageError(f"{', '.join(both)}: in magnitude_modules and in target_modules, which train it whole anyway")
     chosen += alone
     if not chosen and not config.target_parameters:
-        why = f"; left out: {_list_by_reason(found.unreached)}" if wanted == ALL_LINEAR and found.unreached else ""
-        raise UsageError(
-            f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}{why}\n{_HELP}"
-        )
+        raise UsageError(_explain_none_left(found, config))
     check_layers(found, chosen)
     return chosen
+
+
+def _explain_none_left(found: Scan, config: DoraConfig) -> str:
+    wanted = config.target_modules or ALL_LINEAR
+    told = f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}"
+    if wanted == ALL_LINEAR and found.unreached:
+        told += f"; left out: {_list_by_reason(found.unreached)}"
+    others = Counter(base.kind.replace("_", " ") for base in found.bases.values() if base.kind != "linear")
+    if wanted == ALL_LINEAR and others:
+        told += f"; it has {', '.join(f'{count} {kind} layers' for kind, count in others.items())}, which can be named"
+    return f"{told}\n{_HELP}"
 
 
 def describe_choice(found: Scan, config: DoraConfig, chosen: list[str]) -> list[str]:
