@@ -18,7 +18,8 @@ TORCHTUNE := .venv-torchtune
 # make slow: the tests on the real model, once make demo has fetched it
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
-.PHONY: demo test test-cpus slow interop check format bench tables docs clean
+# make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
+.PHONY: demo test test-cpus slow interop check format bench tables models docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -52,6 +53,9 @@ bench: $(STAMP)
 # README's and docs/bench.md's figures from the files of the last `make bench`
 tables: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from doralib.experiments.bench.readme import update_pages; update_pages(Path('README.md'), Path('docs/bench.md'), Path('benchmarks/results'))"
+
+models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/models/sweep.py
 
 # the site, in site/index.html; its tools have an environment of their own, which needs no torch
 docs: $(DOCS_STAMP)

@@ -402,3 +402,30 @@ def test_pefts_caching_is_said_to_do_nothing_and_the_norms_are_kept_all_the_same
     assert computed == sum(made) == 8
     assert torch.equal(first, again)
     assert not model.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"]._dora_cache
+
+
+def test_magnitudes_in_16_bits_are_warned_of_with_the_remedy(recwarn):
+    model = peft_model()
+    accelerate(model)
+    assert not [each for each in recwarn if "magnitudes" in str(each.message)]
+    restore(model)
+    # as TRL does with a 4-bit base
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.bfloat16()
+    with pytest.warns(UserWarning, match=r"8 in torch.bfloat16, where small steps are lost.*p.data = p.data.float\(\)"):
+        accelerate(model)
+    # the remedy is one
+    for name, p in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            p.data = p.data.float()
+    restore(model)
+    recwarn.clear()
+    accelerate(model)
+    assert not [each for each in recwarn if "magnitudes" in str(each.message)]
+    lengths = [p for name, p in model.named_parameters() if "magnitude" in name]
+    before = [p.detach().clone() for p in lengths]
+    optimizer = torch.optim.AdamW(lengths, lr=1e-4, weight_decay=0)
+    run(model)
+    optimizer.step()
+    assert all((p != old).float().mean() > 0.9 for p, old in zip(lengths, before, strict=True))

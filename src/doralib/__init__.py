@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .adapters.adapt import disabled as disabled
     from .adapters.adapt import enable as enable
     from .adapters.adapt import remove as remove
+    from .adapters.audit import audit as audit
+    from .adapters.audit import probe as probe
     from .adapters.combine import add_weighted_adapter as add_weighted_adapter
     from .adapters.hotswap import hotswap_adapter as hotswap_adapter
     from .adapters.inference import unchanged as unchanged
@@ -49,6 +51,7 @@ _HOMES = {
     "adapter_rows": "adapters.multiple",
     "add_adapter": "adapters.adapt",
     "add_weighted_adapter": "adapters.combine",
+    "audit": "adapters.audit",
     "delete_adapter": "adapters.multiple",
     "disable": "adapters.adapt",
     "disabled": "adapters.adapt",
@@ -61,6 +64,7 @@ _HOMES = {
     "merge_checkpoint": "checkpoints.merge",
     "merge_report": "adapters.merge",
     "parameter_groups": "adapters.param_groups",
+    "probe": "adapters.audit",
     "remove": "adapters.adapt",
     "save_adapter": "adapters.save_load",
     "set_adapter": "adapters.multiple",

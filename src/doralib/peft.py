@@ -8,6 +8,8 @@ the instance, and `restore` puts PEFT's own back.
 import functools
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from .kernels.dropout import draw
 from .layers.base.linear import Dense
 from .layers.base.opaque import Opaque
 from .layers.base.registry import open_base
+from .state import MAGNITUDE
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_LAYER = "peft.tuners.lora.layer."
@@ -50,6 +53,7 @@ def accelerate(peft_model: Model) -> Model:
         raise UsageError(
             "\n  ".join([f"accelerate: {len(reasons)} of {len(layers)} DoRA layers cannot be taken:", *lines])
         )
+    _warn_of_small_steps(layers)
     for layer in layers.values():
         if _TAKEN not in layer.__dict__:
             fast = _Fast(layer)
@@ -132,6 +136,24 @@ def _note_caching() -> None:
         Note,
         stacklevel=2,
     )
+
+
+def _warn_of_small_steps(layers: Mapping[str, nn.Module]) -> None:
+    """Warn of trained lengths in 16 bits: near 1, where they start, a step of less than 0.004 is rounded away."""
+    dtypes = Counter(
+        p.dtype
+        for layer in layers.values()
+        for name, p in layer.named_parameters()
+        if MAGNITUDE in name and p.requires_grad and p.dtype.itemsize < 4
+    )
+    if dtypes:
+        told = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.items())
+        warnings.warn(
+            f"accelerate: trained magnitudes are {told}, where small steps are lost and most never move; before the "
+            "optimizer is made, put them in float32: for name, p in model.named_parameters(): "
+            f'if "{MAGNITUDE}" in name: p.data = p.data.float()',
+            stacklevel=3,
+        )
 
 
 def _is_dora(module: nn.Module) -> bool:

@@ -305,6 +305,21 @@ def test_targets_says_what_is_tied(run, tmp_path):
     assert rows["q_proj"] == "2,112"
 
 
+def test_targets_probe_names_what_would_be_adapted_in_vain(run, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(
+        MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=400, pad_token_id=0, eos_token_id=2)
+    ).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    status, out, _ = run("targets", tmp_path / "model", "--probe")
+    assert status == 0
+    rows = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in out.splitlines() if line.startswith("│")}
+    assert rows["dt_proj"] == rows["conv1d"] == "none: read without a call"
+    assert "backbone.layers.1.mixer.dt_proj: MambaMixer.forward reads its weight without calling it" in out
+    assert "every layer tried got a gradient" in out
+
+
 def test_requests_that_contradict_themselves(run, tmp_path, tiny_llama_folder):
     (tmp_path / "p.txt").write_text("a\n")
     status, _, err = run("generate", tiny_llama_folder, "--prompt", "a", "--file", tmp_path / "p.txt")

@@ -472,3 +472,19 @@ def test_settings_say_of_each_layer_what_it_is():
     assert isinstance(config, DoraConfig)
     for name, layer in layers.items():
         assert (config.rank_of(name), config.scale_of(name)) == (layer.rank, layer.scale)
+
+
+@pytest.mark.parametrize("name", ["transformer.blocks.0.attn.Wqkv", "text_encoder.encoder.q", "unet.down_blocks.0.q"])
+@pytest.mark.parametrize("form", ["peft", "mlx"])
+def test_a_models_own_names_are_no_parts_of_a_pipeline(form, name, tmp_path):
+    from doralib.adapters.save_load import read_for_model
+
+    layer = LayerAdapter(torch.ones(2, 3), torch.ones(4, 2), torch.ones(4), 1.0)
+    made = FORMATS[form].write(
+        DoraConfig(r=2, lora_alpha=2, target_modules=(name,)), AdapterState({name: layer}), Hints()
+    )
+    write_raw_adapter(made, FORMATS[form], tmp_path)
+    assert set(read_for_model(tmp_path)[1].layers) == {name}
+    # asked for, it is a part
+    inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].layers
+    assert set(inside) == {name.partition(".")[2]}

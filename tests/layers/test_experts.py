@@ -536,7 +536,8 @@ def test_targets_and_inspect(tmp_path):
     from conftest import make_tokenizer
 
     make_tokenizer().save_pretrained(tmp_path / "base")
-    listed = text(list_targets(str(tmp_path / "base")))
+    (table,) = list_targets(str(tmp_path / "base"))
+    listed = text(table)
     assert "experts.gate_up_proj" in listed
     assert "3 x (40, 32)" in listed
     doralib.save_adapter(move(doralib.adapt(plain, config())), tmp_path / "adapter")

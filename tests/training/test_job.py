@@ -782,3 +782,21 @@ def test_a_bare_no_in_yaml_is_a_strategy(tmp_path):
     )
     args = arguments.make_arguments(recipe, tmp_path)
     assert (args.eval_strategy, args.save_strategy) == ("no", "no")
+
+
+def test_layers_trained_in_vain_are_named_after_the_first_backward_pass(recipe, monkeypatch, caplog):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
+    with caplog.at_level("WARNING", "doralib"):
+        fine_tune(recipe(adapter={"target_modules": ["q_proj", "up_proj"]}, training={"max_steps": 2, "save_steps": 9}))
+    (told,) = [each.message for each in caplog.records if "trained in vain" in each.message]
+    assert "2 trained in vain: these got no gradient in the first backward pass" in told
+    for i in range(2):
+        assert f"model.layers.{i}.mlp.up_proj: unused: nothing called it in this step" in told
+
+
+def test_nothing_is_said_of_a_run_that_trains_all_it_adapts(recipe, caplog):
+    with caplog.at_level("WARNING", "doralib"):
+        fine_tune(recipe(training={"max_steps": 2, "save_steps": 9}))
+    assert not caplog.records

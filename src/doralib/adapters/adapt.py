@@ -1,5 +1,6 @@
 """Put adapters on a model in place, switch them off and on, take them off."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -7,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..config import DoraConfig
-from ..errors import UsageError
+from ..errors import Note, UsageError
 from ..layers.wrapper import Place, base_module
 from .build import Targets, choose_by_config, make_layers
 from .fsdp import check_unsharded
@@ -53,7 +54,10 @@ def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Mode
         return _train_in_full(model, config)
     found = Scan(model)
     check_name(adapter_name)
-    put_first(found, config, choose_by_config(found, config), adapter_name)
+    targets = choose_by_config(found, config)
+    put_first(found, config, targets, adapter_name)
+    for note in targets.notes:
+        warnings.warn(note, Note, stacklevel=2)
     return model
 
 
@@ -65,7 +69,10 @@ def add_adapter(model: Model, adapter_name: str, config: DoraConfig) -> Model:
     """
     check_beside(model, adapter_name, config)
     found = Scan(model)
-    put_beside(found, config, choose_by_config(found, config), adapter_name)
+    targets = choose_by_config(found, config)
+    put_beside(found, config, targets, adapter_name)
+    for note in targets.notes:
+        warnings.warn(note, Note, stacklevel=2)
     return model
 
 

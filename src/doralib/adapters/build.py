@@ -24,7 +24,16 @@ from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
 from .scan import Scan
-from .targets import ALL_LINEAR, check_layers, choose, choose_magnitudes, choose_parameters, match_modules
+from .targets import (
+    ALL_LINEAR,
+    check_layers,
+    choose,
+    choose_magnitudes,
+    choose_parameters,
+    describe_choice,
+    match_endings,
+    match_modules,
+)
 
 
 class Targets(NamedTuple):
@@ -36,6 +45,8 @@ class Targets(NamedTuple):
     """Modules that are trained whole."""
     rows: dict[str, tuple[int, ...]]
     """Tokens that are trained one by one, by the embedding's or head's name."""
+    notes: tuple[str, ...] = ()
+    """What to say about the choice, a line each."""
     from_file: bool = False
     """Whether the adapter was trained already, so that a tied weight may be changed in one of its places."""
     apart: bool = False
@@ -53,7 +64,7 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
         layers = [name for name in layers if not any(f"{name}.".startswith(f"{each}.") for each in whole)]
     chosen = [*layers, *choose_parameters(found, config.target_parameters)]
     _check_patterns(config, chosen)
-    return Targets(chosen, whole, _choose_rows(found, config))
+    return Targets(chosen, whole, _choose_rows(found, config), tuple(describe_choice(found, config, chosen)))
 
 
 def _choose_rows(found: Scan, config: DoraConfig) -> dict[str, tuple[int, ...]]:
@@ -89,7 +100,7 @@ def _make_rows(found: Scan, targets: Targets, taken: Collection[str]) -> dict[st
 
 
 def _choose_whole(found: Scan, config: DoraConfig) -> list[str]:
-    return match_modules(found, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
+    return match_endings(found, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
 
 
 def _check_patterns(config: DoraConfig, chosen: list[str]) -> None:

@@ -116,7 +116,8 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
     assert peft.write is not None
     state = gather(state_of(model, adapter_name))
     if is_writer(model):
-        write_raw_adapter(peft.write(config, state, Hints()), peft, folder, overwrite=True)
+        hints = Hints(modules=tuple(Scan(model).modules))
+        write_raw_adapter(peft.write(config, state, hints), peft, folder, overwrite=True)
 
 
 def read_for_model(
@@ -133,10 +134,11 @@ def read_for_model(
         DoraError: if its files are damaged or do not belong together, or names may mean several layers of the model.
     """
     given = given or Hints()
-    _, content = read_any_format(path, given if found is None else complete_hints(given, found))
+    form, content = read_any_format(path, given if found is None else complete_hints(given, found))
     if given.component:
         check_component(content, given.component)
-    content = take_component(content, given.component)
+    if given.component or form.pipelines:
+        content = take_component(content, given.component)
     for note in content.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
     return (content.config, content.state) if found is None else match_model(found, content.config, content.state)

@@ -1,15 +1,16 @@
 """What a base model has that can be adapted, and who owns it, found in one look."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from torch import nn
 
 from ..layers.base.linear import Dense
-from ..layers.base.registry import open_base
+from ..layers.base.registry import explain_refusal, open_base
 from ..layers.experts import Stack
 from ..layers.wrapper import Place, base_module
+from .bypass import Bypass, find_bypassed
 from .registry import find_record
 
 
@@ -43,6 +44,37 @@ class Scan:
         """Every layer that can be adapted, opened, in model order."""
         found = {name: open_base(module) for name, module in self.modules.items() if not name.endswith(".base_layer")}
         return {name: base for name, base in found.items() if base is not None}
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """What "all-linear" means, before anything is left out: linear layers without the output layer, as in PEFT."""
+        output_layer: Callable[[], nn.Module | None] | None = getattr(self.model, "get_output_embeddings", None)
+        head = output_layer() if output_layer is not None else None
+        heads = {name for name, module in self.modules.items() if head is not None and module is base_module(head)}
+        heads |= {name for name in ("score", "classifier", "qa_outputs") if hasattr(self.model, name)}
+        return [name for name, base in self.bases.items() if base.kind == "linear" and name not in heads]
+
+    @cached_property
+    def unreached(self) -> dict[str, str]:
+        """The linear layers that "all-linear" leaves out, with the reason why an adapter on them would do nothing."""
+        passed_by = {name: str(each) for name, each in self.bypassed.items() if each.always or each.whole}
+        reasons = {name: passed_by[name] for name in self.linear if name in passed_by}
+        for name in self.linear:
+            if others := self.other_names(f"{name}.weight"):
+                reasons[name] = f"it is tied to {', '.join(others)}: one weight cannot be adapted in one place only"
+        return reasons | {name: why for name, why in self.refused.items() if isinstance(self.modules[name], nn.Linear)}
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """What looks like a layer and cannot be adapted, with the reason."""
+        absent = {name: module for name, module in self.modules.items() if name not in self.bases}
+        reasons = {name: explain_refusal(m) for name, m in absent.items() if not name.endswith(".base_layer")}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    @cached_property
+    def bypassed(self) -> dict[str, Bypass]:
+        """Layers whose weight the model's own code reads past them."""
+        return {name: bypass for name, bypass in find_bypassed(self.modules).items() if name in self.bases}
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:

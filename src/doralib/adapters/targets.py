@@ -1,14 +1,11 @@
 """Which modules of a model an adapter goes on: names, regular expressions, "all-linear", and every refusal."""
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-
-from torch import nn
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from ..config import DoraConfig, Names
 from ..errors import UsageError, did_you_mean, list_some, nearest
-from ..layers.wrapper import base_module
 from .scan import Scan
 
 
@@ -34,7 +31,7 @@ def choose_parameters(found: Scan, names: Sequence[str]) -> list[str]:
         if name.rpartition(".")[0] in found.adapted:
             problems.append(f"{name} is adapted already; doralib.remove(model) takes an adapter off")
         elif p.dim() != 3:
-            problems.append(f"{name} {tuple(p.shape)} is no stack of weights; a layer goes into target_modules")
+            problems.append(f"{name} {tuple(p.shape)} {_explain_no_stack(found, name)}")
         elif name not in found.stacks:
             problems.append(
                 f"{name}: its module does not say which axis is the output; set `is_transposed` on it: False where it "
@@ -44,6 +41,19 @@ def choose_parameters(found: Scan, names: Sequence[str]) -> list[str]:
             problems.append(f"{name} is tied to {', '.join(others)}: one weight cannot be adapted in one place only")
     _raise("target_parameters:", problems)
     return [name for name in found.stacks if name in chosen]
+
+
+def _explain_no_stack(found: Scan, name: str) -> str:
+    """Why a parameter that is no 3-D stack cannot be adapted as one, and what can be done."""
+    layer, _, field = name.rpartition(".")
+    if layer in found.bases and field == "weight":
+        return f"is the weight of one layer, which goes into target_modules as {layer.rpartition('.')[2]!r}"
+    if found.parameters[name].dim() == 2:
+        return (
+            f"is one matrix that {type(found.modules[layer]).__name__} multiplies itself; of such parameters only 3-D "
+            "stacks, as of experts, can be adapted here. modules_to_save trains the module whole"
+        )
+    return "is no stack of matrices; modules_to_save trains its module whole"
 
 
 ALL_LINEAR = "all-linear"
@@ -58,8 +68,7 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
     """
     wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
     if wanted == ALL_LINEAR:
-        heads = _heads(found)
-        chosen = [name for name, base in found.bases.items() if base.kind == "linear" and name not in heads]
+        chosen = [name for name in found.linear if name not in found.unreached]
     else:
         chosen = match_modules(found, wanted, "target_modules")
     if config.exclude_modules is not None:
@@ -72,9 +81,42 @@ def choose(found: Scan, config: DoraConfig) -> list[str]:
         raise UsageError(f"{', '.join(both)}: in magnitude_modules and in target_modules, which train it whole anyway")
     chosen += alone
     if not chosen and not config.target_parameters and not config.trainable_token_indices:
-        raise UsageError(f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}")
+        raise UsageError(_explain_none_left(found, config))
     check_layers(found, chosen)
     return chosen
+
+
+def _explain_none_left(found: Scan, config: DoraConfig) -> str:
+    wanted = config.target_modules or ALL_LINEAR
+    told = f"no layer is left to adapt: target_modules {wanted!r}, exclude {config.exclude_modules!r}"
+    if wanted == ALL_LINEAR and found.unreached:
+        told += f"; left out: {_list_by_reason(found.unreached)}"
+    others = Counter(base.kind.replace("_", " ") for base in found.bases.values() if base.kind != "linear")
+    if wanted == ALL_LINEAR and others:
+        told += f"; it has {', '.join(f'{count} {kind} layers' for kind, count in others.items())}, which can be named"
+    return f"{told}\n{_HELP}"
+
+
+def describe_choice(found: Scan, config: DoraConfig, chosen: list[str]) -> list[str]:
+    """What to say of the layers that are adapted: a line on those that "all-linear" leaves out, or on asked ones that
+    the model does not call everywhere."""
+    if config.target_modules in (None, ALL_LINEAR):
+        left_out = {name: why for name, why in found.unreached.items() if name not in chosen}
+        return [f"all-linear leaves out {_list_by_reason(left_out)}"] if left_out else []
+    in_part = {name: str(found.bypassed[name]) for name in chosen if name in found.bypassed}
+    return [_list_by_reason(in_part)] if in_part else []
+
+
+def _list_by_reason(reasons: dict[str, str]) -> str:
+    """On one line: ``"q_proj, k_proj (24 layers): WavLMAttention.forward reads ..."``."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons.items():
+        names[reason].append(name)
+    told = []
+    for reason, each in names.items():
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in each))
+        told.append(f"{each[0] if len(each) == 1 else f'{ends} ({len(each)} layers, first {each[0]})'}: {reason}")
+    return "; ".join(told)
 
 
 def choose_magnitudes(found: Scan, config: DoraConfig) -> list[str]:
@@ -102,6 +144,21 @@ def match_modules(found: Scan, names: Names, setting: str) -> list[str]:
     return [name for name in known if name in chosen]
 
 
+def match_endings(found: Scan, names: Sequence[str], setting: str) -> list[str]:
+    """Modules whose name ends in one of these, which need not be whole parts of it: as PEFT reads modules_to_save.
+
+    Of a module and one inside it that both match, the outer one counts.
+
+    Raises:
+        UsageError: with the nearest names in the model.
+    """
+    known = [name for name in found.modules if name and ".base_layer" not in name]
+    if missing := [name for name in names if not any(each.endswith(name) for each in known)]:
+        raise UsageError(_no_match(missing, known, setting))
+    chosen = [name for name in known if name.endswith(tuple(names))]
+    return [name for name in chosen if not any(name.startswith(outer + ".") for outer in chosen)]
+
+
 def check_layers(found: Scan, chosen: list[str], *, tied: bool = False) -> None:
     """Say everything that stands in the way of adapting these modules.
 
@@ -116,14 +173,16 @@ def check_layers(found: Scan, chosen: list[str], *, tied: bool = False) -> None:
         others = [each.rpartition(".")[0] for each in found.other_names(f"{name}.weight")]
         if name in found.adapted:
             problems.append(f"{name} is adapted already; doralib.remove(model) takes an adapter off")
+        elif name in found.refused:
+            problems.append(f"{name}: {found.refused[name]}")
         elif name not in found.bases:
             inside = [n.rpartition(".")[2] for n in found.bases if n.startswith(name + ".")]
             hint = f"; inside it: {', '.join(dict.fromkeys(inside))}" if inside else ""
             problems.append(f"{name} is a {type(found.modules[name]).__name__}, not a linear layer{hint}")
         elif others and not tied:
             problems.append(f"{name} is tied to {', '.join(others)}: one weight cannot be adapted in one place only")
-        elif isinstance(found.modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            problems.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; it cannot be adapted")
+        elif name in found.bypassed and found.bypassed[name].always:
+            problems.append(f"{name}: {found.bypassed[name]}")
     _raise("these layers cannot be adapted:", problems)
 
 
@@ -133,14 +192,6 @@ _HELP = "list every layer that can be adapted with: doralib targets MODEL"
 def _raise(what: str, problems: list[str]) -> None:
     if problems:
         raise UsageError(f"{what}\n  {list_some(problems, 8)}\n  {_HELP}")
-
-
-def _heads(found: Scan) -> set[str]:
-    """The output layer of a language model or classifier, which "all-linear" leaves alone, as in PEFT."""
-    output_layer: Callable[[], nn.Module | None] | None = getattr(found.model, "get_output_embeddings", None)
-    head = output_layer() if output_layer is not None else None
-    named = {name for name, module in found.modules.items() if head is not None and module is base_module(head)}
-    return named | {name for name in ("score", "classifier", "qa_outputs") if hasattr(found.model, name)}
 
 
 def _no_whole_match(pattern: str, known: list[str], setting: str) -> str:

@@ -46,7 +46,9 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
         raise UsageError(f"the adapter in {path} is empty")
     if asked.component:
         check_component(adapter, asked.component)
-    return form.name, take_component(adapter, hints.component)
+    if asked.component or form.pipelines:
+        adapter = take_component(adapter, hints.component)
+    return form.name, adapter
 
 
 def describe_base(hints: Hints, base: Path | Checkpoint, variant: str | None = None) -> Hints:

@@ -102,7 +102,7 @@ def convert_adapter(request: ConversionRequest) -> Conversion:
         if form.to == MERGED:
             assert base is not None
             return _merge(request, source.name, base, form)
-        return _write(request, source.name, adapter, form, hints, base)
+        return _write(request, source, adapter, form, hints, base)
 
 
 def _choose_form(request: ConversionRequest, adapter: ParsedAdapter) -> Form:
@@ -143,13 +143,13 @@ def _choose_weights(base: Path, request: ConversionRequest) -> Path:
 
 
 def _write(
-    request: ConversionRequest, source: str, adapter: ParsedAdapter, form: Form, hints: Hints, base: Path | None
+    request: ConversionRequest, source: Format, adapter: ParsedAdapter, form: Form, hints: Hints, base: Path | None
 ) -> Conversion:
     into, asked = _find_target(form), request.given.component
     assert into.write is not None
     if asked and not into.pipelines:
         check_component(adapter, asked)
-    if asked or form.shrink or not into.pipelines:
+    if asked or (source.pipelines and (form.shrink or not into.pipelines)):
         adapter = take_component(adapter, hints.component)
     written, errors, logits = adapter, list[Approximation](), None
     if form.shrink:
@@ -163,7 +163,7 @@ def _write(
         want, got = (_read_logits(each, base, request.texts) for each in (adapter, written))
         logits = compute_logit_error(got, want)
     notes = (*form.notes, *adapter.notes, *_describe_losses(written, into), *([into.note] if into.note else []))
-    return Conversion(out, source, form.to, len(adapter.state.layers), notes, tuple(errors), logits)
+    return Conversion(out, source.name, form.to, len(adapter.state.layers), notes, tuple(errors), logits)
 
 
 def _explain_method(method: str, to: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -13,31 +13,55 @@ from .console import console
 def targets_command(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hub name.")],
     every: Annotated[bool, typer.Option("--every", help="Every layer, not one line a kind.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few tokens and name the layers that would be adapted in vain.")
+    ] = False,
 ) -> None:
     """List the layers that can be adapted."""
-    console.print(list_targets(model, every=every))
+    for part in list_targets(model, every=every, probe=probe):
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
-def list_targets(model: str, *, every: bool = False) -> Table:
-    """The layers that can be adapted, a line a kind (or every one), with shapes and what rank 16 would cost."""
-    from ..adapters.scan import Scan
+def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
+    """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
     from ..checkpoints.load import load_base
     from ..recipe import ModelSettings
 
     loaded, _ = load_base(ModelSettings(path=model))
+    return [_make_table(loaded, title=model, every=every), *(_probe(loaded) if probe else [])]
+
+
+def _probe(loaded: Any) -> list[str]:
+    """What the model's source, and one forward and backward pass of a few tokens, say of its layers."""
+    import torch
+
+    from ..adapters.audit import probe
+    from ..adapters.scan import Scan
+
+    known = [f"{name}: {each}" for name, each in Scan(loaded).bypassed.items()]
+    seen = probe(loaded, {"input_ids": torch.arange(1, 9, device=loaded.device)[None]})
+    told = f"{len(seen)} layers got no gradient from 8 tokens:" if seen else "every layer tried got a gradient"
+    return [*known, told, *map(str, seen)]
+
+
+def _make_table(loaded: Any, *, title: str, every: bool) -> Table:
+    """A line a kind of layer, or a layer, with shapes and what rank 16 would cost."""
+    from ..adapters.scan import Scan
+
     found = Scan(loaded)
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, shape in found.shapes.items():
         kinds[name if every else name.rpartition(".")[2], shape].append(name)
     # no name is cut: they are what recipes need
-    table = Table(Column("target_modules", overflow="fold", min_width=14), title=model)
+    table = Table(Column("target_modules", overflow="fold", min_width=14), title=title)
     for heading in ("count", "(out, in)", "parameters at r 16", *(() if every else ("for example",))):
         table.add_column(heading, overflow="fold")
-    shared = found.tied()
+    shared, passed_by = found.tied(), {name for name, each in found.bypassed.items() if each.always}
     for (kind, shape), names in kinds.items():
         cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
         example = () if every else (names[0],)
         told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
+        told = "none: read without a call" if passed_by.issuperset(names) else told
         table.add_row(kind, str(len(names)), str(shape), told, *example)
     stacks: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, stack in found.stacks.items():

@@ -1,6 +1,6 @@
 """What a file format is: from an adapter's tensors and settings to our state and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Hints:
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the base model's weights by module name; a pipeline's under ``unet.``, ``text_encoder.`` and so on."""
+    modules: Collection[str] = ()
+    """Names of all modules of the base model, those without weights too."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The base model's config.json."""
     alpha: float | None = None

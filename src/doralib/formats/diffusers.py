@@ -36,7 +36,8 @@ _TEXT_ENCODER = {**_PEFT_KEYS, "m": f"{MAGNITUDE}.weight"}
 
 def detect(raw: RawAdapter) -> bool:
     """Whether keys begin with a part of a pipeline, and a magnitude, if any, is PEFT's."""
-    keys = [key for key in raw.tensors if ".lora" in key]
+    endings = tuple({ending for each in (_KEYS, _OLD_KEYS, _PEFT_KEYS) for ending in each.values() if "lora" in ending})
+    keys = [key for key in raw.tensors if key.endswith(endings)]
     parts = METADATA in raw.metadata or any(find_component(key) for key in keys)
     return parts and bool(keys) and not any(key.endswith(".magnitude") for key in raw.tensors)
 

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -87,9 +86,9 @@ def _unwrap_whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
     return {**originals, **plain, **trained}, names
 
 
-def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
+def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
     """The adapter as PEFT writes it, and all our settings for doralib_config.json."""
-    return RawAdapter(*to_peft(config, state), own=config.model_dump(mode="json"))
+    return RawAdapter(*to_peft(config, state, hints.modules), own=config.model_dump(mode="json"))
 
 
 def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
@@ -172,10 +171,17 @@ def _name_vocabulary(config: DoraConfig, extra: Mapping[str, Tensor], rows: Mapp
     return {"modules_to_save": (*config.modules_to_save, *whole), "trainable_token_indices": tokens or ()}
 
 
-def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our adapter as PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``."""
+def to_peft(
+    config: DoraConfig, state: AdapterState, modules: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our adapter as PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Args:
+        modules: Names of all modules of the base model, if it is at hand.
+    """
+    targets = _make_target_modules(config, state, modules)
     if config.has_bank:
-        return to_vera(config, state, _make_target_modules(config, state))
+        return to_vera(config, state, targets)
     stacks = {name: adapter for name, adapter in state.layers.items() if adapter.kind == "experts"}
     tensors = {f"{_PEFT_PREFIX}{key}": tensor for key, tensor in experts.to_tensors(stacks).items()}
     for layer, adapter in state.layers.items():
@@ -202,7 +208,7 @@ def to_peft(config: DoraConfig, state: AdapterState) -> tuple[dict[str, Tensor],
         "inference_mode": True,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": _make_target_modules(config, state),
+        "target_modules": targets,
         "modules_to_save": list(config.modules_to_save) or None,
         "trainable_token_indices": tokens or None,
         "target_parameters": list(config.target_parameters) or None,
@@ -334,15 +340,35 @@ def _is_extra(name: str, config: DoraConfig) -> bool:
     )
 
 
-def _make_target_modules(config: DoraConfig, state: AdapterState) -> list[str] | str:
-    """The endings by which PEFT finds the layers; whole names where endings would name more than was adapted."""
-    alone = [name for name, layer in state.layers.items() if layer.rank != config.rank_of(name)]
-    if isinstance(config.target_modules, tuple):
-        return sorted({*config.target_modules, *alone})
-    ends = Counter(name.rpartition(".")[2] for name, layer in state.layers.items() if layer.kind != "experts")
-    if config.target_modules in (None, "all-linear"):
-        return sorted(ends)
-    return "|".join([f"(?:{config.target_modules})", *map(re.escape, alone)]) if alone else str(config.target_modules)
+def _make_target_modules(config: DoraConfig, state: AdapterState, modules: Collection[str]) -> list[str] | str:
+    """What PEFT takes for the adapted layers and for no other module of the model.
+
+    That is the settings' own endings or expression where they say no more than was adapted, else whole names; and one
+    expression of whole names where one of these is the ending of another module's.
+    """
+    adapted = {name for name, layer in state.layers.items() if layer.kind != "experts"}
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        if not modules or {name for name in modules if re.fullmatch(targets, name)} == adapted:
+            alone = [re.escape(name) for name in sorted(adapted) if not re.fullmatch(targets, name)]
+            return "|".join([f"(?:{targets})", *alone]) if alone else targets
+        targets = None
+    if not isinstance(targets, tuple):
+        # without the model nobody knows what else has an ending
+        targets = tuple({name.rpartition(".")[2] for name in adapted}) if modules else ()
+    others = set(modules) - adapted
+    if config.exclude_modules is not None and not modules:
+        targets = ()
+    chosen = {target for target in targets if not _names_any(target, others)}
+    chosen |= {name for name in adapted if not any(_names_any(target, [name]) for target in chosen)}
+    if any(_names_any(name, others) for name in chosen):
+        return "|".join(map(re.escape, sorted(adapted)))
+    return sorted(chosen)
+
+
+def _names_any(target: str, modules: Collection[str]) -> bool:
+    """Whether a target means one of these modules, as PEFT matches them."""
+    return any(name == target or name.endswith(f".{target}") for name in modules)
 
 
 FORMAT = Format(

@@ -32,6 +32,9 @@ class DoraLayer(Part, AdapterLayer):
         DoraError: if the layer cannot be adapted.
     """
 
+    on_read: Callable[[], object] | None = None
+    """Called when model code reads the weight, while an audit listens."""
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -101,6 +104,8 @@ class DoraLayer(Part, AdapterLayer):
     @property
     def weight(self) -> Tensor:
         """The frozen layer's weight, for model code that reads it."""
+        if self.on_read is not None:
+            self.on_read()
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property

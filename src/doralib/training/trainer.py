@@ -1,5 +1,6 @@
 """`transformers.Trainer` for an adapted model: only the adapter is saved, and a resumed run is the same run."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from .. import files
+from ..adapters.audit import audit
 from ..adapters.param_groups import learning_rates
 from ..adapters.save_load import save_adapter
 from ..config import DoraConfig
@@ -24,11 +26,13 @@ from ..data.prepare import IGNORED
 from ..errors import DoraError, UsageError
 from ..runs import checkpointing
 from ..state import MAGNITUDE
-from .distributed import wait_for_all
+from .distributed import is_main, wait_for_all
 from .loss import HeadLoss, LabelLoss
 from .meter import Meter
 from .modality import Collate, Prepared
 from .sampler import SeededSampler
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS = "adapter.safetensors"
 _METER = "meter.json"
@@ -344,8 +348,11 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
         trainer = self.trainer
+        if not trainer.is_deepspeed_enabled:  # which keeps gradients and steps to itself
+            tell = log.warning if is_main() else log.debug
+            audit(trainer.model, optimizer.optimizer, tell=tell, listen=not trainer.args.torch_compile)
         if trainer.resumed_from is not None:
             state = files.read_json(trainer.resumed_from / _METER)
             trainer.meter.restore(state)
