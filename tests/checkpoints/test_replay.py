@@ -12,6 +12,7 @@ from doralib.checkpoints import merge
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.checkpoints.replay import verify_bits
 from doralib.checkpoints.safetensors import Checkpoint
+from doralib.files import read_json, write_json
 
 
 def save_adapter(folder, **settings):
@@ -97,6 +98,19 @@ def test_headers_sizes_and_files_count(base, tmp_path):
         f"{second.name}: is missing",
         "more.safetensors: no file of this merge",
     )
+
+
+def test_the_index_counts(base, tmp_path):
+    adapter, out = save_adapter(tmp_path / "adapter"), tmp_path / "out"
+    merge_checkpoint(adapter, base, out)
+    index = out / "model.safetensors.index.json"
+    content = read_json(index)
+    first, *_ = content["weight_map"]
+    content["weight_map"][first] = sorted(set(content["weight_map"].values()) - {content["weight_map"][first]})[0]
+    write_json(index, content)
+    assert verify_bits(out, adapter, base).faults == (f"{index.name}: does not say where the tensors are",)
+    index.unlink()
+    assert verify_bits(out, adapter, base).faults == ("the index of the shards is missing",)
 
 
 def test_a_merge_of_another_adapter_does_not_pass(base, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.errors import DoraError
 from doralib.files import read_tensors, write_json, write_tensors
-from doralib.formats.unet_names import find_original_names
+from doralib.formats.unet_names import find_diffusers_names, find_original_names
 
 # by the architecture of SDXL: three levels of two layers, attention in the lower two
 GOLDEN = {
@@ -41,6 +41,7 @@ COUNTED += [f"up_blocks.{level}.resnets.{i}.conv1" for level in range(3) for i i
 def test_names_of_sdxl():
     found = find_original_names([*GOLDEN, *COUNTED])
     assert {name: found[name] for name in GOLDEN} == GOLDEN
+    assert find_diffusers_names(found.values()) == {own: name for name, own in found.items()}
 
 
 def make_unet(kind):
@@ -75,7 +76,7 @@ def test_every_module_by_diffusers_own_converter_of_checkpoints(kind):
     unet = make_unet(kind)
     names, state = find_original_names(weights_of(unet)), unet.state_dict()
     assert names.keys() == weights_of(unet).keys()
-    assert len(set(names.values())) == len(names)
+    assert find_diffusers_names(names.values()) == {own: name for name, own in names.items()}
     original = {}
     for key, tensor in state.items():
         module, _, field = key.rpartition(".")
@@ -135,6 +136,7 @@ def kohya_file(path, **shapes):
 
 
 MODULES = {
+    "down_blocks.0.downsamplers.0.conv": (4, 4, 3, 3),
     "down_blocks.0.resnets.0.conv1": (4, 4, 3, 3),
     "down_blocks.0.resnets.1.conv1": (4, 4, 3, 3),
     "down_blocks.1.resnets.0.conv1": (4, 4, 3, 3),
@@ -167,6 +169,23 @@ def test_original_names_in_every_verb(layout, tmp_path, run):
     assert status == 0, out + err
     old, new = (read_tensors(folder / "diffusion_pytorch_model.safetensors") for folder in (unet, tmp_path / "merged"))
     assert {key for key in old if not torch.equal(old[key], new[key])} == {f"{name}.weight"}
+
+
+def test_diffusers_names_on_a_checkpoint_in_the_original_layout(tmp_path, run):
+    """kohya's files of SD 1.5 have diffusers' names; the base may be one file of the original code's."""
+    names = find_original_names(MODULES)
+    base = tmp_path / "checkpoints" / "sd15.safetensors"
+    write_tensors(
+        base, {f"model.diffusion_model.{names[name]}.weight": torch.randn(shape) for name, shape in MODULES.items()}
+    )
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = kohya_file(tmp_path / "lora.safetensors", **{f"lora_unet_{name.replace('.', '_')}": (8, 6)})
+    status, out, err = run("merge", file, "--base", base, "--out", tmp_path / "out", "--verify", "exact")
+    assert status == 0, out + err
+    old, new = (read_tensors(path) for path in (base, tmp_path / "out" / base.name))
+    assert [key for key in old if not torch.equal(old[key], new[key])] == [
+        f"model.diffusion_model.{names[name]}.weight"
+    ]
 
 
 def test_a_name_of_no_block_is_still_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import list_some
-from ..files import format_bytes
+from ..files import format_bytes, read_json
 from .merge import Ingredient, plan_again
 from .safetensors import read_bytes
 from .stream import NewFile, Sink, ignore_progress, stream_weights
@@ -76,6 +76,7 @@ def verify_bits(
     for file in files:
         counts = sum((count for path, count in differences if path == file.path), torch.zeros(len(file.outs)))
         faults += _describe(file, counts.long().tolist())
+    faults += _check_index(merged, files)
     strange = {path.name for path in merged.glob("*.safetensors")} - {file.path.name for file in files}
     faults += [f"{name}: no file of this merge" for name in sorted(strange)]
     return Replay(sum(len(file.outs) for file in files), sum(file.nbytes for file in files), tuple(faults))
@@ -84,6 +85,19 @@ def verify_bits(
 def _count_by_tensor(places: Tensor, starts: Tensor) -> Tensor:
     """How many of these bytes of a file are in each of its tensors, which begin at ``starts``."""
     return torch.bincount(torch.bucketize(places, starts, right=True) - 1, minlength=len(starts))
+
+
+def _check_index(merged: Path, files: Sequence[NewFile]) -> list[str]:
+    """A line for an index that is missing, or says other files than the tensors are in."""
+    indexes = sorted(merged.glob("*.safetensors.index*.json"))
+    if len(files) > 1 and not indexes:
+        return ["the index of the shards is missing"]
+    expected = {out.name: file.path.name for file in files for out in file.outs}
+    return [
+        f"{index.name}: does not say where the tensors are"
+        for index in indexes
+        if read_json(index).get("weight_map") != expected
+    ]
 
 
 def _describe(file: NewFile, counts: Sequence[int]) -> list[str]:

@@ -145,7 +145,8 @@ def find_server(name: str) -> Server:
 
 def choose_form(server: Server, adapter: ParsedAdapter, rank: int | None) -> Form:
     """The form that works: as it is, the nearest LoRA of the rank asked for, else merged, which loses nothing."""
-    method, whole = adapter.config.method, bool(adapter.state.extra)
+    method, state = adapter.config.method, adapter.state
+    whole = bool(state.extra or state.rows or state.resized or state.task_type)
     seen, shrink = f"seen: {server.seen}", rank is not None
     # whole modules are in PEFT's files alone, and of their readers PEFT itself takes them
     holds = not whole or server.dora == "peft"
@@ -158,7 +159,7 @@ def choose_form(server: Server, adapter: ParsedAdapter, rank: int | None) -> For
     if shrink and holds:
         says = f"{says}; so the nearest LoRA of rank {rank} is written: {server.use}"
         return Form(server.lora, (says,), shrink, server.one_scale)
-    why = "it has modules that were trained whole" if whole else "or give --rank R for the nearest LoRA"
+    why = "it has modules or tokens that were trained whole" if whole else "or give --rank R for the nearest LoRA"
     return Form(MERGED, (f"{says}; so it is merged, which loses nothing ({why}): {server.use_merged}",))
 
 

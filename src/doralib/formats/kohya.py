@@ -20,7 +20,7 @@ from .tensors import (
     parse_layers,
     read_alpha,
 )
-from .unet_names import find_original_names
+from .unet_names import find_diffusers_names, find_original_names
 
 _KEYS = {"a": "lora_down.weight", "b": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", "m": "dora_scale"}
 # prefix of a key to the parts of a pipeline that it may mean; none: the model itself
@@ -135,7 +135,7 @@ def _resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[
     known: dict[str, list[str]] = defaultdict(list)
     for module in hints.shapes:
         known[module.replace(".", "_")].append(module)
-    for name, module in _list_original_names(hints).items():
+    for name, module in _list_other_names(hints).items():
         known[name.replace(".", "_")].append(module)
     names, problems = {}, []
     for key in keys:
@@ -156,12 +156,13 @@ def _resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[
     return names, problems
 
 
-def _list_original_names(hints: Hints) -> dict[str, str]:
-    """Modules of a U-Net by the original code's names, with its part in front where theirs have one."""
+def _list_other_names(hints: Hints) -> dict[str, str]:
+    """Modules of a U-Net by the other layout's names, the original code's or diffusers', with its part in front."""
     found: dict[str, str] = {}
     for front in ("unet.", ""):
         inside = {name.removeprefix(front): name for name in hints.shapes if name.startswith(front)}
-        found |= {front + own: inside[name] for name, own in find_original_names(inside).items()}
+        others = find_original_names(inside) | find_diffusers_names(inside)
+        found |= {front + other: inside[name] for name, other in others.items() if other not in inside}
     return found
 
 

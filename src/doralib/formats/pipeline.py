@@ -11,7 +11,11 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 _COMPONENT = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)")
 # what follows the part's own name; GPT-2's names begin with "transformer.h." and are no pipeline's
 _INSIDE = {
-    "unet": re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b.*"),
+    # diffusers' names, and those of the original code
+    "unet": re.compile(
+        r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding"
+        r"|input_blocks|output_blocks|middle_block|time_embed|label_emb|out\.\d)\b.*"
+    ),
     "transformer": re.compile(r"(?!h\.|wte|wpe|word_embeddings|layers?\.\d).+"),
     "text_encoder": re.compile(r"(text_model|encoder|text_projection|model|shared)\b.*"),
 }

@@ -26,6 +26,9 @@ _RESIDUAL = {
 }
 _HALVES = {"down_blocks": "input_blocks", "up_blocks": "output_blocks"}
 _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_DIFFUSERS_HALVES = {own: name for name, own in _HALVES.items()}
+_ORIGINAL = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?")
+_ORIGINAL_MIDDLE = re.compile(r"middle_block\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
@@ -45,6 +48,31 @@ def find_original_names(modules: Iterable[str]) -> dict[str, str]:
             block = _find_block(half, int(level), kind, int(number), layers)
             place = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 1 + (level in attended)}[kind]
             found[name] = f"{_HALVES[half]}.{block}.{place}.{_name_inside(kind, inside)}"
+    return found
+
+
+def find_diffusers_names(modules: Iterable[str]) -> dict[str, str]:
+    """diffusers' name of each module of a U-Net that has one, by its original name."""
+    names = list(modules)
+    numbers = [(match, int(match[2])) for name in names if (match := _ORIGINAL.fullmatch(name))]
+    # a level of the lower half ends with its `op`, one of the upper half with the block that has a `conv` of its own
+    lower = min((n for m, n in numbers if m[1] == "input_blocks" and m[4] == "op"), default=len(numbers) + 1)
+    upper = 1 + min((n for m, n in numbers if m[1] == "output_blocks" and m[4] == "conv"), default=len(numbers))
+    found = {own: name for name, own in _TOP.items() if own in names}
+    for match, n in numbers:
+        if match[0] in found:
+            continue
+        half, place, inside = match[1], int(match[3]), match[4]
+        level, number = divmod(n - 1, lower) if half == "input_blocks" else divmod(n, upper)
+        kind = "attentions" if place else "resnets"
+        if inside == "op" or (place and inside == "conv"):
+            kind, number, inside = ("downsamplers" if inside == "op" else "upsamplers"), 0, "conv"
+        front = f"{_DIFFUSERS_HALVES[half]}.{level}"
+        found[match[0]] = f"{front}.{kind}.{number}.{_name_outside(kind, inside)}"
+    for name in names:
+        if match := _ORIGINAL_MIDDLE.fullmatch(name):
+            kind, number = ("attentions", 0) if match[1] == "1" else ("resnets", int(match[1]) // 2)
+            found[name] = f"mid_block.{kind}.{number}.{_name_outside(kind, match[2])}"
     return found
 
 
@@ -72,6 +100,10 @@ def _is_attention_above(match: re.Match[str]) -> bool:
 
 def _name_inside(kind: str, inside: str) -> str:
     if kind == "resnets":
-        head, dot, rest = inside.partition(".")
-        return _RESIDUAL.get(head, head) + dot + rest
+        return _RESIDUAL.get(inside, inside)
     return "op" if kind == "downsamplers" and inside == "conv" else inside
+
+
+def _name_outside(kind: str, inside: str) -> str:
+    """The name inside a residual layer as diffusers has it; others have the same."""
+    return next((name for name, own in _RESIDUAL.items() if own == inside), inside) if kind == "resnets" else inside
