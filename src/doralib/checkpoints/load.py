@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
-from ..adapters.save_load import load_adapter
 from ..errors import DoraError, Note, UsageError
 from ..files import list_folder, read_yaml
 from ..formats.base import Hints

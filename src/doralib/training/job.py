@@ -14,8 +14,9 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from .. import files
 from ..adapters.adapt import adapt, disabled
+from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
-from ..adapters.save_load import load_adapter, save_adapter
+from ..adapters.save import save_adapter
 from ..checkpoints.load import Loaded
 from ..data.rows import RawRows
 from ..errors import DoraError, UsageError, collecting, raise_all
