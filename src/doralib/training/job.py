@@ -26,6 +26,7 @@ from ..evaluation.task_file import load_tasks
 from ..progress import Tick
 from ..recipe import Recipe
 from ..runs import checkpointing
+from ..runs.card import write_card
 from ..runs.folder import RunFolder
 from ..runs.report import write_report
 from .arguments import make_arguments, wants_tensorboard
@@ -88,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
     """
     run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick)
     if is_main():
+        write_card(run)
         log.info(f"report: {write_report(run)}")
     return run
 
