@@ -18,7 +18,7 @@ TORCHTUNE := .venv-torchtune
 # make slow: the tests on the real model, once make demo has fetched it
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
-.PHONY: demo test test-cpus slow interop check format bench tables docs clean
+.PHONY: demo test test-cpus slow interop check format bench tables schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -52,6 +52,10 @@ bench: $(STAMP)
 # README's and docs/bench.md's figures from the files of the last `make bench`
 tables: $(STAMP)
 	$(BIN)/python -c "from pathlib import Path; from doralib.experiments.bench.readme import update_pages; update_pages(Path('README.md'), Path('docs/bench.md'), Path('benchmarks/results'))"
+
+# the schemas that editors read, from the code
+schemas: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from doralib.files import write_json; from doralib.training import schema; write_json(Path('docs/recipe.schema.json'), schema.recipe_schema()); write_json(Path('docs/task.schema.json'), schema.task_schema())"
 
 # the site, in site/index.html; its tools have an environment of their own, which needs no torch
 docs: $(DOCS_STAMP)
