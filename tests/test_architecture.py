@@ -157,7 +157,7 @@ def test_help_needs_no_torch():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "eval", "generate", "merge", "convert", "inspect", "targets", "demo", "bench"):
+    for verb in ("train", "data", "eval", "generate", "merge", "convert", "inspect", "targets", "demo", "bench"):
         assert verb in done.stdout
 
 

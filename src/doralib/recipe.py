@@ -1,5 +1,6 @@
 """The settings of a run: model, data, evaluation; the keys of a recipe file."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -54,6 +55,8 @@ class DataSettings(Checked):
     """truncate: keep the first max_length tokens, counted and shown too."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Only the first rows of train."""
+    packing: bool | None = None
+    """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
 
 
 class EvalSettings(Checked):
@@ -92,3 +95,10 @@ class Recipe(Checked):
         if self.model.quantization and self.adapter.method == "full":
             raise ValueError("method full trains the weights themselves, which model.quantization freezes")
         return self
+
+    def with_whole_path(self) -> Self:
+        """The same with the model's place from the root, so that the run finds it from any folder; a hub name stays."""
+        path = Path(self.model.path).expanduser()
+        if not path.exists():
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"path": str(path.absolute())})})

@@ -7,10 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from doralib.data.batches import Collator
 from doralib.data.prepare import IGNORED
 from doralib.data.prompts import STYLES, check_columns
 from doralib.data.rows import RawRows, read_both, read_dataset
-from doralib.data.tokenize import Collator, find_samples, tokenize_rows
+from doralib.data.tokenize import find_samples, tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings
 

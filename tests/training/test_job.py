@@ -27,7 +27,8 @@ import doralib
 from doralib.adapters.adapt import adapt
 from doralib.adapters.registry import trainable
 from doralib.config import DoraConfig
-from doralib.data.tokenize import Collator, tokenize_rows
+from doralib.data.batches import Collator
+from doralib.data.tokenize import tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.runs import checkpointing
@@ -372,7 +373,7 @@ def make_trainer(recipe, tmp_path, **settings):
     made = tokenize_rows(_dataset(24), range(1, 25), chosen.data, tokenizer)
     args = arguments.make_arguments(chosen, tmp_path / "ck")
     data = Prepared(made, made, [])
-    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer), data, chosen.adapter)
+    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer, data), data, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])

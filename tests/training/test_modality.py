@@ -42,7 +42,7 @@ def numbers(calls):
         )
         return Prepared(made(rows.train), made(rows.validation), [Sample("3 4", "5 6")])
 
-    def collate(model, processor):
+    def collate(model, processor, data):
         calls.append("collate")
 
         def batch(rows):
@@ -70,7 +70,7 @@ def test_a_job_needs_no_text(tmp_path, monkeypatch):
         out=str(tmp_path / "run"),
     )
     run = train(recipe)
-    assert calls == ["check_rows", "load", "prepare", "samples", "collate", "samples"]
+    assert calls == ["check_rows", "load", "prepare", "collate", "samples", "samples"]
     for name in ("adapter_model.safetensors", "report.html", "metrics.jsonl"):
         assert (run / name).is_file()
     (sample,) = json.loads((run / "samples.json").read_text())

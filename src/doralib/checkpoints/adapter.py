@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,39 @@ def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
         f"was trained on {named}, and is put on {base}: its names and shapes fit; if the weights are not the same, "
         "neither is what it learned",
     )
+
+
+def locate_base(adapter: Path, named: str) -> str:
+    """The model that an adapter names: a relative path from here, or else from the folders above the adapter.
+
+    A name that is in none of these places is returned as it is, for the hub.
+    """
+    place = Path(named).expanduser()
+    if place.is_absolute() or place.exists():
+        return str(place) if place.exists() else named
+    found = (above / place for above in _list_above(adapter))
+    return next((str(place) for place in found if place.is_file() or (place / "config.json").is_file()), named)
+
+
+@contextmanager
+def telling_places(adapter: Path, base: str) -> Iterator[None]:
+    """Say where an adapter's base was looked for in the error that it is in none of the places."""
+    try:
+        yield
+    except UsageError as error:
+        if Path(base).expanduser().exists():
+            raise
+        beside = _list_above(adapter)[0] / base
+        looked = [Path(base).expanduser().absolute(), *([] if Path(base).is_absolute() else [beside])]
+        raise UsageError(
+            f"{error}\n  {adapter} names this base; looked for {' and '.join(map(str, looked))}"
+            f"{'' if Path(base).is_absolute() else ', and in the folders above'}; name its place with --base MODEL"
+        ) from None
+
+
+def _list_above(adapter: Path) -> list[Path]:
+    """The folders above an adapter, the nearest first."""
+    return list(adapter.resolve().parents)
 
 
 def _shorten_name(model: str | Path) -> str:

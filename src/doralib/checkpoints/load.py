@@ -1,18 +1,22 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
 import importlib.util
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,13 +24,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
+from ..data.encoding import count_embeddings, find_largest_id
+from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError
 from ..files import list_folder, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
-from .adapter import find_other_base
+from .adapter import find_other_base, locate_base, telling_places
 from .gguf import is_local
+from .tokenizer import explain_misfit, find_own_tokenizer
+
+log = logging.getLogger(__name__)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -34,31 +43,38 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def load_base(settings: ModelSettings) -> Loaded:
     """Load a causal language model and its tokenizer, which pads with its end token if it has no other.
 
+    The model's own generation ends where the chat template ends an answer, too.
+
     Raises:
         UsageError: if there is nothing of that name, or it is a folder of something else.
         DoraError: if its files are damaged.
     """
-    where, extra = _locate(settings.path)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # bars of transformers are for a terminal
-    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
-    for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
-    if settings.quantization:
-        for_model["quantization_config"] = _make_quantization(settings)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, **options, **for_model)
-    except Exception as error:  # safetensors and tokenizers raise bare classes of their own
-        raise _explain(settings.path, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(settings)
+    model = _load_weights(settings)
+    set_end_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone; raises as `load_base`."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    return _with_pad(tokenizer)
+
+
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
+    """Load a model's configuration alone; raises as `load_base`."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        return AutoConfig.from_pretrained(where, **options)
 
 
 def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
     """Load a model for use, in evaluation mode, and its tokenizer.
 
-    The base of an adapter is loaded as it is stored; the base that a run names is quantized as it was in training.
+    The base of an adapter is loaded as it is stored; the base that a run names is quantized as it was in training. The
+    tokenizer and chat template in an adapter's folder come before the base's, if they fit the model.
 
     Args:
         path: a run, an adapter of any format (a file or a folder), a model's folder, a .gguf file or a hub name.
@@ -76,14 +92,73 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantization = None if base else _read_quantization(folder)
-        model, tokenizer = load_base(ModelSettings(path=named, dtype=dtype, quantization=quantization))
+        where = base or locate_base(folder, named)
+        settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
+        with telling_places(folder, where):
+            model = _load_weights(settings)
         load_adapter(model, folder, given=given)
-        _warn_other_base(path, named)
+        _warn_other_base(path, where)
+        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
+        set_end_tokens(model, tokenizer)
         return model.eval(), tokenizer
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     model, tokenizer = load_base(ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype))
     return model.eval(), tokenizer
+
+
+def load_own_tokenizer(
+    model: PreTrainedModel, adapter: Path, base: Callable[[], PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in an adapter's folder, or the base's with the adapter's template; which is logged.
+
+    It is the base's too where the adapter's cannot be read, or has ids that the model has no embedding for.
+    """
+    own = find_own_tokenizer(adapter)
+    if own is None:
+        return base()
+    if not own.is_whole:
+        log.info(f"with the base's tokenizer and the {own.words()}")
+        tokenizer = base()
+        tokenizer.chat_template = own.template
+        return tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(own.folder), config=model.config)
+    except Exception as error:  # noqa: BLE001 - tokenizers raise bare classes of their own
+        log.info(f"the base's tokenizer is used: that of {own.folder} cannot be read, {_first_line(error)}")
+        return base()
+    count, largest = count_embeddings(model), find_largest_id(tokenizer)
+    if count is not None and largest >= count:
+        why = explain_misfit(str(tokenizer.convert_ids_to_tokens(largest)), largest, count)
+        log.info(f"the base's tokenizer is used: that of {own.folder} does not fit, {why}")
+        return base()
+    log.info(f"with the {own.words()}")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = base().chat_template
+    return _with_pad(tokenizer)
+
+
+def _with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_weights(settings: ModelSettings) -> PreTrainedModel:
+    where, options = _locate_with_options(settings)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # bars of transformers are for a terminal
+    for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    if settings.quantization:
+        for_model["quantization_config"] = _make_quantization(settings)
+    with _explaining(settings.path):
+        return AutoModelForCausalLM.from_pretrained(where, **options, **for_model)
+
+
+def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """What to hand to transformers for every part of a model."""
+    where, extra = _locate(settings.path)
+    return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
 def _warn_other_base(adapter: str, base: str) -> None:
@@ -111,8 +186,8 @@ def _read_quantization(run: Path) -> Any:
     return model.get("quantization") if isinstance(model, dict) else None
 
 
-def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
-    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns their names.
+def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> dict[str, Path]:
+    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns the paths by name.
 
     Raises:
         UsageError: if one is not given so, or two have one name.
@@ -128,7 +203,7 @@ def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> list[st
         _warn_other_base(path, model.name_or_path)
     if pairs:
         set_adapter(model, pairs[0][0])
-    return names
+    return {name: Path(path) for name, _, path in pairs}
 
 
 def _locate(path: str) -> tuple[str, dict[str, str]]:
@@ -159,8 +234,21 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
     return path, {}
 
 
+@contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    """Name the model in what its files raise: safetensors and tokenizers have bare classes of their own."""
+    try:
+        yield
+    except Exception as error:
+        raise _explain(path, error) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _explain(path: str, error: Exception) -> DoraError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
     if isinstance(error, ImportError):
         return DoraError(f"model: {path} cannot be loaded as asked: {first}")
     if Path(path).exists():

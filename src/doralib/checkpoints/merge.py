@@ -27,6 +27,7 @@ from .match import MatchedAdapter
 from .quantized import find_quantized
 from .safetensors import CODES, Checkpoint
 from .stream import Plan, Progress, TensorChange, ignore_progress, plan_file, write_companions, write_weights
+from .tokenizer import read_template, take_tokenizer
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -148,6 +149,8 @@ def merge_checkpoint(
         files = [plan_file(shard, plan, part) for shard in checkpoint.shards]
         errors = write_weights(files, plan, progress)
         left_out = write_companions(part, checkpoint, dtype, files)
+        notes += take_tokenizer([each.path for each in ingredients], part)
+        notes += _write_end_tokens(part)
         write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
@@ -184,6 +187,18 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
         checkpoint = Checkpoint.open(base)
     raise_all(problems)
     return checkpoint
+
+
+def _write_end_tokens(folder: Path) -> list[str]:
+    """Add the end of an assistant's turn to the generation settings, where there is a chat template."""
+    if not (folder / "config.json").is_file() or read_template(folder) is None:
+        return []
+    try:
+        # only transformers renders a template as the model will see it; merging itself goes without
+        from .ends import write_end_tokens  # noqa: PLC0415
+    except ImportError:
+        return ["the tokens that end an answer are not known: transformers, which reads chat templates, is not there"]
+    return write_end_tokens(folder)
 
 
 def _check_dtype_change(checkpoint: Checkpoint, dtype: str | None) -> None:

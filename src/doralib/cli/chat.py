@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..data.encoding import chat_text, context_length, encode
-from ..evaluation.generation import GREEDY, Sampling, stream
+from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def chat_loop(
         UsageError: if the tokenizer has no chat template.
     """
     chat_text(tokenizer, [{"role": "user", "content": ""}])
-    write("/reset forgets the conversation, /quit ends it\n")
+    write(f"/reset forgets the conversation, /quit ends it; an answer ends at {describe_ends(model, tokenizer)}\n")
     messages: list[dict[str, str]] = []
     while (line := _line(read)) is not None and line != "/quit":
         if line == "/reset":

@@ -17,28 +17,34 @@ _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 # paths and data are printed as they are: "[b]" and ":dog:" in them are no commands
 console = Console(width=_WIDTH, markup=False, emoji=False)
+errors = Console(width=_WIDTH, markup=False, emoji=False, stderr=True)
 
 
 class ConsoleHandler(logging.Handler):
     """Prints what the library logs; a mapping becomes a table of names and what they are."""
 
+    where = console
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         if not isinstance(record.msg, dict):
-            console.print(record.getMessage())
+            self.where.print(record.getMessage())
             return
         table = Table(show_header=False, box=None)
         for name, text in record.msg.items():
             table.add_row(name, text)
-        console.print(table)
+        self.where.print(table)
 
 
-def print_log() -> None:
-    """From now on print what the library logs."""
+def print_log(where: Console = console) -> None:
+    """From now on print what the library logs, or print it elsewhere than before."""
     logger = logging.getLogger("doralib")
     logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(ConsoleHandler())
+    handlers = [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]
+    if not handlers:
+        handlers = [ConsoleHandler()]
+        logger.addHandler(handlers[0])
+    handlers[0].where = where
 
 
 @contextmanager

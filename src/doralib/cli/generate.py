@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .console import console
+from .console import console, errors, print_log
 from .options import Alpha, Base, Batch, Dtype, Model, Seed
 
 
@@ -33,7 +33,7 @@ def generate_command(
     """
     from ..adapters.inference import unchanged
     from ..adapters.multiple import set_adapter
-    from ..checkpoints.load import load_model, load_named_adapters
+    from ..checkpoints.load import load_model, load_named_adapters, load_own_tokenizer
     from ..evaluation import generation
     from ..files import check_writable
     from ..formats.base import Hints
@@ -47,19 +47,24 @@ def generate_command(
     prompts = [prompt] if prompt is not None else read_prompts(file) if file else None
     if len(adapter or []) > 1 and (prompts is None or out is not None):
         raise UsageError("a chat and --out are for one --adapter; several answer --prompt or --file on the terminal")
+    # on the standard output stand answers alone
+    print_log(errors)
     loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
     names = load_named_adapters(loaded, adapter or [])
+    own = {name: load_own_tokenizer(loaded, path, lambda: tokenizer) for name, path in names.items()}
     sampling = generation.Sampling(temperature=temperature, seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if prompts is None:
         with unchanged(loaded):
+            tokenizer = next(iter(own.values()), tokenizer)
             chat_loop(loaded, tokenizer, read=input, write=lambda text: print(text, end="", flush=True), **options)
         return
     for name in names or [""]:
         if name:
             set_adapter(loaded, name)
         with unchanged(loaded):
-            answers = generation.generate(loaded, tokenizer, prompts, batch_size=batch_size, chat=chat, **options)
+            theirs = own.get(name, tokenizer)
+            answers = generation.generate(loaded, theirs, prompts, batch_size=batch_size, chat=chat, **options)
         if out is not None:
             write_answers(out, prompts, answers)
             console.print(f"{len(answers)} answers written: {out}")

@@ -15,6 +15,7 @@ from ..errors import DoraError, Note
 from .bench import bench_command
 from .console import print_log
 from .convert import convert_command
+from .data import data_command
 from .demo import demo_command
 from .eval import eval_command
 from .generate import generate_command
@@ -59,6 +60,7 @@ def _main(
 
 
 app.command("train")(train_command)
+app.command("data")(data_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("merge")(merge_command)

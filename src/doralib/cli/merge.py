@@ -1,7 +1,7 @@
 """`doralib merge`: which files, what was done, and whether the merged model answers as the adapted one."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,6 +90,7 @@ def with_weights(paths: Sequence[Path], weights: Sequence[float], each: "Ingredi
 
 def _open_base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, stack: ExitStack) -> Path:
     """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
+    from ..checkpoints.adapter import telling_places
     from ..checkpoints.gguf import open_base_folder
     from ..files import check_writable
     from ..formats.files import find_adapter_file
@@ -105,13 +106,15 @@ def _open_base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, st
         named = base or (None if problems else _find_base(adapters))
         if named:
             console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {named}")
-            folder = stack.enter_context(open_base_folder(named, out))
+            with nullcontext() if base else telling_places(adapters[0].path, named):
+                folder = stack.enter_context(open_base_folder(named, out))
     raise_all(problems)
     return folder
 
 
 def _find_base(adapters: "Sequence[Ingredient]") -> str:
     """The one model that all the adapters name as their own."""
+    from ..checkpoints.adapter import locate_base
     from ..formats.files import find_base_name
 
     names = {str(each.path): find_base_name(each.path) for each in adapters}
@@ -120,4 +123,5 @@ def _find_base(adapters: "Sequence[Ingredient]") -> str:
     if len(set(names.values())) > 1:
         lines = "\n".join(f"  {path}: {name}" for path, name in names.items())
         raise UsageError(f"the adapters name different models; say which one with --base MODEL:\n{lines}")
-    return str(next(iter(names.values())))
+    path, name = next(iter(names.items()))
+    return locate_base(Path(path), str(name))

@@ -1,11 +1,13 @@
 """Text to tokens: special tokens, the chat template, and how much a model takes."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import UsageError
+from ..errors import UsageError, list_some
 
 Message = Mapping[str, str]
 
@@ -46,13 +48,47 @@ def first_token(tokenizer: Tokenizer) -> int:
     raise UsageError("an empty prompt needs a tokenizer with a beginning (or end) token, and this one has neither")
 
 
-def pad_token(tokenizer: Tokenizer) -> int:
-    """A token for the masked places of a batch."""
-    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in tokens if token is not None)
+def pad_token(tokenizer: Tokenizer, model: Any) -> int:
+    """A token for the masked places of a batch; one that the model has, which a tokenizer's own need not be."""
+    tokens, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0), count_embeddings(model)
+    return next(int(token) for token in tokens if token is not None and (rows is None or token < rows))
 
 
-def context_length(model: nn.Module) -> int | None:
+def count_embeddings(model: Any) -> int | None:
+    """How many tokens the model has a row for; without weights what its configuration says."""
+    layer = model.get_input_embeddings() if isinstance(model, nn.Module) else None  # type: ignore[operator]
+    count = getattr(getattr(layer, "base_layer", layer), "num_embeddings", None)
+    if count is None:
+        count = getattr(model.config.get_text_config(), "vocab_size", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def check_ids(model: Any, tokenizer: Tokenizer, rows: Iterable[Sequence[int]], what: str) -> None:
+    """Check that the model has an embedding for every token of some rows.
+
+    Raises:
+        UsageError: naming the tokens that it lacks, and what to do.
+    """
+    count = count_embeddings(model)
+    if count is None or find_largest_id(tokenizer) < count:
+        return
+    beyond = Counter(token for row in rows for token in {token for token in row if token >= count})
+    if not beyond:
+        return
+    named = [f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token}, in {n:,})" for token, n in beyond.most_common()]
+    raise UsageError(
+        f"the tokenizer has tokens that the model has no embedding for (it has {count:,}), and {what} hold some: "
+        f"{list_some(named, 5, ', ')}; give the model rows for them (model.resize_token_embeddings(len(tokenizer)), "
+        "then model.save_pretrained), or take these tokens out of the tokenizer"
+    )
+
+
+def find_largest_id(tokenizer: Tokenizer) -> int:
+    """The largest id that the tokenizer can give."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def context_length(model: Any) -> int | None:
     """The most tokens the model takes, if its configuration says."""
     length = getattr(model.config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

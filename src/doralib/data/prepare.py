@@ -35,10 +35,12 @@ class RowReport:
     label_tokens: int = 0
     examples: list[str] = field(default_factory=list)
     """The first rows of each reason, with their numbers in the file."""
+    dropped_numbers: list[int] = field(default_factory=list)
 
     def drop(self, number: int, bad: BadRow) -> None:
         """Count a row that is left out."""
         self.dropped[bad.kind] += 1
+        self.dropped_numbers.append(number)
         self._show(bad.kind, f"row {number}: {bad.detail}", self.dropped[bad.kind])
 
     def cut(self, number: int, length: int) -> None:

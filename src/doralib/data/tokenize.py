@@ -1,45 +1,20 @@
-"""From rows to batches: tokens, labels, padding; every row left out is counted."""
+"""From rows to tokens and labels; every row left out is counted."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import DoraError, UsageError
 from ..recipe import DataSettings
-from .prepare import IGNORED, BadRow, PreparedRows, Row, RowReport, Sample
+from .prepare import IGNORED, BadRow, PreparedRows, RowReport, Sample
 from .prompts import STYLES, Piece
 from .rows import RawRows
 
 _ROWS_AT_ONCE = 1000
 _TOKENS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "length": datasets.Value("int32")})
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows of one batch as tensors (rows, longest), padded on the right to a multiple."""
-
-    pad_id: int
-    multiple: int = 8
-    most: int | None = None
-    """Positions that the model has, where padding would go beyond them."""
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Keys input_ids, attention_mask and labels."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        padded = longest + -longest % self.multiple
-        longest = padded if self.most is None else max(longest, min(padded, self.most))
-        fill = lambda values, value: [*values, *[value] * (longest - len(values))]
-        return {
-            "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
-            "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor([fill(row["labels"], IGNORED) for row in rows]),
-        }
 
 
 def tokenize_rows(

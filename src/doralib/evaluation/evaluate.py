@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
-from ..data.encoding import context_length, encode, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick
-from .generation import Sampling, continuations, evaluation_mode
+from .generation import Sampling, continuations, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import Score, accuracy_score, classification_scores, confusion_counts, perplexity_scores
 from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
@@ -90,6 +90,8 @@ def evaluate(
         DoraError: if the data is damaged or the model gives NaN.
     """
     examples = _read_all(tasks, limit)
+    if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
+        tell_ends(model, tokenizer)
     results = {}
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
@@ -165,13 +167,14 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
             )
         cut = sum(len(tokens) > room for tokens in prompts)
         prompts = [tokens[-room:] for tokens in prompts]
+    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     texts = continuations(
         scorer.model,
         scorer.tokenizer,
         prompts,
         max_new_tokens=task.max_new_tokens,
         batch_size=scorer.batch_size,
-        sampling=Sampling(num_beams=task.num_beams, stop=task.stop),
+        sampling=stop_at_turn_end(sampling, scorer.tokenizer) if task.chat else sampling,
         tick=lambda done: scorer.tick(done / len(examples)),
     )
     said = [task.predicted(text) for text in texts]
@@ -237,7 +240,8 @@ def _check_labels(task: ClassificationTask, example: Example, scorer: _Scorer) -
 
 
 def _log_likelihoods(scorer: _Scorer, requests: Sequence[LikelihoodRequest]) -> list[float]:
-    pad = pad_token(scorer.tokenizer)
+    check_ids(scorer.model, scorer.tokenizer, (request.tokens for request in requests), "the task's rows")
+    pad = pad_token(scorer.tokenizer, scorer.model)
     return log_likelihoods(scorer.model, requests, batch_size=scorer.batch_size, pad=pad, tick=scorer.tick)
 
 

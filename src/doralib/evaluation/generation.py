@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.registry import find_record
 from ..config import Checked
-from ..data.encoding import context_length, encode, first_token, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, first_token, pad_token, user_text
+from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 class Sampling(Checked):
@@ -50,11 +54,14 @@ def generate(
     """The text that follows each prompt; the same for the same seed, and without sampling for any batch size.
 
     The model is a causal language model of `transformers`, in eval mode for the time of the call. With ``chat`` each
-    prompt is put into the tokenizer's chat template.
+    prompt is put into the tokenizer's chat template, and a log line says what ends an answer.
 
     Raises:
-        UsageError: if a prompt and its answer are longer than the model takes.
+        UsageError: if a prompt and its answer are longer than the model takes, or it holds tokens that the model lacks.
     """
+    if chat:
+        tell_ends(model, tokenizer)
+        sampling = stop_at_turn_end(sampling, tokenizer)
     tokens = [encode(tokenizer, user_text(tokenizer, text) if chat else text, chat=chat) for text in prompts]
     limit = context_length(model)
     if limit is not None and (long := [i for i, ids in enumerate(tokens) if len(ids) + max_new_tokens > limit]):
@@ -66,6 +73,23 @@ def generate(
     return continuations(
         model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling
     )
+
+
+def stop_at_turn_end(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
+    """For prompts in the chat template: text that it puts after an answer stops too, where it has no token for that."""
+    text = find_turn_end(tokenizer).text
+    return sampling.model_copy(update={"stop": (*sampling.stop, text)}) if text else sampling
+
+
+def tell_ends(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Log what ends an answer."""
+    log.info(f"an answer ends at {describe_ends(model, tokenizer)}")
+
+
+def describe_ends(model: nn.Module, tokenizer: Tokenizer) -> str:
+    """What ends an answer, by the model's settings and the chat template."""
+    tokens = find_end_tokens(_own_end(model), tokenizer)
+    return name_ends(tokens, find_turn_end(tokenizer), tokenizer) or "max_new_tokens alone"
 
 
 def continuations(
@@ -84,8 +108,9 @@ def continuations(
     its last call.
 
     Raises:
-        UsageError: if the model's adapters are set row by row.
+        UsageError: if the model's adapters are set row by row, or a prompt holds tokens that the model lacks.
     """
+    check_ids(model, tokenizer, prompts, "the prompts")
     record = find_record(model)
     if record is not None and record.rows is not None:
         raise UsageError("prompts are sorted into batches here, so adapter_rows cannot follow; call model.generate")
@@ -118,6 +143,8 @@ def stream(
     """
     pieces = _Pieces(tokenizer, write)
     row = encode(tokenizer, text, chat=chat) or [first_token(tokenizer)]
+    check_ids(model, tokenizer, [row], "the prompt")
+    sampling = stop_at_turn_end(sampling, tokenizer) if chat else sampling
     with evaluation_mode(model), _seeded(model, sampling.seed):
         return _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
 
@@ -170,7 +197,7 @@ def _continue(
     streamer: TextStreamer | None = None,
 ) -> list[str]:
     """The new text of one batch, padded at the left."""
-    width, pad = max(map(len, rows)), pad_token(tokenizer)
+    width, pad = max(map(len, rows)), pad_token(tokenizer, model)
     device = next(model.parameters()).device
     ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -178,7 +205,7 @@ def _continue(
     out_BT = model.generate(  # type: ignore[operator]
         ids_BT,
         attention_mask=mask_BT,
-        generation_config=_config(model, pad, max_new_tokens, sampling),
+        generation_config=_config(model, tokenizer, pad, max_new_tokens, sampling),
         stopping_criteria=StoppingCriteriaList(stops),
         streamer=streamer,
     )
@@ -186,7 +213,13 @@ def _continue(
     return [text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=None)] for text in texts]
 
 
-def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
+def _own_end(model: nn.Module) -> Any:
+    return model.generation_config.eos_token_id  # type: ignore[union-attr]
+
+
+def _config(
+    model: nn.Module, tokenizer: Tokenizer, pad: int, max_new_tokens: int, sampling: Sampling
+) -> GenerationConfig:
     """Our settings over the model's own, which may name further end tokens."""
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     drawn = sampling.temperature > 0
@@ -198,6 +231,7 @@ def _config(model: nn.Module, pad: int, max_new_tokens: int, sampling: Sampling)
         num_beams=sampling.num_beams,
         max_new_tokens=max_new_tokens,
         max_length=None,
+        eos_token_id=find_end_tokens(_own_end(model), tokenizer) or None,
         pad_token_id=pad,
         use_cache=True,
     )

@@ -33,6 +33,7 @@ class RunFolder:
         self.results = path / "results.json"
         self.samples = path / "samples.json"
         self.summary = path / "summary.json"
+        self.survey = path / "data.json"
 
     @property
     def trained(self) -> Path:

@@ -23,6 +23,8 @@ class RunRecord:
     results: dict[str, dict[str, Values]]
     """``before`` and ``after`` to task to TaskResult."""
     samples: list[Values]
+    survey: Values
+    """What the rows are like; older runs and other kinds of data have none."""
     environment: Values
     train: list[Values]
     """The lines of metrics.jsonl of kind train, by step; of a step written twice the later one."""
@@ -59,6 +61,7 @@ def read_run(run: Path) -> RunRecord:
         summary=_read(folder.summary, dict, notes),
         results={when: _tasks(results.get(when)) for when in ("before", "after")},
         samples=[sample for sample in samples if isinstance(sample, dict)],
+        survey=_read(folder.survey, dict, notes) if folder.survey.exists() else {},
         environment=_read(folder.environment, dict, notes),
         train=_by_step(metrics, "train"),
         evals=_by_step(metrics, "eval"),

@@ -11,6 +11,7 @@ from . import plots
 from .charts import Series, line_chart, number_text
 from .markup import Child, Markup, el, html_table
 from .record import RunRecord, numbers, read_run
+from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
 
 METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
@@ -56,7 +57,7 @@ def _page(record: RunRecord, notes: list[str]) -> str:
         _samples(record),
         wrong_section(record),
         _use_section(record),
-        _rows_section(record),
+        data_section(record.survey) if record.survey else _rows_section(record),
         _configuration(record),
         _environment(record),
         el("footer", f"Written by doralib {now:on %Y-%m-%d at %H:%M} from the files in {record.path.resolve()}"),

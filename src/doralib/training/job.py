@@ -19,6 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.load import Loaded
 from ..data.rows import RawRows
+from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
 from ..evaluation.task import Task, read_examples
@@ -33,11 +34,14 @@ from .arguments import make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
 from .modalities import MODALITIES
-from .modality import Modality, Prepared
+from .modality import Collate, Modality, Prepared
+from .sampler import measure_padding
 from .trainer import AdapterTrainer, LossNotFinite
 
 log = logging.getLogger(__name__)
 
+_PADDING_WORTH_GROUPING = 0.1
+_ORDERS = {"group_by_length": "rows of like length together", "random": "drawn anew for each epoch"}
 # Trainer's own printer and bar would repeat ours
 _STOCK_PRINTERS = ("PrinterCallback", "ProgressCallback")
 
@@ -69,6 +73,7 @@ class _Job:
     model: Any
     processor: Any
     data: Prepared
+    collate: Collate
     tick: Tick | None
 
 
@@ -96,6 +101,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
 
 def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
+    recipe = recipe.with_whole_path()
     plan = _check(recipe, resume=resume, overwrite=overwrite)
     if not is_main():
         # the first process speaks for all
@@ -106,6 +112,8 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     wait_for_all()
     if is_main():
         plan.run.open(recipe, overwrite=overwrite)
+        if job.data.survey is not None:
+            files.write_json(plan.run.survey, job.data.survey)
     wait_for_all()
     _describe(job)
     _score_before(job)
@@ -139,10 +147,18 @@ def _load(plan: _Plan, tick: Tick | None) -> _Job:
     log.info(f"loading {recipe.model.path}")
     model, processor = _model(plan)
     data = plan.modality.prepare(plan.rows, recipe.data, model, processor)
-    kept, whole = data.train.report.kept, plan.args.train_batch_size * plan.args.world_size
-    if plan.args.dataloader_drop_last and kept < whole:
-        raise UsageError(f"training.dataloader_drop_last: {kept} rows do not fill one batch of {whole}; none is left")
-    return _Job(plan, model, processor, data, tick)
+    count, whole = len(data.train.rows), plan.args.train_batch_size * plan.args.world_size
+    if plan.args.dataloader_drop_last and count < whole:
+        raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
+    if "train_sampling_strategy" not in recipe.training:
+        plan.args.train_sampling_strategy = _choose_order(data, plan.args)
+    return _Job(plan, model, processor, data, plan.modality.collate(model, processor, data), tick)
+
+
+def _choose_order(data: Prepared, args: TrainingArguments) -> str:
+    """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
+    padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
+    return "group_by_length" if padding > _PADDING_WORTH_GROUPING else "random"
 
 
 def _model(plan: _Plan) -> Loaded:
@@ -165,7 +181,7 @@ def _describe(job: _Job) -> None:
     plan, report, validation = job.plan, job.data.train.report, job.data.validation
     recipe = plan.recipe
     changed, total = _parameters(job.model)
-    steps, per_epoch = _steps(plan.args, report.kept)
+    steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     log.info(
         {
@@ -174,13 +190,17 @@ def _describe(job: _Job) -> None:
             "trained": f"{changed:,} parameters, {changed / total:.2%}",
             "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
             "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
-            "steps": f"{steps:,}, {per_epoch:,} an epoch",
+            **job.data.told,
+            "steps": f"{steps:,}, {per_epoch:,} an epoch of about {report.tokens / per_epoch:,.0f} tokens each",
+            "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
             "run": str(plan.run.path),
         }
     )
     for name, told in (("train", report), ("validation", validation and validation.report)):
         for line in told.lines() if told else []:
             log.info(f"{name}: {line}" if not line.startswith(" ") else line)
+    if job.data.first:
+        log.info(f"the first row, what is learned of it in {LEFT} {RIGHT}:\n{job.data.first}")
     if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
         log.info("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
 
@@ -252,8 +272,8 @@ def _sample(job: _Job, when: str) -> None:
 
 
 def _train(job: _Job) -> None:
-    plan, collate = job.plan, job.plan.modality.collate(job.model, job.processor)
-    trainer = AdapterTrainer(job.model, plan.args, job.processor, collate, job.data, plan.recipe.adapter)
+    plan = job.plan
+    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
     stop, metrics = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter)
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
@@ -325,6 +345,8 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
         return
     _write_summary(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
+        # first: the adapter's file marks the training as over
+        job.processor.save_pretrained(run.path)
         save_adapter(job.model, run.path)
         return
     with files.replacing(run.path / "model") as part:

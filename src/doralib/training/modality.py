@@ -1,7 +1,7 @@
 """What a kind of data (text, images, speech) does for a job; the life cycle and the trainer know nothing else of it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ class Prepared:
     validation: PreparedRows | None
     samples: list[Sample]
     """A few prompts, answered before and after training for the report."""
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What else there is to say before training, by a word for each."""
+    first: str = ""
+    """The first row for a person, with what is learned of it marked."""
+    survey: Mapping[str, Any] | None = None
+    """What the rows are like, for the report: see `data.survey`."""
 
 
 class Modality(Protocol):
@@ -36,8 +42,11 @@ class Modality(Protocol):
     def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
         """The rows as this model takes them; raises if none is left."""
 
-    def collate(self, model: nn.Module, processor: Any) -> Collate:
-        """The function that makes one batch of rows: `labels`, and the arguments of the model's forward."""
+    def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:
+        """The function that makes one batch of rows: `labels`, and the arguments of the model's forward.
+
+        Where the sum of its `attention_mask` is not the number of its tokens, `num_tokens`, a scalar, is.
+        """
 
     def samples(
         self, model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]

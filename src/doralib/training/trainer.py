@@ -139,7 +139,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         Raises:
             LossNotFinite: before the optimizer could spread it.
         """
-        self.meter.add_tokens(self.accelerator.reduce(inputs["attention_mask"].sum(), "sum"))
+        num_tokens = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"].sum()
+        self.meter.add_tokens(self.accelerator.reduce(num_tokens, "sum"))
+        inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._not_finite(f"the loss became {loss.item()}")

@@ -2,16 +2,23 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ...checkpoints.load import Loaded, load_base
-from ...data.encoding import context_length, encode, pad_token
+from ...data.batches import Collator
+from ...data.encoding import check_ids, context_length, encode, pad_token
+from ...data.isolation import choose_layout
+from ...data.packing import is_packed, pack_rows
+from ...data.prepare import PreparedRows
 from ...data.prompts import STYLES, check_columns
 from ...data.rows import RawRows, read_both
-from ...data.tokenize import Collator, find_samples, tokenize_rows
-from ...evaluation.generation import continuations
+from ...data.survey import mark_learned, survey_rows
+from ...data.tokenize import find_samples, tokenize_rows
+from ...errors import UsageError
+from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared
 
@@ -36,18 +43,71 @@ def load(settings: ModelSettings) -> Loaded:
 
 
 def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
-    """Tokens and labels."""
-    settings = _within(settings, model)
+    """Tokens and labels; several rows in one sequence where they are packed, but never those of validation."""
+    made = tokenize(rows, settings, model, processor)
+    settings, train = made.settings, made.train
+    told = {"an answer ends at": describe_ends(model, processor)}
+    if is_packed(settings) and _can_pack(settings, model, processor):
+        packed = pack_rows(train.rows, settings.max_length)
+        full = train.report.tokens / (len(packed) * settings.max_length)
+        told["packed"] = f"into {len(packed):,} sequences of at most {settings.max_length:,} tokens, {full:.0%} full"
+        train = PreparedRows(packed, train.report)
+    found = find_samples(rows, settings, processor, _SAMPLES)
+    first = mark_learned(made.train.rows[0], processor)
+    return Prepared(train, made.validation, found, told, first, survey(rows, made, processor))
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """The rows as tokens, none packed."""
+
+    settings: DataSettings
+    """With no more tokens a row than the model takes."""
+    train: PreparedRows
+    validation: PreparedRows | None
+
+
+def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) -> TokenizedRows:
+    """Tokens and labels of every usable row.
+
+    Args:
+        model: The model, or anything with its ``config``.
+
+    Raises:
+        UsageError: if no row is usable, or the model has no embedding for a token.
+    """
+    settings = within(settings, model)
     train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
     validation = None
     if rows.validation is not None:
         validation = tokenize_rows(rows.validation, rows.validation_numbers, settings, processor)
-    return Prepared(train, validation, find_samples(rows, settings, processor, _SAMPLES))
+    for part in (train, validation):
+        if part is not None:
+            check_ids(model, processor, part.rows["input_ids"], "the rows")
+    return TokenizedRows(settings, train, validation)
 
 
-def collate(model: nn.Module, processor: Any) -> Collate:
+def survey(rows: RawRows, made: TokenizedRows, processor: Any, shown: int = _SAMPLES) -> dict[str, Any]:
+    """What the rows are like: see `survey_rows`."""
+    return survey_rows(rows, made.train, made.validation, made.settings, processor, shown)
+
+
+def _can_pack(settings: DataSettings, model: nn.Module, processor: Any) -> bool:
+    """Whether the model keeps packed rows apart; if not, it is an error only where packing was asked for."""
+    try:
+        choose_layout(model, Collator(pad_token(processor, model)))
+    except UsageError as error:
+        if settings.packing:
+            raise
+        log.info(f"rows are not packed, each is padded: {error}")
+        return False
+    return True
+
+
+def collate(model: nn.Module, processor: Any, data: Prepared) -> Collate:
     """Rows padded with the tokenizer's own token; padding is masked, so any token would do."""
-    return Collator(pad_token(processor), most=context_length(model))
+    collator = Collator(pad_token(processor, model), most=context_length(model))
+    return choose_layout(model, collator) if "lengths" in data.train.rows.column_names else collator
 
 
 def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]) -> list[str]:
@@ -62,10 +122,11 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
         prompts,
         max_new_tokens=max(1, int(min(longest + 8, _SAMPLE_TOKENS, room))),
         batch_size=_SAMPLES,
+        sampling=stop_at_turn_end(GREEDY, processor) if closed else GREEDY,
     )
 
 
-def _within(settings: DataSettings, model: nn.Module) -> DataSettings:
+def within(settings: DataSettings, model: Any) -> DataSettings:
     """With no more tokens a row than the model takes: beyond, learned positions fail and turned ones mean nothing."""
     limit = context_length(model)
     if limit is None or settings.max_length <= limit:
