@@ -19,7 +19,7 @@ TORCHTUNE := .venv-torchtune
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
 # make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
-.PHONY: demo test test-cpus slow interop check format bench tables models docs clean
+.PHONY: demo test test-cpus slow interop check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -56,6 +56,10 @@ tables: $(STAMP)
 
 models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/models/sweep.py
+
+# the schemas that editors read, from the code
+schemas: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from doralib.files import write_json; from doralib.training import schema; write_json(Path('docs/recipe.schema.json'), schema.recipe_schema()); write_json(Path('docs/task.schema.json'), schema.task_schema())"
 
 # the site, in site/index.html; its tools have an environment of their own, which needs no torch
 docs: $(DOCS_STAMP)

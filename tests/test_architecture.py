@@ -176,4 +176,5 @@ def test_import_adds_little_to_torch():
     """Counted in modules, not seconds: what `import doralib` brings in besides torch."""
     code = "import torch, sys\nbefore = set(sys.modules)\nimport doralib, doralib.adapters.adapt\n"
     done = run(code + "print(len(set(sys.modules) - before))")
-    assert int(done.stdout) < 150, done.stdout
+    # formats among them: an adapted model saves itself
+    assert int(done.stdout) < 170, done.stdout

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters.combine import add_weighted_adapter as add_weighted_adapter
     from .adapters.hotswap import hotswap_adapter as hotswap_adapter
     from .adapters.inference import unchanged as unchanged
+    from .adapters.load import load_adapter as load_adapter
     from .adapters.merge import merge as merge
     from .adapters.merge import merge_adapter as merge_adapter
     from .adapters.merge import merge_report as merge_report
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from .adapters.multiple import delete_adapter as delete_adapter
     from .adapters.multiple import set_adapter as set_adapter
     from .adapters.param_groups import parameter_groups as parameter_groups
-    from .adapters.save_load import load_adapter as load_adapter
-    from .adapters.save_load import save_adapter as save_adapter
+    from .adapters.save import save_adapter as save_adapter
     from .checkpoints.load import load_model as load_model
     from .checkpoints.merge import Ingredient as Ingredient
     from .checkpoints.merge import merge_checkpoint as merge_checkpoint
@@ -57,7 +57,7 @@ _HOMES = {
     "disabled": "adapters.adapt",
     "enable": "adapters.adapt",
     "hotswap_adapter": "adapters.hotswap",
-    "load_adapter": "adapters.save_load",
+    "load_adapter": "adapters.load",
     "load_model": "checkpoints.load",
     "merge": "adapters.merge",
     "merge_adapter": "adapters.merge",
@@ -66,7 +66,7 @@ _HOMES = {
     "parameter_groups": "adapters.param_groups",
     "probe": "adapters.audit",
     "remove": "adapters.adapt",
-    "save_adapter": "adapters.save_load",
+    "save_adapter": "adapters.save",
     "set_adapter": "adapters.multiple",
     "unchanged": "adapters.inference",
     "unmerge_adapter": "adapters.merge",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from .config import Checked, DoraConfig
@@ -89,6 +90,10 @@ class Recipe(Checked):
     """The run's folder."""
     seed: int = Field(default=0, ge=0)
     """Of A, of the order of rows, and of everything else that is drawn."""
+
+    def to_yaml(self) -> str:
+        """Every setting, in the order of the fields; it reads as the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:

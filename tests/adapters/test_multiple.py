@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import doralib
 from doralib import DoraConfig, DoraError, UsageError
 from doralib.adapters import registry
-from doralib.adapters.save_load import complete_hints
+from doralib.adapters.load import complete_hints
 from doralib.adapters.scan import Scan
 from doralib.kernels import cache, renewal
 from doralib.layers.base.opaque import Opaque

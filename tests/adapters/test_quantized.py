@@ -385,7 +385,7 @@ def test_experts_that_are_quantised_one_by_one(special, tmp_path):
         assert (summary.layers, len(summary.requantised)) == (20, 0 if dtype else 20)
     before, dense = find_quantized(Checkpoint.open(tmp_path / "base")), stored(tmp_path / "dense")
     after = find_quantized(Checkpoint.open(tmp_path / "again"))
-    state = doralib.adapters.save_load.read_for_model(folder / "adapter")[1]
+    state = doralib.adapters.load.read_for_model(folder / "adapter")[1]
     for e in range(3):
         share = state.layers["model.layers.1.mlp.experts.down_proj"]
         name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"

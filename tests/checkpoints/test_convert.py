@@ -8,8 +8,8 @@ import torch
 from adapted import move
 
 import doralib
+from doralib.adapters.load import read_for_model
 from doralib.adapters.registry import trainable
-from doralib.adapters.save_load import read_for_model
 from doralib.checkpoints.convert import TARGETS, ConversionRequest, convert_adapter
 from doralib.checkpoints.lowrank import find_nearest_lora
 from doralib.cli.convert import convert_and_show

@@ -461,7 +461,7 @@ def tiny(kind: str):
 )
 def test_plain_transformers_gives_the_adapted_model_s_logits(tmp_path, kind, targets, sharded):
     from doralib.adapters.adapt import adapt
-    from doralib.adapters.save_load import save_adapter
+    from doralib.adapters.save import save_adapter
 
     model = tiny(kind)
     ids = torch.randint(0, 50, (2, 9))

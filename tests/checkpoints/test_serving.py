@@ -7,7 +7,7 @@ from conftest import make_llama
 from transformers import AutoModelForCausalLM
 
 import doralib
-from doralib.adapters.save_load import read_for_model
+from doralib.adapters.load import read_for_model
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.serving import SERVERS
 from doralib.errors import UsageError

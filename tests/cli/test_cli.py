@@ -14,7 +14,7 @@ import doralib
 from doralib.config import DoraConfig
 from doralib.experiments.bench.runner import BENCHES
 from doralib.recipe import Recipe
-from doralib.training.recipe_file import packaged_recipes
+from doralib.training.recipe_file import packaged_recipes, read_recipe
 
 ROWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "positive"), ("bad", "negative")] * 8]
 
@@ -363,6 +363,24 @@ def test_help_names_every_measurement_and_recipe(run):
     assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
     _, out, _ = run("train", "--help")
     assert all(name in out for name in packaged_recipes())
+
+
+def test_a_recipe_is_printed_complete_and_reads_as_the_same(run, tmp_path):
+    status, out, _ = run("train", "sentiment", "adapter.r=3", "data.prompt=Größe: {text}", "--print-config")
+    assert status == 0
+    assert "Größe" in out
+    (tmp_path / "again.yaml").write_text(out)
+    assert read_recipe(str(tmp_path / "again.yaml"), []) == read_recipe(
+        "sentiment", ["adapter.r=3", "data.prompt=Größe: {text}"]
+    )
+    status, _, err = run("train", "sentiment", "adapter.rr=3", "--print-config")
+    assert (status, "rr" in err) == (2, True)
+
+
+def test_the_schema_is_printed(run):
+    status, out, _ = run("train", "--schema")
+    assert status == 0
+    assert json.loads(out)["properties"].keys() == Recipe.model_fields.keys()
 
 
 def test_every_setting_is_listed_with_its_default_and_meaning(run):

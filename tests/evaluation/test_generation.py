@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from doralib.cli.chat import chat_loop
 from doralib.cli.prompt_file import read_prompts, write_answers
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.generation import Sampling, generate, stream
@@ -101,82 +100,11 @@ def test_too_long_a_prompt_is_named(tiny):
 
 def test_stream_writes_what_generate_returns(tiny):
     pieces = []
-    text = stream(*tiny, PROMPTS[1], pieces.append, max_new_tokens=12)
+    text, cut = stream(*tiny, PROMPTS[1], pieces.append, max_new_tokens=12)
+    assert cut
     assert [text] == generate(*tiny, [PROMPTS[1]], max_new_tokens=12)
     assert "".join(pieces).strip() == text.strip()
     assert len(pieces) > 1
-
-
-class Terminal:
-    """Lines that a user types, an exception for a key, and everything shown."""
-
-    def __init__(self, *lines):
-        self.lines, self.shown = list(lines), ""
-
-    def read(self, prompt):
-        if not self.lines:
-            raise EOFError
-        if isinstance(self.lines[0], BaseException):
-            raise self.lines.pop(0)
-        return self.lines.pop(0)
-
-    def write(self, text):
-        self.shown += text
-
-
-def test_chat_remembers_until_reset(tiny):
-    terminal = Terminal("hello", "", "again")
-    messages = chat_loop(*tiny, terminal.read, terminal.write, max_new_tokens=6)
-    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    first = messages[1]["content"]
-    assert [first] == generate(*tiny, ["hello"], chat=True, max_new_tokens=6)
-    assert first.strip() in terminal.shown
-    # the second answer was given in view of the first turn
-    assert [messages[3]["content"]] != generate(*tiny, ["again"], chat=True, max_new_tokens=6)
-
-    fresh = chat_loop(*tiny, Terminal("hello", "/reset", "again", "/quit", "no").read, terminal.write, max_new_tokens=6)
-    assert [message["content"] for message in fresh] == [
-        "again",
-        *generate(*tiny, ["again"], chat=True, max_new_tokens=6),
-    ]
-
-
-def test_chat_says_which_commands_there_are(tiny):
-    terminal = Terminal("/rest", KeyboardInterrupt())
-    assert chat_loop(*tiny, terminal.read, terminal.write) == []
-    assert "no command /rest" in terminal.shown
-
-
-def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny):
-    model, tokenizer = tiny
-    terminal = Terminal("hello", "again")
-
-    def interrupt(*_):
-        hook.remove()
-        raise KeyboardInterrupt
-
-    hook = model.lm_head.register_forward_hook(interrupt)
-    messages = chat_loop(model, tokenizer, terminal.read, terminal.write, max_new_tokens=4)
-    assert "(stopped)" in terminal.shown
-    assert messages[0]["content"] == "again"
-    assert len(messages) == 2
-
-
-def test_chat_forgets_the_oldest_turn_when_it_is_too_long(tiny):
-    terminal = Terminal("the movie " * 60, "the actors " * 60, "a film " * 300)
-    messages = chat_loop(*tiny, terminal.read, terminal.write, max_new_tokens=4)
-    assert terminal.shown.count("oldest turns are forgotten") == 1
-    assert terminal.shown.count("that is too long") == 1
-    # the question that was too long cost nothing of what was said before
-    assert [message["role"] for message in messages] == ["user", "assistant"]
-    assert messages[0]["content"].startswith("the actors")
-
-
-def test_chat_needs_a_template(tiny):
-    model, tokenizer = tiny
-    tokenizer.chat_template = None
-    with pytest.raises(UsageError, match="no chat template"):
-        chat_loop(model, tokenizer, Terminal("hello").read, print)
 
 
 @pytest.mark.parametrize(

@@ -477,7 +477,7 @@ def test_settings_say_of_each_layer_what_it_is():
 @pytest.mark.parametrize("name", ["transformer.blocks.0.attn.Wqkv", "text_encoder.encoder.q", "unet.down_blocks.0.q"])
 @pytest.mark.parametrize("form", ["peft", "mlx"])
 def test_a_models_own_names_are_no_parts_of_a_pipeline(form, name, tmp_path):
-    from doralib.adapters.save_load import read_for_model
+    from doralib.adapters.load import read_for_model
 
     layer = LayerAdapter(torch.ones(2, 3), torch.ones(4, 2), torch.ones(4), 1.0)
     made = FORMATS[form].write(

@@ -10,7 +10,7 @@ from adapted import move
 from conftest import make_llama, make_tokenizer
 
 import doralib
-from doralib.adapters.save_load import read_for_model
+from doralib.adapters.load import read_for_model
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.errors import DoraError, UsageError

@@ -24,7 +24,7 @@ from transformers import (
 import doralib
 from doralib.adapters import registry
 from doralib.adapters.experts import find_transposed_experts
-from doralib.adapters.save_load import load_into, read_for_model
+from doralib.adapters.load import load_into, read_for_model
 from doralib.adapters.scan import Scan
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
 from doralib.config import DoraConfig

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import doralib
 from doralib.adapters import registry
-from doralib.adapters.save_load import load_into
+from doralib.adapters.load import load_into
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError

@@ -11,7 +11,7 @@ from torch import nn
 
 import doralib
 from doralib.adapters import registry
-from doralib.adapters.save_load import load_into
+from doralib.adapters.load import load_into
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError

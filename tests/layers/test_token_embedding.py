@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import doralib
 from doralib.adapters import registry
-from doralib.adapters.save_load import load_into
+from doralib.adapters.load import load_into
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import doralib
 from doralib import DoraConfig
+from doralib.adapters.load import load_into
 from doralib.adapters.registry import state_of
-from doralib.adapters.save_load import load_into
 from doralib.errors import UsageError
 from doralib.runs import checkpointing
 from doralib.training.callbacks import MetricsFile

@@ -755,7 +755,7 @@ def test_packaged_recipes_are_whole(name):
 
 def test_every_training_argument_has_a_kind_that_can_be_checked(recipe):
     fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
-    plain = {k: v for k, v in fields.items() if k not in arguments._OWNED and isinstance(v, str | int | float | bool)}
+    plain = {k: v for k, v in fields.items() if k not in arguments.OWNED and isinstance(v, str | int | float | bool)}
     assert arguments.check_arguments(recipe(training=plain)).keys() >= plain.keys()
 
 

@@ -30,6 +30,7 @@ from .registry import (
     show_biases,
     show_current_biases,
 )
+from .save import AdapterSaver
 from .scan import Scan
 from .targets import choose, match_modules
 
@@ -148,6 +149,8 @@ def put_first(found: Scan, config: DoraConfig, targets: Targets, adapter_name: s
     adapter = Adapter(config)
     record = Record(frozen, {adapter_name: adapter}, adapter_name, {}, adapter_name)
     set_record(model, record)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = AdapterSaver(model)  # type: ignore[assignment]
     for name in biases:
         bias = bias_of(model, name).requires_grad_(True)
         record.biases[name], adapter.biases[name] = bias.detach().clone(), bias.data
@@ -198,6 +201,7 @@ def restore_base(model: nn.Module, record: Record) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(record.frozen.get(name, False))
     set_record(model, None)
+    model.__dict__.pop("save_pretrained", None)
 
 
 def _switch(model: nn.Module, *, enabled: bool) -> None:

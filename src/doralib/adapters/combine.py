@@ -14,8 +14,8 @@ from ..layers.layer import DoraLayer
 from ..state import AdapterState, LayerAdapter
 from .adapt import Model
 from .build import Targets, find_biases
+from .load import add_state
 from .registry import adapter_of, base_biases, config_of, error_of, layers_of, parts_of, state_of
-from .save_load import add_state
 from .scan import Scan
 
 

@@ -10,8 +10,8 @@ from ..state import AdapterState
 from .adapt import Model
 from .fsdp import check_unsharded
 from .inference import forget
+from .load import read_for_model
 from .registry import adapter_of, as_own, bias_of, error_of, layers_of, parts_of, record_of, state_of
-from .save_load import read_for_model
 from .scan import Scan
 
 

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
-from ..adapters.save_load import load_adapter
 from ..data.encoding import count_embeddings, find_largest_id
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..adapters.load import load_adapter
 from ..adapters.merge import dequantize, merge
-from ..adapters.save_load import load_adapter
 from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings

@@ -1,106 +1,205 @@
-"""A chat in the terminal."""
+"""A chat in the terminal: a line that begins with / is a command, everything else is said to the model."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..adapters.adapt import disable, enable
+from ..adapters.multiple import set_adapter
 from ..data.encoding import chat_text, context_length, encode
+from ..errors import UsageError, did_you_mean
 from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream
+from ..files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_BLOCK = '"""'
+"""Begins and ends a text of several lines."""
+_BASE = "base"
 
-def chat_loop(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    read: Callable[[str], str],
-    write: Callable[[str], None],
-    *,
-    max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
-) -> list[dict[str, str]]:
-    """Talk until /quit or the end of the input; returns the messages since the last /reset.
+
+@dataclass
+class Chat:
+    """A conversation with a model; `run` is its loop.
 
     Ctrl-C ends an answer, which is then forgotten with its question; at the prompt it ends the chat.
-
-    Args:
-        model: as for `generate`.
-        tokenizer: the model's, with a chat template.
-        read: like `input`: shows a prompt, returns a line, raises EOFError at the end.
-        write: shows a piece of text, without a line end of its own.
-        max_new_tokens: the most tokens an answer gets.
-        sampling: how tokens are chosen.
 
     Raises:
         UsageError: if the tokenizer has no chat template.
     """
-    chat_text(tokenizer, [{"role": "user", "content": ""}])
-    write(f"/reset forgets the conversation, /quit ends it; an answer ends at {describe_ends(model, tokenizer)}\n")
-    messages: list[dict[str, str]] = []
-    while (line := _line(read)) is not None and line != "/quit":
-        if line == "/reset":
-            messages = []
-            write("forgotten\n")
-        elif line.startswith("/"):
-            write(f"there is no command {line.split()[0]}; there are /reset and /quit\n")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            text = _fit(model, tokenizer, messages, max_new_tokens, write)
-            answer = None
-            if text:
-                answer = _answer(model, tokenizer, text, write, max_new_tokens=max_new_tokens, sampling=sampling)
-            write("\n")
-            if answer is None:
-                messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer})
-    return messages
 
+    model: nn.Module
+    """As for `generate`."""
+    tokenizer: "PreTrainedTokenizerBase"
+    """The model's, with a chat template."""
+    read: Callable[[str], str]
+    """Like `input`: shows a prompt, returns a line or a pasted text, raises EOFError at the end."""
+    write: Callable[[str], None]
+    """Shows a piece of text, without a line end of its own."""
+    max_new_tokens: int = 512
+    """The most tokens an answer gets."""
+    sampling: Sampling = GREEDY
+    """How tokens are chosen."""
+    system: str = ""
+    """What the model is told before the conversation."""
+    adapters: Mapping[str, "PreTrainedTokenizerBase"] = field(default_factory=dict)
+    """Names of the model's adapters that can be switched to, each with its tokenizer."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """What was said since the last /reset."""
 
-def _line(read: Callable[[str], str]) -> str | None:
-    """What the user says, or None at the end."""
-    try:
-        return read("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
+    def __post_init__(self) -> None:
+        chat_text(self.tokenizer, [{"role": "user", "content": ""}])
+        self._commands: dict[str, tuple[Callable[[str], None], str]] = {
+            "/help": (self._help, "this list"),
+            "/reset": (self._reset, "forget the conversation"),
+            "/system": (self._set_system, "TEXT: what the model is told first; without a text, show it"),
+            "/set": (
+                self._set,
+                "NAME VALUE: temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed",
+            ),
+            "/save": (self._save, "FILE: add the conversation to a .jsonl file, as a row that `train` reads"),
+        }
+        if self.adapters:
+            self._commands["/adapter"] = (self._switch, f"NAME: answer with {', '.join(self.adapters)} or {_BASE}")
 
+    def run(self) -> list[dict[str, str]]:
+        """Talk until /quit or the end of the input; returns the messages since the last /reset."""
+        ends = describe_ends(self.model, self.tokenizer)
+        self.write(f"/help shows the commands, /quit ends the chat; an answer ends at {ends}\n")
+        while (text := self._read_text()) is not None and text != "/quit":
+            name, _, rest = text.partition(" ")
+            if name in self._commands:
+                self._run_command(self._commands[name][0], rest.strip())
+            elif text.startswith("/") and "\n" not in text:
+                hint = did_you_mean(name, self._commands)
+                self.write(f"there is no command {name}{hint}; /help shows those that there are\n")
+            elif text:
+                self._say(text)
+        return self.messages
 
-def _fit(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    max_new_tokens: int,
-    write: Callable[[str], None],
-) -> str | None:
-    """The conversation as text, without its oldest turns where it is too long; None if even the last message is."""
-    limit, kept = context_length(model), list(messages)
-    length = lambda: len(encode(tokenizer, chat_text(tokenizer, kept), chat=True)) + max_new_tokens
-    too_long = lambda: limit is not None and length() > limit
-    while too_long() and len(kept) > 1:
-        del kept[:2]  # a question and its answer
-    if too_long():
-        write(f"that is too long: the model takes {limit} tokens with the {max_new_tokens} of the answer")
-        return None
-    if len(kept) < len(messages):
-        write(f"(the oldest turns are forgotten: the model takes {limit} tokens)\n")
-        messages[:] = kept
-    return chat_text(tokenizer, messages)
+    def _read_text(self) -> str | None:
+        """What the user says, or None at the end; between two lines of three quotes a text of several lines."""
+        try:
+            line = self.read("> ").strip()
+            if not line.startswith(_BLOCK):
+                return line
+            lines = [line.removeprefix(_BLOCK)]
+            while not lines[-1].rstrip().endswith(_BLOCK):
+                lines.append(self.read(". "))
+            return "\n".join(lines).strip().removesuffix(_BLOCK).strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
 
+    def _run_command(self, command: Callable[[str], None], rest: str) -> None:
+        try:
+            command(rest)
+        except (UsageError, OSError) as error:
+            self.write(f"{error}\n")
 
-def _answer(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    text: str,
-    write: Callable[[str], None],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> str | None:
-    """The answer, written as it comes; None if the user stopped it."""
-    try:
-        return stream(model, tokenizer, text, write, max_new_tokens=max_new_tokens, chat=True, sampling=sampling)
-    except KeyboardInterrupt:
-        write("\n(stopped)")
-        return None
+    def _help(self, _rest: str) -> None:
+        for name, (_, what) in self._commands.items():
+            self.write(f"{name:10}{what}\n")
+        self.write(f"{'/quit':10}end the chat, as Ctrl-D and Ctrl-C do; Ctrl-C during an answer ends the answer\n")
+        self.write(f"{_BLOCK:10}begins and ends a text of several lines\n")
+
+    def _reset(self, _rest: str) -> None:
+        self.messages = []
+        self.write("forgotten\n")
+
+    def _set_system(self, text: str) -> None:
+        if text:
+            self.system = text
+        self.write(f"system: {self.system}\n" if self.system else "the model is told nothing first\n")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.replace("=", " ", 1).partition(" ")
+        settings = {**self.sampling.model_dump(), "max_new_tokens": self.max_new_tokens}
+        if not value.strip():
+            shown = {key: each for key, each in settings.items() if not isinstance(each, tuple)}
+            self.write("".join(f"{key} {each}\n" for key, each in shown.items()))
+        elif name == "max_new_tokens":
+            if not value.strip().isdecimal() or int(value) < 1:
+                raise UsageError(f"max_new_tokens is a whole number from 1 on, not {value.strip()!r}")
+            self.max_new_tokens = int(value)
+        else:
+            self.sampling = Sampling(**{**self.sampling.model_dump(), name: value.strip()})
+
+    def _save(self, name: str) -> None:
+        path = Path(name).expanduser()
+        if not name or not self.messages:
+            raise UsageError("/save FILE.jsonl: name a file" if self.messages else "there is nothing to save yet")
+        if path.suffix != ".jsonl":
+            raise UsageError(f"/save {name}: a conversation is a line of a .jsonl file; give the name that ending")
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        row = json.dumps({"messages": self._with_system(self.messages)}, ensure_ascii=False)
+        with replacing(path) as part:
+            part.write_text(f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{row}\n", "utf-8")
+        self.write(f"saved: row {len(before.splitlines()) + 1} of {path}\n")
+
+    def _switch(self, name: str) -> None:
+        if name == _BASE:
+            disable(self.model)
+        elif name in self.adapters:
+            enable(self.model)
+            set_adapter(self.model, name)
+            self.tokenizer = self.adapters[name]
+        else:
+            known = ", ".join([*self.adapters, _BASE])
+            raise UsageError(f"there is no adapter {name!r}{did_you_mean(name, self.adapters)}; there are {known}")
+        self.write(f"answers are of {name} now\n")
+
+    def _say(self, text: str) -> None:
+        """Answer, or forget the question where no answer comes."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = self._fit()
+        answer = None if prompt is None else self._answer(prompt)
+        self.write("\n")
+        if answer is None:
+            self.messages.pop()
+        else:
+            self.messages.append({"role": "assistant", "content": answer})
+
+    def _with_system(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
+
+    def _fit(self) -> str | None:
+        """The conversation as text, without its oldest turns where it is too long; None if the last is too long too."""
+        limit, kept = context_length(self.model), list(self.messages)
+        render = lambda: chat_text(self.tokenizer, self._with_system(kept))
+        length = lambda: len(encode(self.tokenizer, render(), chat=True)) + self.max_new_tokens
+        too_long = lambda: limit is not None and length() > limit
+        while too_long() and len(kept) > 1:
+            del kept[:2]  # a question and its answer
+        if too_long():
+            self.write(f"that is too long: the model takes {limit} tokens with the {self.max_new_tokens} of the answer")
+            return None
+        if len(kept) < len(self.messages):
+            self.write(f"(the oldest turns are forgotten: the model takes {limit} tokens)\n")
+            self.messages = kept
+        return render()
+
+    def _answer(self, prompt: str) -> str | None:
+        """The answer, written as it comes; None if the user stopped it."""
+        try:
+            answer = stream(
+                self.model,
+                self.tokenizer,
+                prompt,
+                self.write,
+                max_new_tokens=self.max_new_tokens,
+                chat=True,
+                sampling=self.sampling,
+            )
+        except KeyboardInterrupt:
+            self.write("\n(stopped)")
+            return None
+        if answer.cut:
+            self.write(f"\n(cut after {self.max_new_tokens} tokens; /set max_new_tokens N allows more)")
+        elif not answer.text.strip():
+            self.write("(an empty answer: its first token was already an end)")
+        return answer.text

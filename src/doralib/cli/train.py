@@ -1,5 +1,6 @@
 """`doralib train`."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -13,6 +14,14 @@ def _show_settings(wanted: bool) -> None:
         from .settings import settings_tables
 
         console.print(settings_tables())
+        raise typer.Exit
+
+
+def _show_schema(wanted: bool) -> None:
+    if wanted:
+        from ..training.schema import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))
         raise typer.Exit
 
 
@@ -31,6 +40,13 @@ def train_command(
             "--settings", is_eager=True, callback=_show_settings, help="Every setting of a recipe, with its default."
         ),
     ] = False,
+    _schema: Annotated[
+        bool,
+        typer.Option("--schema", is_eager=True, callback=_show_schema, help="A recipe's JSON schema, for editors."),
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the complete recipe as YAML, checked, and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
     from ..training import job
@@ -38,5 +54,8 @@ def train_command(
 
     check_given_once(changes or [])
     chosen = read_recipe(recipe, changes or [])
+    if print_config:
+        print(chosen.to_yaml(), end="")
+        return
     with bars() as tick:
         job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,12 +24,16 @@ log = logging.getLogger(__name__)
 class Sampling(Checked):
     """How the next token is chosen and where a text ends."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0: always the most probable token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most probable tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)
     """Draw from so many of the most probable tokens; 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Leave out tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Above 1 makes tokens that are there already less probable."""
     num_beams: int = Field(default=1, ge=1)
     """Search with so many beams."""
     stop: tuple[str, ...] = ()
@@ -38,6 +42,16 @@ class Sampling(Checked):
 
 
 GREEDY = Sampling()
+
+
+class Answer(NamedTuple):
+    """A text that a model has written."""
+
+    text: str
+    cut: bool
+    """Whether it would have gone on."""
+
+
 _AS_IT_IS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -136,7 +150,7 @@ def stream(
     max_new_tokens: int = 512,
     chat: bool = False,
     sampling: Sampling = GREEDY,
-) -> str:
+) -> Answer:
     """Write what follows a text, piece by piece as it comes, and return it whole.
 
     With ``chat`` the text is already in the chat template, and spells its special tokens itself.
@@ -146,7 +160,10 @@ def stream(
     check_ids(model, tokenizer, [row], "the prompt")
     sampling = stop_at_turn_end(sampling, tokenizer) if chat else sampling
     with evaluation_mode(model), _seeded(model, sampling.seed):
-        return _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
+        written = _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
+    ended = pieces.tokens[-1:] and pieces.tokens[-1] in find_end_tokens(_own_end(model), tokenizer)
+    stopped = any(stop in tokenizer.decode(pieces.tokens, **_AS_IT_IS) for stop in sampling.stop)
+    return Answer(written, len(pieces.tokens) >= max_new_tokens and not ended and not stopped)
 
 
 @contextlib.contextmanager
@@ -168,6 +185,12 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.tokens += value.flatten().tolist()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         if text:
@@ -228,6 +251,8 @@ def _config(
         temperature=sampling.temperature if drawn else 1.0,
         top_p=sampling.top_p if drawn else 1.0,
         top_k=sampling.top_k if drawn else 50,  # the library's own value for "not set"
+        min_p=sampling.min_p if drawn and sampling.min_p else None,
+        repetition_penalty=sampling.repetition_penalty,
         num_beams=sampling.num_beams,
         max_new_tokens=max_new_tokens,
         max_length=None,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .. import files
 from ..errors import UsageError
@@ -69,7 +68,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.is_file():
             with files.replacing(self.config) as part:
-                part.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+                part.write_text(recipe.to_yaml(), encoding="utf-8")
         files.write_json(self.environment, describe_environment())
 
     def read(self, path: Path, otherwise: Any) -> Any:

@@ -37,7 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
 EXTRA: Mapping[str, Any] = {"early_stopping_patience": int}
 """Keys that are ours and no field of TrainingArguments: stop after so many evaluations without a better loss."""
 
-_OWNED = {
+OWNED = {
     "output_dir": "a run's folder is the recipe's `out`",
     "seed": "it is the recipe's own `seed`",
     "data_seed": "it follows from the recipe's `seed`",
@@ -61,6 +61,8 @@ _OWNED = {
         ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), "nothing is uploaded during training"
     ),
 }
+"""Fields of TrainingArguments that a recipe may not set, and what to do instead."""
+
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -74,11 +76,11 @@ def check_arguments(recipe: Recipe) -> dict[str, Any]:
         UsageError: naming every key that is unknown, ours or of the wrong kind, and every combination that cannot be.
     """
     hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _OWNED.keys() | EXTRA.keys()
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - OWNED.keys() | EXTRA.keys()
     problems, values = [], {}
     for key, value in recipe.training.items():
-        if key in _OWNED:
-            problems.append(f"training.{key} cannot be set: {_OWNED[key]}")
+        if key in OWNED:
+            problems.append(f"training.{key} cannot be set: {OWNED[key]}")
         elif key not in known:
             hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
             problems.append(f"training.{key}: TrainingArguments has no such field{hint}")

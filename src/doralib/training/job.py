@@ -14,8 +14,9 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from .. import files
 from ..adapters.adapt import adapt, disabled
+from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
-from ..adapters.save_load import load_adapter, save_adapter
+from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
 from ..data.rows import RawRows
@@ -27,6 +28,7 @@ from ..evaluation.task_file import load_tasks
 from ..progress import Tick
 from ..recipe import Recipe
 from ..runs import checkpointing
+from ..runs.card import write_card
 from ..runs.folder import RunFolder
 from ..runs.report import write_report
 from .arguments import make_arguments, wants_tensorboard
@@ -94,6 +96,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
     """
     run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick)
     if is_main():
+        write_card(run)
         log.info(f"report: {write_report(run)}")
     return run
 

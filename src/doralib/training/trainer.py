@@ -20,7 +20,7 @@ from transformers import (
 from .. import files
 from ..adapters.audit import audit
 from ..adapters.param_groups import learning_rates
-from ..adapters.save_load import save_adapter
+from ..adapters.save import save_adapter
 from ..config import DoraConfig
 from ..data.prepare import IGNORED
 from ..errors import DoraError, UsageError

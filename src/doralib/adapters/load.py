@@ -1,4 +1,4 @@
-"""Adapters of a live model, read from files and written to them."""
+"""Adapters read from files onto a live model."""
 
 import warnings
 from collections.abc import Callable
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DoraConfig
-from ..errors import DoraError, Note, UsageError
-from ..formats import FORMATS
+from ..errors import DoraError, Note
 from ..formats.base import Hints
-from ..formats.files import read_any_format, write_raw_adapter
+from ..formats.files import read_any_format
 from ..formats.pipeline import check_component, take_component
 from ..layers.factors.bank import find_other_bank
 from ..state import AdapterState, MovedValues
 from .adapt import Model, check_beside, check_name, put_beside, put_first
 from .build import choose_by_state, in_words
-from .fsdp import as_placed, gather, is_writer
+from .fsdp import as_placed
 from .inference import forget
 from .match import match_model
 from .registry import (
@@ -97,27 +96,6 @@ def load_into(model: nn.Module, state: AdapterState, adapter_name: str | None = 
     for place, adapter in state.layers.items():
         parts[place].scale = adapter.scale
     forget(model)
-
-
-def save_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:
-    """Write an adapter into a folder that PEFT reads as it is; each file is replaced whole or not at all.
-
-    An adapter that started as a part of the weight is written as a change of the weight as it is, of rank 2r.
-    Where parameters are shared out over processes (FSDP2), every process calls this and the first one writes.
-    Besides PEFT's two files, ``doralib_config.json`` keeps what PEFT has no word for (dropout_mode, detach_norm).
-
-    Args:
-        adapter_name: None: the active one.
-    """
-    config, folder = config_of(model, adapter_name).in_files(), Path(path)
-    if config.method == "full":
-        raise UsageError("full fine-tuning has no adapter: save the model itself with model.save_pretrained(path)")
-    peft = FORMATS["peft"]
-    assert peft.write is not None
-    state = gather(state_of(model, adapter_name))
-    if is_writer(model):
-        hints = Hints(modules=tuple(Scan(model).modules))
-        write_raw_adapter(peft.write(config, state, hints), peft, folder, overwrite=True)
 
 
 def read_for_model(

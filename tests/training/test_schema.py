@@ -1,0 +1,62 @@
+"""The schemas take what doralib takes, and refuse what it refuses."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from doralib.evaluation.task_file import packaged_tasks
+from doralib.training.recipe_file import packaged_recipes
+from doralib.training.schema import recipe_schema, task_schema
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def read(path):
+    return yaml.safe_load(path.read_text())
+
+
+def find_errors(schema, value):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(value)]
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_are_recipes(name):
+    assert not find_errors(recipe_schema(), read(packaged_recipes()[name]))
+
+
+@pytest.mark.parametrize("name", packaged_tasks())
+def test_packaged_tasks_are_tasks(name):
+    assert not find_errors(task_schema(), read(packaged_tasks()[name]))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data": {"train": "a", "stile": "chat"}}, "stile"),
+        ({"adapter": {"r": 0}}, "minimum"),
+        ({"adapter": {"method": "dorra"}}, "dorra"),
+        ({"training": {"learning_rat": 1}}, "learning_rat"),
+        ({"training": {"output_dir": "x"}}, "output_dir"),
+        ({"training": {"max_steps": "many"}}, "many"),
+    ],
+)
+def test_a_mistake_is_found(change, named):
+    recipe = {"model": {"path": "m"}, "data": {"train": "a"}, "out": "o"}
+    assert not find_errors(recipe_schema(), recipe)
+    assert named in " ".join(find_errors(recipe_schema(), recipe | change))
+
+
+def test_every_setting_says_what_it_is():
+    definitions = recipe_schema()["$defs"]
+    for group in ("ModelSettings", "DataSettings", "DoraConfig", "EvalSettings"):
+        assert all(each.get("description") for each in definitions[group]["properties"].values())
+
+
+@pytest.mark.parametrize(("name", "make"), [("recipe", recipe_schema), ("task", task_schema)])
+def test_docs_have_them_as_they_are(name, make):
+    """`make schemas` writes them."""
+    assert json.loads((DOCS / f"{name}.schema.json").read_text()) == make()
