@@ -21,9 +21,9 @@ SHAREGPT = {
     ("row", "found", "shown", "expected"),
     [
         (SHAREGPT, "conversations in 'conversations' (style chat)", "assistant\n⟦hello<|im_end|>\n⟧", "hi<|im_end|>\n"),
-        ({"instruction": "q", "output": "a"}, "instructions and outputs (style alpaca)", "### Response:\n⟦a⟧", "a"),
-        ({"prompt": "q: ", "completion": 1.50}, "prompts in 'prompt', targets in", "q: ⟦1.5⟧", "1.5"),
-        ({"text": "a text"}, "plain text in 'text' (style text)", "⟦a text⟧", None),
+        ({"instruction": "q", "output": "a"}, "instructions and outputs (style alpaca)", "⟦a<|im_end|>⟧", "a"),
+        ({"prompt": "q: ", "completion": 1.50}, "prompts in 'prompt', targets in", "q:⟦ 1.5<|im_end|>⟧", "1.5"),
+        ({"text": "a text"}, "plain text in 'text' (style text)", "⟦a text<|im_end|>⟧", None),
     ],
 )
 def test_a_run_finds_the_style(row, found, shown, expected, tiny_llama_folder, tmp_path, caplog):
@@ -48,7 +48,7 @@ def test_a_run_finds_the_style(row, found, shown, expected, tiny_llama_folder, t
         run = train(recipe)
     said = [str(record.msg) for record in caplog.records]
     assert any(f"data.style: auto found {found}" in line for line in said)
-    assert any("a row, with what is learned between" in line and shown in line for line in said)
+    assert any("the first row, what is learned of it in" in line and shown in line for line in said)
     assert json.loads((run / "summary.json").read_text())["train_rows"] == 9
     samples = json.loads((run / "samples.json").read_text()) if (run / "samples.json").exists() else []
     assert {sample["expected"] for sample in samples} == ({expected} if expected else set())

@@ -84,7 +84,7 @@ def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) 
     Raises:
         UsageError: if no row is usable, or the model has no embedding for a token.
     """
-    settings = within(settings, model)
+    settings = within(rows.settings or settings, model)
     train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
     validation = None
     if rows.validation is not None:
