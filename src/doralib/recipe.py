@@ -56,8 +56,9 @@ class DataSettings(Checked):
     """Which tokens count in the loss: the answer's, or all."""
     bad_rows: Literal["report", "error"] = "report"
     """Rows too long, empty or malformed: left out, counted and shown, or an error."""
-    too_long: Literal["skip", "truncate"] = "skip"
-    """truncate: keep the first max_length tokens, counted and shown too."""
+    too_long: Literal["skip", "truncate", "split"] | None = None
+    """skip: leave the row out; truncate: keep its first max_length tokens; split: make several rows of it; each is
+    counted and shown. null: split with style text, skip elsewhere."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Only the first rows of train."""
     packing: bool | None = None

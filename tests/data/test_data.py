@@ -388,3 +388,24 @@ def test_validation_is_a_fraction_or_a_file(tmp_path, cache):
     assert len(read_both(DataSettings(train=str(path), validation=str(path), limit=4), seed=0).validation) == 20
     with pytest.raises(UsageError, match="leaves nothing to train on"):
         read_both(DataSettings(train=str(path), validation=0.5, limit=1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [4, 3, 2]), (8, 4, [4, 4]), (3, 4, [3])]
+)
+def test_a_long_text_becomes_several_rows_with_nothing_left_out(tokenizer, length, limit, sizes):
+    texts = [{"text": "a film"}, {"text": " ".join(["film"] * 40)}, {"text": "a bad"}]
+    ids = [tokenizer(each["text"])["input_ids"] + [tokenizer.eos_token_id] for each in texts]
+    ids[1][length - 1 :] = [tokenizer.eos_token_id]
+    texts[1]["text"] = tokenizer.decode(ids[1][:-1])
+    assert tokenizer(texts[1]["text"])["input_ids"] == ids[1][:-1]
+    made = run(texts, tokenizer, style="text", prompt=None, target=None, max_length=limit)
+    assert [len(row["input_ids"]) for row in made.rows][1:-1] == sizes
+    assert [token for row in made.rows for token in row["input_ids"]] == [token for row in ids for token in row]
+    assert list(made.numbers) == [1, *[2] * len(sizes), 3]
+    assert made.report.kept == 3
+    assert made.report.tokens == sum(map(len, ids))
+    assert made.report.divided == (len(sizes) > 1)
+    # what is not a text by itself is left out, as it was
+    skipped = run(texts, tokenizer, style="text", prompt=None, target=None, max_length=limit, too_long="skip")
+    assert len(skipped.rows) == 3 - (len(sizes) > 1)

@@ -63,20 +63,17 @@ def data_command(
         model = SimpleNamespace(config=load_config(chosen.model))
     raise_all(problems)
     made = text.tokenize(raw, chosen.data, model, tokenizer)
-    survey = text.survey(raw, made, tokenizer, rows, tasks)
+    survey = text.survey(made, tokenizer, rows, tasks)
     console.print(show_survey(survey))
     if out is not None:
         write_data_page(out, survey, f"The rows of {Path(recipe).name}")
         console.print(f"written: {out}")
     if json_file is not None:
-        from ..data.survey import find_kept
-
-        splits = {"train": (made.train, raw.train_numbers), "validation": (made.validation, raw.validation_numbers)}
         lines = (
             {"split": name, "row": number, **row}
-            for name, (prepared, numbers) in splits.items()
+            for name, prepared in {"train": made.train, "validation": made.validation}.items()
             if prepared is not None
-            for number, row in zip(find_kept(numbers, prepared), prepared.rows, strict=True)
+            for number, row in zip(prepared.numbers, prepared.rows, strict=True)
         )
         count = write_rows(json_file, lines, tokenizer)
         console.print(f"{count:,} rows written: {json_file}")

@@ -31,18 +31,18 @@ class RowReport:
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
     truncated: int = 0
+    divided: int = 0
+    """Rows that became several."""
     tokens: int = 0
     label_tokens: int = 0
     examples: list[str] = field(default_factory=list)
     """The first rows of each reason, with their numbers in the file."""
     noted: Counter[str] = field(default_factory=Counter)
     """Rows that are used, and what of them is not."""
-    dropped_numbers: list[int] = field(default_factory=list)
 
     def drop(self, number: int, bad: BadRow) -> None:
         """Count a row that is left out."""
         self.dropped[bad.kind] += 1
-        self.dropped_numbers.append(number)
         self._show(bad.kind, f"row {number}: {bad.detail}", self.dropped[bad.kind])
 
     def cut(self, number: int, length: int) -> None:
@@ -50,21 +50,28 @@ class RowReport:
         self.truncated += 1
         self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
 
+    def divide(self, number: int, length: int, parts: int) -> None:
+        """Count a row that becomes several."""
+        self.divided += 1
+        self._show("divided", f"row {number}: divided into {parts}, it has {length} tokens", self.divided)
+
     def note(self, number: int, kind: str) -> None:
         """Count a row that is used, but not in all it says."""
         self.noted[kind] += 1
         self._show(kind, f"row {number}: {kind}", self.noted[kind])
 
-    def keep(self, labels: Sequence[int]) -> None:
-        """Count a row that is used."""
+    def keep(self, *parts: Sequence[int]) -> None:
+        """Count a row that is used, by its labels; of a divided one each part's."""
         self.kept += 1
-        self.tokens += len(labels)
-        self.label_tokens += sum(label != IGNORED for label in labels[1:])
+        for labels in parts:
+            self.tokens += len(labels)
+            self.label_tokens += sum(label != IGNORED for label in labels[1:])
 
     def lines(self) -> list[str]:
         """The report for a person; empty when every row was taken whole."""
         lost = [f"{count} left out, {reason}" for reason, count in self.dropped.items()]
         cut = [f"{self.truncated} cut to max_length"] if self.truncated else []
+        cut += [f"{self.divided} divided into rows of max_length"] if self.divided else []
         partly = [f"{count} with {reason}" for reason, count in self.noted.items()]
         told = "; ".join(lost + cut + partly)
         return [f"of {self.rows} rows: {told}", *self.examples] if told else []
@@ -104,6 +111,8 @@ class PreparedRows:
     rows: datasets.Dataset
     """Has a column `length`, by which rows are grouped into batches."""
     report: RowReport
+    numbers: Sequence[int] = ()
+    """The place in its file of each row; of packed rows none."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..recipe import DataSettings
 from .packing import is_packed
 from .prepare import IGNORED, PreparedRows
-from .rows import RawRows
 
 LEFT, RIGHT = "⟦", "⟧"
 """What stands around the learned part of a text where there are no colors."""
@@ -23,7 +22,6 @@ Piece = tuple[str, bool]
 
 
 def survey_rows(
-    raw: RawRows,
     train: PreparedRows,
     validation: PreparedRows | None,
     settings: DataSettings,
@@ -37,9 +35,9 @@ def survey_rows(
     says of train and validation; ``tasks``, what `find_asked` says of ``prompts``; ``shown``, the first rows of train:
     number, tokens, learned tokens, and pieces ``[text, learned]``.
     """
-    splits = {"train": (train, find_kept(raw.train_numbers, train))}
+    splits = {"train": (train, train.numbers)}
     if validation is not None:
-        splits["validation"] = (validation, find_kept(raw.validation_numbers, validation))
+        splits["validation"] = (validation, validation.numbers)
     first = train.rows.select(range(min(shown, len(train.rows))))
     return {
         "settings": {
@@ -130,12 +128,6 @@ def find_asked(
         pairs = [(number, beginnings[key]) for number, key in enumerate(keys, 1) if key in beginnings]
         found[task] = {"num_asked": len(asked), "num_same": len(pairs), "same": pairs[:_DUPLICATES_SHOWN]}
     return found
-
-
-def find_kept(numbers: Sequence[int], prepared: PreparedRows) -> list[int]:
-    """The place in its file of each row that is kept."""
-    gone = set(prepared.report.dropped_numbers)
-    return [number for number in numbers if number not in gone]
 
 
 def count_learned(labels: Sequence[int] | np.ndarray) -> int:

@@ -34,15 +34,16 @@ def tokenize_rows(
     rows = as_written(rows)
     settings = find_style(settings, rows.column_names, look_at(rows), "the data")
     parts: list[datasets.Dataset] = []
+    kept: list[int] = []
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         chunk = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
-        parts.append(_tokenize_chunk(chunk, numbers[start:], settings, tokenizer, report))
+        parts.append(_tokenize_chunk(chunk, numbers[start:], settings, tokenizer, report, kept))
     told = "\n".join(report.lines())
     if report.dropped and settings.bad_rows == "error":
         raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
     if not report.kept:
         raise UsageError(f"no row can be used, the data set is empty:\n{told}")
-    return PreparedRows(datasets.concatenate_datasets(parts), report)
+    return PreparedRows(datasets.concatenate_datasets(parts), report, kept)
 
 
 def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, count: int) -> list[Sample]:
@@ -64,8 +65,14 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
 
 
 def _tokenize_chunk(
-    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: Tokenizer, report: RowReport
+    rows: datasets.Dataset,
+    numbers: Sequence[int],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    report: RowReport,
+    kept: list[int],
 ) -> datasets.Dataset:
+    """The usable rows of a chunk; their numbers are added to ``kept``."""
     whole: list[tuple[int, RenderedRow]] = []
     for number, row in zip(numbers, rows, strict=False):
         try:
@@ -83,27 +90,37 @@ def _tokenize_chunk(
                 "learned from it; write the labels in characters that the model knows"
             )
         try:
-            input_ids, labels = _fit(made.input_ids, made.labels, number, settings, report)
+            parts = _fit(made.input_ids, made.labels, number, settings, report)
         except BadRow as bad:
             report.drop(number, bad)
             continue
-        report.keep(labels)
+        report.keep(*(labels for _, labels in parts))
         for note in row.notes:
             report.note(number, note)
-        for column, value in zip(columns.values(), (input_ids, labels, len(input_ids)), strict=True):
-            column.append(value)
+        for input_ids, labels in parts:
+            kept.append(number)
+            for column, value in zip(columns.values(), (input_ids, labels, len(input_ids)), strict=True):
+                column.append(value)
     return datasets.Dataset.from_dict(columns, features=_FEATURES)
 
 
 def _fit(
     input_ids: list[int], labels: list[int], number: int, settings: DataSettings, report: RowReport
-) -> tuple[list[int], list[int]]:
-    """The row within max_length."""
+) -> list[tuple[list[int], list[int]]]:
+    """The row within max_length, in several parts where it is to be divided."""
     length, limit = len(input_ids), settings.max_length
-    if length > limit and settings.too_long == "skip":
+    way = settings.too_long or ("split" if settings.style == "text" else "skip")
+    if length > limit and way == "skip":
         raise BadRow(f"longer than {limit} tokens", f"{length} tokens, data.max_length is {limit}")
-    if all(label == IGNORED for label in labels[1:limit]):
+    # a last token by itself could teach nothing: it takes the one before it along
+    starts = [min(start, max(0, length - 2)) for start in range(0, length if way == "split" else 1, limit)]
+    ends = [*starts[1:], length if way == "split" else limit]
+    parts = [(input_ids[start:end], labels[start:end]) for start, end in zip(starts, ends, strict=True)]
+    parts = [part for part in parts if any(label != IGNORED for label in part[1][1:])]
+    if not parts:
         raise BadRow(f"no target within {limit} tokens", f"{length} tokens, the prompt alone fills data.max_length")
-    if length > limit:
+    if len(starts) > 1:
+        report.divide(number, length, len(parts))
+    elif length > limit:
         report.cut(number, length)
-    return input_ids[:limit], labels[:limit]
+    return parts

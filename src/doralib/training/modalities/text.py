@@ -62,7 +62,7 @@ def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: 
         train = PreparedRows(packed, train.report)
     found = find_samples(rows, settings, processor, _SAMPLES)
     first = mark_learned(made.train.rows[0], processor)
-    return Prepared(train, made.validation, found, told, first, survey(rows, made, processor))
+    return Prepared(train, made.validation, found, told, first, survey(made, processor))
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,10 @@ def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) 
     return TokenizedRows(settings, train, validation)
 
 
-def survey(
-    rows: RawRows, made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Sequence[Task] = ()
-) -> dict[str, Any]:
+def survey(made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Sequence[Task] = ()) -> dict[str, Any]:
     """What the rows are like: see `survey_rows`; and which prompts of tasks stand among them."""
     prompts = {task.name: encode_prompts(task, read_examples(task), processor) for task in tasks}
-    return survey_rows(rows, made.train, made.validation, made.settings, processor, shown, prompts)
+    return survey_rows(made.train, made.validation, made.settings, processor, shown, prompts)
 
 
 def _can_pack(settings: DataSettings, model: nn.Module, processor: Any) -> bool:
