@@ -349,7 +349,7 @@ def gpt2(positions=False):
 
 class OwnLinear(nn.Linear):
     def forward(self, x):
-        return nn.functional.linear(x, self.weight * 1.5, self.bias)
+        return nn.functional.linear(x, self.weight * 1.05, self.bias)
 
 
 MODELS = {

@@ -48,12 +48,11 @@ def _explain_no_stack(found: Scan, name: str) -> str:
     layer, _, field = name.rpartition(".")
     if layer in found.bases and field == "weight":
         return f"is the weight of one layer, which goes into target_modules as {layer.rpartition('.')[2]!r}"
-    if found.parameters[name].dim() == 2:
-        return (
-            f"is one matrix that {type(found.modules[layer]).__name__} multiplies itself; of such parameters only 3-D "
-            "stacks, as of experts, can be adapted here. modules_to_save trains the module whole"
-        )
-    return "is no stack of matrices; modules_to_save trains its module whole"
+    holder = type(found.modules[layer]).__name__
+    return (
+        f"is no stack of weights: of the parameters that {holder} uses itself only those of 3 dimensions can be "
+        "adapted, as of experts; modules_to_save trains the module whole"
+    )
 
 
 ALL_LINEAR = "all-linear"
