@@ -93,9 +93,13 @@ def take_new_head(
     return {
         name: value
         for name, value in state.extra.items()
-        if any(part in _MODULES for part in name.split("."))
-        and (name not in found or tuple(stored[found[name]]) != tuple(value.shape))
+        if is_of_head(name) and (name not in found or tuple(stored[found[name]]) != tuple(value.shape))
     }
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a weight is one of a head that classifies, by its name."""
+    return any(part in _MODULES for part in name.split("."))
 
 
 def change_config(config: Mapping[str, Any], head: Head) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
 from ..data.turns import set_end_tokens
-from ..errors import DoraError, Note, UsageError
+from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .gguf import is_local
-from .heads import Head, Kind, find_head, find_kind
+from .heads import Head, Kind, find_head, find_kind, is_of_head
 from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,33 @@ def load_base(settings: ModelSettings) -> Loaded:
         DoraError: if its files are damaged.
     """
     tokenizer = load_tokenizer(settings)
-    model = _load_weights(settings)
+    model = _load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def _load_language_model(settings: ModelSettings) -> PreTrainedModel:
+    model, info = _load_weights(settings, output_loading_info=True)
+    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    return model
+
+
+def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
+    """Refuse a model of which a part would be random, or left aside: transformers only logs it.
+
+    Raises:
+        UsageError: naming the class that its files are of.
+    """
+    if not (lacks or leaves):
+        return
+    loaded = type(model).__name__
+    wrong = [f"has no weights for {list_some(sorted(lacks), 3, ', ')}, which would be random"] if lacks else []
+    wrong += [f"has weights that {loaded} has no place for: {list_some(sorted(leaves), 3, ', ')}"] if leaves else []
+    file, kind = Path(path).expanduser() / "config.json", read_kind(path)
+    said = (read_json(file).get("architectures") or [""])[0] if file.is_file() else ""
+    fits = f"set model.kind: {kind}" if kind else f"give the whole files of a {loaded}"
+    of = f"; its files are of a {said}" if said else ""
+    raise UsageError(f"model: {path} {'; it '.join(wrong)}\n  it was loaded as a {loaded}{of}: {fits}")
 
 
 def load_classifier(settings: ModelSettings, head: Head | None = None) -> Loaded:
@@ -88,8 +112,15 @@ def _load_head(settings: ModelSettings, head: Head | None) -> PreTrainedModel:
     with _without_loading_report():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
+    _check_loaded(settings.path, model, lacks=_find_missing(model, info["missing_keys"], whole=head is None))
     model.doralib_new = sorted({name.rpartition(".")[0] for name in (*info["missing_keys"], *wrong)})
     return model
+
+
+def _find_missing(model: PreTrainedModel, missing: Collection[str], *, whole: bool) -> list[str]:
+    """What may not be missing: nothing of a model with its head; without it, nothing below the head."""
+    below = f"{model.base_model_prefix}."
+    return [name for name in missing if whole or (name.startswith(below) and not is_of_head(name))]
 
 
 def find_head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -153,7 +184,7 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
         with nullcontext() if base else telling_places(folder, where):
-            model = _load_weights(settings) if head is None else load_classifier(settings, head)[0]
+            model = _load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
