@@ -14,6 +14,8 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 # the other tools, and torchtune, which wants an old torchao: each environment adds its packages to those of $(VENV)
 INTEROP := .venv-interop
 TORCHTUNE := .venv-torchtune
+# older PEFTs, which have to read what we write
+PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 
 # make slow: the tests on the real model, once make demo has fetched it
 # make test-cpus: the tests of numbers as other CPU models compute
@@ -33,7 +35,7 @@ test-cpus: $(STAMP)
 slow: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow
 
-interop: $(INTEROP)/.installed $(TORCHTUNE)/.installed
+interop: $(INTEROP)/pefts $(TORCHTUNE)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
 
@@ -82,6 +84,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m venv $(@D)
 	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" > $$(echo $(@D)/lib/python*/site-packages)/base.pth
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
+$(INTEROP)/pefts: $(INTEROP)/.installed
+	for version in $(PEFTS); do $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@/$$version peft==$$version || exit 1; done
 	touch $@
 
 clean:

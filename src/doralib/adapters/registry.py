@@ -15,7 +15,12 @@ from ..layers.wrapper import AdapterLayer, Part, Place, base_module
 from ..state import AdapterState, RowValues
 
 # PEFT's words for classes of transformers
-_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 # the name of the adapter of a model that was given none, as in PEFT
 DEFAULT = "default"
 
@@ -251,9 +256,14 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
         extra = {key: p.detach() for key, p in trainable(model)}
     frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
     resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
-    named, kind = getattr(model, "name_or_path", None) or None, type(model).__name__
-    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
-    return AdapterState(layers, extra, named, rows, resized, task)
+    named = getattr(model, "name_or_path", None) or None
+    return AdapterState(layers, extra, named, rows, resized, _name_task(model))
+
+
+def _name_task(model: nn.Module) -> str | None:
+    """PEFT's word for a model, by its class; of a class that was derived from transformers', by that."""
+    names = [each.__name__ for each in type(model).__mro__]
+    return next((task for name in names for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
 
 def find_differences(into: AdapterState, given: AdapterState) -> list[str]:

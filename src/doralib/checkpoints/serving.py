@@ -8,6 +8,7 @@ from ..errors import UsageError, did_you_mean
 from ..formats.base import ParsedAdapter
 from ..formats.tensors import make_config
 from ..state import LayerAdapter
+from .heads import TASKS
 
 MERGED = "merged"
 
@@ -146,7 +147,7 @@ def find_server(name: str) -> Server:
 def choose_form(server: Server, adapter: ParsedAdapter, rank: int | None) -> Form:
     """The form that works: as it is, the nearest LoRA of the rank asked for, else merged, which loses nothing."""
     method, state = adapter.config.method, adapter.state
-    whole = bool(state.extra or state.rows or state.resized or state.task_type)
+    whole = bool(state.extra or state.rows or state.resized or state.task_type in TASKS)
     seen, shrink = f"seen: {server.seen}", rank is not None
     # whole modules are in PEFT's files alone, and of their readers PEFT itself takes them
     holds = not whole or server.dora == "peft"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import DoraError
@@ -43,9 +44,24 @@ def remove_leftovers(raw: RawAdapter) -> RawAdapter:
         notes.append(f"the adapter's name {name!r} is taken off the keys")
     # diffusers' text encoders want it so, and that format reads it
     if any(_MAGNITUDE_MODULE.fullmatch(key) and key.startswith("base_model.") for key in tensors):
-        tensors = _rename(tensors, lambda key: _MAGNITUDE_MODULE.sub(r"\1", key))
-        notes.append(f"{MAGNITUDE}.weight is read as {MAGNITUDE}")
+        alone = _drop_twins(tensors)
+        if len(alone) == len(tensors):
+            notes.append(f"{MAGNITUDE}.weight is read as {MAGNITUDE}")
+        tensors = _rename(alone, lambda key: _MAGNITUDE_MODULE.sub(r"\1", key))
     return replace(raw, tensors=tensors, settings=settings, notes=(*raw.notes, *notes))
+
+
+def _drop_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second key of magnitudes that stand there twice, as we write them.
+
+    Raises:
+        DoraError: if the two are not the same.
+    """
+    twins = {key: m[1] for key in tensors if (m := _MAGNITUDE_MODULE.fullmatch(key)) and m[1] in tensors}
+    for key, first in twins.items():
+        if not torch.equal(tensors[key], tensors[first]):
+            raise DoraError(f"{key} and {first} are two keys of one magnitude, with different numbers")
+    return {key: tensor for key, tensor in tensors.items() if key not in twins}
 
 
 def _find_adapter_names(tensors: Mapping[str, Tensor]) -> set[str]:

@@ -39,6 +39,8 @@ _WRAPPED_WHOLE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(.+)")
 _VOCABULARY = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "output", "shared"}
 )
+# a language model, and heads
+_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 # settings that PEFT's file shares with ours, by the same name
 _SHARED = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
@@ -87,8 +89,16 @@ def _unwrap_whole(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
-    """The adapter as PEFT writes it, and all our settings for doralib_config.json."""
-    return RawAdapter(*to_peft(config, state, hints.modules), own=config.model_dump(mode="json"))
+    """The adapter as PEFT writes it, and all our settings for doralib_config.json.
+
+    A magnitude stands there by two keys: PEFT 0.10 knows the first alone, transformers' own reader the second alone,
+    and each drops the other in silence.
+    """
+    tensors, settings = to_peft(config, state, hints.modules)
+    if settings["peft_type"] == "LORA":
+        twins = {f"{key}.weight": tensor for key, tensor in tensors.items() if key.endswith(f".{MAGNITUDE}")}
+        tensors |= {key: tensor.clone() for key, tensor in twins.items()}
+    return RawAdapter(tensors, settings, own=config.model_dump(mode="json"))
 
 
 def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[DoraConfig, AdapterState]:
@@ -130,7 +140,7 @@ def from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         config = config.model_copy(update={"target_modules": tuple(sorted(layers))})
     if any(layer.kind == "token_embedding" for layer in layers.values()):
         config = config.model_copy(update={"embedding_axis": "token"})
-    task = settings.get("task_type") if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
+    task = settings.get("task_type") if settings.get("task_type") in _TASKS else None
     return config, AdapterState(layers, extra, settings.get("base_model_name_or_path"), rows, resized, task)
 
 
@@ -199,7 +209,7 @@ def to_peft(
         ending = _FROZEN_COPY if name.removesuffix(".weight") in state.layers else _ROWS_FROZEN
         tensors[f"{_PEFT_PREFIX}{name.removesuffix('.weight')}{ending}"] = tensor
     tokens = {name.removesuffix(".weight"): rows.index_N.tolist() for name, rows in state.rows.items()}
-    settings = {field: getattr(config, field) for field in _SHARED}
+    settings: dict[str, Any] = {field: getattr(config, field) for field in _SHARED}
     settings |= _make_patterns(config, state)
     settings |= {
         "peft_type": "LORA",
@@ -210,11 +220,12 @@ def to_peft(
         "init_lora_weights": True,
         "target_modules": targets,
         "modules_to_save": list(config.modules_to_save) or None,
-        "trainable_token_indices": tokens or None,
-        "target_parameters": list(config.target_parameters) or None,
-        "exclude_modules": None,
         "task_type": state.task_type,
     }
+    # an older PEFT refuses a field that it does not know, so these stand there only where they say something
+    del settings["exclude_modules"], settings["target_parameters"]
+    settings |= {"trainable_token_indices": tokens} if tokens else {}
+    settings |= {"target_parameters": list(config.target_parameters)} if config.target_parameters else {}
     if settings["lora_alpha"] == int(settings["lora_alpha"]):
         settings["lora_alpha"] = int(settings["lora_alpha"])
     alone = {tuple(each) for each in tokens.values()}
