@@ -252,7 +252,9 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
     resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
     named, kind = getattr(model, "name_or_path", None) or None, type(model).__name__
-    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    # PEFT then looks for the head in the file
+    has_head = any(part in ("score", "classifier") for key in extra for part in key.split("."))
+    task = next((task for ending, task in _TASKS.items() if has_head and kind.endswith(ending)), None)
     return AdapterState(layers, extra, named, rows, resized, task)
 
 
