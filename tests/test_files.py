@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+from doralib import files
 from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
 from doralib.errors import DoraError, UsageError, list_some, raise_problems
 from doralib.files import read_json, read_tensors, read_yaml, replacing, write_json, write_tensors
@@ -87,6 +89,7 @@ def test_a_folder_set_aside_comes_back_when_the_new_one_cannot_be_renamed(tmp_pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     rename = Path.replace
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
 
     def refuse_new(path, target):
         if path.suffix == ".part":
@@ -107,8 +110,10 @@ def test_what_a_killed_run_left_is_cleared_and_brought_back(tmp_path):
             part.write_text("half")
             os._exit(9)
     os.waitpid(child, 0)
-    (tmp_path / ".g.old").mkdir()  # killed between setting the old folder aside and renaming the new one
-    (tmp_path / ".g.old" / "kept").write_text("kept")
+    # killed between setting the old folder aside and renaming the new one
+    aside = tmp_path / f".g.{socket.gethostname()}-{child}-0123abcd.old"
+    aside.mkdir()
+    (aside / "kept").write_text("kept")
     assert len(names(tmp_path)) == 2
     (tmp_path / "f").write_text("old")
     write_json(tmp_path / "f", 1)

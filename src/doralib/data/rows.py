@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 
 from ..errors import DoraError, UsageError, did_you_mean
+from ..files import hash_file
 from ..recipe import DataSettings
 
 READERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -96,6 +97,13 @@ def read_both(settings: DataSettings, seed: int) -> RawRows:
     return RawRows(train.select(kept), train.select(held), tuple(i + 1 for i in kept), tuple(i + 1 for i in held))
 
 
+def hash_sources(settings: DataSettings) -> dict[str, str]:
+    """The hash of each file of data, by its setting; a hub data set has none."""
+    sources = {"data.train": settings.train, "data.validation": settings.validation}
+    paths = {key: Path(source).expanduser() for key, source in sources.items() if isinstance(source, str)}
+    return {key: hash_file(path) for key, path in paths.items() if path.is_file()}
+
+
 def _read_file(path: Path, setting: str) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise UsageError(f"{setting}: {path} is empty")
@@ -104,8 +112,12 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
         _refuse_other_bytes(path, setting)
     options = _as_text(path, setting) if reader == "csv" else {}
     try:
-        with _quiet():
-            return datasets.load_dataset(reader, data_files=_literal(path), split="train", **options)
+        # the cache of `datasets` goes by a file's time, which a copy may share with an older file
+        cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", hash_file(path))
+        with _quiet(), _counting_nothing():
+            return datasets.load_dataset(
+                reader, data_files=_literal(path), split="train", cache_dir=str(cache), **options
+            )
     except Exception as error:  # `datasets` lets errors of any kind through
         if "corresponds to no data" in str(error):
             raise UsageError(f"{setting}: {path} has no rows") from None
@@ -217,6 +229,17 @@ def _first_line(error: Exception) -> str:
 def _literal(path: Path) -> str:
     """The path with nothing in it that `datasets` would read as a pattern."""
     return re.sub(r"([*?\[\]])", r"[\1]", str(path.absolute()))
+
+
+@contextlib.contextmanager
+def _counting_nothing() -> Iterator[None]:
+    """No request to the hub's download counter, which `datasets` sends for a local file too."""
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 @contextlib.contextmanager

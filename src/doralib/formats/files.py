@@ -148,16 +148,26 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     if raw.own:
         beside[path.parent / _OWN_SETTINGS] = raw.own
     there = [str(file) for file in (path, *beside) if file.exists()]
-    if there and not overwrite:
+    if there and not overwrite and not files.was_cut_short(path):
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
-    if path.suffix in _PICKLED:
-        with files.replacing(path) as part:
-            torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
-    else:
-        files.write_tensors(path, raw.tensors, raw.metadata)
-    for file, value in beside.items():
-        files.write_json(file, dict(value))
+    need = sum(tensor.nbytes for tensor in raw.tensors.values())
+    if not beside:
+        with files.replacing(path, need) as part:
+            _write_file(part, path.suffix, raw)
+        return path
+    # the tensors come last: where they stand, their settings do
+    with files.replacing_together([*beside, path], need) as (*settings, part):
+        for file, value in zip(settings, beside.values(), strict=True):
+            files.write_json(file, dict(value))
+        _write_file(part, path.suffix, raw)
     return path
+
+
+def _write_file(part: Path, kind: str, raw: RawAdapter) -> None:
+    if kind in _PICKLED:
+        torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
+    else:
+        files.write_tensors(part, raw.tensors, raw.metadata)
 
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
