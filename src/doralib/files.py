@@ -108,6 +108,25 @@ def replacing_together(paths: Sequence[Path], need: int = 0) -> Iterator[list[Pa
             _discard(part)
 
 
+@contextlib.contextmanager
+def work_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder beside ``path`` for what is needed while it is written; it goes with its content after the block.
+
+    One that a killed process left is deleted too.
+    """
+    final = _resolve(path)
+    match = _SCRATCH.fullmatch(final.name)
+    final = final.with_name(match["name"]) if match else final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final)
+    folder = _name_scratch(final)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _discard(folder)
+
+
 def was_cut_short(mark: Path) -> bool:
     """Whether a killed process was writing the set of files that ``mark`` marks, and never came to its end."""
     mark = _resolve(mark)
@@ -325,24 +344,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             ready[name] = ready[name].clone()
         seen.add(ready[name].untyped_storage().data_ptr())
     need = sum(tensor.nbytes for tensor in ready.values())
-    with replacing(path, need) as part, _own_folder(part) as folder:
+    with replacing(path, need) as part, work_folder(part) as folder:
         # safetensors writes to a name of its own first, which a kill would leave for good
         file = folder / "tensors"
         safetensors.torch.save_file(ready, file, metadata={"format": "pt", **(metadata or {})})
         _sync(folder)
         file.replace(part)
-
-
-@contextlib.contextmanager
-def _own_folder(part: Path) -> Iterator[Path]:
-    """A folder for files that become ``part``; whatever is left in it goes with it."""
-    match = _SCRATCH.fullmatch(part.name)
-    folder = _name_scratch(part.with_name(match["name"] if match else part.name))
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        _discard(folder)
 
 
 def _resolve(path: str | Path) -> Path:

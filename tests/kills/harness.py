@@ -1,16 +1,18 @@
 """Kill a verb, or fill its disk, at each call that changes a file; do it again; see that nothing was lost.
 
-`python tests/kills/harness.py --tries N --seed S [--only TEXT] [--page docs/reliability.md]` prints a line for each
-failure and a table of what was tried. It needs Linux and a C compiler. Each try is a fork of one process that has torch
-and all else in memory.
+`python tests/kills/harness.py [--tries N] [--seed S] [--minutes M] [--only PATTERN] [--page docs/reliability.md]`
+prints a line for each failure and a table of what was tried. It needs Linux and a C compiler. Each try is a fork of one
+process that has torch and all else in memory.
 """
 
 import argparse
 import ctypes
 import errno
+import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -44,48 +46,55 @@ def start(arguments: Sequence[str]) -> int:
         return subprocess.run([sys.executable, __file__, *arguments], env=environment, check=False).returncode
 
 
-def run_tries(tries: int, seed: int, only: str = "") -> tuple[Counter, list[str]]:
+def run_tries(tries: int, seed: int, only: str = "", minutes: float = math.inf) -> tuple[Counter, list[str]]:
     """Try each scenario at some of its places, each try with a kill or a full disk; counts and failures.
 
     Args:
         tries: Of each scenario and each kind of harm; 0: at every place.
         seed: Of the choice of places.
-        only: A part of the names of the scenarios to try.
+        only: A regular expression, found in the names of the scenarios to try.
+        minutes: No try begins later; scenarios take turns.
     """
     import worlds  # the models and all of transformers: only where the trap is loaded
 
     counts: Counter = Counter()
     failures: list[str] = []
+    end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="doralib-kills-") as name:
         os.environ["HF_DATASETS_CACHE"] = name
         root = Path(name)
         (root / "world").mkdir()
         worlds.build(root / "world")
-        for scenario in worlds.list_scenarios(root / "world"):
-            if only in f"{scenario.verb} {scenario.what}":
-                for harm, place, wrong in _try_scenario(scenario, root, tries, seed):
-                    counts[scenario.verb, scenario.what, WORDS[harm], "tried"] += 1
-                    counts[scenario.verb, scenario.what, WORDS[harm], "failed"] += bool(wrong)
-                    if wrong:
-                        failures.append(f"{scenario.verb} {scenario.what}: {WORDS[harm]} at call {place}: {wrong}")
-                        print(failures[-1], flush=True)  # noqa: T201
+        found = [each for each in worlds.list_scenarios(root / "world") if re.search(only, f"{each.verb} {each.what}")]
+        turns = [(each, _try_scenario(each, root / f"of-{i}", tries, seed, counts)) for i, each in enumerate(found)]
+        while turns and time.monotonic() < end:
+            scenario, places = turns.pop(0)
+            if (tried := next(places, None)) is None:
+                continue
+            turns.append((scenario, places))
+            harm, place, wrong = tried
+            counts[scenario.verb, scenario.what, WORDS[harm], "tried"] += 1
+            counts[scenario.verb, scenario.what, WORDS[harm], "failed"] += bool(wrong)
+            if wrong:
+                failures.append(f"{scenario.verb} {scenario.what}: {WORDS[harm]} at call {place}: {wrong}")
+                print(failures[-1], flush=True)  # noqa: T201
     return counts, failures
 
 
-def _try_scenario(scenario, root: Path, tries: int, seed: int) -> Iterable[tuple[int, int, str]]:
-    first = root / "start"
-    _renew(first)
+def _try_scenario(scenario, root: Path, tries: int, seed: int, counts: Counter) -> Iterator[tuple[int, int, str]]:
+    first, place = root / "start", root / "work"
+    first.mkdir(parents=True)
     _must(_in_child(lambda: scenario.prepare(first)))
     before = scenario.outcome(first) if any(first.iterdir()) else {"files": {}}
-    place = root / "work"
     _copy(first, place)
     status, total = _in_child(lambda: scenario.act(place), place)
     _must((status, total))
+    counts[scenario.verb, scenario.what, "places"] = total
     reference = scenario.outcome(place)
     draw = random.Random(f"{seed} {scenario.verb} {scenario.what}")
-    for harm in (KILL, draw.choice([FULL, QUOTA])):
-        places = range(total) if not tries else sorted(draw.sample(range(total), min(tries, total)))
-        for at in places:
+    orders = [draw.sample(range(total), min(tries or total, total)) for _ in range(2)]
+    for places in zip(*orders, strict=True):
+        for harm, at in zip((KILL, draw.choice([FULL, QUOTA])), places, strict=True):
             _copy(first, place)
             yield harm, at, _harm(scenario, place, harm, at, before, reference)
 
@@ -164,11 +173,6 @@ def _must(done: tuple[int, object]) -> None:
         raise SystemExit(f"without any harm it fails: {done[1]}")
 
 
-def _renew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-
 def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, symlinks=True)
@@ -182,17 +186,13 @@ def _name_difference(found: object, reference: object) -> str:
 
 
 def write_table(counts: Counter) -> str:
-    """The counts as Markdown, a line for each scenario."""
-    lines = ["| verb | what | killed | failed | disk full | failed |", "|---|---|---|---|---|---|"]
+    """The counts as Markdown, a line for each scenario and one of their sums."""
+    kinds = [("places",), *((harm, kind) for harm in ("killed", "disk full") for kind in ("tried", "failed"))]
+    lines = ["| verb | what | places | killed | failed | disk full | failed |", "|---|---|---|---|---|---|---|"]
     for verb, what in dict.fromkeys(key[:2] for key in counts):
-        cells = [counts[verb, what, harm, kind] for harm in ("killed", "disk full") for kind in ("tried", "failed")]
-        lines.append(f"| {verb} | {what} | {' | '.join(map(str, cells))} |")
-    totals = [
-        sum(n for key, n in counts.items() if key[2:] == (harm, kind))
-        for harm in ("killed", "disk full")
-        for kind in ("tried", "failed")
-    ]
-    return "\n".join([*lines, f"| all | | {' | '.join(map(str, totals))} |"])
+        lines.append(f"| {verb} | {what} | {' | '.join(str(counts[verb, what, *kind]) for kind in kinds)} |")
+    sums = [sum(n for key, n in counts.items() if key[2:] == kind) for kind in kinds]
+    return "\n".join([*lines, f"| all | | {' | '.join(map(str, sums))} |"])
 
 
 def update_page(page: Path, text: str) -> None:
@@ -207,7 +207,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=0, help="of each scenario and kind of harm; 0: at every place")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="a part of a scenario's name")
+    parser.add_argument("--only", default="", help="a regular expression, found in a scenario's name")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no try begins later")
     parser.add_argument("--page", type=Path, help="write the table into this page")
     asked = parser.parse_args()
     if "trap.so" not in os.environ.get("LD_PRELOAD", ""):
@@ -215,13 +216,14 @@ def main() -> int:
     from doralib.runs.machine import cpu_name
 
     started = time.strftime("%Y-%m-%d")
-    counts, failures = run_tries(asked.tries, asked.seed, asked.only)
+    counts, failures = run_tries(asked.tries, asked.seed, asked.only, asked.minutes)
     table = write_table(counts)
     print(table)  # noqa: T201
     if asked.page:
-        drawn = f"at {asked.tries} places of each scenario, drawn by seed {asked.seed}"
-        how = drawn if asked.tries else "at every place"
-        update_page(asked.page, f"{started}, {cpu_name()}, {os.cpu_count()} cores, {how}:\n\n{table}")
+        most = f"at most {asked.tries} of each kind" if asked.tries else "every place"
+        most += f", as many as began within {asked.minutes:g} minutes" * (asked.minutes < math.inf)
+        machine = f"{cpu_name()}, {os.cpu_count()} cores"
+        update_page(asked.page, f"On {started}, {machine}, seed {asked.seed}, {most}:\n\n{table}")
     return int(bool(failures))
 
 

@@ -1,5 +1,6 @@
 """Nothing is lost: what --overwrite may delete, who may write, what a resumed run takes up, wherever it stands."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import yaml
 from datasets import load
 from safetensors.torch import load_file
 
+from doralib import files
 from doralib.data import rows as data_rows
 from doralib.errors import UsageError
 from doralib.recipe import Recipe
@@ -143,6 +145,25 @@ def test_a_run_never_replaces_its_folder(begun, monkeypatch):
     with pytest.raises(UsageError, match="checkpoint-1 is read-only; nothing was deleted"):
         fine_tune(wanted, overwrite=True)
     assert listing(run) == before
+
+
+def test_an_overwrite_that_ends_once_all_is_deleted_can_be_done_again(begun, monkeypatch):
+    run, wanted = begun
+    write = files.write_json
+
+    def full(path, value):
+        if path.name == "run.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        fine_tune(wanted, overwrite=True)
+    assert listing(run) == ["run.json"]
+    monkeypatch.setattr(files, "write_json", write)
+    # something is mounted there
+    (run / "checkpoints").mkdir()
+    fine_tune(wanted)
 
 
 HOLD = """

@@ -111,7 +111,8 @@ class RunFolder:
         self, recipe: Recipe, *, resume: bool, overwrite: bool, data: Mapping[str, str], inputs: Iterable[str]
     ) -> None:
         """`check`, but for who else may be writing."""
-        there = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        there = {item.name for item in found if not _is_hollow(item)}
         ours = {name for name in there if name in (RECORD, lock.NAME) or files.is_scratch(Path(name))}
         if there == ours:
             # what a run leaves that was killed at its first write is nothing to go on with, and nothing to lose
@@ -189,12 +190,14 @@ class RunFolder:
             files.set_aside(self.path / "model")
             files.clear_scratch(self.path)
         own, _ = self._list_files()
-        for file in sorted(own, key=lambda file: (file == self.config, file != self.trained)):
+        for file in sorted(set(own) - {self.config}, key=lambda file: file != self.trained):
             file.unlink()
-        for folder in sorted({file.parent for file in own} - {self.path}, reverse=True):
+        folders = {place for file in own for place in file.parents if self.path in place.parents}
+        for folder in sorted(folders, reverse=True):
             # what is mounted there stays, empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        self.config.unlink(missing_ok=True)
 
     def _read_record(self) -> dict[str, Any]:
         record = self.read(self.record, {})
@@ -226,6 +229,11 @@ def describe_environment() -> dict[str, Any]:
         "packages": package_versions(_PACKAGES),
         "commit": commit,
     }
+
+
+def _is_hollow(item: Path) -> bool:
+    """Whether it is a folder without any file in it."""
+    return item.is_dir() and not item.is_symlink() and all(_is_hollow(each) for each in item.iterdir())
 
 
 def _is_listed(name: str, patterns: Iterable[str]) -> bool:
