@@ -362,6 +362,23 @@ def test_where_out_may_be(tmp_path):
         merge_checkpoint(folder, base, like, overwrite=True)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("what", ["adapter", "base"])
+def test_numbers_that_are_none_are_never_written(tmp_path, what, dtype):
+    tensors, change = base_tensors(torch.float32), layer()
+    if what == "base":
+        tensors[f"{Q}.weight"][1, 0] = torch.nan
+    else:
+        # finite numbers, whose products are not
+        for factor in change.factors:
+            factor.mul_(1e30)
+    base = save_base(tmp_path / "base", tensors)
+    folder = save_adapter(tmp_path / "adapter", AdapterState({Q: change}))
+    with pytest.raises(DoraError, match=rf"{Q}\.weight: merged, it holds NaN or infinite numbers"):
+        merge_checkpoint(folder, base, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     base = save_base(tmp_path / "base", base_tensors(torch.float32))
     folder = save_adapter(tmp_path / "run", AdapterState({Q: layer()}))

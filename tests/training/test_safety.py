@@ -94,6 +94,26 @@ def test_overwrite_deletes_nothing_that_the_run_did_not_write(begun, name):
     fine_tune(wanted, overwrite=True)
 
 
+def test_a_run_lists_every_file_that_it_writes(recipe, tmp_path, data_file):
+    task = {"kind": "classification", "data": str(data_file), "prompt": "{text}", "answer": "label"}
+    task["labels"] = {"positive": " positive", "negative": " negative"}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    for method, more in (("dora", {}), ("full", {"target_modules": None})):
+        wanted = recipe(
+            out=method,
+            adapter={"method": method, **more},
+            data={"validation": 0.2},
+            training={"max_steps": 2, "report_to": "tensorboard"},
+            eval={"before": True, "tasks": [str(tmp_path / "task.yaml")], "limit": 4},
+        )
+        run = RunFolder(train(wanted))
+        own, others = run._list_files()
+        assert others == [], "a file that a run writes stands in its record, or --overwrite takes it for somebody's"
+        assert {"results.json", "report.html", "summary.json"} <= {path.name for path in own}
+        record = json.loads((run.path / "run.json").read_text())
+        assert str(tmp_path) not in json.dumps(record["files"])
+
+
 def test_overwrite_of_a_folder_with_a_recipe_named_config(recipe, tmp_path):
     project = tmp_path / "project"
     project.mkdir()

@@ -1,6 +1,7 @@
 """Write a merged checkpoint tensor by tensor: what changes is computed, the rest is copied."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,10 +109,12 @@ def write_quantized(
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
+            _check_finite(layer.name, block)
             write_at(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
+        _check_finite(layer.name, block)
         V_OI[rows] = block
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
@@ -259,10 +262,26 @@ def _copy(piece: _Piece, offset: int, count: int) -> int:
 
 def _write(piece: _Piece, rows: slice) -> int:
     block = apply_changes(read_rows(piece.slot, rows), piece.changes, rows, piece.slot.shape)
+    if piece.changes:
+        _check_finite(piece.slot.name, block)
     cast = cast_to(piece.slot.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.slot.matrix[0])
     write_at(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
+
+
+def _check_finite(name: str, block: Tensor) -> None:
+    """Check that a merged block holds numbers.
+
+    Raises:
+        DoraError: if one is NaN or infinite.
+    """
+    # a sum is one pass without a copy; where it is too large itself, every number is looked at
+    if not math.isfinite(block.sum(dtype=torch.float32).item()) and not bool(block.isfinite().all()):
+        raise DoraError(
+            f"{name}: merged, it holds NaN or infinite numbers; the adapter's numbers or its alpha are too large, or "
+            "the base holds such numbers there; nothing was written"
+        )
 
 
 def write_companions(

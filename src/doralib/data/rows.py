@@ -112,12 +112,7 @@ def _read_file(path: Path, setting: str) -> datasets.Dataset:
         _refuse_other_bytes(path, setting)
     options = _as_text(path, setting) if reader == "csv" else {}
     try:
-        # the cache of `datasets` goes by a file's time, which a copy may share with an older file
-        cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", hash_file(path))
-        with _quiet(), _counting_nothing():
-            return datasets.load_dataset(
-                reader, data_files=_literal(path), split="train", cache_dir=str(cache), **options
-            )
+        return _load(reader, path, **options)
     except Exception as error:  # `datasets` lets errors of any kind through
         if "corresponds to no data" in str(error):
             raise UsageError(f"{setting}: {path} has no rows") from None
@@ -231,15 +226,22 @@ def _literal(path: Path) -> str:
     return re.sub(r"([*?\[\]])", r"[\1]", str(path.absolute()))
 
 
-@contextlib.contextmanager
-def _counting_nothing() -> Iterator[None]:
-    """No request to the hub's download counter, which `datasets` sends for a local file too."""
-    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+def _load(reader: str, path: Path, **options: Any) -> datasets.Dataset:
+    """Read a local file by `datasets`, from a cache that goes by its content, and without a request to anybody.
+
+    The library's own cache goes by a file's time, which a copy may share with an older file; and it tells the hub's
+    download counter of local files too.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", hash_file(path))
+    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        yield
+        with _quiet():
+            return datasets.load_dataset(
+                reader, data_files=_literal(path), split="train", cache_dir=str(cache), **options
+            )
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 @contextlib.contextmanager

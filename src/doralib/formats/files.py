@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -198,9 +199,29 @@ def _get_setting(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
     return {name: alpha for name, alpha in value.items() if ours.fused_parts(name) is None}
 
 
+def _check_archive(path: Path) -> None:
+    """Check the checksums of a torch.save file, which torch itself does not; older files are no archives.
+
+    Raises:
+        DoraError: if one is wrong, or the archive is packed, which torch never does.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    bad: str | None = "its list of contents"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            bad = packed[0] if packed else archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError):
+        pass
+    if bad:
+        raise DoraError(f"{path} is damaged ({bad} is not what torch wrote); copy or download it again")
+
+
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a torch.save file, of which nothing may run while it is read."""
     files.find_file(path)
+    _check_archive(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
