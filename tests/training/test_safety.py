@@ -373,3 +373,35 @@ def test_seals_without_hashes_still_count(tmp_path):
     for seal in ("[]", "3", '{"../x": 1}', '{"a.json": [1]}', "{}"):
         (folder / "whole.json").write_text(seal)
         assert checkpointing.find_sound(tmp_path) is None
+
+
+QUIET = """
+import socket, sys
+asked = []
+
+def refuse(*address, **_):
+    asked.append(address)
+    raise OSError("no network")
+
+connect = socket.socket.connect
+socket.getaddrinfo = refuse
+socket.socket.connect = lambda self, at: connect(self, at) if self.family == socket.AF_UNIX else refuse(at)
+from doralib.cli import main as cli
+sys.argv[0] = "doralib"
+try:
+    cli.main()
+finally:
+    assert asked == [], asked
+"""
+
+
+def test_local_models_and_files_ask_nobody(recipe, tmp_path):
+    wanted = recipe(training={"max_steps": 1})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment["HF_HOME"] = str(tmp_path / "home")
+    for words in (["train", tmp_path / "recipe.yaml"], ["merge", wanted.out, "--out", tmp_path / "merged"]):
+        done = subprocess.run(
+            [sys.executable, "-c", QUIET, *words], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
