@@ -123,9 +123,20 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
     kept = [path.name for path in found if is_whole(path)][-keep:]
     for old in found:
         if old.name not in kept and (best is None or old.name != best.name):
-            # a folder killed half-way through its deletion must not look like a checkpoint
-            (old / _SEAL).unlink(missing_ok=True)
-            files.delete(old)
+            _delete(old)
+
+
+def keep_alone(best: Path | None) -> None:
+    """Delete all checkpoints beside the best one."""
+    for old in _by_step(best.parent) if best is not None else []:
+        if old != best:
+            _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    # a folder killed half-way through its deletion must not look like a checkpoint
+    (checkpoint / _SEAL).unlink(missing_ok=True)
+    files.delete(checkpoint)
 
 
 def _read_seal(checkpoint: Path) -> Mapping[str, Any]:

@@ -70,9 +70,16 @@ class RunFolder:
         if resume and overwrite:
             raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
         files.check_writable(self.path, "out", folder=True)
+        self._check_content(recipe, resume=resume, overwrite=overwrite, data=data, inputs=inputs)
+
+    def check_free(self) -> None:
+        """Check that no other process writes here.
+
+        Raises:
+            UsageError: if one does.
+        """
         if holder := lock.find_holder(self.path):
             raise UsageError(f"out: {holder}")
-        self._check_content(recipe, resume=resume, overwrite=overwrite, data=data, inputs=inputs)
 
     @contextlib.contextmanager
     def open(
@@ -110,7 +117,7 @@ class RunFolder:
     def _check_content(
         self, recipe: Recipe, *, resume: bool, overwrite: bool, data: Mapping[str, str], inputs: Iterable[str]
     ) -> None:
-        """`check`, but for who else may be writing."""
+        """`check`, but for whether it can be written at all."""
         found = self.path.iterdir() if self.path.is_dir() else ()
         there = {item.name for item in found if not _is_hollow(item)}
         ours = {name for name in there if name in (RECORD, lock.NAME) or files.is_scratch(Path(name))}

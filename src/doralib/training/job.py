@@ -136,6 +136,9 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
         "inputs": inputs,
     }
     with collecting(problems):
+        # the first process of several holds the lock, and may not yet have left an earlier job of them all
+        if is_main():
+            run.check_free()
         run.check(recipe, **asked)
     raise_all(problems)
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)

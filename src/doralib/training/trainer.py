@@ -108,6 +108,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.meter.restore(files.read_json(checkpoint / _METER))
         if self.args.load_best_model_at_end and state.best_global_step:
             self._load_best_model()
+            if self.args.save_total_limit == 1 and self.args.should_save:
+                # as the stock Trainer does at its end
+                checkpointing.keep_alone(self._best_checkpoint())
         else:
             self._load_from_checkpoint(str(checkpoint))
         return True
