@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -387,7 +388,7 @@ def _is_dead(scratch: Path) -> bool:
     match = _SCRATCH.fullmatch(scratch.name)
     assert match is not None, scratch
     # in a container every process may have the same number
-    return scratch.name not in _in_use if int(match["pid"]) == os.getpid() else not _is_alive(int(match["pid"]))
+    return scratch.name not in _in_use if int(match["pid"]) == os.getpid() else not is_alive(int(match["pid"]))
 
 
 def _sweep(final: Path) -> None:
@@ -411,7 +412,8 @@ def _sweep_together(finals: Sequence[Path]) -> None:
                 delete(path)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -493,7 +495,7 @@ def _replace_together(parts: Sequence[Path], finals: Sequence[Path]) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Let two paths change places in one step; False, and nothing done, where the system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
     if rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import fcntl
+import importlib.util
 import json
 import os
 import socket
@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import is_alive
+
+# Windows has no such locks
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 NAME = ".lock"
 _HOST = socket.gethostname()
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+_SHARED, _ALONE, _AT_ONCE = 1, 2, 4  # as the system's own header has them
 _TRIES, _PAUSE = 20, 0.05  # another process may be asking who holds it
 
 
@@ -51,7 +56,7 @@ def find_holder(folder: Path) -> str | None:
         return None
     try:
         # shared, so that several may ask at once
-        free = _lock(handle, path, fcntl.LOCK_SH)
+        free = _lock(handle, path, _SHARED)
     finally:
         os.close(handle)
     return None if free else _describe(path)
@@ -62,7 +67,7 @@ def _take(path: Path) -> int | None:
     for _ in range(_TRIES):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         # its last holder may have deleted it meanwhile
-        if _lock(handle, path, fcntl.LOCK_EX) and _is_at(handle, path):
+        if _lock(handle, path, _ALONE) and _is_at(handle, path):
             return handle
         os.close(handle)
         time.sleep(_PAUSE)
@@ -71,13 +76,16 @@ def _take(path: Path) -> int | None:
 
 def _lock(handle: int, path: Path, kind: int) -> bool:
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(handle, kind | _AT_ONCE)
+            return True
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             return False
-        holder = _read(path)
-        return not holder or (holder.get("host") == _HOST and not _is_alive(holder.get("process")))
-    return True
+    holder = _read(path)
+    process = holder.get("process")
+    gone = isinstance(process, int) and (process == os.getpid() or not is_alive(process))
+    return not holder or (holder.get("host") == _HOST and gone)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -93,10 +101,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _is_alive(process: Any) -> bool:
-    return isinstance(process, int) and process != os.getpid() and Path(f"/proc/{process}").exists()
 
 
 def _describe(path: Path) -> str:
