@@ -220,8 +220,8 @@ def main() -> int:
     table = write_table(counts)
     print(table)  # noqa: T201
     if asked.page:
-        most = f"at most {asked.tries} of each kind" if asked.tries else "every place"
-        most += f", as many as began within {asked.minutes:g} minutes" * (asked.minutes < math.inf)
+        most = f"at most {asked.tries} places of each kind" if asked.tries else "places"
+        most += f", as many as began within {asked.minutes:g} minutes" if asked.minutes < math.inf else ", all"
         machine = f"{cpu_name()}, {os.cpu_count()} cores"
         update_page(asked.page, f"On {started}, {machine}, seed {asked.seed}, {most}:\n\n{table}")
     return int(bool(failures))

@@ -345,6 +345,29 @@ def test_a_damaged_checkpoint_of_the_right_size_is_passed_over(recipe, tmp_path,
     assert all(torch.equal(weights(tmp_path / "run")[key], tensor) for key, tensor in weights(whole).items())
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_killed_before_the_last_checkpoints_are_pruned(recipe, best):
+    more = {"eval_steps": 1, "load_best_model_at_end": True, **ODD} if best else {}
+    settings = {"data": {"validation": 0.2}} if best else {}
+    wanted = recipe(training={"max_steps": 3, "save_steps": 1, "save_total_limit": 1, **more}, **settings)
+    run = fine_tune(wanted)
+    kept = listing(run)
+    last = next(iter((run / "checkpoints").iterdir()))
+    assert last.name == ("checkpoint-1" if best else "checkpoint-3")
+    # as they stood before
+    for step in (2, 3) if best else (1, 2):
+        shutil.copytree(last, run / "checkpoints" / f"checkpoint-{step}")
+    if best:
+        state = run / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+        told = json.loads(state.read_text())
+        state.write_text(json.dumps({**told, "global_step": 3, "best_global_step": 1}))
+        checkpointing.seal(state.parent)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run / name).unlink()
+    fine_tune(wanted, resume=True)
+    assert listing(run) == kept
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
 def test_a_moved_start_killed_while_scoring_goes_on(recipe, monkeypatch, start):
     wanted = recipe(adapter={"init_lora_weights": start}, training={"max_steps": 2})

@@ -108,12 +108,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.meter.restore(files.read_json(checkpoint / _METER))
         if self.args.load_best_model_at_end and state.best_global_step:
             self._load_best_model()
-            if self.args.save_total_limit == 1 and self.args.should_save:
-                # as the stock Trainer does at its end
-                checkpointing.keep_alone(self._best_checkpoint())
         else:
             self._load_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            self._prune_at_end()
         return True
+
+    def _prune_at_end(self) -> None:
+        """Leave the checkpoints that the stock Trainer leaves: a kill may have come before it did."""
+        best = self._best_checkpoint()
+        checkpointing.prune(Path(self.args.output_dir), self.args.save_total_limit, best)
+        if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
+            checkpointing.keep_alone(best)
 
     def take_up(self, checkpoint: Path) -> None:
         """Bring back what the stock Trainer forgets of a checkpoint."""
