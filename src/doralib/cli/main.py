@@ -20,6 +20,7 @@ from .eval import eval_command
 from .generate import generate_command
 from .inspect import inspect_command
 from .merge import merge_command
+from .recipes import recipes_command
 from .targets import targets_command
 from .train import train_command
 
@@ -65,6 +66,7 @@ app.command("merge")(merge_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("targets")(targets_command)
+app.command("recipes")(recipes_command)
 app.command("bench")(bench_command)
 app.command("demo")(demo_command)
 

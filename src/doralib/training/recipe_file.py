@@ -1,22 +1,31 @@
 """Recipes from a YAML file or by the name of a packaged one, with `key=value` on top."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError, did_you_mean
+from ..families import Variant, is_family, read_family
 from ..files import read_yaml
 from ..recipe import Recipe
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
 
 
-def packaged_recipes() -> dict[str, Path]:
+def packaged_recipes() -> dict[str, Variant]:
     """The recipes that come with doralib, by name: NAME, or EXPERIMENT/NAME."""
-    paths = sorted(_FOLDER.rglob("*.yaml"))
-    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
+    found: dict[str, Variant] = {}
+    for path in sorted(_FOLDER.rglob("*.yaml")):
+        name = path.relative_to(_FOLDER).with_suffix("").as_posix()
+        values = read_yaml(path)
+        if is_family(values):
+            found |= {f"{name}/{each.name}": _in_family(name, each) for each in read_family(path).values()}
+        else:
+            found[name] = Variant(name, values, notes=_read_comment(path))
+    return found
 
 
 def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
@@ -47,14 +56,29 @@ def _read(path_or_name: str) -> dict[str, Any]:
             beside = [each.name for each in path.parent.glob("*.y*ml")]
             hint = did_you_mean(path_or_name, known) or did_you_mean(path.name, beside)
             raise UsageError(
-                f"there is no recipe {path_or_name!r}{hint} (looked for the file "
-                f"{path.absolute()}, and among the packaged recipes: {', '.join(known) or 'none'})"
+                f"there is no recipe {path_or_name!r}{hint} (looked for the file {path.absolute()}, and among the "
+                f"{len(known)} packaged recipes, which `doralib recipes` lists)"
             )
-        path = known[path_or_name]
+        return dict(known[path_or_name].values)
     values = read_yaml(path)
+    if is_family(values):
+        raise UsageError(
+            f"{path} describes a family of recipes; `doralib recipes NAME` prints one of the packaged ones"
+        )
     if not isinstance(values, dict):
         raise UsageError(f"{path} is no recipe: it should hold the groups model, data, adapter, training, ...")
     return {str(key): value for key, value in values.items()}
+
+
+def _in_family(family: str, variant: Variant) -> Variant:
+    name = f"{family}/{variant.name}"
+    return replace(variant, name=name, values={**variant.values, "out": f"runs/{name}"})
+
+
+def _read_comment(path: Path) -> tuple[str, ...]:
+    """The first sentence of a recipe's own comment."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return (first.removeprefix("#").strip(),) if first.startswith("#") else ()
 
 
 def _override(values: dict[str, Any], override: str) -> None:
