@@ -31,6 +31,10 @@ OPTIONAL = {
     "matplotlib": {"runs/plots.py"},
     "bitsandbytes": set(),
     "peft": {"experiments/bench"},
+    "scipy": {"experiments/statistics.py"},
+    "optuna": {"experiments/compare/early_stop.py"},
+    "submitit": {"experiments/compare/launch.py"},
+    "ray": {"experiments/compare/launch.py"},
     "rich": {"cli/"},  # all printing is there
 }
 
@@ -157,7 +161,20 @@ def test_help_needs_no_torch():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "eval", "generate", "merge", "convert", "inspect", "targets", "demo", "bench"):
+    for verb in (
+        "train",
+        "eval",
+        "generate",
+        "merge",
+        "convert",
+        "inspect",
+        "targets",
+        "demo",
+        "bench",
+        "recipes",
+        "compare",
+        "analyze",
+    ):
         assert verb in done.stdout
 
 

@@ -12,7 +12,9 @@ import typer
 
 from .. import __version__
 from ..errors import DoraError, Note
+from .analyze import analyze_command
 from .bench import bench_command
+from .compare import compare_command
 from .console import print_log
 from .convert import convert_command
 from .demo import demo_command
@@ -66,6 +68,8 @@ app.command("merge")(merge_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("targets")(targets_command)
+app.command("analyze")(analyze_command)
+app.command("compare")(compare_command)
 app.command("recipes")(recipes_command)
 app.command("bench")(bench_command)
 app.command("demo")(demo_command)

@@ -39,8 +39,8 @@ def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
         UsageError: if there is no such recipe, it is not YAML, or it has unknown keys or wrong values, all at once.
     """
     values = _read(path_or_name)
-    for override in overrides:
-        _override(values, override)
+    for change in overrides:
+        override(values, change)
     return Recipe(**values)
 
 
@@ -81,23 +81,28 @@ def _read_comment(path: Path) -> tuple[str, ...]:
     return (first.removeprefix("#").strip(),) if first.startswith("#") else ()
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
+def override(values: dict[str, Any], change: str) -> None:
+    """Set one value of a recipe's groups, as ``group.key=value`` says.
+
+    Raises:
+        UsageError: if that is no setting, or its value is not YAML.
+    """
+    key, found, text = change.partition("=")
     path = key.strip().split(".")
     if not found or not all(path):
-        raise UsageError(f"{override!r} is no setting; write group.key=value, such as training.max_steps=100")
-    value = _value(override, text)
+        raise UsageError(f"{change!r} is no setting; write group.key=value, such as training.max_steps=100")
+    value = _value(change, text)
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:
             inner = values[part] = {}
         if not isinstance(inner, dict):
-            raise UsageError(f"{override!r}: {part} is {inner!r} and has no settings of its own")
+            raise UsageError(f"{change!r}: {part} is {inner!r} and has no settings of its own")
         values = inner
     values[path[-1]] = value
 
 
-def _value(override: str, text: str) -> Any:
+def _value(change: str, text: str) -> Any:
     """The value as YAML, but a bare text stays as it is: `Review: {text}` is no mapping, `# {text}` no comment."""
     bare = not text.lstrip().startswith(("{", "[", '"', "'"))
     if bare and ("\n" in text or re.search(r"(^|\s)#", text)):
@@ -108,5 +113,5 @@ def _value(override: str, text: str) -> Any:
         if bare:
             return text
         hint = "; put quotes around the whole setting, where its value has spaces"
-        raise UsageError(f"{override!r}: the value is not YAML: {error}{hint}") from None
+        raise UsageError(f"{change!r}: the value is not YAML: {error}{hint}") from None
     return text if bare and isinstance(value, (dict, list)) else value
