@@ -221,7 +221,7 @@ def test_a_grid_killed_in_the_middle_goes_on(job, tmp_path):
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed = subprocess.Popen([sys.executable, "-m", "doralib", *words], start_new_session=True, **silent)
     second = out / "runs" / "dora-r2-lr0.01-seed0"
-    while not list(second.glob("checkpoints/*/whole.json")) and killed.poll() is None:
+    while not list(second.glob("checkpoints/checkpoint-*/whole.json")) and killed.poll() is None:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()

@@ -1,8 +1,8 @@
 """`doralib eval`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -25,8 +25,10 @@ _PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
 def eval_command(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="Names or YAML files, separated by commas.")],
-    out: Annotated[Path | None, typer.Option(help="Write results.json here, after each task.")] = None,
+    tasks: Annotated[str, typer.Option(help="Names or YAML files, separated by commas.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Write results.json here, after each task; with --mt-bench a folder.")
+    ] = None,
     base: Base = None,
     alpha: Alpha = None,
     dtype: Dtype = "auto",
@@ -37,38 +39,36 @@ def eval_command(
     published: Annotated[
         str | None, typer.Option(help="A packaged recipe, whose published scores are shown beside.")
     ] = None,
+    mt_bench: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl, instead of --tasks.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, e.g. http://host/v1.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    judge_price: Annotated[str | None, typer.Option(help="Dollars a million tokens, read and written: 2.5,10")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another model's answer file: judge in pairs, in both orders.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer of MT-Bench.")] = 1024,
+    yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
 ) -> None:
     """Score a base, adapted or merged model."""
     from ..checkpoints.load import load_model
-    from ..evaluation.evaluate import evaluate, read_all
-    from ..evaluation.results_file import ResultsFile
-    from ..evaluation.task_file import load_tasks
     from ..files import check_writable
     from ..formats.base import Hints
 
-    chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
-    if not chosen:
-        raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
+    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    if mt_bench is not None:
+        from .mt_bench import MtBench, run_mt_bench
+
+        if tasks or out is None:
+            raise UsageError("--mt-bench goes without --tasks, and needs --out, a folder for its files")
+        check_writable(out, "--out", folder=True)
+        asked = MtBench(mt_bench, out, judge_url, judge_model, judge_price, against, limit, max_new_tokens, yes)
+        run_mt_bench(asked, Path(model).resolve().name, load, seed)
+        return
     if resume and out is None:
         raise UsageError("--resume needs --out, the file that has the results so far")
     beside = _find_published(published)
-    file = None
-    if out is not None:
-        check_writable(out, "--out", folder=False)
-        settings = {"model": model, "base": base, "alpha": alpha, "dtype": dtype, "limit": limit, "seed": seed}
-        file = ResultsFile(out, settings)
-    results = file.read(chosen) if file and resume else {}
-    left = [task for task in chosen if task.name not in results]
-    read_all(left, limit)
-    if left:
-        loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
-    with bars() as tick:
-        for task in left:
-            found = evaluate(loaded, tokenizer, [task], batch_size=batch_size, limit=limit, seed=seed, tick=tick)
-            results |= found
-            if file:
-                file.add(task, found[task.name])
-    results = {task.name: results[task.name] for task in chosen}
+    settings = {"model": model, "base": base, "alpha": alpha, "dtype": dtype, "limit": limit, "seed": seed}
+    results = _score(tasks, load, settings, out, batch_size=batch_size, resume=resume)
     console.print(results_table(results, title=model))
     if beside is not None:
         console.print(published_table(results, beside, title=f"{model}, and {published} as published"))
@@ -76,6 +76,43 @@ def eval_command(
         console.print(wrong_answers(name, result))
     if out is not None:
         console.print(f"written: {out}")
+
+
+def _score(
+    tasks: str,
+    load: Callable[[], tuple[Any, Any]],
+    settings: Mapping[str, Any],
+    out: Path | None,
+    *,
+    batch_size: int,
+    resume: bool,
+) -> dict[str, "TaskResult"]:
+    """The result of each task; those that the file has already are not made again."""
+    from ..evaluation.evaluate import evaluate, read_all
+    from ..evaluation.results_file import ResultsFile
+    from ..evaluation.task_file import load_tasks
+    from ..files import check_writable
+
+    chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
+    if not chosen:
+        raise UsageError("--tasks names no task: give names or YAML files, separated by commas")
+    file, results = None, {}
+    if out is not None:
+        check_writable(out, "--out", folder=False)
+        file = ResultsFile(out, settings)
+        results = file.read(chosen) if resume else {}
+    left = [task for task in chosen if task.name not in results]
+    limit, seed = settings["limit"], settings["seed"]
+    read_all(left, limit)
+    if left:
+        model, tokenizer = load()
+    with bars() as tick:
+        for task in left:
+            found = evaluate(model, tokenizer, [task], batch_size=batch_size, limit=limit, seed=seed, tick=tick)
+            results |= found
+            if file:
+                file.add(task, found[task.name])
+    return {task.name: results[task.name] for task in chosen}
 
 
 def _find_published(recipe: str | None) -> "Mapping[str, float] | None":

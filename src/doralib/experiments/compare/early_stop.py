@@ -32,7 +32,7 @@ class Halving:
         return self._optuna.create_study(
             study_name=cell.name,
             storage=self._storage,
-            pruner=self._optuna.pruners.SuccessiveHalvingPruner(reduction_factor=2),
+            pruner=self._optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
             load_if_exists=True,
         )
 
