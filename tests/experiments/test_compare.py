@@ -335,10 +335,11 @@ def test_a_run_that_falls_behind_is_stopped_and_stays_so(request_for):
 
 def test_a_process_here_is_measured_and_stopped(tmp_path):
     log = tmp_path / "log"
-    code = "import sys; held = bytearray(80_000_000); print('done'); sys.exit(3)"
+    code = "import sys, time; held = bytearray(80_000_000); del held; time.sleep(3); print('done'); sys.exit(3)"
     outcome = launch_here([sys.executable, "-c", code], log, lambda: False)
     assert outcome.status == 3
-    assert 80e6 < outcome.peak_bytes < 400e6
+    if Path("/proc/self/status").exists():
+        assert 80e6 < outcome.peak_bytes < 150e6  # this process holds far more, and forked it
     assert log.read_text() == "done\n"
     outcome = launch_here([sys.executable, "-c", "import time; time.sleep(60)"], log, lambda: True)
     assert outcome.status == -signal.SIGTERM

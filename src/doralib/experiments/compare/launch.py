@@ -1,7 +1,7 @@
 """Where runs run: a process here, a job of Slurm (submitit), a task of an existing Ray cluster."""
 
 import importlib.util
-import os
+import re
 import subprocess
 import sys
 import time
@@ -39,9 +39,10 @@ def launch_here(command: Sequence[str], log: Path, unwanted: Callable[[], bool])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    asked = False
+    asked, peak = False, None
     try:
-        while (ended := _poll(process)) is None:
+        while (status := process.poll()) is None:
+            peak = _read_peak(process.pid) or peak
             if not asked and unwanted():
                 process.terminate()
                 asked = True
@@ -51,19 +52,17 @@ def launch_here(command: Sequence[str], log: Path, unwanted: Callable[[], bool])
         process.terminate()
         process.wait()
         raise
-    return ended
+    return Outcome(status, peak)
 
 
-def _poll(process: "subprocess.Popen[bytes]") -> Outcome | None:
-    if not hasattr(os, "wait4"):
-        status = process.poll()
-        return None if status is None else Outcome(status, None)
-    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-    if pid == 0:
+def _read_peak(pid: int) -> int | None:
+    """Most memory that a process has held so far, where the system says; wait4 counts what was there before exec too."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
         return None
-    process.returncode = os.waitstatus_to_exitcode(status)
-    # kilobytes, but bytes on macOS
-    return Outcome(process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    found = re.search(r"VmHWM:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 if found else None
 
 
 def launch_on_slurm(command: Sequence[str], log: Path, unwanted: Callable[[], bool]) -> Outcome:
