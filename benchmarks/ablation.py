@@ -16,7 +16,7 @@ from doralib.experiments.bench.measure import Neighbors, Turn, describe_machine,
 from doralib.experiments.bench.subjects import AdapterSettings, build, nudge
 from doralib.experiments.bench.workload import TrainingStep, base_model, token_batch
 from doralib.files import write_json
-from doralib.kernels import cache, eager, reductions
+from doralib.kernels import copies, eager, reductions
 from doralib.kernels.operands import Operands
 from doralib.layers.linear import DoraLinear
 
@@ -37,7 +37,7 @@ def each_layer_alone(model):
 
 MECHANISMS = {
     "all layers renewed together": each_layer_alone,
-    "memcmp": lambda _: mock.patch.object(cache, "_memcmp", None),
+    "memcmp": lambda _: mock.patch.object(copies, "_memcmp", None),
     "factors by columns": lambda _: mock.patch.object(Operands, "with_columns", lambda self: self),
     "batch normalization's backward": lambda _: mock.patch.object(reductions, "_sweep", reductions.plain_sweep),
     "effective weight": lambda _: mock.patch.object(eager, "_ROWS_PER_FEATURE", float("inf")),

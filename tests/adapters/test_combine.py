@@ -156,7 +156,8 @@ def test_every_kind_of_layer(model, tmp_path):
             module.__class__ = nn.Linear
             for name in "ab":
                 if place in registry.layers_of(model, name):
-                    registry.layers_of(model, name)[place].base = open_base(module)
+                    layer = registry.layers_of(model, name)[place]
+                    layer.base = layer.factors.base = open_base(module)
     for place in registry.layers_of(model, "a"):
         module = base.get_submodule(place)
         W = open_base(module).W_OI.detach().double().clone()

@@ -10,7 +10,7 @@ from conftest import make_llama
 
 import doralib
 from doralib import DoraConfig
-from doralib.kernels.cache import Copy
+from doralib.kernels.copies import Copy
 from doralib.layers.linear import DoraLinear
 
 

@@ -17,7 +17,7 @@ from doralib import DoraConfig, DoraError, UsageError
 from doralib.adapters import registry
 from doralib.adapters.save_load import complete_hints
 from doralib.adapters.scan import Scan
-from doralib.kernels import cache
+from doralib.kernels import cache, renewal
 from doralib.layers.base.opaque import Opaque
 from doralib.layers.linear import DoraLinear
 from doralib.layers.multi_adapter import MultiAdapter
@@ -84,8 +84,8 @@ def test_switching_computes_nothing_and_copies_nothing(several, monkeypatch):
     for name in CONFIGS:
         doralib.set_adapter(several, name)(ids())
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in several.named_parameters()}
-    monkeypatch.setattr(cache, "_make_norms", lambda *a: pytest.fail("a norm was computed again"))
-    monkeypatch.setattr(cache, "_make", lambda *a: pytest.fail("what follows from a norm was made again"))
+    monkeypatch.setattr(renewal, "renew_norms", lambda *a: pytest.fail("a norm was computed again"))
+    monkeypatch.setattr(cache, "renew_operands", lambda *a: pytest.fail("what follows from a norm was made again"))
 
     class Nothing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

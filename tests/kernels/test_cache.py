@@ -10,7 +10,7 @@ from torch import nn
 
 import doralib
 from doralib import DoraConfig
-from doralib.kernels import cache
+from doralib.kernels import cache, renewal
 from doralib.kernels.cache import LayerCache
 
 SIZES = {"a": (7, 5), "b": (6, 4), "c": (7, 5), "d": (1, 9)}
@@ -61,8 +61,8 @@ def renewed(monkeypatch):
             module, name, lambda changes, *more: rounds[key].append(len(changes)) or own(changes, *more)
         )
 
-    watch(cache, "_make_norms", "norms")
-    watch(cache, "_make", "operands")
+    watch(renewal, "renew_norms", "norms")
+    watch(cache, "renew_operands", "operands")
     return rounds
 
 
@@ -230,10 +230,14 @@ def test_a_parameter_that_took_anothers_place_is_the_one_that_counts(method):
     assert_current(model)
 
 
-@pytest.mark.parametrize(("name", "slot"), [("_make_norms", "_norm"), ("_make", "_made")])
-def test_another_threads_round_does_not_change_what_this_one_gets(name, slot, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name", "slot"),
+    [(renewal, "renew_norms", "last_norm"), (cache, "renew_operands", "last_operands")],
+    ids=["norms", "operands"],
+)
+def test_another_threads_round_does_not_change_what_this_one_gets(module, name, slot, monkeypatch):
     """Between a round and its use: the others' results are put in every layer's place."""
-    model, own = make(), getattr(cache, name)
+    model, own = make(), getattr(module, name)
     model()
     caches = [layer.cache for layer in model.children()]
     old = [getattr(each, slot) for each in caches]
@@ -245,7 +249,7 @@ def test_another_threads_round_does_not_change_what_this_one_gets(name, slot, mo
             setattr(each, slot, value)
         return result
 
-    monkeypatch.setattr(cache, name, with_another_thread)
+    monkeypatch.setattr(module, name, with_another_thread)
     with torch.no_grad():
         assert_current(model)
 
@@ -284,7 +288,7 @@ def test_only_generation_pays_for_columns():
         with torch.set_grad_enabled(learning):
             model()
             assert_current(model)
-        made = [layer.cache._made.operands for layer in (model.a, model.b, model.c)]
+        made = [layer.cache.last_operands.operands for layer in (model.a, model.b, model.c)]
         columns.append([each.columns_OR is not None and each.columns_OR.stride() for each in made])
         # a training step reads these, whatever came before it
         assert [each.gsb_OR.stride() for each in made] == [(3, 1), (3, 1), (2, 1)]
@@ -298,7 +302,7 @@ def test_the_rows_of_each_are_aligned_as_a_tensor_of_its_own(dtype):
     for seed in range(2):
         step(model, seed), model()
     for layer in model.children():
-        operands, seen = layer.cache._made.operands, layer.cache._norm
+        operands, seen = layer.cache.last_operands.operands, layer.cache.last_norm
         for t in (operands.gsb_OR, operands.wide_gsb_OR, seen.a_RI.value, seen.b_OR.value):
             assert t.data_ptr() % 64 == 0
 

@@ -10,7 +10,7 @@ from transformers import BartConfig, BartModel
 import doralib
 from doralib.adapters import registry
 from doralib.config import DoraConfig
-from doralib.layers.vera import DoraBank
+from doralib.layers.linear import DoraLinear
 
 QKV, REST = ("q_proj", "k_proj", "v_proj"), ("o_proj", "gate_proj", "up_proj", "down_proj")
 UD, ALL = (*QKV, "up_proj", "down_proj"), (*QKV, *REST)
@@ -106,7 +106,7 @@ def test_llava(method, trained, printed):
 def test_one_bank_for_all_layers():
     block = llama("7B")
     doralib.adapt(block, DoraConfig(method="dvora", r=1024, target_modules=ALL))
-    assert len({id(m.bank) for m in block.modules() if isinstance(m, DoraBank)}) == 1
+    assert len({id(m.bank) for m in block.modules() if isinstance(m, DoraLinear)}) == 1
 
 
 class VlBart(nn.Module):
@@ -154,7 +154,7 @@ def test_vl_bart(features, method, norms, trained, printed):
                 module.weight.requires_grad_(True)
     found = sum(p.numel() for _, p in registry.trainable(model))
     assert found == trained
-    assert len([m for m in model.modules() if isinstance(m, doralib.layers.linear.DoraLinear)]) == 36
+    assert len([m for m in model.modules() if isinstance(m, DoraLinear)]) == 36
     frozen = base + sum(p.numel() for p in model.visual_embedding.trained.parameters())
     added = found - sum(p.numel() for n, p in registry.trainable(model) if "lora" not in n)
     assert prints(found / (frozen + added), printed), found / (frozen + added)

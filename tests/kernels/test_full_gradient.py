@@ -10,9 +10,9 @@ from doralib.experiments.bench.counting import allocations, peak
 from doralib.layers.base.registry import open_base
 from doralib.layers.convolution import DoraConv
 from doralib.layers.embedding import DoraEmbedding
+from doralib.layers.factors.bank import BankFactors, bank_for
 from doralib.layers.linear import DoraLinear
 from doralib.layers.magnitude import DoraMagnitude
-from doralib.layers.vera import DoraBank, bank_for
 
 # 8 to 9 million numbers: 32 MiB in float32, of which a block of rows is 4
 BASES = {
@@ -20,7 +20,7 @@ BASES = {
     "convolution": (DoraConv, lambda: nn.Conv2d(1024, 1024, 3, bias=False)),
     "groups": (DoraConv, lambda: nn.Conv2d(4096, 4096, (20, 26), groups=1024, bias=False)),
     "embedding": (DoraEmbedding, lambda: nn.Embedding(16384, 512)),
-    "bank": (DoraBank, lambda: nn.Linear(4096, 2048, bias=False)),
+    "bank": (DoraLinear, lambda: nn.Linear(4096, 2048, bias=False)),
     "magnitude": (DoraMagnitude, lambda: nn.Linear(4096, 2048, bias=False)),
 }
 R = 4
@@ -33,10 +33,11 @@ def make(kind, dtype, **changes):
     module = module.to_empty(device="cpu").to(dtype)
     nn.init.normal_(module.weight)
     config = DoraConfig(r=R, method="dvora" if kind == "bank" else "dora", **changes)
-    layer = (
-        cls(module, bank_for([open_base(module)], config), config) if kind == "bank" else cls(module, R, 2.0, config)
-    )
-    return move(layer)
+    if kind != "bank":
+        return move(cls(module, R, 2.0, config))
+    base = open_base(module)
+    factors = BankFactors(base, bank_for([base], config), config.d_initial)
+    return move(cls(module, R, 1.0, config, base, factors))
 
 
 CASES = [(kind, dtype, "kaiming") for kind in BASES for dtype in (torch.float32, torch.bfloat16)]
@@ -47,7 +48,7 @@ CASES += [(kind, torch.float32, "pissa_niter_1") for kind in ("linear", "convolu
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_norm_and_its_gradient_hold_no_dense_temporary(kind, dtype, start, detach):
     layer = make(kind, dtype, detach_norm=detach, init_lora_weights=start)
-    layer.cache._norm = None
+    layer.cache.last_norm = None
     sizes = allocations(lambda: layer.gain().sum().backward())
     dense = 4 * layer.out_features * layer.in_features
     assert dense >= 32 * 2**20
@@ -68,9 +69,9 @@ def test_rslora_is_a_scale_by_the_root(kind):
     model = adapt(nn.Sequential(build[kind]()), DoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=("0",)))
     assert model[0].scale == 3.0
     with torch.no_grad():
-        model[0].lora_A.normal_()
-        model[0].lora_B.normal_()
-    A, B = (p.detach().flatten(1) for p in (model[0].lora_A, model[0].lora_B))
+        model[0].a_RI.normal_()
+        model[0].b_OR.normal_()
+    A, B = model[0].a_RI.detach(), model[0].b_OR.detach()
     V = model[0].base.W_OI.detach() + 3.0 * B @ A
     want = (model[0].lora_magnitude_vector / V.norm(dim=1))[:, None] * V
     torch.testing.assert_close(model[0].merged_weight(), want)

@@ -17,7 +17,8 @@ from doralib.checkpoints.merge import merge_checkpoint
 from doralib.config import DoraConfig, FusedParts
 from doralib.errors import DoraError, UsageError
 from doralib.functional import merge_weight, row_norm_sq
-from doralib.layers.fused import DoraFused, adapted_rows
+from doralib.layers.base.registry import open_base
+from doralib.layers.factors.fused import FusedFactors, adapted_rows
 from doralib.layers.linear import DoraLinear
 
 I, R, S = 7, 2, 1.5
@@ -48,7 +49,8 @@ def make(layout, dtype=torch.float64, base="linear", moved=True, bias=True, r=R,
         module = Hidden(I, O, bias=bias)
     with torch.no_grad():
         (module.weight.T if base == "conv1d" else module.weight)[0] = 0
-    layer = DoraFused(module.to(dtype), parts, r, S, DoraConfig(r=r, **changes))
+    base = open_base(module.to(dtype))
+    layer = DoraLinear(module, r, S, DoraConfig(r=r, **changes), base, FusedFactors(base, parts))
     return move(layer, 0.3) if moved else layer
 
 
@@ -66,12 +68,16 @@ def test_rows_of_the_layouts():
         adapted_rows(FusedParts(parts=("q", "k", "v"), adapt=("q",), repeats=2), 10)
 
 
+def is_fused(module):
+    return isinstance(module, DoraLinear) and isinstance(module.factors, FusedFactors)
+
+
 def separate(layer, detach):
     """A DoraLinear for each adapted part, with the same values and leaves of its own."""
     W, bias = layer.base.W_OI.detach(), layer.base.bias
     config = DoraConfig(r=R, method="lora" if layer.lora_magnitude_vector is None else "dora", detach_norm=detach)
     start, alone = 0, []
-    for p, rows in enumerate(layer.rows_by_part):
+    for p, rows in enumerate(layer.values().rows):
         module = nn.Linear(I, len(rows), bias=bias is not None).to(W.dtype)
         with torch.no_grad():
             module.weight.copy_(W[rows])
@@ -108,7 +114,7 @@ def test_it_equals_separate_layers_in_output_and_every_gradient(layout, method, 
     x = torch.randn(3, 5, I, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     want = layer.base_layer(x)
-    for rows, one in zip(layer.rows_by_part, alone, strict=True):
+    for rows, one in zip(layer.values().rows, alone, strict=True):
         want = want.index_copy(2, rows, one(x))
     torch.testing.assert_close(y, want)
     dy = torch.randn_like(y)
@@ -186,7 +192,7 @@ def test_evaluation_sees_every_change(method):
     x = torch.randn(3, I)
     for _ in range(3):
         want = layer.base_layer(x)
-        for rows, one in zip(layer.rows_by_part, separate(layer, detach=True), strict=True):
+        for rows, one in zip(layer.values().rows, separate(layer, detach=True), strict=True):
             want = want.index_copy(1, rows, one(x))
         with torch.no_grad():
             torch.testing.assert_close(layer(x), want)
@@ -267,12 +273,12 @@ def test_models_save_load_merge_and_peft_computes_the_same(name, method, rslora,
     settings = config(name, method=method, use_rslora=rslora, rank_pattern={r".*\.1\..*": 2})
     model = doralib.adapt(copy.deepcopy(plain), settings)
     assert torch.equal(logits(model), logits(plain))
-    fused = {n: m for n, m in model.named_modules() if isinstance(m, DoraFused)}
+    fused = {n: m for n, m in model.named_modules() if is_fused(m)}
     assert len(fused) == 2 * len(settings.fused_modules)
     doralib.save_adapter(move(model), tmp_path / "adapter")
     assert (logits(model) - logits(plain)).abs().max() > 1e-3
     again = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
-    assert all(isinstance(again.get_submodule(n), DoraFused) for n in fused)
+    assert all(is_fused(again.get_submodule(n)) for n in fused)
     assert torch.equal(logits(again), logits(model))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-4)
@@ -287,7 +293,7 @@ def test_models_save_load_merge_and_peft_computes_the_same(name, method, rslora,
     # without our own settings it is one layer of all the ranks, with the same numbers
     (tmp_path / "adapter" / "doralib_config.json").unlink()
     bare = doralib.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
-    assert not any(isinstance(m, DoraFused) for m in bare.modules())
+    assert not any(is_fused(m) for m in bare.modules())
     torch.testing.assert_close(logits(bare), logits(model), atol=1e-5, rtol=1e-4)
     with doralib.disabled(model):
         assert torch.equal(logits(model), logits(plain))

@@ -9,10 +9,11 @@ from ..layers.base.linear import Dense
 from ..layers.convolution import DoraConv
 from ..layers.embedding import DoraEmbedding, DoraTokenEmbedding
 from ..layers.experts import AdaptedExperts
-from ..layers.fused import DoraFused, check_parts
+from ..layers.factors.bank import Bank, BankFactors, bank_for
+from ..layers.factors.fused import FusedFactors, check_parts
+from ..layers.layer import DoraLayer
 from ..layers.linear import DoraLinear
 from ..layers.magnitude import DoraMagnitude
-from ..layers.vera import Bank, DoraBank, bank_for
 from ..layers.wrapper import AdapterLayer, TrainedCopy
 from ..quantization import keep_readable
 from ..state import AdapterState
@@ -112,14 +113,14 @@ def _make_layers(found: Scan, config: DoraConfig, targets: Targets) -> dict[str,
     return layers | {name: TrainedCopy(found.modules[name]) for name in targets.whole}
 
 
-_LAYERS: dict[str, type[DoraLinear]] = {
+_LAYERS: dict[str, type[DoraLayer]] = {
     "convolution": DoraConv,
     "transposed_convolution": DoraConv,
     "embedding": DoraEmbedding,
 }
 
 
-def _make_layer(base: Dense, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLinear:
+def _make_layer(base: Dense, name: str, config: DoraConfig, bank: Bank | None, *, alone: bool) -> DoraLayer:
     module, parts, size = base.module, config.fused_parts(name), (config.rank_of(name), config.scale_of(name))
     by_token = base.kind == "embedding" and config.has_magnitude and config.embedding_axis == "token"
     if alone and by_token:
@@ -127,9 +128,9 @@ def _make_layer(base: Dense, name: str, config: DoraConfig, bank: Bank | None, *
     if alone:
         return DoraMagnitude(module, 1, 1.0, config, base)
     if bank is not None:
-        return DoraBank(module, bank, config, base)
+        return DoraLinear(module, config.r, 1.0, config, base, BankFactors(base, bank, config.d_initial))
     if parts is not None:
-        return DoraFused(module, parts, *size, config, base)
+        return DoraLinear(module, *size, config, base, FusedFactors(base, parts, config.init_lora_weights))
     layer = DoraTokenEmbedding if by_token else _LAYERS.get(base.kind, DoraLinear)
     return layer(module, *size, config, base)
 

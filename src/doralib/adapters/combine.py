@@ -10,7 +10,7 @@ from .. import functional as F
 from ..config import DoraConfig
 from ..errors import UsageError
 from ..formats.tensors import make_config
-from ..layers.linear import DoraLinear
+from ..layers.layer import DoraLayer
 from ..state import AdapterState, LayerAdapter
 from .adapt import Model
 from .build import Targets, find_biases
@@ -56,10 +56,10 @@ def add_weighted_adapter(model: Model, adapters: Mapping[str, float], adapter_na
 
 @torch.no_grad()
 def _combine_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[str, LayerAdapter]:
-    by_place: dict[str, list[tuple[float, DoraLinear]]] = {}
+    by_place: dict[str, list[tuple[float, DoraLayer]]] = {}
     for name, weight in adapters.items():
         for place, layer in parts_of(model, name).items():
-            assert isinstance(layer, DoraLinear)
+            assert isinstance(layer, DoraLayer)
             by_place.setdefault(place, []).append((weight, layer))
     # PEFT's file has a magnitude in every layer or in none
     with_m = any(layer.lora_magnitude_vector is not None for layers in by_place.values() for _, layer in layers)
@@ -74,7 +74,7 @@ def _combine_layers(model: nn.Module, adapters: Mapping[str, float]) -> dict[str
     return combined
 
 
-def _combine_layer(layers: list[tuple[float, DoraLinear]], *, with_m: bool) -> LayerAdapter:
+def _combine_layer(layers: list[tuple[float, DoraLayer]], *, with_m: bool) -> LayerAdapter:
     base, norm = layers[0][1].base, layers[0][1].cache
     parts = []
     for weight, layer in layers:

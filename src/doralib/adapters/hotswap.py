@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..layers.vera import find_other_bank
+from ..layers.factors.bank import find_other_bank
 from ..state import AdapterState
 from .adapt import Model
 from .fsdp import check_unsharded

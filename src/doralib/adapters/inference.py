@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..kernels.cache import LayerCache
-from ..layers.linear import DoraLinear
+from ..layers.layer import DoraLayer
 from .fsdp import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,4 +42,4 @@ def forget(model: nn.Module) -> None:
 
 
 def _caches(model: nn.Module) -> list[LayerCache]:
-    return [module.cache for module in model.modules() if isinstance(module, DoraLinear)]
+    return [module.cache for module in model.modules() if isinstance(module, DoraLayer)]

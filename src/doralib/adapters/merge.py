@@ -14,7 +14,7 @@ from ..errors import DoraError, UsageError
 from ..layers.base.linear import Dense
 from ..layers.base.opaque import Quantized
 from ..layers.base.registry import open_base
-from ..layers.linear import DoraLinear
+from ..layers.layer import DoraLayer
 from ..layers.wrapper import Place, base_module
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
 from .adapt import Model, replace_places, restore_base
@@ -45,7 +45,7 @@ class Merging:
         layer = place.adapter_layer(self.active)
         if layer is None:
             return base_module(place)
-        if not (isinstance(layer, DoraLinear) and isinstance(layer.base, Quantized)):
+        if not (isinstance(layer, DoraLayer) and isinstance(layer.base, Quantized)):
             return layer.merged()
         V_OI = layer.merged_weight()
         if self.dtype is not None:

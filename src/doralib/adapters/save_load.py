@@ -16,7 +16,7 @@ from ..formats import FORMATS
 from ..formats.base import Hints
 from ..formats.files import read_any_format, write_raw_adapter
 from ..formats.pipeline import check_component, take_component
-from ..layers.vera import find_other_bank
+from ..layers.factors.bank import find_other_bank
 from ..state import AdapterState, MovedValues
 from .adapt import Model, check_beside, check_name, put_beside, put_first
 from .build import choose_by_state, in_words

@@ -8,11 +8,11 @@ from torch.nn import functional as nnf
 from .. import functional as F
 from ..kernels.dropout import dropped
 from .base.convolution import Convolution
-from .linear import DoraLinear
+from .layer import DoraLayer
 from .wrapper import AroundBase, ReadsThrough, autocast
 
 
-class DoraConv(ReadsThrough, AroundBase, DoraLinear):
+class DoraConv(ReadsThrough, AroundBase, DoraLayer):
     """A frozen convolution, transposed or not, whose output channels learn a length (m) and a low-rank turn (B A).
 
     ``y = g ∘ (W * x + s B * A * x) + bias`` with ``g = m / |W + s B A|``, the length taken over everything that makes
@@ -42,7 +42,7 @@ class DoraConv(ReadsThrough, AroundBase, DoraLinear):
         if self.groups > 1:
             change_OI = sb_OR @ self.a_RI
             return self.base.product(x, change_OI.to(x.dtype).unflatten(1, self._row), *output_size)
-        A, B = self.factors
+        A, B = self.factors.pair(self)
         xa = self.base.product(x, A.to(x.dtype), *output_size)
         pointwise = (nnf.conv1d, nnf.conv2d, nnf.conv3d)[A.dim() - 3]
         return pointwise(xa, sb_OR.to(x.dtype).view_as(B))

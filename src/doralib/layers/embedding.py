@@ -11,27 +11,24 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from .base.embedding import Embedding, TokenEmbedding
 from .base.linear import Dense
+from .factors.embedding import EmbeddingFactors, TokenFactors
+from .factors.low_rank import LowRank
 from .init import takes_part_of_weight
-from .linear import DoraLinear
+from .layer import DoraLayer
 from .wrapper import AroundBase, ReadsThrough
 
 
-class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
+class DoraEmbedding(ReadsThrough, AroundBase, DoraLayer):
     """A frozen embedding whose dimensions learn a length (m) and a low-rank turn of direction (B A).
 
     ``y = f g ∘ (W[:, i] + s B A[:, i])`` for token i with ``g = m / |W + s B A|``, W (dim, vocabulary) and f the factor
-    of a scaled embedding. As in PEFT the start is A = 0, B normal: a padding token's column of A gets no gradient, so
-    a padding row of zeros stays zero. There is no dropout: its input is a token.
+    of a scaled embedding. There is no dropout: its input is a token.
 
     Raises:
         DoraError: with max_norm, for which torch writes to the frozen weight.
     """
 
     base: Embedding
-    lora_embedding_A: nn.Parameter
-    """(R, vocabulary)."""
-    lora_embedding_B: nn.Parameter
-    """(dim, R)."""
 
     def __init__(
         self, base_layer: nn.Module, r: int, scale: float, config: DoraConfig, base: Dense | None = None
@@ -45,31 +42,18 @@ class DoraEmbedding(ReadsThrough, AroundBase, DoraLinear):
             )
         super().__init__(base_layer, r, scale, config, base)
 
-    @property
-    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
-        """A under the name that all layers share."""
-        return self.lora_embedding_A
-
-    @property
-    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
-        """B, likewise."""
-        return self.lora_embedding_B
+    @staticmethod
+    def choose_factors(base: Dense, config: DoraConfig) -> LowRank:  # noqa: ARG004
+        return EmbeddingFactors(base)
 
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
-        gain_O = self.gain()
-        sb_OR = self.lora_B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
+        (A, B), gain_O = self.factors.pair(self), self.gain()
+        sb_OR = B * (self.scale if gain_O is None else (gain_O * self.scale)[:, None])
         if self.base.factor is not None:
             sb_OR = sb_OR * self.base.factor.to(sb_OR)
-        a = nnf.embedding(tokens, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        a = nnf.embedding(tokens, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         change = a.to(y.dtype) @ sb_OR.to(y.dtype).T
         return y + change if gain_O is None else F.add_gain(y, y, gain_O, change)
-
-    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.lora_embedding_A, self.lora_embedding_B = a, b
-
-    def _start_factors(self) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
 
 
 class DoraTokenEmbedding(DoraEmbedding):
@@ -77,35 +61,27 @@ class DoraTokenEmbedding(DoraEmbedding):
 
     ``y = f g ∘ (W[i] + s (B A[:, i])ᵀ)`` for token i with ``g = m[i] / |W[i] + s (B A[:, i])ᵀ|``, W (vocabulary, dim).
     Only the rows that are looked up are computed, and their lengths anew each time. The parameters are those of
-    `DoraEmbedding`, with m (vocabulary,); as rows, A is what `lora_embedding_B` holds, and B `lora_embedding_A`.
+    `DoraEmbedding`, with m (vocabulary,).
     """
 
     @staticmethod
     def as_rows(base: Dense) -> Dense:
         return TokenEmbedding(base.module) if isinstance(base, Embedding) else base
 
-    @property
-    def lora_A(self) -> Tensor:  # type: ignore[override]
-        """A as rows, (R, dim), a view."""
-        return self.lora_embedding_B.T
-
-    @property
-    def lora_B(self) -> Tensor:  # type: ignore[override]
-        """B as rows, (vocabulary, R), a view."""
-        return self.lora_embedding_A.T
+    @staticmethod
+    def choose_factors(base: Dense, config: DoraConfig) -> LowRank:  # noqa: ARG004
+        return TokenFactors(base)
 
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
         # autocast would take the lengths in half precision
         with torch.autocast(y.device.type, enabled=False):
+            A, B = self.factors.pair(self)
             look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
             assert self.lora_magnitude_vector is not None
-            a = look_up(self.lora_B, scale_grad_by_freq=self.scale_grad_by_freq)
+            a = look_up(B, scale_grad_by_freq=self.scale_grad_by_freq)
             m = look_up(self.lora_magnitude_vector[:, None], scale_grad_by_freq=self.scale_grad_by_freq)
-            change = a @ (self.lora_A * self.scale)
+            change = a @ (A * self.scale)
             n = torch.linalg.vector_norm(look_up(self.base.W_OI).to(change.dtype) + change, dim=-1, keepdim=True)
             g = F.kept(F.gain(m, n.detach() if self.detach_norm else n), a)
             turned = g * change if self.base.factor is None else g * change * self.base.factor.to(change)
             return F.add_gain(y, y, g, turned.to(y.dtype))
-
-    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        super()._register_factors(nn.Parameter(b.new_empty(b.T.shape)), nn.Parameter(a.new_empty(a.T.shape)))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import DoraConfig
 from ..kernels.experts import adapted_weights
-from ..state import ExpertsValues
+from ..state import ExpertsValues, LayerAdapter
+from .factors.low_rank import fill_pairs
 from .init import DRAWN
 from .wrapper import AdapterLayer, Part, ReadsThrough
 
@@ -80,6 +81,9 @@ class DoraExperts(Part):
 
     def values(self) -> ExpertsValues:
         return ExpertsValues(self.lora_A, self.lora_B, self.lora_magnitude_vector)
+
+    def fill_factors(self, given: LayerAdapter | None) -> None:
+        fill_pairs(self.state().pairs(), given, self.scale)
 
     def row_lengths(self) -> Tensor:
         weights = zip(self.stack.W_EOI, self.lora_A, self.lora_B, strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .linear import DoraLinear
+from .layer import DoraLayer
 from .wrapper import AdapterLayer, Place
 
 
@@ -100,7 +100,7 @@ class MultiAdapter(Place):
 
     def _one_row_each(self, plan: RowPlan, x: Tensor, layers: dict[str, AdapterLayer]) -> Tensor:
         """The input, once its first dimension is the batch's rows."""
-        bases = [layer.base for layer in layers.values() if isinstance(layer, DoraLinear)]
+        bases = [layer.base for layer in layers.values() if isinstance(layer, DoraLayer)]
         kind, batched = "", 1
         if bases:
             kind = bases[0].kind

@@ -61,7 +61,7 @@ class Part(Masters, ABC):
 
         A smaller rank is filled up with zeros, and another scale is multiplied into B.
         """
-        self._fill_factors(given)
+        self.fill_factors(given)
         m_O, given_O = self.lora_magnitude_vector, None if given is None else given.tensors().get("m")
         if m_O is not None and given_O is not None:
             m_O.copy_(given_O)
@@ -70,23 +70,9 @@ class Part(Masters, ABC):
             # a row of length zero has an infinite norm there
             m_O.copy_(n_O.masked_fill(n_O.isinf(), 0))
 
-    def _fill_factors(self, given: LayerAdapter | None) -> None:
-        values, mine = self.values(), self.state().pairs()
-        if isinstance(values, MovedValues):
-            # nothing fits over it but its start
-            values.A.copy_(values.start_A)
-            values.B.copy_(values.start_B)
-            return
-        for _, B in mine:
-            B.zero_()
-        if given is None:
-            return
-        for (A, B), (a, b) in zip(mine, given.pairs(), strict=True):
-            # a larger rank turns nothing
-            if len(a) <= len(A):
-                A[len(a) :] = 0
-                A[: len(a)] = a.to(A)
-                B[:, : len(a)] = b.to(B) * (given.scale / self.scale)
+    @abstractmethod
+    def fill_factors(self, given: LayerAdapter | None) -> None:
+        """`fill` for all but m."""
 
     def find_conflict(self, given: LayerAdapter) -> str:  # noqa: ARG002
         """Why values of this kind can never be put in here, or ""."""

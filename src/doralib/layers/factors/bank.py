@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..config import DoraConfig
-from ..errors import DoraError
-from ..kernels.cache import LayerCache
-from ..kernels.dropout import dropped
-from ..state import AdapterState, BankValues, LayerAdapter
-from .base.linear import Dense
-from .linear import DoraLinear
-from .wrapper import AroundBase, autocast
+from ...config import DoraConfig
+from ...errors import DoraError
+from ...kernels.cache import LayerCache
+from ...state import AdapterState, BankValues, LayerAdapter
+from ..base.linear import Dense
+from .low_rank import Holder, LowRank
 
 
 class Bank(nn.Module):
@@ -98,81 +96,57 @@ class _Scaled:
         return self.base.transposed_times(c_OR)
 
 
-class DoraBank(AroundBase, DoraLinear):
-    """A frozen linear layer with ``V = W + diag(b) B diag(d) A``: d and b are trained, and m for DVoRA.
+class BankFactors(LowRank):
+    """``diag(b) B diag(d) A`` with d (R,) and b (O,) trained: VeRA, and DVoRA with m.
 
     ``y = g ∘ (x Wᵀ + b ∘ (B (d ∘ (A x)))) + bias`` with ``g = m / |V|``, or 1 for VeRA. The start is b = 0 and
     d = `d_initial`: nothing changes, bit for bit. Sources: arXiv 2310.11454; 2402.09353, section 5.4.
+
+    Raises:
+        DoraError: if the layer is not linear.
     """
 
-    vera_lambda_d: nn.Parameter
-    """(R,)."""
-    vera_lambda_b: nn.Parameter
-    """(O,)."""
+    in_kernels = False
 
-    def __init__(self, base_layer: nn.Module, bank: Bank, config: DoraConfig, base: Dense | None = None) -> None:
-        self._freeze(base_layer, 1.0, config, base)
-        if self.base.kind != "linear":
-            raise DoraError(f"{type(base_layer).__qualname__}: VeRA and DVoRA adapt linear layers only")
-        self.bank, self.d_initial = bank, config.d_initial
-        self.cache = LayerCache(_Scaled(self.base, bank))
-        self._add_parameters(config.r, config)
+    def __init__(self, base: Dense, bank: Bank, d_initial: float) -> None:
+        if base.kind != "linear":
+            raise DoraError(f"{type(base.module).__qualname__}: VeRA and DVoRA adapt linear layers only")
+        super().__init__(base)
+        self.bank, self.d_initial = bank, d_initial
+        self.cache = LayerCache(_Scaled(base, bank))
 
-    @property
-    def lora_A(self) -> Tensor:  # type: ignore[override]
-        """``diag(d) A``, (R, I), made anew."""
-        return self.factors[0]
+    def add_to(self, layer: Holder, r: int) -> None:
+        a, b = self._empty(r)
+        layer.bank = self.bank  # moves with the model
+        layer.vera_lambda_d, layer.vera_lambda_b = (nn.Parameter(p.new_empty(len(p))) for p in (a, b))
 
-    @property
-    def lora_B(self) -> Tensor:  # type: ignore[override]
-        """``diag(b) B``, (O, R), made anew."""
-        return self.factors[1]
+    def reset(self, layer: Holder) -> None:
+        nn.init.constant_(layer.vera_lambda_d, self.d_initial)
+        nn.init.zeros_(layer.vera_lambda_b)
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Both, made anew."""
-        values = self.values()
+    def pair(self, layer: Holder) -> tuple[Tensor, Tensor]:
+        """``diag(d) A`` and ``diag(b) B``, made anew."""
+        values = self.values(layer)
         return values.a_RI, values.b_OR
 
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return len(self.vera_lambda_d)
+    def rank(self, layer: Holder) -> int:
+        return len(layer.vera_lambda_d)
 
-    def gain(self) -> Tensor | None:
-        """``g = m / |V|``, (O,), or None for VeRA."""
-        if self.lora_magnitude_vector is None:
-            return None
-        if self.detach_norm:
-            return self.lora_magnitude_vector / self.row_lengths()
-        # not remembered: that would take both factors' memory for each layer
-        return self.lora_magnitude_vector / LayerCache(self.base).norm(*self.factors, 1.0, detach=False)
+    def values(self, layer: Holder) -> BankValues:
+        bank, num_in = (self.bank.A, self.bank.B), self.base.shape[1]
+        return BankValues(bank, layer.vera_lambda_d, layer.vera_lambda_b, layer.lora_magnitude_vector, num_in)
 
-    def around(self, y: Tensor, x: Tensor) -> Tensor:
-        self.base.refuse_backward(x)
-        x = autocast(x)
-        dropout = self._draw_dropout(x)
-        x_a = dropped(x, dropout)
-        a, b = self.bank.A[:, : self.in_features], self.bank.B[: self.out_features]
-        scaled = nnf.linear(x_a, a.to(x.dtype)) * self.vera_lambda_d.to(x.dtype)
-        change = nnf.linear(scaled, b.to(x.dtype)) * self.vera_lambda_b.to(x.dtype)
-        return self._compose(y, change, x_a, dropout)
-
-    def values(self) -> BankValues:
-        bank = self.bank.A, self.bank.B
-        return BankValues(bank, self.vera_lambda_d, self.vera_lambda_b, self.lora_magnitude_vector, self.in_features)
-
-    def _register_factors(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.vera_lambda_d = nn.Parameter(a.new_empty(a.shape[0]))
-        self.vera_lambda_b = nn.Parameter(b.new_empty(b.shape[0]))
-
-    def _start_factors(self) -> None:
-        nn.init.constant_(self.vera_lambda_d, self.d_initial)
-        nn.init.zeros_(self.vera_lambda_b)
-
-    def _fill_factors(self, given: LayerAdapter | None) -> None:
-        for key, p in {"d": self.vera_lambda_d, "b": self.vera_lambda_b}.items():
+    def fill(self, layer: Holder, given: LayerAdapter | None) -> None:
+        for key, p in {"d": layer.vera_lambda_d, "b": layer.vera_lambda_b}.items():
             p.copy_(given.tensors()[key] if given is not None else torch.zeros_like(p))
 
-    def row_lengths(self) -> Tensor:
-        return self.cache.norm(self.vera_lambda_d, self.vera_lambda_b, 1.0, detach=True)
+    def norm(self, layer: Holder, *, detach: bool) -> Tensor:
+        if detach:
+            return self.cache.norm(layer.vera_lambda_d, layer.vera_lambda_b, 1.0, detach=True)
+        # not remembered: that would take both factors' memory for each layer
+        return LayerCache(self.base).norm(*self.pair(layer), 1.0, detach=False)
+
+    def product(self, layer: Holder, x: Tensor) -> Tensor:
+        O, I = self.base.shape
+        scaled = nnf.linear(x, self.bank.A[:, :I].to(x.dtype)) * layer.vera_lambda_d.to(x.dtype)
+        return nnf.linear(scaled, self.bank.B[:O].to(x.dtype)) * layer.vera_lambda_b.to(x.dtype)
