@@ -56,7 +56,7 @@ def launch_here(command: Sequence[str], log: Path, unwanted: Callable[[], bool])
 
 
 def _read_peak(pid: int) -> int | None:
-    """Most memory that a process has held so far, where the system says; wait4 counts what was there before exec too."""
+    """Most memory that a process has held so far, where the system says; wait4 would count what stood before exec."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
