@@ -69,9 +69,13 @@ def compare_command(
         for command in list_commands(request):
             print(command)
         return
+    launch = find_launcher(launcher)
     # as Ctrl-C: a run that nobody watches any more is stopped with a checkpoint
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    comparison = compare(request, find_launcher(launcher), at_once=at_once)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        comparison = compare(request, launch, at_once=at_once)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     written = write_results(comparison)
     _show(comparison)
     console.print(f"written: {', '.join(str(path) for path in written[:2])}, and figures")

@@ -70,7 +70,7 @@ def launch_on_slurm(command: Sequence[str], log: Path, unwanted: Callable[[], bo
     import submitit  # noqa: PLC0415  wanted with --launcher slurm alone
 
     executor = submitit.AutoExecutor(folder=log.parent)
-    job = executor.submit(submitit.helpers.CommandFunction(list(command), verbose=False))
+    job = executor.submit(submitit.helpers.CommandFunction(list(command)))
     try:
         while not job.done():
             if unwanted():
