@@ -32,6 +32,7 @@ OPTIONAL = {
     "bitsandbytes": set(),
     "peft": {"experiments/bench"},
     "scipy": {"experiments/statistics.py"},
+    "lm_eval": {"evaluation/harness.py"},
     "optuna": {"experiments/compare/early_stop.py"},
     "submitit": {"experiments/compare/launch.py"},
     "ray": {"experiments/compare/launch.py"},

@@ -39,6 +39,9 @@ def eval_command(
     published: Annotated[
         str | None, typer.Option(help="A packaged recipe, whose published scores are shown beside.")
     ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for rows of a local file.")
+    ] = None,
     mt_bench: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl, instead of --tasks.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, e.g. http://host/v1.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
@@ -64,6 +67,11 @@ def eval_command(
         asked = MtBench(mt_bench, out, judge_url, judge_model, judge_price, against, limit, max_new_tokens, yes)
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
+    if harness is not None:
+        if tasks:
+            raise UsageError("--harness goes without --tasks: the two are scored by different programs")
+        _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        return
     if resume and out is None:
         raise UsageError("--resume needs --out, the file that has the results so far")
     beside = _find_published(published)
@@ -75,6 +83,29 @@ def eval_command(
     for name, result in results.items():
         console.print(wrong_answers(name, result))
     if out is not None:
+        console.print(f"written: {out}")
+
+
+def _run_harness(
+    asked: str,
+    load: Callable[[], tuple[Any, Any]],
+    out: Path | None,
+    name: str,
+    *,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+) -> None:
+    from ..evaluation.harness import run_harness
+    from ..files import check_writable, write_json
+
+    if out is not None:
+        check_writable(out, "--out", folder=False)
+    words = [word.strip() for word in asked.split(",") if word.strip()]
+    results = run_harness(*load(), words, batch_size=batch_size, limit=limit, seed=seed)
+    console.print(results_table(results, title=f"{name}, by lm-eval"))
+    if out is not None:
+        write_json(out, {"model": name, "after": {task: result.to_json() for task, result in results.items()}})
         console.print(f"written: {out}")
 
 
