@@ -194,6 +194,7 @@ def test_spectra_and_intruders():
 
 
 def test_correlations_are_pooled_and_beside_the_papers():
+    pytest.importorskip("scipy")
     made = [
         WeightMovement("x", method, step, layer, module, sign * (layer + step), layer + step + (module == "v_proj"))
         for method, sign in (("full", -1), ("lora", 1))

@@ -242,7 +242,7 @@ def test_a_failure_stops_the_cells_beside_it(request_for, tmp_path):
     stopped = []
 
     def launch(command, log, unwanted):
-        if "lora" in command[-1]:
+        if "dora" in command[-1]:  # the later one, so that nobody waits for the one before it
             return Outcome(1, None)
         ends = time.monotonic() + 30
         while not unwanted() and time.monotonic() < ends:
@@ -251,7 +251,7 @@ def test_a_failure_stops_the_cells_beside_it(request_for, tmp_path):
         return Outcome(130, None)
 
     recipe = request_for().recipe.model_copy(update={"eval": Recipe.model_fields["eval"].get_default()})
-    with pytest.raises(DoraError, match=r"lora-r2-lr0\.01-seed0 failed"):
+    with pytest.raises(DoraError, match=r"dora-r2-lr0\.01-seed0 failed"):
         compare(request_for(recipe=recipe), launch, at_once=2)
     assert stopped == [True]
 

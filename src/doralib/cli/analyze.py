@@ -42,6 +42,7 @@ def analyze_command(
     from ..experiments.analyze.measure import measure
     from ..experiments.analyze.report import write_results
     from ..experiments.analyze.sources import find_sources
+    from ..experiments.statistics import import_stats
     from ..files import check_writable
     from ..formats.base import Hints
 
@@ -50,6 +51,7 @@ def analyze_command(
     if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):
         raise UsageError(f"{', '.join(twice)}: two folders have this name, by which results are told apart; rename one")
     check_writable(out, "--out", folder=True)
+    import_stats()
     wanted = [name.strip() for name in (modules or "").split(",") if name.strip()]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "base"

@@ -46,7 +46,7 @@ def mean_interval(values_N: Floats, seed: int = 0) -> Interval:
     value = float(values_N.mean())
     if len(values_N) < 2 or not values_N.std():
         return Interval(value, value, value)
-    drawn = _import_stats().bootstrap(
+    drawn = import_stats().bootstrap(
         (values_N,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(seed)
     )
     return Interval(value, float(drawn.confidence_interval.low), float(drawn.confidence_interval.high))
@@ -63,7 +63,7 @@ def correlation(
     pairs_N2 = np.array([x_N, y_N], dtype=float).T
     if len(pairs_N2) < 3 or not pairs_N2.std(axis=0).all():
         return None
-    stats = _import_stats()
+    stats = import_stats()
     measure = stats.pearsonr if kind == "pearson" else stats.spearmanr
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(RESAMPLES // 5):
@@ -74,7 +74,12 @@ def correlation(
     return Interval(float(measure(*pairs_N2.T).statistic), float(low), float(high))
 
 
-def _import_stats() -> Any:
+def import_stats() -> Any:
+    """The package scipy.stats.
+
+    Raises:
+        UsageError: if scipy is not installed.
+    """
     try:
         from scipy import stats  # noqa: PLC0415  an extra, wanted here only
     except ImportError:

@@ -1,5 +1,6 @@
 """compare.html and its figures: scores by rank, losses by rate, the axis, time and memory."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
         scores = [_mean_text(*each.scores[task]) for task in tasks]
         peak = "" if each.peak_bytes is None else f"{each.peak_bytes / 1e9:.2f} GB"
         name = each.cell.text(comparison.request.axis)
-        rows.append([name, f"{each.rate:g}", str(each.seeds), f"{each.loss:.4f}", *scores, f"{each.seconds:.0f}", peak])
+        loss = f"{each.loss:.4f}" if math.isfinite(each.loss) else ""
+        rows.append([name, f"{each.rate:g}", str(each.seeds), loss, *scores, f"{each.seconds:.0f}", peak])
     return head, rows
 
 

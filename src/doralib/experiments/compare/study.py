@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ...evaluation.evaluate import TaskResult, read_all
 from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
 from ...runs.folder import RunFolder
+from ..statistics import import_stats
 from .early_stop import Halving
 from .grid import Cell, Request, Run, check_request, make_recipe
 from .launch import Launch, own_command, tail
@@ -85,6 +86,7 @@ def compare(request: Request, launch: Launch, *, at_once: int = 1) -> Comparison
         DoraError: if a run fails; the others stay, and the same call goes on.
     """
     check_request(request)
+    import_stats()  # for the last step: hours later would be too late to say that it is missing
     tasks = load_tasks(request.recipe.eval.tasks)
     read_all(tasks, request.recipe.eval.limit)
     _claim(request)
@@ -102,7 +104,11 @@ def _do_cells(work: "_Work", at_once: int) -> list[list[RunResult]]:
         return [work.do_cell(cell) for cell in cells]
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return [*pool.map(work.do_cell, cells)]
+            futures = [pool.submit(work.do_cell, cell) for cell in cells]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for failed in (future for future in futures if future.done() and future.exception()):
+                failed.result()
+            return [future.result() for future in futures]
         except BaseException:
             work.halted.set()
             pool.shutdown(wait=False, cancel_futures=True)
