@@ -23,13 +23,13 @@ from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import TaskResult
 from doralib.experiments.compare import launch as launching
 from doralib.experiments.compare.early_stop import Halving
-from doralib.experiments.compare.grid import Cell, Request, Run, check_request, make_recipe
+from doralib.experiments.compare.grid import Cell, Grid, Run, check_grid, make_recipe
 from doralib.experiments.compare.launch import Outcome, find_launcher, launch_here
 from doralib.experiments.compare.rates import next_step, rate_at
-from doralib.experiments.compare.report import write_results
+from doralib.experiments.compare.report import write_comparison
 from doralib.experiments.compare.study import compare, list_commands
-from doralib.experiments.compare.table import COLUMNS, find_differences, summarize
-from doralib.experiments.statistics import correlation, mean_interval, paired_difference, spread
+from doralib.experiments.compare.table import COLUMNS, compare_methods, summarize
+from doralib.experiments.statistics import correlation, deviation, mean_interval, paired_difference
 from doralib.recipe import Recipe
 
 WORDS = ["good", "bad", "fine", "dull", "brilliant", "terrible", "film", "movie"]
@@ -71,7 +71,7 @@ def job(tmp_path, tiny_llama_folder):
 def request_for(job, tmp_path):
     def make(**changes):
         known = {"recipe": Recipe(**job), "methods": ("lora", "dora"), "ranks": (2,), "seeds": (0,), "rates": (1e-2,)}
-        return Request(**{**known, "out": tmp_path / "grid", **changes})
+        return Grid(**{**known, "out": tmp_path / "grid", **changes})
 
     return make
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_compared_is_said_before_the_first_run(request_for, job):
         ({"axis": "model.revision", "axis_values": ("a b", "a,b")}, "twice"),
     ):
         with pytest.raises(UsageError, match=told) as caught:
-            check_request(request_for(**changes))
+            check_grid(request_for(**changes))
         assert len(set(str(caught.value).splitlines())) == len(str(caught.value).splitlines())
     with pytest.raises(UsageError, match="with --lrs auto"):
         list_commands(request_for(rates=()))
@@ -168,7 +168,7 @@ def test_a_whole_grid(request_for, tmp_path):
     again = InProcess()
     assert compare(asked, again) == result
     assert again.asked == []
-    written = write_results(result)
+    written = write_comparison(result)
     with written[0].open() as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == COLUMNS
@@ -184,7 +184,7 @@ def test_a_whole_grid(request_for, tmp_path):
     (lora, *_) = summarize(result)
     values = [float(line["value"]) for line in by(method="lora", split="test", metric="accuracy")]
     assert lora.scores["mood"] == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
-    names = {(each.first.method, each.second.method) for each in find_differences(result)}
+    names = {(each.first.method, each.second.method) for each in compare_methods(result)}
     assert names == {("lora", "dora"), ("lora", "full"), ("dora", "full")}
     with pytest.raises(UsageError, match="another recipe or axis"):
         compare(request_for(axis="adapter.lora_dropout", axis_values=("0", "0.1")), here)
@@ -227,7 +227,7 @@ def test_a_grid_killed_in_the_middle_goes_on(job, tmp_path):
     killed.wait()
     first = out / "runs" / "lora-r2-lr0.01-seed0" / "adapter_model.safetensors"
     before = first.stat().st_mtime_ns
-    asked = Request(Recipe(**job), ("lora", "dora"), (2,), (0,), out, rates=(1e-2,))
+    asked = Grid(Recipe(**job), ("lora", "dora"), (2,), (0,), out, rates=(1e-2,))
     here = InProcess()
     resumed = compare(asked, here)
     assert [words[0] for words in here.asked] == ["train"]
@@ -383,8 +383,8 @@ def test_paired_difference_against_the_known():
     assert found.high - found.low < 1.4 * unpaired
     same = paired_difference(["0101"], ["0101"])
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    assert spread([1.0, 3.0]) == pytest.approx(np.sqrt(2))
-    assert spread([1.0]) is None
+    assert deviation([1.0, 3.0]) == pytest.approx(np.sqrt(2))
+    assert deviation([1.0]) is None
     assert mean_interval(np.array([2.0])).value == 2
 
 
@@ -419,7 +419,7 @@ def test_a_difference_is_of_the_same_rank(request_for):
         result("dora", 2, "1111"),
         result("full", None, "0000"),
     ]
-    found = find_differences(Comparison(request_for(), {}, runs))
+    found = compare_methods(Comparison(request_for(), {}, runs))
     assert [(d.first.name, d.second.name, d.accuracy.value) for d in found] == [
         ("lora-r2", "dora-r2", -0.5),
         ("lora-r2", "full", 0.5),

@@ -40,7 +40,7 @@ def analyze_command(
     from ..checkpoints.gguf import open_base_folder
     from ..checkpoints.safetensors import Checkpoint
     from ..experiments.analyze.measure import measure
-    from ..experiments.analyze.report import write_results
+    from ..experiments.analyze.report import write_analysis
     from ..experiments.analyze.sources import find_sources
     from ..experiments.statistics import import_stats
     from ..files import check_writable
@@ -70,7 +70,7 @@ def analyze_command(
         found = list(measure(sources, wanted, spectra=spectra))
     if not found:
         raise UsageError(f"none of the tuned models changed {', '.join(wanted) or 'a matrix'}")
-    written = write_results(out, found, base)
+    written = write_analysis(out, found, base)
     console.print(_table(found))
     console.print(f"written: {written[0]}, {written[-1]}, and figures")
 

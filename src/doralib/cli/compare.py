@@ -43,16 +43,16 @@ def compare_command(
 
     Every run is an ordinary one; what is finished is not done again.
     """
-    from ..experiments.compare.grid import Request
+    from ..experiments.compare.grid import Grid
     from ..experiments.compare.launch import find_launcher
-    from ..experiments.compare.report import write_results
+    from ..experiments.compare.report import write_comparison
     from ..experiments.compare.study import compare, list_commands
     from ..training.recipe_file import read_recipe
 
     check_given_once(changes or [])
     chosen = read_recipe(recipe, changes or [])
     key, values = _read_axis(axis)
-    request = Request(
+    grid = Grid(
         recipe=chosen,
         methods=tuple(_split("--methods", methods, str)),
         ranks=tuple(_split("--ranks", ranks, int)) if ranks else (chosen.adapter.r,),
@@ -66,27 +66,27 @@ def compare_command(
         keep_checkpoints=keep_checkpoints,
     )
     if commands:
-        for command in list_commands(request):
+        for command in list_commands(grid):
             print(command)
         return
     launch = find_launcher(launcher)
     # as Ctrl-C: a run that nobody watches any more is stopped with a checkpoint
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        comparison = compare(request, launch, at_once=at_once)
+        comparison = compare(grid, launch, at_once=at_once)
     finally:
         signal.signal(signal.SIGTERM, before)
-    written = write_results(comparison)
+    written = write_comparison(comparison)
     _show(comparison)
     console.print(f"written: {', '.join(str(path) for path in written[:2])}, and figures")
 
 
 def _show(comparison: "Comparison") -> None:
     from ..experiments.compare.report import cell_rows, difference_rows
-    from ..experiments.compare.table import find_differences, summarize
+    from ..experiments.compare.table import compare_methods, summarize
 
     console.print(_table("means over the seeds", *cell_rows(comparison, summarize(comparison))))
-    differences = find_differences(comparison)
+    differences = compare_methods(comparison)
     if differences:
         console.print(_table("differences on the same rows", *difference_rows(comparison, differences)))
 

@@ -34,7 +34,7 @@ class Section:
     """Names of files in the page's folder `figures`."""
 
 
-def write_figures(folder: Path, figures: Mapping[str, Any]) -> list[str]:
+def save_figures(folder: Path, figures: Mapping[str, Any]) -> list[str]:
     """Write matplotlib figures as NAME.png; returns the names."""
     for name, figure in figures.items():
         with replacing(folder / f"{name}.png") as part:

@@ -22,7 +22,7 @@ class Interval:
     high: float
 
 
-def spread(values: Sequence[float]) -> float | None:
+def deviation(values: Sequence[float]) -> float | None:
     """The standard deviation over seeds, of a sample; None for one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 

@@ -22,7 +22,7 @@ def choose_modules(movements: Sequence[WeightMovement]) -> list[str]:
     return [name for name in _SHOWN_MODULES if name in known][:2] or known[:2]
 
 
-def draw(movements: Sequence[WeightMovement]) -> dict[str, Any]:
+def draw_movements(movements: Sequence[WeightMovement]) -> dict[str, Any]:
     """The figures by the names of their files."""
     made: dict[str, Any] = {}
     for module in choose_modules(movements):

@@ -7,24 +7,24 @@ from typing import Any
 
 from ...errors import UsageError
 from ...files import replacing
-from ..page import Section, write_figures, write_page
+from ..page import Section, save_figures, write_page
 from ..statistics import Interval
 from .correlate import Correlation, correlate
-from .figures import NAMES, draw
+from .figures import NAMES, draw_movements
 from .measure import WeightMovement
 
 COLUMNS = ("tuned", "method", "step", "layer", "module", "delta_m", "delta_d")
 SPECTRUM_COLUMNS = ("tuned", "method", "step", "layer", "module", "intruders", "index", "singular_value")
 
 
-def write_results(out: Path, movements: Sequence[WeightMovement], base: str) -> list[Path]:
+def write_analysis(out: Path, movements: Sequence[WeightMovement], base: str) -> list[Path]:
     """Write everything into a folder; returns the paths, the page last."""
     written = [_write_csv(out / "analysis.csv", COLUMNS, map(_line, movements))]
     if any(each.spectrum for each in movements):
         written.append(_write_csv(out / "spectra.csv", SPECTRUM_COLUMNS, _spectrum_lines(movements)))
     found, note = correlate(movements), ""
     try:
-        drawn = write_figures(out / "figures", draw(movements))
+        drawn = save_figures(out / "figures", draw_movements(movements))
     except UsageError as error:
         drawn, note = [], f" No figures: {error}."
     written += [out / "figures" / f"{name}.png" for name in drawn]

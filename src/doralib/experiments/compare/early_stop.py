@@ -41,7 +41,7 @@ class Halving:
         pruned = self._optuna.trial.TrialState.PRUNED
         return any(each.state == pruned for each in self._trials(run))
 
-    def watch(self, run: Run, losses: Losses) -> "Watch":
+    def watch(self, run: Run, losses: Losses) -> "RunWatch":
         """What to ask while the run goes on."""
         study, fail = self.study(run.cell), self._optuna.trial.TrialState.FAIL
         for each in self._trials(run):
@@ -49,13 +49,13 @@ class Halving:
                 study.tell(each.number, state=fail)
         trial = study.ask()
         trial.set_user_attr("run", run.name)
-        return Watch(study, trial, losses, self._optuna.trial.TrialState)
+        return RunWatch(study, trial, losses, self._optuna.trial.TrialState)
 
     def _trials(self, run: Run) -> list[Any]:
         return [each for each in self.study(run.cell).get_trials() if each.user_attrs.get("run") == run.name]
 
 
-class Watch:
+class RunWatch:
     """One run under way."""
 
     def __init__(self, study: Any, trial: Any, losses: Losses, states: Any) -> None:

@@ -18,7 +18,7 @@ _RATE_RATIO = {"full": 0.1, "vera": 10.0, "dvora": 10.0}
 
 
 @dataclass(frozen=True)
-class Request:
+class Grid:
     """What the user asked to compare."""
 
     recipe: Recipe
@@ -90,15 +90,15 @@ class Run:
         return f"{self.cell.name}-lr{self.rate:g}-seed{self.seed}"
 
 
-def make_recipe(request: Request, run: Run) -> Recipe:
+def make_recipe(grid: Grid, run: Run) -> Recipe:
     """The recipe of one run. Alpha keeps its ratio to the rank; nothing is scored, for that comes after the choice.
 
     Raises:
         UsageError: if the method cannot be trained with these settings.
     """
-    values = copy.deepcopy(request.recipe.model_dump(mode="json", exclude_unset=True))
+    values = copy.deepcopy(grid.recipe.model_dump(mode="json", exclude_unset=True))
     adapter: dict[str, Any] = dict(values.get("adapter") or {})
-    own = request.recipe.adapter
+    own = grid.recipe.adapter
     if run.cell.method in WITHOUT_RANK:
         adapter = {}
     elif run.cell.r is not None:
@@ -107,29 +107,29 @@ def make_recipe(request: Request, run: Run) -> Recipe:
     values["training"] = {**values.get("training", {}), "learning_rate": run.rate}
     values["eval"] = {"tasks": [], "before": False}
     values["seed"] = run.seed
-    values["out"] = str(request.out / "runs" / run.name)
-    if request.axis is not None:
-        override(values, f"{request.axis}={run.cell.value}")
+    values["out"] = str(grid.out / "runs" / run.name)
+    if grid.axis is not None:
+        override(values, f"{grid.axis}={run.cell.value}")
     return Recipe(**values)
 
 
-def check_request(request: Request) -> None:
+def check_grid(grid: Grid) -> None:
     """Check everything that can be checked before the first run.
 
     Raises:
         UsageError: with every problem of every cell.
     """
     problems: list[DoraError] = []
-    if "learning_rate" not in request.recipe.training and not request.rates:
+    if "learning_rate" not in grid.recipe.training and not grid.rates:
         problems.append(UsageError("--lrs auto begins at training.learning_rate, and the recipe has none"))
         raise_all(problems)
-    if request.needs_validation and request.recipe.data.validation is None:
+    if grid.needs_validation and grid.recipe.data.validation is None:
         problems.append(UsageError("rates are chosen on validation rows: set data.validation, or give one rate"))
-    for cell in request.cells():
+    for cell in grid.cells():
         with collecting(problems):
-            recipe = make_recipe(request, Run(cell, (request.rates or (request.start_rate(cell),))[0], 0))
+            recipe = make_recipe(grid, Run(cell, (grid.rates or (grid.start_rate(cell),))[0], 0))
             check_arguments(recipe)
-    names = [cell.name for cell in request.cells()]
+    names = [cell.name for cell in grid.cells()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         problems.append(UsageError(f"the grid has {', '.join(twice)} twice; name every value once"))
     # most problems are every cell's

@@ -8,34 +8,34 @@ from typing import Any
 
 from ...errors import UsageError
 from ...runs.plots import new_figure
-from ..page import COLORS, Section, style_axes, write_figures, write_page
+from ..page import COLORS, Section, save_figures, style_axes, write_page
 from .study import Comparison
-from .table import CellResult, Difference, find_differences, losses_by_rate, main_metric, summarize, write_csv
+from .table import CellResult, Difference, compare_methods, losses_by_rate, main_metric, summarize, write_csv
 
 Points = list[tuple[float, float, float]]
 _MARKS = "osDv^P*X"
 
 
-def write_results(comparison: Comparison) -> list[Path]:
+def write_comparison(comparison: Comparison) -> list[Path]:
     """Write compare.csv, the figures and compare.html; returns their paths."""
-    out = comparison.request.out
-    cells, differences = summarize(comparison), find_differences(comparison)
+    out = comparison.grid.out
+    cells, differences = summarize(comparison), compare_methods(comparison)
     written = [write_csv(comparison)]
     try:
-        drawn = write_figures(out / "figures", _draw(comparison, cells))
+        drawn = save_figures(out / "figures", _draw(comparison, cells))
         note = ""
     except UsageError as error:
         drawn, note = [], f"No figures: {error}."
     sections = _sections(comparison, cells, differences, drawn)
-    methods = ", ".join(comparison.request.methods)
-    lead = f"{comparison.request.recipe.model.path} on {comparison.request.recipe.data.train}. {note}"
+    methods = ", ".join(comparison.grid.methods)
+    lead = f"{comparison.grid.recipe.model.path} on {comparison.grid.recipe.data.train}. {note}"
     written.append(write_page(out / "compare.html", f"Compared: {methods}", lead, sections))
     return written + [out / "figures" / f"{name}.png" for name in drawn]
 
 
 def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of texts for the base and each cell."""
-    tasks = list(comparison.request.recipe.eval.tasks and comparison.base)
+    tasks = list(comparison.grid.recipe.eval.tasks and comparison.base)
     head = ["method", "rate", "seeds", "validation loss", *tasks, "seconds", "peak memory"]
     rows = []
     if tasks:
@@ -44,7 +44,7 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
     for each in cells:
         scores = [_mean_text(*each.scores[task]) for task in tasks]
         peak = "" if each.peak_bytes is None else f"{each.peak_bytes / 1e9:.2f} GB"
-        name = each.cell.text(comparison.request.axis)
+        name = each.cell.text(comparison.grid.axis)
         loss = f"{each.loss:.4f}" if math.isfinite(each.loss) else ""
         rows.append([name, f"{each.rate:g}", str(each.seeds), loss, *scores, f"{each.seconds:.0f}", peak])
     return head, rows
@@ -52,7 +52,7 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
 
 def difference_rows(comparison: Comparison, differences: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of texts for each pair of methods, in points of accuracy."""
-    axis = comparison.request.axis
+    axis = comparison.grid.axis
     rows = [
         [
             each.task,
@@ -77,8 +77,8 @@ def _mean_text(mean: float, deviation: float | None) -> str:
 def _sections(
     comparison: Comparison, cells: Sequence[CellResult], differences: Sequence[Difference], drawn: Sequence[str]
 ) -> list[Section]:
-    request = comparison.request
-    chosen = "given" if len(request.rates) == 1 else "chosen on the validation rows by the first seed"
+    grid = comparison.grid
+    chosen = "given" if len(grid.rates) == 1 else "chosen on the validation rows by the first seed"
     head, rows = cell_rows(comparison, cells)
     text = f"Means over the seeds, with their standard deviation. Each rate is {chosen}; the test rows are scored once."
     sections = [Section("Results", text, head, rows, [name for name in drawn if name.startswith("score")])]
@@ -102,7 +102,7 @@ def _draw(comparison: Comparison, cells: Sequence[CellResult]) -> dict[str, Any]
     for i, task in enumerate(comparison.base):
         if len({each.cell.r for each in cells} - {None}) > 1:
             figures[f"score-by-rank-{i}"] = _by_rank(comparison, cells, task)
-        if comparison.request.axis is not None:
+        if comparison.grid.axis is not None:
             figures[f"score-by-axis-{i}"] = _by_axis(comparison, cells, task)
     rates = losses_by_rate(comparison)
     if any(len(points) > 1 for points in rates.values()):
@@ -133,10 +133,10 @@ def _by_rank(comparison: Comparison, cells: Sequence[CellResult], task: str) -> 
 
 
 def _by_axis(comparison: Comparison, cells: Sequence[CellResult], task: str) -> Any:
-    request = comparison.request
+    grid = comparison.grid
     figure = new_figure()
-    axes = style_axes(figure.add_subplot(), str(request.axis), main_metric(comparison.base[task].metrics), task)
-    values = list(request.axis_values)
+    axes = style_axes(figure.add_subplot(), str(grid.axis), main_metric(comparison.base[task].metrics), task)
+    values = list(grid.axis_values)
     numbers = _numbers(values)
     lines: dict[tuple[str, int | None], Points] = defaultdict(list)
     for each in cells:
@@ -172,7 +172,7 @@ def _rates(comparison: Comparison, rates: dict[Any, list[tuple[float, float]]]) 
     ranks = sorted({cell.r or 0 for cell in rates})
     for cell, points in rates.items():
         mark = _MARKS[ranks.index(cell.r or 0) % len(_MARKS)]
-        label = cell.text(comparison.request.axis)
+        label = cell.text(comparison.grid.axis)
         axes.plot(*zip(*points, strict=True), color=COLORS.get(cell.method), marker=mark, markersize=5, label=label)
         best = min(points, key=lambda point: point[1])
         axes.plot(*best, marker="o", markersize=11, mfc="none", color=COLORS.get(cell.method))
@@ -184,7 +184,7 @@ def _rates(comparison: Comparison, rates: dict[Any, list[tuple[float, float]]]) 
 def _cost(comparison: Comparison, cells: Sequence[CellResult]) -> Any:
     with_memory = any(each.peak_bytes for each in cells)
     figure = new_figure(height=1.1 + 0.32 * len(cells))
-    names = [each.cell.text(comparison.request.axis) for each in cells]
+    names = [each.cell.text(comparison.grid.axis) for each in cells]
     colors = [COLORS.get(each.cell.method) for each in cells]
     columns = [("seconds of training", [each.seconds for each in cells])]
     if with_memory:

@@ -25,7 +25,7 @@ from ...runs import checkpointing
 from ...runs.folder import RunFolder
 from ..statistics import import_stats
 from .early_stop import Halving
-from .grid import Cell, Request, Run, check_request, make_recipe
+from .grid import Cell, Grid, Run, check_grid, make_recipe
 from .launch import Launch, own_command, tail
 from .rates import next_step, rate_at
 
@@ -52,29 +52,29 @@ class RunResult:
 class Comparison:
     """Everything that was measured."""
 
-    request: Request
+    grid: Grid
     base: Mapping[str, TaskResult]
     runs: Sequence[RunResult]
 
 
-def list_commands(request: Request) -> list[str]:
+def list_commands(grid: Grid) -> list[str]:
     """Write the recipe of every run that is known beforehand, and return the commands that train them.
 
     Raises:
         UsageError: if rates are to be searched, so that they are not known.
     """
-    if not request.rates:
+    if not grid.rates:
         raise UsageError("--commands: with --lrs auto the rates follow from earlier runs; give a list of rates")
-    check_request(request)
-    _claim(request)
-    runs = [Run(cell, rate, seed) for cell in request.cells() for rate in request.rates for seed in request.seeds]
-    if len(request.rates) > 1:
+    check_grid(grid)
+    _claim(grid)
+    runs = [Run(cell, rate, seed) for cell in grid.cells() for rate in grid.rates for seed in grid.seeds]
+    if len(grid.rates) > 1:
         # other seeds follow once the rate is chosen
-        runs = [run for run in runs if run.seed == request.seeds[0]]
-    return [f"doralib train {_write_recipe(request, run)}" for run in runs]
+        runs = [run for run in runs if run.seed == grid.seeds[0]]
+    return [f"doralib train {_write_recipe(grid, run)}" for run in runs]
 
 
-def compare(request: Request, launch: Launch, *, at_once: int = 1) -> Comparison:
+def compare(grid: Grid, launch: Launch, *, at_once: int = 1) -> Comparison:
     """Train and score what is missing, and return all of it; what is there already is not done again.
 
     Args:
@@ -85,21 +85,21 @@ def compare(request: Request, launch: Launch, *, at_once: int = 1) -> Comparison
         UsageError: before the first run, for everything that cannot be.
         DoraError: if a run fails; the others stay, and the same call goes on.
     """
-    check_request(request)
+    check_grid(grid)
     import_stats()  # for the last step: hours later would be too late to say that it is missing
-    tasks = load_tasks(request.recipe.eval.tasks)
-    read_all(tasks, request.recipe.eval.limit)
-    _claim(request)
-    halving = Halving(request.out / "trials.log") if request.stop_early else None
-    work = _Work(request, launch, halving)
-    base = work.score("base", request.recipe.model.path) if tasks else {}
+    tasks = load_tasks(grid.recipe.eval.tasks)
+    read_all(tasks, grid.recipe.eval.limit)
+    _claim(grid)
+    halving = Halving(grid.out / "trials.log") if grid.stop_early else None
+    work = _Work(grid, launch, halving)
+    base = work.score("base", grid.recipe.model.path) if tasks else {}
     results = [result for found in _do_cells(work, at_once) for result in found]
-    return Comparison(request, base, results)
+    return Comparison(grid, base, results)
 
 
 def _do_cells(work: "_Work", at_once: int) -> list[list[RunResult]]:
     """Work on the cells in turn, or some at the same time; where one fails, the runs of the others stop as well."""
-    cells = list(work.request.cells())
+    cells = list(work.grid.cells())
     if at_once == 1:
         return [work.do_cell(cell) for cell in cells]
     with ThreadPoolExecutor(at_once) as pool:
@@ -115,26 +115,24 @@ def _do_cells(work: "_Work", at_once: int) -> list[list[RunResult]]:
             raise
 
 
-def _claim(request: Request) -> None:
+def _claim(grid: Grid) -> None:
     """Write what is compared, or see that the folder is of the same comparison."""
-    file = request.out / "compare.yaml"
-    about = {"recipe": request.recipe.model_dump(mode="json", exclude={"out", "seed"}), "axis": request.axis}
+    file = grid.out / "compare.yaml"
+    about = {"recipe": grid.recipe.model_dump(mode="json", exclude={"out", "seed"}), "axis": grid.axis}
     if file.is_file():
         before = files.read_yaml(file)
         if before != about:
-            raise UsageError(
-                f"--out {request.out} holds a comparison of another recipe or axis ({file}); choose another"
-            )
+            raise UsageError(f"--out {grid.out} holds a comparison of another recipe or axis ({file}); choose another")
         return
-    if request.out.is_dir() and any(request.out.iterdir()):
-        raise UsageError(f"--out {request.out} holds other files and no comparison; choose another folder")
+    if grid.out.is_dir() and any(grid.out.iterdir()):
+        raise UsageError(f"--out {grid.out} holds other files and no comparison; choose another folder")
     with files.replacing(file) as part:
         part.write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
 
 
-def _write_recipe(request: Request, run: Run) -> Path:
-    file = request.out / "recipes" / f"{run.name}.yaml"
-    text = yaml.safe_dump(make_recipe(request, run).model_dump(mode="json", exclude_unset=True), sort_keys=False)
+def _write_recipe(grid: Grid, run: Run) -> Path:
+    file = grid.out / "recipes" / f"{run.name}.yaml"
+    text = yaml.safe_dump(make_recipe(grid, run).model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         with files.replacing(file) as part:
             part.write_text(text, encoding="utf-8")
@@ -143,55 +141,53 @@ def _write_recipe(request: Request, run: Run) -> Path:
 
 @dataclass(frozen=True)
 class _Work:
-    request: Request
+    grid: Grid
     launch: Launch
     halving: Halving | None
     halted: threading.Event = field(default_factory=threading.Event)
 
     def do_cell(self, cell: Cell) -> list[RunResult]:
         """Choose the cell's rate by its first seed, run the other seeds with it, score those."""
-        request, first = self.request, self.request.seeds[0]
-        if request.rates:
-            tried = [self.train(Run(cell, rate, first), self.halving) for rate in request.rates]
+        grid, first = self.grid, self.grid.seeds[0]
+        if grid.rates:
+            tried = [self.train(Run(cell, rate, first), self.halving) for rate in grid.rates]
         else:
             tried = self._search(cell, first)
         best = min(tried, key=lambda result: result.loss if not math.isnan(result.loss) else math.inf)
         if math.isinf(best.loss):
-            raise DoraError(f"{cell.text(request.axis)}: no rate trains; tried {', '.join(_rates(tried))}")
-        log.info(f"{cell.text(request.axis)}: rate {best.run.rate:g}, chosen among {', '.join(_rates(tried))}")
-        chosen = [best, *(self.train(Run(cell, best.run.rate, seed)) for seed in request.seeds[1:])]
+            raise DoraError(f"{cell.text(grid.axis)}: no rate trains; tried {', '.join(_rates(tried))}")
+        log.info(f"{cell.text(grid.axis)}: rate {best.run.rate:g}, chosen among {', '.join(_rates(tried))}")
+        chosen = [best, *(self.train(Run(cell, best.run.rate, seed)) for seed in grid.seeds[1:])]
         scored = [self._scored(result) for result in chosen]
         return [*(result for result in tried if result is not best), *scored]
 
     def _search(self, cell: Cell, seed: int) -> list[RunResult]:
-        start = self.request.start_rate(cell)
+        start = self.grid.start_rate(cell)
         losses: dict[int, float] = {}
         tried: list[RunResult] = []
-        while len(tried) < self.request.budget and (step := next_step(losses)) is not None:
+        while len(tried) < self.grid.budget and (step := next_step(losses)) is not None:
             tried.append(self.train(Run(cell, rate_at(start, step), seed), self.halving))
             losses[step] = tried[-1].loss
         return tried
 
     def _scored(self, result: RunResult) -> RunResult:
         run = result.run
-        scores = (
-            self.score(run.name, str(self.request.out / "runs" / run.name)) if self.request.recipe.eval.tasks else {}
-        )
+        scores = self.score(run.name, str(self.grid.out / "runs" / run.name)) if self.grid.recipe.eval.tasks else {}
         return RunResult(run, result.loss, result.seconds, result.peak_bytes, result.stopped, True, scores)
 
     def train(self, run: Run, halving: Halving | None = None) -> RunResult:
         """Train one run, or go on with it, unless it has come to its end, or halving stops it."""
-        folder = RunFolder(self.request.out / "runs" / run.name)
+        folder = RunFolder(self.grid.out / "runs" / run.name)
         stopped = halving is not None and halving.was_stopped(run)
         if not stopped and not _has_ended(folder):
             stopped = self._launch_training(run, folder, halving)
-        if not self.request.keep_checkpoints and (stopped or _has_ended(folder)):
+        if not self.grid.keep_checkpoints and (stopped or _has_ended(folder)):
             files.delete(folder.checkpoints)
         summary = folder.read(folder.summary, {})
         failed = stopped or summary.get("status") == "nan"
         return RunResult(
             run,
-            loss=math.inf if failed else _validation_loss(folder, self.request),
+            loss=math.inf if failed else _validation_loss(folder, self.grid),
             seconds=summary.get("seconds", 0.0),
             peak_bytes=files.read_json(peak)["peak_bytes"] if (peak := self._peak_file(run)).is_file() else None,
             stopped=stopped,
@@ -199,7 +195,7 @@ class _Work:
 
     def _launch_training(self, run: Run, folder: RunFolder, halving: Halving | None) -> bool:
         """Returns whether the run was stopped early."""
-        file = _write_recipe(self.request, run)
+        file = _write_recipe(self.grid, run)
         words = ["train", str(file)]
         if folder.config.is_file():
             # of a run that was killed before its first checkpoint nothing is lost
@@ -207,13 +203,13 @@ class _Work:
         log.info(f"doralib {' '.join(words)}")
         watch = halving.watch(run, lambda: _losses(folder)) if halving else None
         unwanted = lambda: self.halted.is_set() or (watch is not None and watch.unwanted())
-        output = self.request.out / "logs" / f"{run.name}.log"
+        output = self.grid.out / "logs" / f"{run.name}.log"
         outcome = self.launch(own_command(*words), output, unwanted)
         if outcome.peak_bytes:
             earlier = folder.read(self._peak_file(run), {"peak_bytes": 0})["peak_bytes"]
             files.write_json(self._peak_file(run), {"peak_bytes": max(earlier, outcome.peak_bytes)})
         if watch:
-            watch.close(_validation_loss(folder, self.request))
+            watch.close(_validation_loss(folder, self.grid))
         if not (watch and watch.stopped) and not _has_ended(folder):
             raise DoraError(
                 f"the run {run.name} failed with status {outcome.status}; the same command goes on from here\n"
@@ -223,14 +219,14 @@ class _Work:
 
     def score(self, name: str, model: str) -> dict[str, TaskResult]:
         """Score a model on the test rows, once."""
-        recipe, file = self.request.recipe, self.request.out / "scores" / f"{name}.json"
+        recipe, file = self.grid.recipe, self.grid.out / "scores" / f"{name}.json"
         wanted = [task.name for task in load_tasks(recipe.eval.tasks)]
         if not _has_scores(file, wanted):
             words = ["eval", model, "--tasks", ",".join(recipe.eval.tasks), "--out", str(file), "--resume"]
             words += ["--batch-size", str(recipe.eval.batch_size), "--dtype", recipe.model.dtype]
             words += ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
             log.info(f"doralib {' '.join(words)}")
-            output = self.request.out / "logs" / f"{name}-scores.log"
+            output = self.grid.out / "logs" / f"{name}-scores.log"
             outcome = self.launch(own_command(*words), output, self.halted.is_set)
             if not _has_scores(file, wanted):
                 raise DoraError(
@@ -241,7 +237,7 @@ class _Work:
         return {task: TaskResult.from_json(found[task]) for task in wanted}
 
     def _peak_file(self, run: Run) -> Path:
-        return self.request.out / "logs" / f"{run.name}.json"
+        return self.grid.out / "logs" / f"{run.name}.json"
 
 
 def _rates(results: Sequence[RunResult]) -> list[str]:
@@ -271,11 +267,11 @@ def _losses(folder: RunFolder) -> list[float]:
     return found
 
 
-def _validation_loss(folder: RunFolder, request: Request) -> float:
+def _validation_loss(folder: RunFolder, grid: Grid) -> float:
     """Of the model that was kept: the best, where the recipe keeps that, else the last."""
     losses = _losses(folder)
     if not losses:
         return math.nan
-    training = request.recipe.training
+    training = grid.recipe.training
     keeps_best = training.get("load_best_model_at_end") or "early_stopping_patience" in training
     return min(losses) if keeps_best else losses[-1]

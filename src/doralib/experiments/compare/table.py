@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...files import replacing
-from ..statistics import Interval, paired_difference, spread
+from ..statistics import Interval, deviation, paired_difference
 from .grid import Cell
 from .study import Comparison, RunResult
 
@@ -26,7 +26,7 @@ class CellResult:
     rate: float
     seeds: int
     scores: Mapping[str, tuple[float, float | None]]
-    """Mean and spread of each task's first metric, a share where it is one."""
+    """Mean and deviation of each task's first metric, a share where it is one."""
     loss: float
     seconds: float
     peak_bytes: int | None
@@ -50,7 +50,7 @@ def main_metric(scores: Mapping[str, Any]) -> str:
 
 def write_csv(comparison: Comparison) -> Path:
     """Write compare.csv, a line for each run and score."""
-    path = comparison.request.out / "compare.csv"
+    path = comparison.grid.out / "compare.csv"
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
@@ -59,7 +59,7 @@ def write_csv(comparison: Comparison) -> Path:
 
 
 def _lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    axis = comparison.request.axis
+    axis = comparison.grid.axis
     for task, untouched in comparison.base.items():
         for metric, score in untouched.metrics.items():
             yield {"method": "base", "task": task, "metric": metric, "split": "test", "value": score.value}
@@ -94,7 +94,7 @@ def summarize(comparison: Comparison) -> list[CellResult]:
                 cell,
                 runs[0].run.rate,
                 len(runs),
-                {task: (float(np.mean(each)), spread(each)) for task, each in values.items()},
+                {task: (float(np.mean(each)), deviation(each)) for task, each in values.items()},
                 loss=float(np.mean([run.loss for run in runs])),
                 seconds=float(np.mean([run.seconds for run in runs])),
                 peak_bytes=max(peaks) if peaks else None,
@@ -103,7 +103,7 @@ def summarize(comparison: Comparison) -> list[CellResult]:
     return made
 
 
-def find_differences(comparison: Comparison) -> list[Difference]:
+def compare_methods(comparison: Comparison) -> list[Difference]:
     """Every pair of methods at the same rank and value of the axis; a method without a rank meets every rank."""
     chosen = _chosen(comparison)
     made = []
@@ -120,7 +120,7 @@ def find_differences(comparison: Comparison) -> list[Difference]:
 
 def losses_by_rate(comparison: Comparison) -> dict[Cell, list[tuple[float, float]]]:
     """Rates and validation losses of each cell's search, by rate; runs that failed or were stopped are left out."""
-    first = comparison.request.seeds[0]
+    first = comparison.grid.seeds[0]
     found: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
     for result in comparison.runs:
         if result.run.seed == first and np.isfinite(result.loss):
