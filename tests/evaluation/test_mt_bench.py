@@ -283,9 +283,12 @@ def test_the_command(run, server, file, tiny_llama_folder, tmp_path, monkeypatch
     status, shown, err = run(*judge, "--yes", "--against", other)
     assert status == 0, err
     assert json.loads((out / "scores_pair.json").read_text())["average"] == 1
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", "boolq", "--judge-url", "http://x", "--yes")
+    assert (status, "--judge-url, --yes: goes with --mt-bench" in err) == (2, True), err
     for wrong, told in (
         (("--judge-url", "http://x"), "go together"),
-        (("--tasks", "boolq"), "goes without --tasks"),
+        (("--tasks", "boolq"), "--tasks and --mt-bench do not go together"),
+        (("--published", "sentiment"), "--published: goes with --tasks"),
         (("--against", other), "by a judge"),
     ):
         status, _, err = run(*ask, *wrong)

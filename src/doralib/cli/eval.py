@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 COMMONSENSE = {"boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"}
 """The tasks whose average the paper prints."""
 
+_ONLY_WITH = {
+    "--tasks": ("--resume", "--published"),
+    "--mt-bench": ("--judge-url", "--judge-model", "--judge-price", "--against", "--yes"),
+}
 _WRONG_SHOWN = 5
 _PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
@@ -57,19 +61,29 @@ def eval_command(
     from ..files import check_writable
     from ..formats.base import Hints
 
+    _check_together(
+        {"--tasks": tasks, "--harness": harness, "--mt-bench": mt_bench},
+        {
+            "--resume": resume,
+            "--published": published,
+            "--judge-url": judge_url,
+            "--judge-model": judge_model,
+            "--judge-price": judge_price,
+            "--against": against,
+            "--yes": yes,
+        },
+    )
     load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench
 
-        if tasks or out is None:
-            raise UsageError("--mt-bench goes without --tasks, and needs --out, a folder for its files")
+        if out is None:
+            raise UsageError("--mt-bench needs --out, a folder for its files")
         check_writable(out, "--out", folder=True)
         asked = MtBench(mt_bench, out, judge_url, judge_model, judge_price, against, limit, max_new_tokens, yes)
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
     if harness is not None:
-        if tasks:
-            raise UsageError("--harness goes without --tasks: the two are scored by different programs")
         _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
         return
     if resume and out is None:
@@ -84,6 +98,21 @@ def eval_command(
         console.print(wrong_answers(name, result))
     if out is not None:
         console.print(f"written: {out}")
+
+
+def _check_together(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Check that one kind of evaluation is asked for, and no option of another.
+
+    Raises:
+        UsageError: naming the options that do not go together.
+    """
+    asked = [kind for kind, value in kinds.items() if value]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} do not go together: give one of them")
+    kind = asked[0] if asked else "--tasks"
+    for owner, options in _ONLY_WITH.items():
+        if owner != kind and (given := [option for option in options if others[option]]):
+            raise UsageError(f"{', '.join(given)}: goes with {owner}, not with {kind}")
 
 
 def _run_harness(
