@@ -20,7 +20,7 @@ def find_errors(schema, value):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_are_recipes(name):
-    assert not find_errors(recipe_schema(), packaged_recipes()[name])
+    assert not find_errors(recipe_schema(), packaged_recipes()[name].values)
 
 
 @pytest.mark.parametrize("name", packaged_tasks())
