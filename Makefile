@@ -21,7 +21,8 @@ PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
 # make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
-.PHONY: demo test test-cpus slow interop check format bench tables models schemas docs clean
+# make kills: each verb killed, and its disk filled, at each place where it changes a file; hours, or MINUTES=20
+.PHONY: demo test test-cpus slow interop kills check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -38,6 +39,9 @@ slow: $(STAMP)
 interop: $(INTEROP)/pefts $(TORCHTUNE)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
+
+kills: $(STAMP)
+	$(BIN)/python tests/kills/harness.py --seed $${SEED:-0} --minutes $${MINUTES:-inf} --page docs/reliability.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,6 +32,11 @@ OPTIONAL = {
     "bitsandbytes": set(),
     "peft": {"experiments/bench"},
     "psutil": {"process.py"},
+    "scipy": {"experiments/statistics.py"},
+    "lm_eval": {"evaluation/harness.py"},
+    "optuna": {"experiments/compare/early_stop.py"},
+    "submitit": {"experiments/compare/launch.py"},
+    "ray": {"experiments/compare/launch.py"},
     "rich": {"cli/"},  # all printing is there
 }
 
@@ -158,7 +163,21 @@ def test_help_needs_no_torch():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "data", "eval", "generate", "merge", "convert", "inspect", "targets", "demo", "bench"):
+    for verb in (
+        "train",
+        "data",
+        "eval",
+        "generate",
+        "merge",
+        "convert",
+        "inspect",
+        "targets",
+        "demo",
+        "bench",
+        "recipes",
+        "compare",
+        "analyze",
+    ):
         assert verb in done.stdout
 
 

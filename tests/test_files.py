@@ -3,14 +3,26 @@
 import errno
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from doralib import files
 from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
 from doralib.errors import DoraError, UsageError, list_some, raise_problems
-from doralib.files import read_json, read_tensors, read_yaml, replacing, write_json, write_tensors
+from doralib.files import (
+    read_json,
+    read_tensors,
+    read_yaml,
+    replacing,
+    replacing_together,
+    was_cut_short,
+    write_json,
+    write_tensors,
+)
 
 TENSORS = {
     "b.weight": torch.arange(21, dtype=torch.bfloat16).view(7, 3),
@@ -87,6 +99,7 @@ def test_a_folder_set_aside_comes_back_when_the_new_one_cannot_be_renamed(tmp_pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     rename = Path.replace
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
 
     def refuse_new(path, target):
         if path.suffix == ".part":
@@ -107,8 +120,10 @@ def test_what_a_killed_run_left_is_cleared_and_brought_back(tmp_path):
             part.write_text("half")
             os._exit(9)
     os.waitpid(child, 0)
-    (tmp_path / ".g.old").mkdir()  # killed between setting the old folder aside and renaming the new one
-    (tmp_path / ".g.old" / "kept").write_text("kept")
+    # killed between setting the old folder aside and renaming the new one
+    aside = tmp_path / f".g.{socket.gethostname()}-{child}-0123abcd.old"
+    aside.mkdir()
+    (aside / "kept").write_text("kept")
     assert len(names(tmp_path)) == 2
     (tmp_path / "f").write_text("old")
     write_json(tmp_path / "f", 1)
@@ -116,6 +131,180 @@ def test_what_a_killed_run_left_is_cleared_and_brought_back(tmp_path):
         raise ValueError
     assert names(tmp_path) == ["f", "g"]
     assert (tmp_path / "g" / "kept").read_text() == "kept"
+
+
+def fork(act):
+    """Run in a process that dies at the end of it; its number."""
+    child = os.fork()
+    if child == 0:
+        act()
+        os._exit(9)
+    os.waitpid(child, 0)
+    return child
+
+
+SET = ("settings.json", "mark.bin")
+
+
+def write_set(folder, text, *, die_before=None):
+    """Write two files that belong together; the process may die at one of its renames."""
+    rename, done = Path.replace, []
+
+    def counted(path, target):
+        done.append(path)
+        if len(done) == die_before:
+            os._exit(9)
+        return rename(path, target)
+
+    Path.replace = counted
+    try:
+        with replacing_together([folder / name for name in SET]) as parts:
+            for part in parts:
+                part.write_text(text)
+    finally:
+        Path.replace = rename
+
+
+def read_set(folder):
+    return [(folder / name).read_text() if (folder / name).exists() else None for name in SET]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
+@pytest.mark.parametrize("before", [False, True], ids=["new", "over an old one"])
+def test_a_set_of_files_appears_as_a_whole_whenever_it_is_killed(tmp_path, before, beside):
+    folder = tmp_path / "set"
+    if beside:
+        folder.mkdir()
+        (folder / "README").write_text("mine")
+    if before:
+        write_set(folder, "old")
+    for die_before in range(1, 5):
+        fork(lambda at=die_before: write_set(folder, "new", die_before=at))
+        found = read_set(folder)
+        if found[1] is not None:
+            assert found in (["old"] * 2, ["new"] * 2), die_before
+            continue
+        # the mark is away: nobody takes the rest for an adapter, and the old set is put aside, or there was none
+        assert not before or beside
+        if folder.exists():
+            assert was_cut_short(folder / SET[1]) or found == [None, None]
+        with pytest.raises(ZeroDivisionError), replacing_together([folder / name for name in SET]):
+            raise ZeroDivisionError
+        assert read_set(folder)[1] == ("old" if before else None)
+        assert not before or read_set(folder) == ["old"] * 2
+    write_set(folder, "last")
+    assert read_set(folder) == ["last"] * 2
+    assert names(folder) == sorted(["README"] * beside + list(SET))
+    assert names(tmp_path) == ["set"]
+
+
+def test_a_set_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "README").write_text("mine")
+    write_set(tmp_path, "old")
+    rename, done = Path.replace, []
+
+    def fails(path, target):
+        done.append(path)
+        if len(done) == 4:
+            raise_full()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(DoraError, match="disk is full"):
+        write_set(tmp_path, "new")
+    assert read_set(tmp_path) == ["old"] * 2
+    assert names(tmp_path) == ["README", *sorted(SET)]
+
+
+def test_two_folders_change_places_in_one_step(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if files.exchange(tmp_path / "a", tmp_path / "b"):
+        assert [names(tmp_path / "a"), names(tmp_path / "b")] == [["b"], ["a"]]
+    with pytest.raises(FileNotFoundError):
+        files.exchange(tmp_path / "a", tmp_path / "none")
+
+
+def test_somebody_elses_hidden_files_stay(tmp_path):
+    others = [".x.json.old", ".x.json.part", ".x.json.elsewhere-1-0123abcd.part", ".x.json.bak"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    write_json(tmp_path / "x.json", 1)
+    write_json(tmp_path / "x.json", 2)
+    assert names(tmp_path) == sorted([*others, "x.json"])
+
+
+def test_a_number_that_a_new_process_has_again(tmp_path):
+    """In a container every run is process 1: what is not in use by this process is of an earlier one."""
+    left = tmp_path / f".x.json.{socket.gethostname()}-{os.getpid()}-0123abcd.part"
+    left.write_text("half")
+    write_json(tmp_path / "x.json", 1)
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_a_device_is_written_through(tmp_path, capfd):
+    write_json("/dev/null", 1)
+    assert Path("/dev/null").is_char_device()
+    write_json("/dev/stdout", {"a": 1})
+    assert json.loads(capfd.readouterr().out) == {"a": 1}
+    with pytest.raises(OSError, match="No space left"):
+        write_json("/dev/full", 1)
+    os.mkfifo(tmp_path / "pipe")
+    child = os.fork()
+    if child == 0:
+        write_json(tmp_path / "pipe", 3)
+        os._exit(0)
+    assert json.loads((tmp_path / "pipe").read_text()) == 3
+    os.waitpid(child, 0)
+    files.check_writable("/dev/null", "--out", folder=False)
+    with pytest.raises(UsageError, match="is no regular file"):
+        files.check_writable("/dev/null", "--out", folder=True)
+    for empty in ("", " "):
+        with pytest.raises(UsageError, match="--out is empty"):
+            files.check_writable(empty, "--out", folder=True)
+
+
+def test_files_in_a_new_folder_have_the_modes_of_new_files(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "out") as part:
+            part.mkdir()
+            safetensors.torch.save_file({"a": torch.ones(2)}, part / "model.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_tensors_leave_no_name_that_safetensors_made_up(tmp_path, monkeypatch):
+    save = safetensors.torch.save_file
+
+    def killed(tensors, file, **more):
+        save(tensors, Path(file).with_name(".tmpAbCdEf"), **more)
+        os._exit(9)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", killed)
+    fork(lambda: write_tensors(tmp_path / "a.safetensors", TENSORS))
+    monkeypatch.undo()
+    write_tensors(tmp_path / "a.safetensors", TENSORS)
+    assert names(tmp_path) == ["a.safetensors"]
+
+
+def test_long_names(tmp_path):
+    for name in ("x" * 240 + ".json", "é" * 110 + ".json"):
+        write_json(tmp_path / name, 1)
+        assert read_json(tmp_path / name) == 1
+
+
+def test_a_full_disk_in_torchs_words(tmp_path):
+    with pytest.raises(DoraError, match=r"a\.pt could not be written: PytorchStreamWriter.*; .* are free"):
+        torch_full(tmp_path / "a.pt")
+    assert names(tmp_path) == []
+
+
+def torch_full(path):
+    with replacing(path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
 
 def test_a_link_is_followed(tmp_path):

@@ -87,7 +87,7 @@ class Recipe(Checked):
     training: dict[str, Any] = Field(default={})
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them."""
     eval: EvalSettings = EvalSettings()
-    out: str
+    out: str = Field(min_length=1)
     """The run's folder."""
     seed: int = Field(default=0, ge=0)
     """Of A, of the order of rows, and of everything else that is drawn."""

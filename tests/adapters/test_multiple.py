@@ -547,7 +547,7 @@ def test_adapters_stay_as_they_are_inside_rows(several, alone):
     torch.testing.assert_close(mixed[3], alone["code"][1][3], rtol=1e-4, atol=1e-5)
 
 
-def test_generate_on_the_command_line(alone, tiny_llama_folder, capsys, monkeypatch):
+def test_generate_on_the_command_line(alone, tiny_llama_folder, capsys, monkeypatch, tmp_path):
     from doralib.cli import main as cli
 
     def run(*arguments):
@@ -570,4 +570,4 @@ def test_generate_on_the_command_line(alone, tiny_llama_folder, capsys, monkeypa
         2,
         "doralib: --adapter maths: give a name and a path, NAME=PATH\n",
     )
-    assert "for one --adapter" in run(*named)[2]
+    assert "--out is for one --adapter" in run("--prompt", "a good", "--out", str(tmp_path / "a.jsonl"), *named)[2]

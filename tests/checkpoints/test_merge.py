@@ -344,15 +344,72 @@ def test_where_out_may_be(tmp_path):
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match=r"notes exists already; .*--overwrite"):
         merge_checkpoint(folder, base, tmp_path / "notes")
-    with pytest.raises(UsageError, match=r"notes is not a model folder and is not overwritten .*holds: thesis\.txt"):
+    with pytest.raises(UsageError, match=r"notes is not a model that doralib merge wrote, .*holds: thesis\.txt"):
         merge_checkpoint(folder, base, tmp_path / "notes", overwrite=True)
     assert {k: v for k, v in content(tmp_path).items() if k != "notes/thesis.txt"} == before
     merge_checkpoint(folder, base, folder / "merged")
     with pytest.raises(UsageError, match="exists already"):
         merge_checkpoint(folder, base, folder / "merged")
     (folder / "merged" / "leftover").write_text("")
+    whole = content(folder / "merged")
+    with pytest.raises(UsageError, match=r"doralib_merge\.json does not list: leftover; move it away"):
+        merge_checkpoint(folder, base, folder / "merged", overwrite=True)
+    assert content(folder / "merged") == whole
+    (folder / "merged" / "leftover").unlink()
     merge_checkpoint(folder, base, folder / "merged", overwrite=True)
-    assert "leftover" not in listing(folder / "merged")
+    # a folder that only looks like a model is somebody's
+    like = save_base(tmp_path / "like", base_tensors(torch.float32))
+    with pytest.raises(UsageError, match="like is not a model that doralib merge wrote"):
+        merge_checkpoint(folder, base, like, overwrite=True)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("what", ["adapter", "base"])
+def test_numbers_that_are_none_are_never_written(tmp_path, what, dtype):
+    tensors, change = base_tensors(torch.float32), layer()
+    if what == "base":
+        tensors[f"{Q}.weight"][1, 0] = torch.nan
+    else:
+        # finite numbers, whose products are not
+        for factor in change.factors:
+            factor.mul_(1e30)
+    base = save_base(tmp_path / "base", tensors)
+    folder = save_adapter(tmp_path / "adapter", AdapterState({Q: change}))
+    with pytest.raises(DoraError, match=rf"{Q}\.weight: merged, it holds NaN or infinite numbers"):
+        merge_checkpoint(folder, base, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32))
+    folder = save_adapter(tmp_path / "run", AdapterState({Q: layer()}))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), tmp_path / "here"):
+        with pytest.raises(UsageError, match="is the current folder and cannot be replaced as a whole"):
+            merge_checkpoint(folder, base, out, overwrite=True)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("here"))
+    with pytest.raises(UsageError, match="where something is mounted"):
+        merge_checkpoint(folder, base, tmp_path / "here", overwrite=True)
+
+
+def test_links_out_of_a_base_are_not_taken_along(tmp_path):
+    store = save_base(tmp_path / "store", base_tensors(torch.float32))
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.txt").write_text("private")
+    folder = save_adapter(tmp_path / "run", AdapterState({Q: layer()}))
+    (store / "vocab.txt").write_text("words")
+    base = tmp_path / "linked"
+    base.mkdir()
+    # as in the hub's cache: all of it lies in one other folder
+    for file in store.iterdir():
+        (base / file.name).symlink_to(file)
+    (base / "note.txt").symlink_to(tmp_path / "secret" / "key.txt")
+    (base / "more").symlink_to(tmp_path / "secret")
+    done = merge_checkpoint(folder, base, tmp_path / "out")
+    assert {"note.txt"} <= set(done.left_out)
+    assert not any("private" in text for text in map(str, content(tmp_path / "out").values()))
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "words"
 
 
 @pytest.mark.parametrize(

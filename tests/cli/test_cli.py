@@ -361,8 +361,9 @@ def test_the_first_steps_are_told(run):
 def test_help_names_every_measurement_and_recipe(run):
     _, out, _ = run("bench", "--help")
     assert f"{', '.join(BENCHES)} or all" in " ".join(out.split())
-    _, out, _ = run("train", "--help")
-    assert all(name in out for name in packaged_recipes())
+    assert "doralib recipes" in " ".join(run("train", "--help")[1].split())
+    _, out, _ = run("recipes")
+    assert all(f" {name} " in out for name in packaged_recipes())
 
 
 def test_a_recipe_is_printed_complete_and_reads_as_the_same(run, tmp_path):

@@ -129,7 +129,8 @@ def test_generation_stops_at_the_end_of_the_turn(learned, caplog):
     pieces = []
     text = "<|user|>\nquestion<|end|>\n<|assistant|>\n" if "<|end|>" in tokenizer.get_vocab() else None
     text = text or "User: question\nAssistant:"
-    assert stream(model, tokenizer, text, pieces.append, chat=True, max_new_tokens=40).strip() == "the answer"
+    streamed = stream(model, tokenizer, text, pieces.append, chat=True, max_new_tokens=40)
+    assert (streamed.text.strip(), streamed.cut) == ("the answer", False)
     with caplog.at_level("INFO", logger="doralib"):
         generate(model, tokenizer, ["question"], chat=True, max_new_tokens=1)
     assert f"an answer ends at {describe_ends(model, tokenizer)}" in caplog.text

@@ -15,7 +15,7 @@ from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import generate
 from doralib.evaluation.likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from doralib.evaluation.task import ChoiceTask, ClassificationTask, RegexTask, fill, read_examples
-from doralib.evaluation.task_file import load_tasks, packaged_tasks
+from doralib.evaluation.task_file import load_tasks
 
 ROWS = [
     {"text": "the movie was wonderful", "label": "positive", "stars": 5},
@@ -414,24 +414,6 @@ def test_wrong_answers_are_shown_as_they_are(tiny, task):
 
 
 # what is read
-
-
-def test_packaged_tasks_load_on_given_data(tmp_path):
-    (tmp_path / "test.json").write_text(json.dumps([{"instruction": "Is it?\n\nAnswer format", "answer": "true"}] * 2))
-    assert {"commonsense", "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande"} < set(packaged_tasks())
-    for name in packaged_tasks():
-        (made,) = load_tasks([f"{name}={tmp_path / 'test.json'}"])
-        assert (made.name, made.kind, made.num_beams, made.max_new_tokens) == (name, "regex", 4, 32)
-        s16 = " " * 16
-        assert read_examples(made)[0].prompt == (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
-            f"\n\n{s16}### Instruction:\n{s16}Is it?\n\nAnswer format\n\n{s16}### Response:\n{s16}"
-        )
-        words = {"boolq": "true", "piqa": "solution2", "hellaswag": "ending4", "winogrande": "option1"}
-        word = words.get(name, "answer5")
-        assert made.predicted(f"the correct answer is {word} not") == ("answer5" if word == "answer5" else word)
-    with pytest.raises(UsageError, match="boolq=PATH"):
-        read_examples(load_tasks(["boolq"])[0])
 
 
 def test_misspelt_names_are_reported_all_at_once():

@@ -1,6 +1,7 @@
 """Every adapter format: files that the tools themselves wrote, round trips, and what is refused."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from doralib.errors import DoraError, UsageError
 from doralib.files import read_json, read_tensors
 from doralib.formats import FORMATS, detect_format, tensorrt
 from doralib.formats.base import Hints, RawAdapter
-from doralib.formats.files import read_any_format, write_raw_adapter
+from doralib.formats.files import read_any_format, read_raw_adapter, write_raw_adapter
 from doralib.formats.peft import from_peft
 from doralib.formats.tensors import make_config
 from doralib.functional import dense_row_norm, merge_weight
@@ -488,3 +489,20 @@ def test_a_models_own_names_are_no_parts_of_a_pipeline(form, name, tmp_path):
     # asked for, it is a part
     inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].layers
     assert set(inside) == {name.partition(".")[2]}
+
+
+def test_an_archive_with_another_byte_is_damaged(tmp_path):
+    path = tmp_path / "adapter_model.bin"
+    torch.save({"base_model.model.q.lora_A.weight": torch.arange(24.0).view(4, 6)}, path)
+    whole = path.read_bytes()
+    at = whole.index(torch.arange(24.0).numpy().tobytes())
+    path.write_bytes(whole[: at + 9] + b"\x7f" + whole[at + 10 :])
+    with pytest.raises(DoraError, match=r"adapter_model\.bin is damaged \(.*data/0 is not what torch wrote\)"):
+        read_raw_adapter(path)
+    # a bomb: small as it lies there, large once it is unpacked
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**7))
+    with pytest.raises(DoraError, match="is damaged"):
+        read_raw_adapter(path)
+    path.write_bytes(whole)
+    assert read_raw_adapter(path).tensors["base_model.model.q.lora_A.weight"].shape == (4, 6)

@@ -430,7 +430,7 @@ def test_the_nearest_lora_of_every_expert(apart, tmp_path):
 @pytest.mark.parametrize("apart", [False, True])
 def test_inspect_says_how_far_the_experts_moved(apart, tmp_path):
     from doralib.checkpoints.safetensors import Checkpoint
-    from doralib.experiments.analyze import movements
+    from doralib.experiments.analyze.movement import movements
 
     plain = build("olmoe")
     save_base(plain, tmp_path / "base", apart=apart)

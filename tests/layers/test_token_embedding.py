@@ -208,15 +208,18 @@ def test_lora_has_no_axis_and_magnitudes_alone_have_one():
         doralib.adapt(make_llama(), settings)
 
 
-def test_tied_heads_are_refused(tmp_path):
+def test_tied_heads_are_refused_and_load_as_they_were_trained(tmp_path):
     with pytest.raises(UsageError, match="tied to lm_head"):
         doralib.adapt(make_llama(tie_word_embeddings=True), config())
     doralib.save_adapter(move(doralib.adapt(make_llama(), config())), tmp_path / "adapter")
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     with pytest.raises(DoraError, match="tied to this embedding"):
         merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
-    with pytest.raises(UsageError, match="tied to lm_head"):
-        doralib.load_adapter(make_llama(tie_word_embeddings=True), tmp_path / "adapter")
+    # an adapter of the embedding alone leaves the head as it is, as in PEFT
+    model = doralib.load_adapter(make_llama(tie_word_embeddings=True), tmp_path / "adapter")
+    assert type(model.model.embed_tokens) is DoraTokenEmbedding
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.base_layer.weight
 
 
 # MLX

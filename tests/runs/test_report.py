@@ -260,6 +260,18 @@ def test_figures_are_png_files(run):
     assert all((run / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in files)
 
 
+def test_the_home_folder_is_not_on_the_page(run, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: run.parent)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["path"] = f"{run.parent}/models/tiny"
+    config["data"]["train"] = f"{run.parent}-other/rows.jsonl"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = write_report(run, figures=False).read_text()
+    assert "~/models/tiny" in page
+    assert f"{run.parent}-other/rows.jsonl" in page
+    assert f"{run.parent}/" not in page
+
+
 def test_without_matplotlib_the_page_is_whole_and_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"doralib\[plots\]"):

@@ -712,7 +712,7 @@ def test_recipes_are_read_and_overridden(tmp_path):
 )
 def test_a_bare_text_on_the_command_line_stays_as_it_is(text, value):
     values = {}
-    reading._override(values, f"data.prompt={text}")
+    reading.override(values, f"data.prompt={text}")
     assert values == {"data": {"prompt": value}}
 
 

@@ -5,17 +5,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import yaml
 
 from doralib.evaluation.task_file import packaged_tasks
 from doralib.training.recipe_file import packaged_recipes
 from doralib.training.schema import recipe_schema, task_schema
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def read(path):
-    return yaml.safe_load(path.read_text())
 
 
 def find_errors(schema, value):
@@ -25,12 +20,12 @@ def find_errors(schema, value):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_are_recipes(name):
-    assert not find_errors(recipe_schema(), read(packaged_recipes()[name]))
+    assert not find_errors(recipe_schema(), packaged_recipes()[name].values)
 
 
 @pytest.mark.parametrize("name", packaged_tasks())
 def test_packaged_tasks_are_tasks(name):
-    assert not find_errors(task_schema(), read(packaged_tasks()[name]))
+    assert not find_errors(task_schema(), packaged_tasks()[name])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The layers that an adapter puts in the place of a model's: chosen, checked and made before the first is put in."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..layers.wrapper import AdapterLayer, TrainedCopy, base_module
 from ..quantization import keep_readable
 from ..state import AdapterState
 from .registry import error_of
-from .scan import Scan
+from .scan import Scan, ask_model
 from .targets import (
     ALL_LINEAR,
     check_layers,
@@ -73,8 +73,8 @@ def _choose_rows(found: Scan, config: DoraConfig) -> dict[str, tuple[int, ...]]:
     if not asked:
         return {}
     if not isinstance(asked, dict):
-        get: Callable[[], nn.Module] | None = getattr(found.model, "get_input_embeddings", None)
-        own = base_module(get()) if get is not None else None
+        embedding = ask_model(found.model, "get_input_embeddings")
+        own = None if embedding is None else base_module(embedding)
         names = [name for name, module in found.modules.items() if module is own]
         if not names:
             raise UsageError("trainable_token_indices: name the embedding, {embed_tokens: [...]}; this model has none")

@@ -152,8 +152,7 @@ def load_adapter(model: Model, path: str | Path, adapter_name: str | None = None
     found, record = Scan(model), find_record(model)
     config, state = read_for_model(path, found, given)
     if record is None or (adapter_name is not None and adapter_name not in record.adapters):
-        state = fit_vocabulary(model, state, str(path))
-        found = Scan(model)
+        found, state = fit_vocabulary(found, state, str(path))
         add_state(found, adapter_name or DEFAULT, config, state, str(path))
     else:
         load_into(model, state, adapter_name)

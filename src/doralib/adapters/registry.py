@@ -257,13 +257,16 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
     resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
     named = getattr(model, "name_or_path", None) or None
-    return AdapterState(layers, extra, named, rows, resized, _name_task(model))
+    has_head = any(part in ("score", "classifier") for key in extra for part in key.split("."))
+    return AdapterState(layers, extra, named, rows, resized, _name_task(model, has_head=has_head))
 
 
-def _name_task(model: nn.Module) -> str | None:
-    """PEFT's word for a model, by its class; of a class that was derived from transformers', by that."""
+def _name_task(model: nn.Module, *, has_head: bool) -> str | None:
+    """PEFT's word for a model, by its class or the one that this derives from; a head's only if the adapter has it."""
     names = [each.__name__ for each in type(model).__mro__]
-    return next((task for name in names for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    task = next((task for name in names for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    # PEFT looks for the head in the file
+    return task if task == "CAUSAL_LM" or has_head else None
 
 
 def find_differences(into: AdapterState, given: AdapterState) -> list[str]:

@@ -48,8 +48,7 @@ class Scan:
     @cached_property
     def linear(self) -> list[str]:
         """What "all-linear" means, before anything is left out: linear layers without the output layer, as in PEFT."""
-        output_layer: Callable[[], nn.Module | None] | None = getattr(self.model, "get_output_embeddings", None)
-        head = output_layer() if output_layer is not None else None
+        head = ask_model(self.model, "get_output_embeddings")
         heads = {name for name, module in self.modules.items() if head is not None and module is base_module(head)}
         heads |= {name for name in ("score", "classifier", "qa_outputs") if hasattr(self.model, name)}
         return [name for name, base in self.bases.items() if base.kind == "linear" and name not in heads]
@@ -118,3 +117,12 @@ def _base_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
     for child, inner in module._modules.items():
         if inner is not None:
             yield from _base_modules(f"{name}.{child}" if name else child, inner)
+
+
+def ask_model(model: nn.Module, name: str) -> nn.Module | None:
+    """What one of a transformers model's own methods names, or None: models of sounds, or of two parts, refuse it."""
+    get: Callable[[], nn.Module | None] | None = getattr(model, name, None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:
+        return None

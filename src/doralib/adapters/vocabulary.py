@@ -10,18 +10,20 @@ from ..errors import DoraError, UsageError
 from ..layers.wrapper import base_module
 from ..state import AdapterState
 from .registry import find_record
+from .scan import Scan, ask_model
 
 
 @torch.no_grad()
-def fit_vocabulary(model: nn.Module, state: AdapterState, source: str) -> AdapterState:
+def fit_vocabulary(found: Scan, state: AdapterState, source: str) -> tuple[Scan, AdapterState]:
     """Give a model as many tokens as the adapter's embeddings have, and put frozen rows that came with it in place.
 
-    The adapter comes back without the frozen weights that the model had already.
+    The model comes back as it is then, and the adapter without the frozen weights that the model had already.
 
     Raises:
         UsageError: if the model has adapters already, or does not know how to change its vocabulary.
         DoraError: if new tokens have no values in the adapter.
     """
+    model = found.model
     sizes = {name: len(p) for name, p in find_embeddings(model).items()}
     wanted = {name: len(t) for name, t in {**state.extra, **state.resized}.items() if name in sizes}
     for name, rows in state.rows.items():
@@ -34,7 +36,7 @@ def fit_vocabulary(model: nn.Module, state: AdapterState, source: str) -> Adapte
             wanted[name] = last
     changed = {name: size for name, size in wanted.items() if size != sizes[name]}
     if not changed:
-        return replace(state, resized={})
+        return found, replace(state, resized={})
     size = next(iter(changed.values()))
     if any(each != size for each in wanted.values()):
         raise DoraError(f"{source}: its embedding and head have different numbers of tokens: {wanted}")
@@ -50,15 +52,13 @@ def fit_vocabulary(model: nn.Module, state: AdapterState, source: str) -> Adapte
         given = frozen.get(name)
         if given is not None:
             p.copy_(given)
-    return replace(state, resized=frozen)
+    return Scan(model), replace(state, resized=frozen)
 
 
 def find_embeddings(model: nn.Module) -> dict[str, Tensor]:
     """The input embedding's and the output head's weights, by every name."""
     found: list[nn.Module] = []
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
-        get: Callable[[], nn.Module | None] | None = getattr(model, ask, None)
-        module = get() if get is not None else None
+    for module in (ask_model(model, "get_input_embeddings"), ask_model(model, "get_output_embeddings")):
         frozen = None if module is None else base_module(module)
         # of pictures it is no table
         if frozen is not None and isinstance(frozen._parameters.get("weight"), Tensor):

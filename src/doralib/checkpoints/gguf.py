@@ -1,6 +1,5 @@
 """Bases that are not yet a folder of safetensors: .gguf files and hub names."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -9,7 +8,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import DoraError, UsageError
-from ..files import find_file, replacing
+from ..files import find_file, replacing, work_folder
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -29,12 +28,8 @@ def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
         find_file(path)
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        # on Windows a model that is still mapped keeps its files
-        with tempfile.TemporaryDirectory(
-            prefix=f".{scratch.name}.gguf-", dir=scratch.parent, ignore_cleanup_errors=True
-        ) as folder:
-            yield expand_gguf(path, Path(folder) / path.stem)
+        with work_folder(scratch) as folder:
+            yield expand_gguf(path, folder / path.stem)
     elif path.exists():
         yield path
     else:

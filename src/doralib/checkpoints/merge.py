@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from ..files import format_bytes, list_folder, read_json, replacing, write_json
+from ..errors import DoraError, UsageError, collecting, did_you_mean, list_some, raise_all
+from ..files import check_replaceable, format_bytes, is_scratch, list_folder, read_json, replacing, write_json
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..process import read_peak_memory
@@ -174,7 +174,15 @@ def merge_checkpoint(
         notes += take_tokenizer([each.path for each in ingredients], part)
         if not starts.head:
             notes += _write_end_tokens(part)
-        write_json(part / RECORD, {"base": str(base), "dtype": dtype, "adapters": [asdict(each) for each in merged]})
+        write_json(
+            part / RECORD,
+            {
+                "base": str(base),
+                "dtype": dtype,
+                "adapters": [asdict(each) for each in merged],
+                "files": sorted(_list_files(part)),
+            },
+        )
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
     return MergeSummary(
         out=Path(out),
@@ -395,10 +403,26 @@ def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool)
             raise UsageError(f"--out {out} would overwrite the {what} in {source}; choose another folder")
     if base in final.parents:
         raise UsageError(f"--out {out} is inside the base {base}; choose a folder of its own")
+    check_replaceable(out, "--out")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         raise UsageError(f"{out} exists already; choose another folder, or pass --overwrite to replace it")
-    if not final.is_dir() or not ((final / "config.json").is_file() or any(final.glob("*.safetensors"))):
+    if not final.is_dir() or not (final / RECORD).is_file():
         found = f"holds: {list_folder(final)}" if final.is_dir() else "is a file"
-        raise UsageError(f"{out} is not a model folder and is not overwritten (it {found}); remove it yourself")
+        raise UsageError(
+            f"{out} is not a model that doralib merge wrote, and is not overwritten (it {found}); remove it yourself"
+        )
+    record = read_json(final / RECORD)
+    own = record.get("files") if isinstance(record, dict) else None
+    if others := sorted(_list_files(final) - {RECORD} - set(own if isinstance(own, list) else [])):
+        raise UsageError(
+            f"--overwrite replaces a merged model, and {out} holds what its {RECORD} does not list: "
+            f"{list_some(others, 5, ', ')}; move it away, or choose another folder"
+        )
+
+
+def _list_files(folder: Path) -> set[str]:
+    """Every file of a folder, but for what a killed process left, by its name inside it."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {name.as_posix() for name in names if not any(is_scratch(folder / part) for part in name.parts)}

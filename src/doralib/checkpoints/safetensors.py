@@ -152,16 +152,21 @@ class Checkpoint:
         return dict(read_json(path)) if path.is_file() else {}
 
     def companions(self) -> tuple[list[Path], list[Path]]:
-        """The model's other files, relative to its folder, and those to leave out: weights in any format."""
+        """The model's other files, relative to its folder, and those to leave out: weights in any format, and links.
+
+        A link is followed where the weights themselves are, which in the hub's cache is a folder of its own.
+        """
         ours = {shard.path.name for shard in self.shards} | ({self.index.name} if self.index else set())
         keep: list[Path] = []
         leave: list[Path] = []
         if not (self.folder / "config.json").is_file():
             return keep, leave  # a lone file among others: what lies beside it is not its model
+        folders = {self.folder.resolve(), *(shard.path.resolve().parent for shard in self.shards)}
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             name = path.relative_to(self.folder)
             if str(name) not in ours and not any(part.startswith(".") for part in name.parts[:-1]):
-                (leave if _is_weights(name) else keep).append(name)
+                inside = not folders.isdisjoint(path.resolve().parents)
+                (leave if _is_weights(name) or not inside else keep).append(name)
         return keep, leave
 
 

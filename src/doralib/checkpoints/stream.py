@@ -1,6 +1,7 @@
 """Write a merged checkpoint tensor by tensor: what changes is computed, the rest is copied."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,10 +131,12 @@ def write_quantized(
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
+            _check_finite(layer.name, block)
             sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
+        _check_finite(layer.name, block)
         V_OI[rows] = block
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
@@ -317,10 +320,26 @@ def _write(sink: Sink, piece: _Piece, rows: slice) -> int:
     start = piece.start
     read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
     block = apply_changes(read, piece.changes, rows, piece.out.shape)
+    if piece.changes:
+        _check_finite(piece.out.name, block)
     cast = cast_to(piece.out.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.out.matrix[0])
     sink.put(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
+
+
+def _check_finite(name: str, block: Tensor) -> None:
+    """Check that a merged block holds numbers.
+
+    Raises:
+        DoraError: if one is NaN or infinite.
+    """
+    # a sum is one pass without a copy; where it is too large itself, every number is looked at
+    if not math.isfinite(block.sum(dtype=torch.float32).item()) and not bool(block.isfinite().all()):
+        raise DoraError(
+            f"{name}: merged, it holds NaN or infinite numbers; the adapter's numbers or its alpha are too large, or "
+            "the base holds such numbers there; nothing was written"
+        )
 
 
 def write_companions(

@@ -138,7 +138,8 @@ class Chat:
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         row = json.dumps({"messages": self._with_system(self.messages)}, ensure_ascii=False)
         with replacing(path) as part:
-            part.write_text(f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{row}\n", "utf-8")
+            gap = "" if before.endswith("\n") or not before else "\n"
+            part.write_text(f"{before}{gap}{row}\n", encoding="utf-8")
         self.write(f"saved: row {len(before.splitlines()) + 1} of {path}\n")
 
     def _switch(self, name: str) -> None:

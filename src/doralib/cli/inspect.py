@@ -17,7 +17,7 @@ from .console import console
 from .options import Alpha, Component
 
 if TYPE_CHECKING:
-    from ..experiments.analyze import Movement
+    from ..experiments.analyze.movement import Movement
     from ..formats.base import Hints, ParsedAdapter
     from ..state import AdapterState, LayerAdapter
 
@@ -52,7 +52,7 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None
     from ..checkpoints.adapter import check_one_model, describe_base, find_other_base, read_for_base
     from ..checkpoints.gguf import open_base_folder
     from ..checkpoints.safetensors import Checkpoint
-    from ..experiments.analyze import movements
+    from ..experiments.analyze.movement import movements
     from ..formats.base import Hints
     from ..formats.files import find_adapter_file
 
@@ -115,7 +115,7 @@ def _shape(layer: "LayerAdapter") -> str:
 
 
 def _sizes(layer: "LayerAdapter") -> tuple[str, str]:
-    from ..experiments.analyze import change_norm
+    from ..experiments.analyze.movement import change_norm
 
     span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
     return f"{change_norm(layer):.4g}", span

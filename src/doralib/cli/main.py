@@ -12,7 +12,9 @@ import typer
 
 from .. import __version__
 from ..errors import DoraError, Note
+from .analyze import analyze_command
 from .bench import bench_command
+from .compare import compare_command
 from .console import print_log
 from .convert import convert_command
 from .data import data_command
@@ -22,6 +24,7 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .merge import merge_command
 from .options import VerifyingCommand
+from .recipes import recipes_command
 from .targets import targets_command
 from .train import train_command
 
@@ -68,6 +71,9 @@ app.command("merge", cls=VerifyingCommand)(merge_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("targets")(targets_command)
+app.command("analyze")(analyze_command)
+app.command("compare")(compare_command)
+app.command("recipes")(recipes_command)
 app.command("bench")(bench_command)
 app.command("demo")(demo_command)
 

@@ -26,7 +26,7 @@ def _show_schema(wanted: bool) -> None:
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe: sentiment, demo.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe (`doralib recipes`).")],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")
     ] = None,

@@ -66,7 +66,10 @@ def pad_token(tokenizer: Tokenizer, model: Any) -> int:
 
 def count_embeddings(model: Any) -> int | None:
     """How many tokens the model has a row for; without weights what its configuration says."""
-    layer = model.get_input_embeddings() if isinstance(model, nn.Module) else None  # type: ignore[operator]
+    try:
+        layer = model.get_input_embeddings() if isinstance(model, nn.Module) else None  # type: ignore[operator]
+    except NotImplementedError:
+        layer = None
     count = getattr(getattr(layer, "base_layer", layer), "num_embeddings", None)
     if count is None:
         count = getattr(model.config.get_text_config(), "vocab_size", None)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import DoraError, UsageError
+from ..files import hash_file
 from ..recipe import DataSettings
 from .csv_rows import read_columns
 from .json_rows import ParseColumns, find_type, split_columns
@@ -93,6 +94,13 @@ def as_written(rows: datasets.Dataset) -> datasets.Dataset:
     return rows if plain or rows.format["type"] is not None else rows.with_transform(_drop_missing)
 
 
+def hash_sources(settings: DataSettings) -> dict[str, str]:
+    """The hash of each file of data, by its setting; a hub data set has none."""
+    sources = {"data.train": settings.train, "data.validation": settings.validation}
+    paths = {key: Path(source).expanduser() for key, source in sources.items() if isinstance(source, str)}
+    return {key: hash_file(path) for key, path in paths.items() if path.is_file()}
+
+
 def _drop_missing(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     return {name: [_without_none(value) for value in column] for name, column in batch.items()}
 
@@ -135,8 +143,7 @@ def _read_json(text: str, path: Path, where: str, split: str) -> datasets.Datase
 
 def _read_parquet(path: Path, where: str) -> datasets.Dataset:
     try:
-        with _quiet():
-            return datasets.load_dataset("parquet", data_files=_literal(path), split="train")
+        return _load("parquet", path)
     except Exception as error:  # `datasets` lets errors of any kind through
         if "corresponds to no data" in str(error):
             raise UsageError(f"{where} has no rows") from None
@@ -191,6 +198,24 @@ def _first_line(error: BaseException) -> str:
 def _literal(path: Path) -> str:
     """The path with nothing in it that `datasets` would read as a pattern."""
     return re.sub(r"([*?\[\]])", r"[\1]", str(path.absolute()))
+
+
+def _load(reader: str, path: Path, **options: Any) -> datasets.Dataset:
+    """Read a local file by `datasets`, from a cache that goes by its content, and without a request to anybody.
+
+    The library's own cache goes by a file's time, which a copy may share with an older file; and it tells the hub's
+    download counter of local files too.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", hash_file(path))
+    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        with _quiet():
+            return datasets.load_dataset(
+                reader, data_files=_literal(path), split="train", cache_dir=str(cache), **options
+            )
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import nn
@@ -45,10 +45,18 @@ class TaskResult:
     cut: int
     """Prompts longer than the model takes, whose beginning was left out."""
     seconds: float
+    right: str = ""
+    """A 1 for each row that was answered rightly and a 0 for the others, in their order; empty for a perplexity."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
         return {**asdict(self), "wrong": list(self.wrong)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` made."""
+        metrics = {name: Score(**score) for name, score in values["metrics"].items()}
+        return cls(**{**values, "metrics": metrics, "wrong": tuple(values["wrong"])})
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def evaluate(
         UsageError: if data, columns or labels do not fit, for all tasks at once.
         DoraError: if the data is damaged or the model gives NaN.
     """
-    examples = _read_all(tasks, limit)
+    examples = read_all(tasks, limit)
     if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
         tell_ends(model, tokenizer)
     results = {}
@@ -158,7 +166,12 @@ def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer
     return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
 
 
-def _read_all(tasks: Sequence[Task], limit: int | None) -> dict[str, list[Example]]:
+def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[Example]]:
+    """The examples of every task by its name.
+
+    Raises:
+        DoraError: with everything that is wrong with the data of all tasks.
+    """
     examples: dict[str, list[Example]] = {}
     problems: list[DoraError] = []
     for task in tasks:
@@ -192,6 +205,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         wrong=tuple(wrong[:_WRONG_KEPT]),
         cut=outcome.cut,
         seconds=time.perf_counter() - start,
+        right="".join("01"[right] for right in outcome.right),
     )
 
 

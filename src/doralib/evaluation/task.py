@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -45,6 +46,8 @@ class Task(Checked):
     name: str
     data: str | None = None
     """A .json, .jsonl, .csv or .parquet file (beside the task file), or a hub name; null: given as `task=DATA`."""
+    in_folder: str | None = None
+    """Where a folder of many data sets holds this one, e.g. boolq/test.json; the folder is then given as its data."""
     split: str = "test"
     """The split of a hub data set."""
     prompt: str
@@ -140,6 +143,8 @@ class GenerationTask(Task):
     num_beams: int = Field(default=1, ge=1)
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
+    after_last: str | None = None
+    """Only the text behind the last of these counts, should the model write it again."""
     lowercase: bool = False
     """Compare without regard to case."""
 
@@ -149,6 +154,10 @@ class GenerationTask(Task):
     def predicted(self, text: str) -> str:
         """The answer in a generated text."""
         raise NotImplementedError
+
+    def counted(self, text: str) -> str:
+        """The part of a generated text that counts."""
+        return text.rpartition(self.after_last)[2] if self.after_last else text
 
     def normal(self, text: str) -> str:
         """The form in which answers are compared."""
@@ -163,6 +172,7 @@ class ExactMatchTask(GenerationTask):
     """Leave out space around the generated text."""
 
     def predicted(self, text: str) -> str:
+        text = self.counted(text)
         return self.normal(text.strip() if self.strip else text)
 
 
@@ -182,7 +192,7 @@ class RegexTask(GenerationTask):
         return self
 
     def predicted(self, text: str) -> str:
-        found = re.search(self.pattern, text, re.IGNORECASE if self.lowercase else 0)
+        found = re.search(self.pattern, self.counted(text), re.IGNORECASE if self.lowercase else 0)
         if found is None:
             return ""
         return self.normal((found[1] if found.re.groups else found[0]) or "")
@@ -243,7 +253,10 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     """
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
-    dataset = read_dataset(task.data, f"task {task.name}: data", task.split)
+    data = task.data
+    if task.in_folder and Path(data).expanduser().is_dir():
+        data = str(Path(data).expanduser() / task.in_folder)
+    dataset = read_dataset(data, f"task {task.name}: data", task.split)
     rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
     known = dataset.column_names
     wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,19 +157,28 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     if raw.own:
         beside[path.parent / _OWN_SETTINGS] = raw.own
     there = [str(file) for file in (path, *beside) if file.exists()]
-    if there and not overwrite:
+    if there and not overwrite and not files.was_cut_short(path):
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
-    if into.save:
-        with files.replacing(path) as part:
-            into.save(raw, part)
-    elif path.suffix in _PICKLED:
-        with files.replacing(path) as part:
-            torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
-    else:
-        files.write_tensors(path, raw.tensors, raw.metadata)
-    for file, value in beside.items():
-        files.write_json(file, dict(value))
+    need = sum(tensor.nbytes for tensor in raw.tensors.values())
+    if not beside:
+        with files.replacing(path, need) as part:
+            _write_file(part, path.suffix, raw, into)
+        return path
+    # the tensors come last: where they stand, their settings do
+    with files.replacing_together([*beside, path], need) as (*settings, part):
+        for file, value in zip(settings, beside.values(), strict=True):
+            files.write_json(file, dict(value))
+        _write_file(part, path.suffix, raw, into)
     return path
+
+
+def _write_file(part: Path, kind: str, raw: RawAdapter, into: Format) -> None:
+    if into.save:
+        into.save(raw, part)
+    elif kind in _PICKLED:
+        torch.save({name: tensor.detach().clone() for name, tensor in raw.tensors.items()}, part)
+    else:
+        files.write_tensors(part, raw.tensors, raw.metadata)
 
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
@@ -207,9 +217,29 @@ def _get_setting(config: DoraConfig, field: str, ours: DoraConfig) -> Any:
     return {name: alpha for name, alpha in value.items() if ours.fused_parts(name) is None}
 
 
+def _check_archive(path: Path) -> None:
+    """Check the checksums of a torch.save file, which torch itself does not; older files are no archives.
+
+    Raises:
+        DoraError: if one is wrong, or the archive is packed, which torch never does.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    bad: str | None = "its list of contents"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            bad = packed[0] if packed else archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError):
+        pass
+    if bad:
+        raise DoraError(f"{path} is damaged ({bad} is not what torch wrote); copy or download it again")
+
+
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a torch.save file, of which nothing may run while it is read."""
     files.find_file(path)
+    _check_archive(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -1,17 +1,21 @@
-"""Checkpoints that are whole or not there: written beside their place, sealed by a list of sizes, then renamed."""
+"""Checkpoints that are whole or not there: written beside their place, sealed by what is in them, then renamed."""
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from .. import files
 from ..errors import DoraError
 
+log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SEAL = "whole.json"
+# what a checkpoint without a seal may hold: one that several processes wrote in its place, and did not end
+_KINDS = (".pt", ".pth", ".bin", ".json", ".safetensors", ".jinja", ".txt", ".model")
 
 
 @contextmanager
@@ -21,14 +25,19 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
     Raises:
         DoraError: if it cannot be written, with what to do; no part of it is left behind.
     """
+    with explaining_write_errors(final), files.replacing(final) as part:
+        part.mkdir()
+        yield part
+        seal(part)
+
+
+@contextmanager
+def explaining_write_errors(final: Path) -> Iterator[None]:
+    """Say which checkpoint is left, where one cannot be written."""
     try:
-        with files.replacing(final) as part:
-            part.mkdir()
-            yield part
-            seal(part)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch's own writer reports a full disk as a RuntimeError without a number
-        if isinstance(error, RuntimeError) and not re.search("write|iostream", str(error), re.IGNORECASE):
+        yield
+    except Exception as error:
+        if not files.is_write_error(error):
             raise
         last = find_newest(final.parent)
         kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
@@ -40,26 +49,41 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Write down what a finished checkpoint consists of."""
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and file.name != _SEAL}
-    files.write_json(folder / _SEAL, sizes)
+    """Write down what a finished checkpoint consists of: each file's size and hash."""
+    whole = {
+        file.name: {"bytes": file.stat().st_size, "sha256": files.hash_file(file)}
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name != _SEAL and not files.is_scratch(file)
+    }
+    files.write_json(folder / _SEAL, whole)
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run; what was cut short or damaged is passed over."""
+    """The last whole checkpoint of a run; what was cut short is passed over."""
     return next((found for found in reversed(_by_step(folder)) if is_whole(found)), None)
+
+
+def find_sound(folder: Path) -> Path | None:
+    """The last whole checkpoint whose every byte is as it was written; one that is damaged is named and passed over."""
+    return next((found for found in reversed(_by_step(folder)) if is_sound(found)), None)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of it is there in its full size."""
-    if not (checkpoint / _SEAL).is_file():
+    seal = _read_seal(checkpoint)
+    sizes = {checkpoint / name: _size_of(entry) for name, entry in seal.items()}
+    return bool(sizes) and all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether it is whole, and every file has the hash that its seal says; a damaged file is logged."""
+    if not is_whole(checkpoint):
         return False
-    try:
-        sizes = files.read_json(checkpoint / _SEAL)
-    except DoraError:
-        return False
-    there = {name: checkpoint / name for name in sizes}
-    return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in there.items())
+    hashes = {checkpoint / name: entry for name, entry in _read_seal(checkpoint).items() if isinstance(entry, dict)}
+    bad = [file.name for file, entry in hashes.items() if files.hash_file(file) != entry.get("sha256")]
+    if bad:
+        log.warning(f"{checkpoint} is damaged ({', '.join(bad)}: not the bytes that were written) and is passed over")
+    return not bad
 
 
 def step_of(checkpoint: Path) -> int:
@@ -67,6 +91,27 @@ def step_of(checkpoint: Path) -> int:
     found = _NAME.fullmatch(checkpoint.name)
     assert found is not None, checkpoint
     return int(found[1])
+
+
+def at_step(folder: Path, step: int) -> Path:
+    """The place of the checkpoint of a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def list_sound(folder: Path) -> list[Path]:
+    """Every checkpoint that is as it was written, by step."""
+    return [path for path in _by_step(folder) if is_sound(path)]
+
+
+def list_others(checkpoint: Path) -> list[Path]:
+    """What lies in a checkpoint's folder and is no part of it."""
+    sealed = {*_read_seal(checkpoint), _SEAL} if (checkpoint / _SEAL).is_file() else None
+    return [
+        path
+        for path in sorted(checkpoint.iterdir())
+        if not (path.name in sealed if sealed is not None else path.suffix in _KINDS and path.is_file())
+        and not files.is_scratch(path)
+    ]
 
 
 def prune(folder: Path, keep: int | None, best: Path | None) -> None:
@@ -78,9 +123,37 @@ def prune(folder: Path, keep: int | None, best: Path | None) -> None:
     kept = [path.name for path in found if is_whole(path)][-keep:]
     for old in found:
         if old.name not in kept and (best is None or old.name != best.name):
-            # a folder killed half-way through its deletion must not look like a checkpoint
-            (old / _SEAL).unlink(missing_ok=True)
-            files.delete(old)
+            _delete(old)
+
+
+def keep_alone(best: Path | None) -> None:
+    """Delete all checkpoints beside the best one."""
+    for old in _by_step(best.parent) if best is not None else []:
+        if old != best:
+            _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    # a folder killed half-way through its deletion must not look like a checkpoint
+    (checkpoint / _SEAL).unlink(missing_ok=True)
+    files.delete(checkpoint)
+
+
+def _read_seal(checkpoint: Path) -> Mapping[str, Any]:
+    """What a checkpoint should hold, by name; nothing where the seal is missing or damaged."""
+    if not (checkpoint / _SEAL).is_file():
+        return {}
+    try:
+        seal = files.read_json(checkpoint / _SEAL)
+    except DoraError:
+        return {}
+    right = isinstance(seal, dict) and all(Path(name).name == name for name in seal)
+    return seal if right else {}
+
+
+def _size_of(entry: Any) -> Any:
+    """The size that a seal says; seals without hashes are numbers."""
+    return entry.get("bytes") if isinstance(entry, dict) else entry
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
 
 import datetime
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ def _page(record: RunRecord, notes: list[str]) -> str:
         el("title", f"{_title(record)} - doralib"),
         el("style", Markup(style)),
     )
-    return "<!DOCTYPE html>\n" + el("html", head, el("body", body), lang="en") + "\n"
+    return "<!DOCTYPE html>\n" + _hide_home(el("html", head, el("body", body), lang="en")) + "\n"
+
+
+def _hide_home(page: str) -> str:
+    """The page without the name of the home folder, which is not for everybody whom the page is sent to."""
+    home = str(Path.home()).rstrip("/")
+    return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", page) if home else page
 
 
 def _title(record: RunRecord) -> str:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # only a killed run leaves a line half written, and nothing follows it
-            break
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # a killed run leaves its last line half written; a damaged one is left out
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines

@@ -19,7 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
-from ..data.rows import RawRows
+from ..data.rows import RawRows, hash_sources
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
@@ -65,6 +65,8 @@ class _Plan:
     tasks: list[Task]
     args: TrainingArguments
     resume: bool
+    asked: dict[str, Any]
+    """How the run's folder is to be opened."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,23 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     job = _load(plan, tick)
     # the others may still be checking what stands there
     wait_for_all()
-    if is_main():
-        plan.run.open(recipe, overwrite=overwrite)
-        if job.data.survey is not None:
+    with plan.run.open(recipe, **plan.asked) if is_main() else nullcontext():
+        if is_main() and job.data.survey is not None:
             files.write_json(plan.run.survey, job.data.survey)
-    wait_for_all()
-    _describe(job)
-    _score_before(job)
-    if not plan.run.trained.exists():
-        _train(job)
-    _score(job, "after")
-    _sample(job, "after")
+        wait_for_all()
+        _describe(job)
+        _score_before(job)
+        if not plan.run.trained.exists():
+            _train(job)
+        _score(job, "after")
+        _sample(job, "after")
     return plan.run.path
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe.model)
     problems: list[DoraError] = []
-    with collecting(problems):
-        run.check(recipe, resume=resume, overwrite=overwrite)
+    tasks: list[Task] = []
     with collecting(problems):
         args = make_arguments(recipe, run.checkpoints)
     with collecting(problems):
@@ -140,9 +140,22 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
                 read_examples(task, recipe.eval.limit)
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
+    inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
+    inputs += [each for each in (recipe.data.train, recipe.data.validation) if isinstance(each, str)]
+    asked: dict[str, Any] = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "data": hash_sources(recipe.data),
+        "inputs": inputs,
+    }
+    with collecting(problems):
+        # the first process of several holds the lock, and may not yet have left an earlier job of them all
+        if is_main():
+            run.check_free()
+        run.check(recipe, **asked)
     raise_all(problems)
     recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
-    return _Plan(recipe, modality, run, rows, tasks, args, resume)
+    return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
 
 
 def _load(plan: _Plan, tick: Tick | None) -> _Job:
@@ -175,9 +188,11 @@ def _model(plan: _Plan) -> Loaded:
     config = add_new_tokens(model, processor, recipe)
     if (head := find_head_modules(model)) and config.method != "full":
         config = config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
-    adapt(model, config)
     if plan.resume and trained.is_file():
+        # as a plain model takes it: what began as a part of the weights is written as a change of them
         load_adapter(model, plan.run.path)
+    else:
+        adapt(model, config)
     model.to(plan.args.device)
     return model, processor
 
@@ -297,7 +312,7 @@ def _train(job: _Job) -> None:
     ]
     for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *_optional_callbacks(plan)):
         trainer.add_callback(callback)
-    checkpoint = checkpointing.find_newest(plan.run.checkpoints) if plan.resume else None
+    checkpoint = checkpointing.find_sound(plan.run.checkpoints) if plan.resume else None
     if is_main():
         metrics.cut_after(checkpointing.step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
@@ -346,10 +361,13 @@ def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
 def _explain_write_errors(plan: _Plan) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, DoraError) or not files.is_write_error(error):
+            raise
         last = checkpointing.find_newest(plan.run.checkpoints)
         go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
-        raise DoraError(f"training stopped, a file could not be written: {error}; {go_on}") from error
+        why = str(error).splitlines()[0]
+        raise DoraError(f"training stopped, a file could not be written: {why}; {go_on}") from error
 
 
 def _unfinished(trainer: AdapterTrainer) -> bool:
@@ -372,6 +390,7 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     with files.replacing(run.path / "model") as part:
         job.model.save_pretrained(part)
         job.processor.save_pretrained(part)
+        run.list_as_written(f"model/{file.relative_to(part).as_posix()}" for file in part.rglob("*") if file.is_file())
 
 
 def _write_summary(job: _Job, trainer: AdapterTrainer, status: str) -> None:

@@ -1,22 +1,31 @@
 """Recipes from a YAML file or by the name of a packaged one, with `key=value` on top."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError, did_you_mean
+from ..families import Variant, is_family, read_family
 from ..files import read_yaml
 from ..recipe import Recipe
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
 
 
-def packaged_recipes() -> dict[str, Path]:
+def packaged_recipes() -> dict[str, Variant]:
     """The recipes that come with doralib, by name: NAME, or EXPERIMENT/NAME."""
-    paths = sorted(_FOLDER.rglob("*.yaml"))
-    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in paths}
+    found: dict[str, Variant] = {}
+    for path in sorted(_FOLDER.rglob("*.yaml")):
+        name = path.relative_to(_FOLDER).with_suffix("").as_posix()
+        values = read_yaml(path)
+        if is_family(values):
+            found |= {f"{name}/{each.name}": _in_family(name, each) for each in read_family(path).values()}
+        else:
+            found[name] = Variant(name, values, notes=_read_comment(path))
+    return found
 
 
 def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
@@ -30,8 +39,8 @@ def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
         UsageError: if there is no such recipe, it is not YAML, or it has unknown keys or wrong values, all at once.
     """
     values = _read(path_or_name)
-    for override in overrides:
-        _override(values, override)
+    for change in overrides:
+        override(values, change)
     return Recipe(**values)
 
 
@@ -47,33 +56,53 @@ def _read(path_or_name: str) -> dict[str, Any]:
             beside = [each.name for each in path.parent.glob("*.y*ml")]
             hint = did_you_mean(path_or_name, known) or did_you_mean(path.name, beside)
             raise UsageError(
-                f"there is no recipe {path_or_name!r}{hint} (looked for the file "
-                f"{path.absolute()}, and among the packaged recipes: {', '.join(known) or 'none'})"
+                f"there is no recipe {path_or_name!r}{hint} (looked for the file {path.absolute()}, and among the "
+                f"{len(known)} packaged recipes, which `doralib recipes` lists)"
             )
-        path = known[path_or_name]
+        return dict(known[path_or_name].values)
     values = read_yaml(path)
+    if is_family(values):
+        raise UsageError(
+            f"{path} describes a family of recipes; `doralib recipes NAME` prints one of the packaged ones"
+        )
     if not isinstance(values, dict):
         raise UsageError(f"{path} is no recipe: it should hold the groups model, data, adapter, training, ...")
     return {str(key): value for key, value in values.items()}
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
+def _in_family(family: str, variant: Variant) -> Variant:
+    name = f"{family}/{variant.name}"
+    return replace(variant, name=name, values={**variant.values, "out": f"runs/{name}"})
+
+
+def _read_comment(path: Path) -> tuple[str, ...]:
+    """The first sentence of a recipe's own comment."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return (first.removeprefix("#").strip(),) if first.startswith("#") else ()
+
+
+def override(values: dict[str, Any], change: str) -> None:
+    """Set one value of a recipe's groups, as ``group.key=value`` says.
+
+    Raises:
+        UsageError: if that is no setting, or its value is not YAML.
+    """
+    key, found, text = change.partition("=")
     path = key.strip().split(".")
     if not found or not all(path):
-        raise UsageError(f"{override!r} is no setting; write group.key=value, such as training.max_steps=100")
-    value = _value(override, text)
+        raise UsageError(f"{change!r} is no setting; write group.key=value, such as training.max_steps=100")
+    value = _value(change, text)
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:
             inner = values[part] = {}
         if not isinstance(inner, dict):
-            raise UsageError(f"{override!r}: {part} is {inner!r} and has no settings of its own")
+            raise UsageError(f"{change!r}: {part} is {inner!r} and has no settings of its own")
         values = inner
     values[path[-1]] = value
 
 
-def _value(override: str, text: str) -> Any:
+def _value(change: str, text: str) -> Any:
     """The value as YAML, but a bare text stays as it is: `Review: {text}` is no mapping, `# {text}` no comment."""
     bare = not text.lstrip().startswith(("{", "[", '"', "'"))
     if bare and ("\n" in text or re.search(r"(^|\s)#", text)):
@@ -84,5 +113,5 @@ def _value(override: str, text: str) -> Any:
         if bare:
             return text
         hint = "; put quotes around the whole setting, where its value has spaces"
-        raise UsageError(f"{override!r}: the value is not YAML: {error}{hint}") from None
+        raise UsageError(f"{change!r}: the value is not YAML: {error}{hint}") from None
     return text if bare and isinstance(value, (dict, list)) else value

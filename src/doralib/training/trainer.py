@@ -1,6 +1,7 @@
 """`transformers.Trainer` for an adapted model: only the adapter is saved, and a resumed run is the same run."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -98,20 +100,44 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return super().train(None if resume_from_checkpoint is None else str(resume_from_checkpoint))
 
     def load_if_done(self, checkpoint: Path | None) -> bool:
-        """Whether the checkpoint is of the last step; then its weights are taken, or the best ones if they are wanted.
+        """Whether no step comes after the checkpoint; then its weights are taken, or the best ones if they are wanted.
 
-        The stock Trainer would make one step too many.
+        The stock Trainer would make one step too many, and forgets that early stopping has ended the run.
         """
         if checkpoint is None:
             return False
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        patience = next((each.early_stopping_patience for each in self._early_stoppings()), math.inf)
+        if state.global_step < state.max_steps and _count_without_better(state) < patience:
             return False
         self.state = state
         self.meter.restore(files.read_json(checkpoint / _METER))
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_global_step:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            self._prune_at_end()
         return True
+
+    def _prune_at_end(self) -> None:
+        """Leave the checkpoints that the stock Trainer leaves: a kill may have come before it did."""
+        best = self._best_checkpoint()
+        checkpointing.prune(Path(self.args.output_dir), self.args.save_total_limit, best)
+        if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
+            checkpointing.keep_alone(best)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Bring back what the stock Trainer forgets of a checkpoint."""
+        counted = files.read_json(checkpoint / _METER)
+        self.meter.restore(counted)
+        # the first log line after a resume is a mean over steps of both sessions
+        self._tr_loss += counted["loss_since_log"]
+        self._globalstep_last_logged = counted["last_logged"]
+        for early_stopping in self._early_stoppings():
+            early_stopping.early_stopping_patience_counter = _count_without_better(self.state)
+        # by its step, for the run may have been moved since
+        self.state.best_model_checkpoint = self._name_best()
 
     def unwrap(self) -> None:
         """Remove what training put around the model: hooks and automatic casts."""
@@ -227,21 +253,35 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.sampler = SeededSampler(self._lengths, batch if grouped else None, args.data_seed or args.seed)
         return self.sampler
 
+    def _early_stoppings(self) -> list[EarlyStoppingCallback]:
+        return [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+
+    def _best_checkpoint(self) -> Path | None:
+        """Where the best checkpoint of this run stands, wherever the run stood when it was written."""
+        best = self.state.best_global_step
+        return checkpointing.at_step(Path(self.args.output_dir), best) if best else None
+
+    def _name_best(self, written: Path | None = None) -> str | None:
+        """The best checkpoint as the stock Trainer looks for it; named though it is lost where it is wanted."""
+        best = self._best_checkpoint()
+        there = best is not None and (best == written or best.is_dir() or self.args.load_best_model_at_end)
+        return str(best) if there else None
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
         folder = Path(self.args.output_dir)
-        final = folder / f"checkpoint-{self.state.global_step}"
+        final = checkpointing.at_step(folder, self.state.global_step)
         if self.args.world_size > 1:
-            self._write_in_place(final, model, trial)
+            with checkpointing.explaining_write_errors(final):
+                self._write_in_place(final, model, trial)
         else:
             with checkpointing.new_checkpoint(final) as part:
                 self._write(part, final, model, trial)
-        best = self.state.best_model_checkpoint
         if self.args.should_save:
-            checkpointing.prune(folder, self.args.save_total_limit, Path(best) if best else None)
+            checkpointing.prune(folder, self.args.save_total_limit, self._best_checkpoint())
 
     def _write_in_place(self, final: Path, model: nn.Module, trial: Any) -> None:
         """In its place, where every process puts its random numbers; no checkpoint to anyone before it is sealed."""
@@ -259,7 +299,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def _write(self, part: Path, final: Path, model: nn.Module, trial: Any) -> None:
         """What the stock Trainer writes, moved up into ``part``, with the paths it will have."""
-        best = self.state.best_model_checkpoint
         self._staging = part
         try:
             super()._save_checkpoint(model, trial)
@@ -269,9 +308,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         for file in inner.iterdir():
             file.replace(part / file.name)
         inner.rmdir()
-        is_best = self.state.best_global_step == self.state.global_step
-        self.state.best_model_checkpoint = str(final) if is_best else best
+        best = self._best_checkpoint()
+        # the file says it without the folders above, which may be moved; the Trainer itself looks for the folder
+        self.state.best_model_checkpoint = best and best.name
         self.state.save_to_json(str(part / "trainer_state.json"))
+        self.state.best_model_checkpoint = self._name_best(final)
         files.write_json(part / _METER, self.meter.state(float(self._tr_loss), self._globalstep_last_logged))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -301,7 +342,27 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 p.copy_(tensors[name])
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self._best_checkpoint()
+        if best is None or not checkpointing.is_sound(best):
+            best = self._find_next_best(best)
+        self._load_from_checkpoint(str(best))
+
+    def _find_next_best(self, lost: Path | None) -> Path:
+        """The best checkpoint that is left, which becomes the run's best.
+
+        Raises:
+            DoraError: if none is left that was measured.
+        """
+        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        measured = {line["step"]: line[name] for line in self.state.log_history if name in line}
+        sound = {checkpointing.step_of(path): path for path in checkpointing.list_sound(Path(self.args.output_dir))}
+        if not (left := measured.keys() & sound.keys()):
+            raise DoraError(f"the best checkpoint {lost} is damaged or gone, and no other one was measured")
+        step = (max if self.args.greater_is_better else min)(sorted(left), key=lambda step: measured[step])
+        log.warning(f"the best checkpoint {lost} is damaged or gone; the best of the others is taken, {sound[step]}")
+        self.state.best_global_step, self.state.best_metric = step, measured[step]
+        self.state.best_model_checkpoint = str(sound[step])
+        return sound[step]
 
     def _check_weights(self) -> None:
         bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
@@ -342,8 +403,14 @@ def _checkpoint_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith((".start_A", ".start_B"))}
 
 
+def _count_without_better(state: TrainerState) -> int:
+    """Evaluations since the best one, as early stopping has counted them."""
+    kept = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    return int(kept.get("attributes", {}).get("early_stopping_patience_counter", 0))
+
+
 class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
-    """Measures the steps, and brings back after a resume what the stock Trainer forgets."""
+    """Measures the steps, and sees to it that a resumed run takes up all that its checkpoint holds."""
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
@@ -354,11 +421,7 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
             tell = log.warning if is_main() else log.debug
             audit(trainer.model, optimizer.optimizer, tell=tell, listen=not trainer.args.torch_compile)
         if trainer.resumed_from is not None:
-            state = files.read_json(trainer.resumed_from / _METER)
-            trainer.meter.restore(state)
-            # the first log line after a resume is a mean over steps of both sessions
-            trainer._tr_loss += state["loss_since_log"]
-            trainer._globalstep_last_logged = state["last_logged"]
+            trainer.take_up(trainer.resumed_from)
 
     def on_epoch_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         # accelerate does not reach the sampler of a resumed epoch in several processes

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from .. import functional as F
-from ..checkpoints.adapter import read_base_rows
-from ..checkpoints.safetensors import Checkpoint
-from ..state import AdapterState, LayerAdapter
+from ... import functional as F
+from ...checkpoints.adapter import read_base_rows
+from ...checkpoints.safetensors import Checkpoint
+from ...state import AdapterState, LayerAdapter
 
 
 class Movement(NamedTuple):

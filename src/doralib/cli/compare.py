@@ -1,0 +1,126 @@
+"""`doralib compare`."""
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import UsageError, check_given_once
+from .console import console
+
+if TYPE_CHECKING:
+    from ..experiments.compare.study import Comparison
+
+
+def compare_command(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe (`doralib recipes`).")],
+    out: Annotated[Path, typer.Option(help="The folder of all runs and results; the same command goes on in it.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, for every run.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="full, lora, dora, vera, dvora; separated by commas.")] = "lora,dora",
+    ranks: Annotated[str | None, typer.Option(help="e.g. 4,8,16; left out: the recipe's own.")] = None,
+    lrs: Annotated[str, typer.Option(help="auto: searched for each method and rank; or a list of rates.")] = "auto",
+    seeds: Annotated[str, typer.Option(help="e.g. 0,1,2; rates are chosen by the first.")] = "0",
+    axis: Annotated[str | None, typer.Option(help="A setting to vary too: KEY=V1,V2.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="With --lrs auto: runs to find a rate by.")] = 5,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Stop runs that fall behind (successive halving, by Optuna).")
+    ] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep those of finished runs, e.g. for analyze.")
+    ] = False,
+    launcher: Annotated[str, typer.Option(help="local, slurm (by submitit) or ray (an existing cluster).")] = "local",
+    at_once: Annotated[int, typer.Option(min=1, help="Methods and ranks that are worked on at the same time.")] = 1,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Write the recipes and print the commands; run nothing.")
+    ] = False,
+) -> None:
+    """The same job by several methods, ranks, rates and seeds.
+
+    Every run is an ordinary one; what is finished is not done again.
+    """
+    from ..experiments.compare.grid import Grid
+    from ..experiments.compare.launch import find_launcher
+    from ..experiments.compare.report import write_comparison
+    from ..experiments.compare.study import compare, list_commands
+    from ..training.recipe_file import read_recipe
+
+    check_given_once(changes or [])
+    chosen = read_recipe(recipe, changes or [])
+    key, values = _read_axis(axis)
+    grid = Grid(
+        recipe=chosen,
+        methods=tuple(_split("--methods", methods, str)),
+        ranks=tuple(_split("--ranks", ranks, int)) if ranks else (chosen.adapter.r,),
+        seeds=tuple(_split("--seeds", seeds, int)),
+        out=out,
+        rates=() if lrs == "auto" else tuple(_split("--lrs", lrs, float)),
+        axis=key,
+        axis_values=values,
+        budget=budget,
+        stop_early=stop_early,
+        keep_checkpoints=keep_checkpoints,
+    )
+    if commands:
+        for command in list_commands(grid):
+            print(command)
+        return
+    launch = find_launcher(launcher)
+    # as Ctrl-C: a run that nobody watches any more is stopped with a checkpoint
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        comparison = compare(grid, launch, at_once=at_once)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    written = write_comparison(comparison)
+    _show(comparison)
+    console.print(f"written: {', '.join(str(path) for path in written[:2])}, and figures")
+
+
+def _show(comparison: "Comparison") -> None:
+    from ..experiments.compare.report import cell_rows, difference_rows
+    from ..experiments.compare.table import compare_methods, summarize
+
+    console.print(_table("means over the seeds", *cell_rows(comparison, summarize(comparison))))
+    differences = compare_methods(comparison)
+    if differences:
+        console.print(_table("differences on the same rows", *difference_rows(comparison, differences)))
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _split(option: str, text: str, kind: type) -> list[Any]:
+    """The values between commas.
+
+    Raises:
+        UsageError: if there is none, one is of another kind, or one is there twice.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        values = [kind(word) for word in words]
+    except ValueError:
+        what = {int: "whole numbers", float: "numbers"}[kind]
+        raise UsageError(f"{option} {text}: should be {what}, separated by commas") from None
+    if not values or len(set(values)) < len(values):
+        raise UsageError(f"{option} {text!r}: " + ("a value is there twice" if values else "names nothing"))
+    return values
+
+
+def _read_axis(axis: str | None) -> tuple[str | None, tuple[str, ...]]:
+    if axis is None:
+        return None, ()
+    key, found, values = axis.partition("=")
+    if not found or not key:
+        raise UsageError(f"--axis {axis}: is written KEY=V1,V2, such as adapter.magnitude_lr_ratio=1,10")
+    return key, tuple(_split("--axis", values, str))
