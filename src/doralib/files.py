@@ -541,7 +541,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 def _is_full_in_words(error: BaseException) -> bool:
     return isinstance(error, SafetensorError) and any(
-        f"os error {code}" in str(error) for code in (*_FULL, _FULL_BY_WINDOWS)
+        f"os error {code})" in str(error) for code in (*_FULL, _FULL_BY_WINDOWS)
     )
 
 

@@ -376,9 +376,11 @@ def test_peft_refuses_dora_of_experts_loudly(tmp_path):
         "base_layer.lora_A.weight": (9, 32),
         "base_layer.lora_B.weight": (48, 9),
         "base_layer.lora_magnitude_vector": (3, 48),
+        "base_layer.lora_magnitude_vector.weight": (3, 48),
         "lora_A.weight": (9, 24),
         "lora_B.weight": (32, 9),
         "lora_magnitude_vector": (3, 32),
+        "lora_magnitude_vector.weight": (3, 32),
     }
     with pytest.raises(ValueError, match="does not work with use_dora=True"):
         peft.PeftModel.from_pretrained(build("olmoe"), tmp_path)

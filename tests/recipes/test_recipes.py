@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from doralib.adapters.adapt import adapt
 from doralib.adapters.registry import trainable
-from doralib.data.prompts import STYLES
+from doralib.data.prompts import render_row
 from doralib.errors import UsageError
 from doralib.families import read_family
 from doralib.training.arguments import check_arguments
@@ -196,7 +196,7 @@ def test_the_training_prompt_to_the_byte():
     """LLM-Adapters' generate_prompt without an input, from the table of its lines."""
     recipe = read_recipe("commonsense/llama-7b-dora-r32", [])
     row = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is true"}
-    pieces = STYLES[recipe.data.style].pieces(row, recipe.data, None)
+    made = render_row(row, recipe.data.model_copy(update={"loss_on": "completion"}), None)
     s16 = " " * 16
     lines = [
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.  ",
@@ -209,8 +209,8 @@ def test_the_training_prompt_to_the_byte():
         f"{s16}### Response:",
         f"{s16}the correct answer is true",
     ]
-    assert "".join(piece.text for piece in pieces) == "\n".join(lines)
-    assert [piece.text for piece in pieces if piece.learned] == ["the correct answer is true"]
+    assert made.text == "\n".join(lines)
+    assert [made.text[start:end] for start, end in made.learned] == ["the correct answer is true"]
 
 
 def test_discrepancies_are_said():

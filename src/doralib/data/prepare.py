@@ -31,14 +31,14 @@ class RowReport:
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
     truncated: int = 0
-    divided: int = 0
-    """Rows that became several."""
     tokens: int = 0
     label_tokens: int = 0
     examples: list[str] = field(default_factory=list)
     """The first rows of each reason, with their numbers in the file."""
     noted: Counter[str] = field(default_factory=Counter)
     """Rows that are used, and what of them is not."""
+    divided: int = 0
+    """Rows that became several."""
 
     def drop(self, number: int, bad: BadRow) -> None:
         """Count a row that is left out."""

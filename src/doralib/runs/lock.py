@@ -40,7 +40,8 @@ def hold(folder: Path) -> Iterator[None]:
         raise UsageError(f"out: {_describe(path)}")
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"host": _HOST, "process": os.getpid()}).encode(), 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, json.dumps({"host": _HOST, "process": os.getpid()}).encode())
         yield
     finally:
         path.unlink(missing_ok=True)

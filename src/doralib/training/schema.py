@@ -34,7 +34,14 @@ def recipe_schema() -> dict[str, Any]:
 
 def task_schema() -> dict[str, Any]:
     """The schema of a task file: what may stand in it follows from its kind."""
-    kinds: list[dict[str, Any]] = []
+    group = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "Tasks that this name stands for.",
+    }
+    kinds: list[dict[str, Any]] = [
+        {"type": "object", "properties": {"group": group}, "required": ["group"], "additionalProperties": False}
+    ]
     shared: dict[str, Any] = {}
     for kind, cls in KINDS.items():
         schema = cls.model_json_schema()
