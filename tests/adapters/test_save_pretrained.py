@@ -117,7 +117,9 @@ def test_trl_saves_adapters(base, tmp_path):
 
     model = make(base)
     rows = datasets.Dataset.from_dict({"text": ["a dull film", "a brilliant film"]})
-    args = trl.SFTConfig(tmp_path / "run", max_steps=1, save_steps=1, report_to="none", use_cpu=True, max_length=8)
+    # its default is bfloat16, in which the trained model would go on computing
+    common = {"max_steps": 1, "save_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
+    args = trl.SFTConfig(tmp_path / "run", max_length=8, **common)
     trainer = trl.SFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
     trainer.train()
     trainer.save_model(tmp_path / "final")
