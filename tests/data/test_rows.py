@@ -102,6 +102,9 @@ def test_a_row_that_holds_lists_is_a_row(tmp_path):
     ):
         assert list(read(tmp_path, "a.jsonl", json.dumps(row))) == [row]
         assert list(read(tmp_path, "a.json", json.dumps(row, indent=1))) == [row]
+    # a line of JSONL is a row, even one that could be a table of columns
+    for row in ({"words": ["a", "b"], "labels": ["x", "y"]}, {"messages": []}, {"data": ROWS}):
+        assert list(read(tmp_path, "a.jsonl", json.dumps(row))) == [row]
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert list(read(tmp_path, "a.jsonl", f"{json.dumps(talk)}\n{json.dumps(talk)}\n")) == [{"messages": talk}] * 2
     assert list(read(tmp_path, "a.json", json.dumps([talk, talk]))) == [{"messages": talk}] * 2

@@ -75,18 +75,21 @@ def find_type(column: Sequence[str | None]) -> str:
     return "int64" if all(_SMALL.fullmatch(text) for text in given) else "json"
 
 
-def split_columns(text: str, split: str, where: str) -> dict[str, list[str | None]]:
+def split_columns(text: str, split: str, where: str, *, by_lines: bool) -> dict[str, list[str | None]]:
     """The columns of a JSON or JSONL file, each value as the JSON that stands there, None for null or nothing.
 
     The text is a list of rows, rows one after the other, or one object that holds them: a list under one of its keys,
     or a list or a mapping for each column. `split` chooses among several lists.
+
+    Args:
+        by_lines: each object is a row, also where there is one alone: a JSONL file.
 
     Raises:
         ValueError: if it is not JSON, or a row is no object.
         UsageError: if the file holds several lists of rows and none is called `split`.
     """
     rows = _read_rows(text)
-    if len(rows) == 1 and text.lstrip().startswith("{"):
+    if not by_lines and len(rows) == 1 and text.lstrip().startswith("{"):
         rows = _unwrap(rows[0], split, where)
     names = list(dict.fromkeys(name for row in rows for name in row))
     taken = lambda value: None if value == "null" else value

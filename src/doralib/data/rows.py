@@ -126,10 +126,11 @@ def _read_file(path: Path, setting: str, split: str) -> datasets.Dataset:
 
 
 def _read_json(text: str, path: Path, where: str, split: str) -> datasets.Dataset:
+    by_lines = find_ending(path) != ".json"
     try:
-        columns = split_columns(text, split, where)
+        columns = split_columns(text, split, where, by_lines=by_lines)
     except ValueError as error:
-        why = _bad_line(text, lines=find_ending(path) != ".json" or not text.lstrip().startswith("["))
+        why = _bad_line(text, lines=by_lines or not text.lstrip().startswith("["))
         raise DoraError(f"{where} cannot be read: {why or error}") from error
     types = {name: find_type(column) for name, column in columns.items()}
     plain = {
