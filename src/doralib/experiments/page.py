@@ -1,15 +1,14 @@
 """One page of an experiment that opens anywhere: text, tables, and figures that are also files of their own."""
 
 import base64
-import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import runs
 from ..files import replacing
 from ..runs.markup import Child, Markup, el, html_table
+from ..runs.page import write_page
 
 COLORS = {
     "dora": "#2563c9",
@@ -20,6 +19,7 @@ COLORS = {
     "base": "#6b7480",
 }
 """Of methods, in every figure."""
+_FIGURE_STYLE = "\nsection img { max-width: 100%; background: #fff; border-radius: 8px; }\n"
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,11 @@ def style_axes(axes: Any, x: str, y: str, title: str = "") -> Any:
     return axes
 
 
-def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
-    """Write the page; its figures are in it, so that it can be sent alone."""
-    style = (Path(runs.__file__).parent / "report.css").read_text(encoding="utf-8")
-    style += "\nsection img { max-width: 100%; background: #fff; border-radius: 8px; }\n"
-    now = datetime.datetime.now().astimezone()
+def write_sections(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Write a page of these sections; its figures are in it, so that it can be sent alone."""
     parts = [_section(path.parent / "figures", section) for section in sections]
-    footer = el("footer", f"Written by doralib {now:on %Y-%m-%d at %H:%M}")
-    body = el("main", el("header", el("h1", title), el("p", lead, class_="lead")), *parts, footer)
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("title", f"{title} - doralib"),
-        el("style", Markup(style)),
-    )
-    with replacing(path) as part:
-        text = "<!DOCTYPE html>\n" + el("html", head, el("body", body), lang="en") + "\n"
-        part.write_text(text, encoding="utf-8")
-    return path
+    header = el("header", el("h1", title), el("p", lead, class_="lead"))
+    return write_page(path, title, header, *parts, style=_FIGURE_STYLE)
 
 
 def _section(folder: Path, section: Section) -> Markup:

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import replacing
-from .record import RunRecord, read_metric, read_run
+from .record import METHODS, RunRecord, read_metric, read_run
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -65,8 +65,8 @@ def _sentence(record: RunRecord) -> str:
     """What was trained on what, in two lines."""
     s, method = record.summary, str(record.summary.get("method", ""))
     whole = {key: value for key, value in s.items() if isinstance(value, int)}
-    title = {"dora": "DoRA", "lora": "LoRA", "dvora": "DVoRA", "vera": "VeRA"}.get(method)
-    what = f"A {title} adapter for {_base(record)}" if title else f"{_base(record)}, trained in full"
+    adapter = f"A {METHODS.get(method, 'trained')} adapter for {_base(record)}"
+    what = f"{_base(record)}, trained in full" if method == "full" else adapter
     train = str(_mapping(record.config.get("data")).get("train", ""))
     on = f", trained on {Path(train).name}" if train else ""
     told = f"{what}{on}."

@@ -12,6 +12,9 @@ from .folder import RunFolder
 
 Values = dict[str, Any]
 
+METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
+"""Names of methods for a person."""
+
 
 @dataclass(frozen=True)
 class RunRecord:

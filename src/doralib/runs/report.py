@@ -1,21 +1,18 @@
 """One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
 
-import datetime
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import replacing
 from . import plots
 from .charts import Series, line_chart, number_text
 from .markup import Child, Markup, el, html_table
-from .record import RunRecord, numbers, read_run
+from .page import write_page
+from .record import METHODS, RunRecord, numbers, read_run
 from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
 
-METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
 _STATUS = {
     "finished": ("finished", "good"),
     "interrupted": ("interrupted: this is not the end of the run", "bad"),
@@ -38,17 +35,9 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
             plots.write_figures(record)
         except UsageError as error:
             notes.append(f"No figures/*.png: {error}.")
-    path = record.path / "report.html"
-    with replacing(path) as part:
-        part.write_text(_page(record, notes), encoding="utf-8")
-    return path
-
-
-def _page(record: RunRecord, notes: list[str]) -> str:
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    now = datetime.datetime.now().astimezone()
-    body = el(
-        "main",
+    return write_page(
+        record.path / "report.html",
+        _title(record),
         _header(record),
         _tiles(record),
         _notes(notes),
@@ -61,22 +50,8 @@ def _page(record: RunRecord, notes: list[str]) -> str:
         data_section(record.survey) if record.survey else _rows_section(record),
         _configuration(record),
         _environment(record),
-        el("footer", f"Written by doralib {now:on %Y-%m-%d at %H:%M} from the files in {record.path.resolve()}"),
+        source=f"doralib from the files in {record.path.resolve()}",
     )
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("title", f"{_title(record)} - doralib"),
-        el("style", Markup(style)),
-    )
-    return "<!DOCTYPE html>\n" + _hide_home(el("html", head, el("body", body), lang="en")) + "\n"
-
-
-def _hide_home(page: str) -> str:
-    """The page without the name of the home folder, which is not for everybody whom the page is sent to."""
-    home = str(Path.home()).rstrip("/")
-    return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", page) if home else page
 
 
 def _title(record: RunRecord) -> str:

@@ -1,36 +1,18 @@
 """What a run's rows are like, for the report and as a page of its own: see `data.survey` for the values."""
 
-import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
 from .markup import Child, Markup, el, html_table, join
+from .page import write_page
 
 _BAR_PERCENT = 100
 
 
 def write_data_page(path: Path, survey: Mapping[str, Any], title: str) -> None:
     """Write the survey of some rows as one page that opens anywhere and needs nothing."""
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    now = datetime.datetime.now().astimezone()
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("title", f"{title} - doralib"),
-        el("style", Markup(style)),
-    )
-    foot = el("footer", f"Written by doralib data {now:on %Y-%m-%d at %H:%M}")
-    body = el("main", el("header", el("h1", title)), data_section(survey), foot)
-    with replacing(path) as part:
-        part.write_text(
-            "<!DOCTYPE html>\n" + el("html", head, el("body", body), lang="en") + "\n",
-            encoding="utf-8",
-            # a text may hold half a surrogate pair, which no file can
-            errors="replace",
-        )
+    write_page(path, title, el("header", el("h1", title)), data_section(survey), source="doralib data")
 
 
 def data_section(survey: Mapping[str, Any]) -> Markup | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...files import replacing
-from ..page import Section, save_figures, write_page
+from ..page import Section, save_figures, write_sections
 from ..statistics import Interval
 from .correlate import Correlation, correlate
 from .figures import NAMES, draw_movements
@@ -30,7 +30,7 @@ def write_analysis(out: Path, movements: Sequence[WeightMovement], base: str) ->
     written += [out / "figures" / f"{name}.png" for name in drawn]
     tuned = ", ".join(dict.fromkeys(each.tuned for each in movements))
     lead = f"{tuned}, against {base}.{note}"
-    written.append(write_page(out / "analysis.html", "How far the weights moved", lead, _sections(found, drawn)))
+    written.append(write_sections(out / "analysis.html", "How far the weights moved", lead, _sections(found, drawn)))
     return written
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...runs.plots import new_figure
-from ..page import COLORS, Section, save_figures, style_axes, write_page
+from ..page import COLORS, Section, save_figures, style_axes, write_sections
 from .study import Comparison
 from .table import CellResult, Difference, compare_methods, losses_by_rate, main_metric, summarize, write_csv
 
@@ -29,7 +29,7 @@ def write_comparison(comparison: Comparison) -> list[Path]:
     sections = _sections(comparison, cells, differences, drawn)
     methods = ", ".join(comparison.grid.methods)
     lead = f"{comparison.grid.recipe.model.path} on {comparison.grid.recipe.data.train}. {note}"
-    written.append(write_page(out / "compare.html", f"Compared: {methods}", lead, sections))
+    written.append(write_sections(out / "compare.html", f"Compared: {methods}", lead, sections))
     return written + [out / "figures" / f"{name}.png" for name in drawn]
 
 
