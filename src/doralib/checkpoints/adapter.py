@@ -16,9 +16,9 @@ from ..formats.files import read_any_format
 from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..functional import dense_row_norm, row_norm_sq
 from ..state import AdapterState, LayerAdapter
-from .match import MatchedAdapter, Stored, match_adapter, view_as_rows
+from .match import MatchedAdapter, match_adapter, view_as_rows
 from .quantized import find_quantized
-from .safetensors import Checkpoint, find_variant, read_whole
+from .safetensors import Checkpoint, Stored, find_variant, read_whole
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
 _SINGLE_FILE = {

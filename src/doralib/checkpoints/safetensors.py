@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path, PureWindowsPath
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,22 @@ _COPY_BLOCK = 4 << 20
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 _VARIANT = re.compile(r"(?:model|diffusion_pytorch_model)\.(?:safetensors\.index\.)?([^.-]+)(?:\.safetensors|\.json)")
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
+
+
+class Stored(Protocol):
+    """What has to be known of a stored tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def code(self) -> str:
+        """Its dtype's name."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it holds floating-point numbers that mean themselves."""
 
 
 @dataclass(frozen=True)
