@@ -10,19 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from doralib import files
+from doralib import disk
 from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
+from doralib.disk import replacing, replacing_together, was_cut_short
 from doralib.errors import DoraError, UsageError, list_some, raise_problems
-from doralib.files import (
-    read_json,
-    read_tensors,
-    read_yaml,
-    replacing,
-    replacing_together,
-    was_cut_short,
-    write_json,
-    write_tensors,
-)
+from doralib.files import read_json, read_tensors, read_yaml, write_json, write_tensors
 
 TENSORS = {
     "b.weight": torch.arange(21, dtype=torch.bfloat16).view(7, 3),
@@ -99,7 +91,7 @@ def test_a_folder_set_aside_comes_back_when_the_new_one_cannot_be_renamed(tmp_pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     rename = Path.replace
-    monkeypatch.setattr(files, "exchange", lambda *_: False)
+    monkeypatch.setattr(disk, "exchange", lambda *_: False)
 
     def refuse_new(path, target):
         if path.suffix == ".part":
@@ -220,10 +212,10 @@ def test_two_folders_change_places_in_one_step(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if files.exchange(tmp_path / "a", tmp_path / "b"):
+    if disk.exchange(tmp_path / "a", tmp_path / "b"):
         assert [names(tmp_path / "a"), names(tmp_path / "b")] == [["b"], ["a"]]
     with pytest.raises(FileNotFoundError):
-        files.exchange(tmp_path / "a", tmp_path / "none")
+        disk.exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_somebody_elses_hidden_files_stay(tmp_path):
@@ -257,12 +249,12 @@ def test_a_device_is_written_through(tmp_path, capfd):
         os._exit(0)
     assert json.loads((tmp_path / "pipe").read_text()) == 3
     os.waitpid(child, 0)
-    files.check_writable("/dev/null", "--out", folder=False)
+    disk.check_writable("/dev/null", "--out", folder=False)
     with pytest.raises(UsageError, match="is no regular file"):
-        files.check_writable("/dev/null", "--out", folder=True)
+        disk.check_writable("/dev/null", "--out", folder=True)
     for empty in ("", " "):
         with pytest.raises(UsageError, match="--out is empty"):
-            files.check_writable(empty, "--out", folder=True)
+            disk.check_writable(empty, "--out", folder=True)
 
 
 def test_files_in_a_new_folder_have_the_modes_of_new_files(tmp_path):

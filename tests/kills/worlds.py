@@ -15,13 +15,13 @@ from adapted import move
 from conftest import make_llama, make_tokenizer
 
 import doralib
-from doralib import files
+from doralib import disk
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.cli import main as cli
 from doralib.config import DoraConfig
+from doralib.disk import is_scratch
 from doralib.errors import UsageError
-from doralib.files import is_scratch
 from doralib.recipe import Recipe
 from doralib.training.job import fine_tune
 
@@ -200,7 +200,7 @@ def _check_set(folder: Path, before: dict, reference: dict, over: str) -> str:
 def _merge(world: Path, *, over: bool, exchange: bool = True) -> Scenario:
     def merge(folder: Path, adapter: str) -> None:
         if not exchange:
-            files.exchange = lambda *_: False
+            disk.exchange = lambda *_: False
         merge_checkpoint(world / adapter, world / "base", folder / "out", overwrite=over or (folder / "out").exists())
 
     def prepare(folder: Path) -> None:

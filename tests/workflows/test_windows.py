@@ -16,7 +16,7 @@ from adapted import move
 from conftest import make_llama
 
 import doralib
-from doralib import files, process
+from doralib import disk, files, process
 from doralib.checkpoints.adapter import find_other_base
 from doralib.checkpoints.gguf import is_local
 from doralib.checkpoints.safetensors import Checkpoint
@@ -109,7 +109,7 @@ def windows(monkeypatch):
         monkeypatch.delattr(os, name, raising=False)
     for name in ("resource", "fcntl"):
         monkeypatch.setitem(sys.modules, name, None)
-    for module in (files, process):
+    for module in (disk, files, process):
         monkeypatch.setattr(module, "ON_WINDOWS", True)
     for name in ("symlink", "link", "kill"):
         monkeypatch.setattr(os, name, refuse)
@@ -198,7 +198,7 @@ def test_train_evaluate_and_resume(windows, tiny_llama_folder, tmp_path, run):
     # killed after the second step: what a dead process left behind lies there too
     shutil.rmtree(run_folder / "checkpoints" / "checkpoint-4")
     (run_folder / "adapter_model.safetensors").unlink()
-    left = run_folder / f".adapter_model.safetensors.{files._HOST}-999999999-0123abcd.part"
+    left = run_folder / f".adapter_model.safetensors.{disk._HOST}-999999999-0123abcd.part"
     left.write_bytes(b"half")
     status, out, err = run("train", tmp_path / "recipe.yaml", "--resume")
     assert status == 0, out + err
@@ -212,7 +212,7 @@ def test_train_evaluate_and_resume(windows, tiny_llama_folder, tmp_path, run):
 
 def test_without_psutil_nothing_is_known_and_nothing_deleted(windows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
-    left = tmp_path / f".a.json.{files._HOST}-999999999-0123abcd.part"
+    left = tmp_path / f".a.json.{disk._HOST}-999999999-0123abcd.part"
     left.write_bytes(b"half")
     write_json(tmp_path / "a.json", 1)
     assert left.exists()
@@ -255,9 +255,9 @@ class Peak:
 def test_a_full_disk_by_the_number_that_the_system_gives(code, tmp_path):
     from safetensors import SafetensorError
 
-    with pytest.raises(DoraError, match="disk is full"), files.replacing(tmp_path / "a"):
+    with pytest.raises(DoraError, match="disk is full"), disk.replacing(tmp_path / "a"):
         raise SafetensorError(f"I/O error: there is not enough space on the disk. (os error {code})")
-    with pytest.raises(SafetensorError), files.replacing(tmp_path / "a"):
+    with pytest.raises(SafetensorError), disk.replacing(tmp_path / "a"):
         raise SafetensorError("I/O error: another (os error 1121)")
 
 

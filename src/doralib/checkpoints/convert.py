@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import DoraConfig
+from ..disk import check_writable
 from ..errors import UsageError, did_you_mean
-from ..files import check_writable
 from ..formats import FORMATS
 from ..formats.base import Format, Hints, ParsedAdapter, RawAdapter
 from ..formats.files import is_tensors_file, read_any_format, write_raw_adapter

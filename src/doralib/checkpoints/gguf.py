@@ -7,8 +7,9 @@ from pathlib import Path, PureWindowsPath
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..disk import replacing, work_folder
 from ..errors import DoraError, UsageError
-from ..files import find_file, replacing, work_folder
+from ..files import find_file
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..disk import check_replaceable, format_bytes, is_scratch, replacing
 from ..errors import DoraError, UsageError, collecting, did_you_mean, list_some, raise_all
-from ..files import check_replaceable, format_bytes, is_scratch, list_folder, read_json, replacing, write_json
+from ..files import list_folder, read_json, write_json
 from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..process import read_peak_memory

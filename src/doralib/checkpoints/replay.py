@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..disk import format_bytes
 from ..errors import list_some
-from ..files import format_bytes, read_json
+from ..files import read_json
 from .merge import Ingredient, plan_again
 from .safetensors import read_bytes
 from .stream import NewFile, Sink, ignore_progress, stream_weights

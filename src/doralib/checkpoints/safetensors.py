@@ -20,8 +20,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from ..disk import format_bytes
 from ..errors import DoraError, UsageError
-from ..files import explain_git_lfs, find_file, format_bytes, list_folder, read_json
+from ..files import explain_git_lfs, find_file, list_folder, read_json
 
 DTYPES = {
     "F64": torch.float64,

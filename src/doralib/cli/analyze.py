@@ -39,11 +39,11 @@ def analyze_command(
     from ..checkpoints.adapter import check_one_model
     from ..checkpoints.gguf import open_base_folder
     from ..checkpoints.safetensors import Checkpoint
+    from ..disk import check_writable
     from ..experiments.analyze.measure import measure
     from ..experiments.analyze.report import write_analysis
     from ..experiments.analyze.sources import find_sources
     from ..experiments.statistics import import_stats
-    from ..files import check_writable
     from ..formats.base import Hints
 
     if steps not in ("last", "all"):

@@ -26,8 +26,8 @@ def bench_command(
 
     Against LoRA, PEFT and the frozen model, in turns, in one run.
     """
+    from ..disk import check_writable
     from ..experiments.bench.runner import run_bench
-    from ..files import check_writable
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")

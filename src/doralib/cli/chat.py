@@ -11,9 +11,9 @@ from torch import nn
 from ..adapters.adapt import disable, enable
 from ..adapters.multiple import set_adapter
 from ..data.encoding import chat_text, context_length, encode
+from ..disk import replacing
 from ..errors import UsageError, did_you_mean
 from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream
-from ..files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -33,8 +33,8 @@ def data_command(
     Nothing is trained, and of the model only its tokenizer and configuration are read.
     """
     from ..checkpoints.load import load_config, load_tokenizer
+    from ..disk import check_writable
     from ..evaluation.task_file import load_tasks
-    from ..files import check_writable
     from ..runs.report_data import write_data_page
     from ..training.modalities import text
     from ..training.recipe_file import read_recipe
@@ -82,7 +82,7 @@ def data_command(
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:
     """Write one JSON object a line, with the row's text beside its tokens; returns how many."""
     from ..data.survey import decode
-    from ..files import replacing
+    from ..disk import replacing
 
     keys, count = ("split", "row", "input_ids", "labels"), 0
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:

@@ -52,7 +52,7 @@ def run_demo(
         DoraError: if the assets cannot be fetched, or the merged model answers otherwise than the adapted one.
     """
     from ..checkpoints.merge import Ingredient
-    from ..files import check_writable
+    from ..disk import check_writable
     from ..training import job
     from ..training.recipe_file import read_recipe
     from .demo_assets import DEFAULT_CACHE, demo_assets

@@ -18,8 +18,9 @@ from pathlib import Path
 import yaml
 
 from ..checkpoints.gguf import expand_gguf
+from ..disk import replacing
 from ..errors import DoraError
-from ..files import read_json, replacing, write_json
+from ..files import read_json, write_json
 from .console import console
 from .demo_fetch import Package, fetch_package, sha256_of
 

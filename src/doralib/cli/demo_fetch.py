@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk import format_bytes, replacing
 from ..errors import DoraError
-from ..files import format_bytes, replacing
 from .console import console
 
 

@@ -58,7 +58,7 @@ def eval_command(
 ) -> None:
     """Score a base, adapted or merged model."""
     from ..checkpoints.load import load_model
-    from ..files import check_writable
+    from ..disk import check_writable
     from ..formats.base import Hints
 
     _check_together(
@@ -125,8 +125,9 @@ def _run_harness(
     limit: int | None,
     seed: int,
 ) -> None:
+    from ..disk import check_writable
     from ..evaluation.harness import run_harness
-    from ..files import check_writable, write_json
+    from ..files import write_json
 
     if out is not None:
         check_writable(out, "--out", folder=False)
@@ -148,10 +149,10 @@ def _score(
     resume: bool,
 ) -> dict[str, "TaskResult"]:
     """The result of each task; those that the file has already are not made again."""
+    from ..disk import check_writable
     from ..evaluation.evaluate import evaluate, read_all
     from ..evaluation.results_file import ResultsFile
     from ..evaluation.task_file import load_tasks
-    from ..files import check_writable
 
     chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     if not chosen:

@@ -86,7 +86,7 @@ def generate_command(
 
 def _check(prompt: str | None, file: Path | None, out: Path | None, system: str, adapters: list[str]) -> None:
     """Check options that depend on each other."""
-    from ..files import check_writable
+    from ..disk import check_writable
 
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file were both given: one of them")

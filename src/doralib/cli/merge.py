@@ -128,7 +128,7 @@ def _open_base(adapters: "Sequence[Ingredient]", base: str | None, out: Path, st
     """The base as a local folder or file, for as long as the stack; everything that is missing is told at once."""
     from ..checkpoints.adapter import telling_places
     from ..checkpoints.gguf import open_base_folder
-    from ..files import check_replaceable, check_writable
+    from ..disk import check_replaceable, check_writable
     from ..formats.files import find_adapter_file
 
     problems: list[DoraError] = []

@@ -82,10 +82,11 @@ def _judge(
     prompts: Any,
     price: tuple[float, float] | None,
 ) -> None:
+    from ..disk import replacing
     from ..evaluation.mt_bench import judge as judging
     from ..evaluation.mt_bench.questions import read_done
     from ..evaluation.mt_bench.scores import draw_radar, score_categories
-    from ..files import replacing, write_json
+    from ..files import write_json
 
     key = next((os.environ[each] for each in _KEYS if os.environ.get(each)), "")
     judge = judging.Judge(str(asked.judge_url), str(asked.judge_model), key)

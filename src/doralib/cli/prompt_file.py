@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..disk import replacing
 from ..errors import DoraError, UsageError
-from ..files import find_file, read_json, read_text, replacing
+from ..files import find_file, read_json, read_text
 
 
 def read_prompts(path: str | Path) -> list[str]:

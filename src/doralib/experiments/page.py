@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..disk import replacing
 from ..runs.markup import Child, Markup, el, html_table
 from ..runs.page import write_page
 

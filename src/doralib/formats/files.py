@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .. import files
+from .. import disk, files
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
 from . import detect_format, explain_mismatch, find_format
@@ -157,15 +157,15 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
     if raw.own:
         beside[path.parent / _OWN_SETTINGS] = raw.own
     there = [str(file) for file in (path, *beside) if file.exists()]
-    if there and not overwrite and not files.was_cut_short(path):
+    if there and not overwrite and not disk.was_cut_short(path):
         raise UsageError(f"{', '.join(there)} exists already; choose another name, or pass --overwrite")
     need = sum(tensor.nbytes for tensor in raw.tensors.values())
     if not beside:
-        with files.replacing(path, need) as part:
+        with disk.replacing(path, need) as part:
             _write_file(part, path.suffix, raw, into)
         return path
     # the tensors come last: where they stand, their settings do
-    with files.replacing_together([*beside, path], need) as (*settings, part):
+    with disk.replacing_together([*beside, path], need) as (*settings, part):
         for file, value in zip(settings, beside.values(), strict=True):
             files.write_json(file, dict(value))
         _write_file(part, path.suffix, raw, into)

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..files import replacing
+from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}

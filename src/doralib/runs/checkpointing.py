@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import disk, files
 from ..errors import DoraError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
     Raises:
         DoraError: if it cannot be written, with what to do; no part of it is left behind.
     """
-    with explaining_write_errors(final), files.replacing(final) as part:
+    with explaining_write_errors(final), disk.replacing(final) as part:
         part.mkdir()
         yield part
         seal(part)
@@ -37,11 +37,11 @@ def explaining_write_errors(final: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not files.is_write_error(error):
+        if not disk.is_write_error(error):
             raise
         last = find_newest(final.parent)
         kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
-        free = files.format_bytes(files.free_bytes(final.parent))
+        free = disk.format_bytes(disk.free_bytes(final.parent))
         raise DoraError(
             f"the checkpoint {final} could not be written: {str(error).splitlines()[0]}\n"
             f"  {free} are free there; {kept}; make room, then go on with --resume"
@@ -53,7 +53,7 @@ def seal(folder: Path) -> None:
     whole = {
         file.name: {"bytes": file.stat().st_size, "sha256": files.hash_file(file)}
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.name != _SEAL and not files.is_scratch(file)
+        if file.is_file() and file.name != _SEAL and not disk.is_scratch(file)
     }
     files.write_json(folder / _SEAL, whole)
 
@@ -110,7 +110,7 @@ def list_others(checkpoint: Path) -> list[Path]:
         path
         for path in sorted(checkpoint.iterdir())
         if not (path.name in sealed if sealed is not None else path.suffix in _KINDS and path.is_file())
-        and not files.is_scratch(path)
+        and not disk.is_scratch(path)
     ]
 
 
@@ -136,7 +136,7 @@ def keep_alone(best: Path | None) -> None:
 def _delete(checkpoint: Path) -> None:
     # a folder killed half-way through its deletion must not look like a checkpoint
     (checkpoint / _SEAL).unlink(missing_ok=True)
-    files.delete(checkpoint)
+    disk.delete(checkpoint)
 
 
 def _read_seal(checkpoint: Path) -> Mapping[str, Any]:

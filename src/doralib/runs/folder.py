@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import files
+from .. import disk, files
 from ..errors import UsageError, list_some
 from ..recipe import Recipe
 from . import checkpointing, lock
@@ -73,7 +73,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
-        files.check_writable(self.path, "out", folder=True)
+        disk.check_writable(self.path, "out", folder=True)
         self._check_content(recipe, resume=resume, overwrite=overwrite, data=data, inputs=inputs)
 
     def check_free(self) -> None:
@@ -97,13 +97,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.hold(self.path):
             self._check_content(recipe, resume=resume, overwrite=overwrite, data=data, inputs=inputs)
-            files.clear_scratch(self.path)
+            disk.clear_scratch(self.path)
             if overwrite:
                 self._empty()
             if not self.record.is_file() or not self.config.is_file():
                 files.write_json(self.record, {"files": list(_WRITTEN), "data": dict(data)})
             if not self.config.is_file():
-                with files.replacing(self.config) as part:
+                with disk.replacing(self.config) as part:
                     part.write_text(recipe.to_yaml(), encoding="utf-8")
             files.write_json(self.environment, describe_environment())
             yield
@@ -124,7 +124,7 @@ class RunFolder:
         """`check`, but for whether it can be written at all."""
         found = self.path.iterdir() if self.path.is_dir() else ()
         there = {item.name for item in found if not _is_hollow(item)}
-        ours = {name for name in there if name in (RECORD, lock.NAME) or files.is_scratch(Path(name))}
+        ours = {name for name in there if name in (RECORD, lock.NAME) or disk.is_scratch(Path(name))}
         if there == ours:
             # what a run leaves that was killed at its first write is nothing to go on with, and nothing to lose
             if resume and not ours:
@@ -183,9 +183,9 @@ class RunFolder:
         own, others = [], []
         for place, folders, names in os.walk(self.path):
             here = Path(place)
-            folders[:] = [name for name in folders if not files.is_scratch(here / name)]
+            folders[:] = [name for name in folders if not disk.is_scratch(here / name)]
             others += [f"{name} (a link)" for name in folders if (here / name).is_symlink()]
-            for file in (here / name for name in names if not files.is_scratch(here / name)):
+            for file in (here / name for name in names if not disk.is_scratch(here / name)):
                 name = file.relative_to(self.path).as_posix()
                 if name in (RECORD, lock.NAME):
                     continue
@@ -198,8 +198,8 @@ class RunFolder:
         """Delete the run's own files. Killed half-way, it is an older state of the same run, or none."""
         if (self.path / "model").is_dir():
             # a folder half deleted must not look like a trained model
-            files.set_aside(self.path / "model")
-            files.clear_scratch(self.path)
+            disk.set_aside(self.path / "model")
+            disk.clear_scratch(self.path)
         own, _ = self._list_files()
         for file in sorted(set(own) - {self.config}, key=lambda file: file != self.trained):
             file.unlink()

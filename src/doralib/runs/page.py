@@ -4,7 +4,7 @@ import datetime
 import re
 from pathlib import Path
 
-from ..files import replacing
+from ..disk import replacing
 from .markup import Child, Markup, el
 
 

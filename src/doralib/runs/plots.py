@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..disk import replacing
 from ..errors import UsageError
-from ..files import replacing
 from .record import RunRecord, numbers, read_metric
 
 _CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")

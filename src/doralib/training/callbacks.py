@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .. import files
+from .. import disk
 from ..progress import Tick
 from .distributed import is_set_anywhere
 from .meter import Meter
@@ -31,7 +31,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers has no
     def cut_after(self, step: int) -> None:
         """Leave out the lines of steps that a resumed run will do again, and a last line cut short."""
         kept = [line for line in _lines(self.path) if line["step"] <= step]
-        with files.replacing(self.path) as part:
+        with disk.replacing(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:

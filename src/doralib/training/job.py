@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from .. import files
+from .. import disk, files
 from ..adapters.adapt import adapt, disabled
 from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
@@ -362,7 +362,7 @@ def _explain_write_errors(plan: _Plan) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, DoraError) or not files.is_write_error(error):
+        if isinstance(error, DoraError) or not disk.is_write_error(error):
             raise
         last = checkpointing.find_newest(plan.run.checkpoints)
         go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
@@ -387,7 +387,7 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
             write_labels(run.path, head)
         save_adapter(job.model, run.path)
         return
-    with files.replacing(run.path / "model") as part:
+    with disk.replacing(run.path / "model") as part:
         job.model.save_pretrained(part)
         job.processor.save_pretrained(part)
         run.list_as_written(f"model/{file.relative_to(part).as_posix()}" for file in part.rglob("*") if file.is_file())

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...disk import replacing
 from ...errors import UsageError
-from ...files import replacing
 from ..page import Section, save_figures, write_sections
 from ..statistics import Interval
 from .correlate import Correlation, correlate

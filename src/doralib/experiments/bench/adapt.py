@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...files import format_bytes
+from ...disk import format_bytes
 from .counting import allocations, peak
 from .llama_files import LLAMA, VOCAB, count_numbers, is_target, make_llama
 from .measure import Turn, interleave, log, read_kernel_bytes

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...files import replacing
+from ...disk import replacing
 from ...runs.plots import new_figure
 from .tables import Bars
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import format_bytes
+from ...disk import format_bytes
 from ...functional import BLOCK_ELEMENTS
 from .counting import ProductCounter, allocations, saved_bytes
 from .measure import Turn, interleave, log

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ...checkpoints.safetensors import Slot, lay_out, write_at
 from ...config import DoraConfig
-from ...files import replacing, write_json, write_tensors
+from ...disk import replacing
+from ...files import write_json, write_tensors
 from ...formats.peft import to_peft
 from ...functional import BLOCK_ELEMENTS, row_blocks
 from ...state import AdapterState, LayerAdapter

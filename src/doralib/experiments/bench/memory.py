@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...files import format_bytes
+from ...disk import format_bytes
 from .counting import allocations, peak
 from .measure import read_kernel_bytes, run_python, spread, spread_ratios, take_turns
 from .options import MemoryOptions, batch_of

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from ...disk import format_bytes, free_bytes
 from ...errors import DoraError
-from ...files import format_bytes, free_bytes
 from .llama_files import LAYERS, RANK, count_numbers, write_model
 from .measure import log, run_python, spread_ratios, take_turns
 from .options import MergeOptions

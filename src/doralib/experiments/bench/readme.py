@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...disk import format_bytes, replacing
 from ...errors import UsageError
-from ...files import format_bytes, read_json, replacing
+from ...files import read_json
 from .adapt import PASS
 from .runner import BENCHES
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...disk import replacing
 from ...errors import UsageError, did_you_mean
-from ...files import replacing, write_json
+from ...files import write_json
 from ...runs.plots import new_figure
 from . import options as settings
 from .accelerate import bench_accelerate

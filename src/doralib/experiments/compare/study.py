@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ... import files
+from ... import disk, files
 from ...errors import DoraError, UsageError
 from ...evaluation.evaluate import TaskResult, read_all
 from ...evaluation.task_file import load_tasks
@@ -126,7 +126,7 @@ def _claim(grid: Grid) -> None:
         return
     if grid.out.is_dir() and any(grid.out.iterdir()):
         raise UsageError(f"--out {grid.out} holds other files and no comparison; choose another folder")
-    with files.replacing(file) as part:
+    with disk.replacing(file) as part:
         part.write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def _write_recipe(grid: Grid, run: Run) -> Path:
     file = grid.out / "recipes" / f"{run.name}.yaml"
     text = yaml.safe_dump(make_recipe(grid, run).model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        with files.replacing(file) as part:
+        with disk.replacing(file) as part:
             part.write_text(text, encoding="utf-8")
     return file
 
@@ -182,7 +182,7 @@ class _Work:
         if not stopped and not _has_ended(folder):
             stopped = self._launch_training(run, folder, halving)
         if not self.grid.keep_checkpoints and (stopped or _has_ended(folder)):
-            files.delete(folder.checkpoints)
+            disk.delete(folder.checkpoints)
         summary = folder.read(folder.summary, {})
         failed = stopped or summary.get("status") == "nan"
         return RunResult(

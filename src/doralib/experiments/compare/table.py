@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import replacing
+from ...disk import replacing
 from ..statistics import Interval, deviation, paired_difference
 from .grid import Cell
 from .study import Comparison, RunResult
