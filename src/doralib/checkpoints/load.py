@@ -36,7 +36,8 @@ from ..formats.files import find_base_name, is_adapter
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .gguf import is_local
-from .heads import Head, Kind, find_head, find_kind, is_of_head
+from .heads import Head, find_head, is_of_head
+from .kind import find_kind, read_kind
 from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
@@ -196,12 +197,6 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype)
     model, tokenizer = load_base(settings) if read_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
-
-
-def read_kind(path: str) -> Kind | None:
-    """The kind of head that a local model's config.json names; None for language models, and where there is no such."""
-    file = Path(path).expanduser() / "config.json"
-    return find_kind(read_json(file)) if file.is_file() else None
 
 
 def load_own_tokenizer(

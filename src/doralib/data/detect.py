@@ -1,23 +1,27 @@
 """Style auto: what the columns and the first row say of the rows."""
 
-from collections.abc import Sequence
-
-import datasets
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UsageError
 from ..recipe import DataSettings
 from .conversations import COLUMNS, find_column
 from .prepare import Row
 
-_LOOKED_AT = 20
+LOOKED_AT = 20
+"""So many rows of a data set are looked at."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ASKED = ("prompt", "question", "query", "input", "instruction", "source", "problem")
 _ANSWERED = ("completion", "answer", "response", "output", "target", "solution", "label", "summary")
 
 
-def look_at(rows: datasets.Dataset) -> Row:
-    """A row with the first value that each column has, if it has one soon."""
-    there = rows[:_LOOKED_AT]
+def look_at(rows: Any) -> Row:
+    """A row with the first value that each column has, if it has one soon; of a data set."""
+    return find_first(rows[:LOOKED_AT])
+
+
+def find_first(there: Mapping[str, Sequence[Any]]) -> Row:
+    """The same of the first values of the columns."""
     return {name: next((value for value in column if value is not None), None) for name, column in there.items()}
 
 

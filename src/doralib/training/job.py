@@ -19,7 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
-from ..data.rows import RawRows, hash_sources
+from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
@@ -141,7 +141,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
-    inputs += [each for each in (recipe.data.train, recipe.data.validation) if isinstance(each, str)]
+    inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
@@ -162,7 +162,7 @@ def _load(plan: _Plan, tick: Tick | None) -> _Job:
     recipe = plan.recipe
     log.info(f"loading {recipe.model.path}")
     model, processor = _model(plan)
-    data = plan.modality.prepare(plan.rows, recipe.data, model, processor)
+    data = plan.modality.prepare(plan.rows, recipe.data, model, processor, tick)
     count, whole = len(data.train.rows), plan.args.train_batch_size * plan.args.world_size
     if plan.args.dataloader_drop_last and count < whole:
         raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")

@@ -41,7 +41,9 @@ class Modality(Protocol):
     def load(self, settings: ModelSettings) -> Loaded:
         """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor."""
 
-    def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+    def prepare(
+        self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any, tick: Tick | None = None
+    ) -> Prepared:
         """The rows as this model takes them; raises if none is left."""
 
     def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:

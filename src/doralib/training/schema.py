@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from ..evaluation.task import KINDS
 from ..recipe import Recipe
-from .arguments import DEFAULTS, EXTRA, OWNED
+from .fields import DEFAULTS, EXTRA, OWNED
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
