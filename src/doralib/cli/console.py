@@ -1,10 +1,12 @@
-"""The terminal: where messages for a person go, and bars where they can move."""
+"""The terminal: where messages for a person go, how many of them, and bars where they can move."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -39,7 +41,8 @@ class ConsoleHandler(logging.Handler):
 def print_log(where: Console = console) -> None:
     """From now on print what the library logs, or print it elsewhere than before."""
     logger = logging.getLogger("doralib")
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     handlers = [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]
     if not handlers:
         handlers = [ConsoleHandler()]
@@ -47,10 +50,23 @@ def print_log(where: Console = console) -> None:
     handlers[0].where = where
 
 
+def set_volume(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Print warnings alone, or what is for developers too, of transformers and others as well."""
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("doralib").setLevel(level)
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, for another program."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
 @contextmanager
 def bars() -> Iterator[Tick | None]:
     """What draws a bar for each thing that is under way; None where no bar can move, in a file or a pipe."""
-    if not console.is_terminal:
+    if not console.is_terminal or not logging.getLogger("doralib").isEnabledFor(logging.INFO):
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))

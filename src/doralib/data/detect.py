@@ -12,6 +12,8 @@ LOOKED_AT = 20
 """So many rows of a data set are looked at."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ASKED = ("prompt", "question", "query", "input", "instruction", "source", "problem")
+_TEXTS = ("text", "sentence", "review", "content", "document", "body", "message", "title")
+_LABELS = ("label", "labels", "sentiment", "class", "category")
 _ANSWERED = ("completion", "answer", "response", "output", "target", "solution", "label", "summary")
 
 
@@ -58,6 +60,16 @@ def find_style(settings: DataSettings, columns: Sequence[str], first: Row, sourc
     if "text" in columns or len(columns) == 1:
         return settings.model_copy(update={"style": "text", "target": "text" if "text" in columns else columns[0]})
     raise _refuse("auto cannot tell from the columns what a row is", columns, first, source)
+
+
+def guess_pair(columns: Sequence[str]) -> tuple[str, str] | None:
+    """The columns of a question, or a text, and of what is to be said to it, by their usual names."""
+    named = {name.lower(): name for name in reversed(columns)}
+    answered = next((named[name] for name in (*_LABELS, *_ANSWERED) if name in named), None)
+    asked = next((named[name] for name in (*_ASKED, *_TEXTS) if name in named and named[name] != answered), None)
+    if asked is None or answered is None or {"instruction", "output"} <= named.keys():
+        return None
+    return asked, answered
 
 
 def describe_style(settings: DataSettings) -> str:

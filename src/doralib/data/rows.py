@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..errors import DoraError, UsageError
 from ..files import hash_file, hash_texts
@@ -16,7 +17,7 @@ from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .prepare import RowNumber
 from .sources import is_saved_dataset, list_files, match_hub
-from .tables import RowTable, is_parquet, read_table
+from .tables import RowTable, forget, is_parquet, read_table
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     if isinstance(settings.validation, str):
         rows, numbers = _read(settings.validation, "data.validation", settings.validation_split, settings.documents)
         made[0] = replace(made[0], validation=rows, validation_numbers=tuple(numbers))
+    forget()
     return made
 
 
@@ -205,7 +207,9 @@ def _read(
 
 
 def _from_table(table: RowTable) -> datasets.Dataset:
-    rows = datasets.Dataset(datasets.table.InMemoryTable(table.columns))
+    kinds = {name: "large_string" if kind == "json" else kind for name, kind in table.types.items()}
+    columns = {name: pa.array(column, pa.type_for_alias(kinds[name])) for name, column in table.columns.items()}
+    rows = datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
     return rows.with_transform(table.parse) if table.parse.columns else rows
 
 

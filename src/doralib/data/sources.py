@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import pyarrow as pa
-
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
 log = logging.getLogger(__name__)
@@ -40,11 +38,17 @@ def _open_zip(path: Path) -> Any:
     return archive.open(names[0])
 
 
+def _open_zst(path: Path) -> Any:
+    import pyarrow  # noqa: PLC0415  its import takes long, and few files are so
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
 _COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": lambda path: pa.input_stream(str(path), compression="zstd"),
+    ".zst": _open_zst,
     ".zip": _open_zip,
 }
 

@@ -1,4 +1,4 @@
-"""Files of rows as one table, every value as it is written; without `datasets`, whose import takes seconds."""
+"""Files of rows as columns, every value as it is written; `datasets` and pyarrow, which take seconds, are not imported."""
 
 import json
 import logging
@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import DoraError, UsageError
 from .csv_rows import read_columns
@@ -28,14 +25,20 @@ Columns = dict[str, list[str | None]]
 class RowTable:
     """The rows of one or several files."""
 
-    columns: pa.Table
-    parse: ParseColumns
-    """Makes values of the columns that hold JSON."""
+    columns: Mapping[str, Sequence[Any]]
+    """Texts and whole numbers, or JSON where `types` says so; None for what is missing."""
+    types: Mapping[str, str]
+    """How each column is stored: large_string, int64 or json."""
     numbers: Sequence[RowNumber]
+
+    @property
+    def parse(self) -> ParseColumns:
+        """Makes values of the columns that hold JSON."""
+        return ParseColumns(frozenset(name for name, kind in self.types.items() if kind == "json"))
 
     def read_head(self) -> dict[str, list[Any]]:
         """The first values of each column."""
-        return self.parse(self.columns.slice(0, LOOKED_AT).to_pydict())
+        return self.parse({name: column[:LOOKED_AT] for name, column in self.columns.items()})
 
 
 def is_parquet(path: Path) -> bool:
@@ -55,10 +58,13 @@ def read_head(source: str, setting: str, split: str, documents: str | None) -> d
         return None
     if not any(map(is_parquet, files)):
         return read_table(files, setting, split, documents).read_head()
+    import pyarrow  # noqa: PLC0415  see above
+    import pyarrow.parquet  # noqa: PLC0415
+
     try:
-        batches = pq.ParquetFile(files[0]).iter_batches(LOOKED_AT)
+        batches = pyarrow.parquet.ParquetFile(files[0]).iter_batches(LOOKED_AT)
         return next(batches).to_pydict()
-    except (pa.ArrowException, OSError, StopIteration):
+    except (pyarrow.ArrowException, OSError, StopIteration):
         # `datasets` tries again, and says what is wrong
         return None
 
@@ -66,7 +72,7 @@ def read_head(source: str, setting: str, split: str, documents: str | None) -> d
 def read_table(files: Sequence[Path], setting: str, split: str, documents: str | None) -> RowTable:
     """Every row of these files, one after the other; none is Parquet.
 
-    What was read is kept: a command first looks at the columns, and takes the rows once all else is right.
+    What was read is kept until `forget`: a command first looks at the columns, and takes the rows later.
 
     Raises:
         UsageError: if a file holds no row.
@@ -74,6 +80,11 @@ def read_table(files: Sequence[Path], setting: str, split: str, documents: str |
     """
     states = tuple((file, *_describe(file)) for file in files)
     return _read(states, setting, split, documents)
+
+
+def forget() -> None:
+    """Let go of what was read."""
+    _read.cache_clear()
 
 
 def _describe(file: Path) -> tuple[int, ...]:
@@ -138,20 +149,13 @@ def _join(parts: Sequence[tuple[Path, Columns, bool]]) -> RowTable:
             more = values if is_json or not as_json else [None if each is None else json.dumps(each) for each in values]
             joined[name] += more
     if not as_json:
-        return RowTable(_make_table(joined, {}), ParseColumns(frozenset()), numbers)
+        return RowTable(joined, dict.fromkeys(joined, "large_string"), numbers)
     types = {name: find_type(column) for name, column in joined.items()}
     plain = {
         name: column if types[name] == "json" else [None if text is None else json.loads(text) for text in column]
         for name, column in joined.items()
     }
-    table = _make_table(plain, {name: "large_string" if kind == "json" else kind for name, kind in types.items()})
-    return RowTable(table, ParseColumns(frozenset(name for name, kind in types.items() if kind == "json")), numbers)
-
-
-def _make_table(columns: Mapping[str, Sequence[Any]], types: Mapping[str, str]) -> pa.Table:
-    """A table of these columns, text unless another type is named."""
-    kinds = {name: pa.type_for_alias(types.get(name, "large_string")) for name in columns}
-    return pa.table({name: pa.array(column, kinds[name]) for name, column in columns.items()})
+    return RowTable(plain, types, numbers)
 
 
 def _read_json(text: str, path: Path, where: str, split: str) -> Columns:

@@ -54,9 +54,9 @@ class Classification:
         self.head, self.rows = Head(self.kind, find_labels(rows, settings, by_word=self.by_word)), rows
         return rows
 
-    def load(self, settings: ModelSettings) -> Loaded:
+    def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """The model with a head for these labels, and its tokenizer."""
-        model, tokenizer = load_classifier(settings, self.head)
+        model, tokenizer = load_classifier(settings, self.head, empty=empty)
         assert self.head is not None
         self.head = replace(self.head, pad_token_id=tokenizer.pad_token_id)
         return model, tokenizer
