@@ -10,7 +10,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from .console import bars, console, errors, print_json, print_log
+from .console import bars, console, print_json
 from .data import show_survey
 from .options import Json
 from .recipe import Changes, Name, read_checked
@@ -30,8 +30,6 @@ def check_command(
 
     The model's weights are not read, and nothing is written.
     """
-    if as_json:
-        print_log(errors)
     chosen = read_checked(recipe, changes)
     check_and_show(chosen, rows=rows, as_json=as_json)
     if as_json:

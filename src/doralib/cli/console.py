@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +51,9 @@ def print_log(where: Console = console) -> None:
     handlers[0].where = where
 
 
-def set_volume(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Print warnings alone, or what is for developers too, of transformers and others as well."""
+def set_volume(*, quiet: bool = False, verbose: bool = False, aside: bool = False) -> None:
+    """Print warnings alone, or what is for developers too; aside: all of it on the standard error."""
+    console.stderr = aside
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("doralib").setLevel(level)
     if verbose:
@@ -60,7 +62,16 @@ def set_volume(*, quiet: bool = False, verbose: bool = False) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, for another program."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(_without_nan(value), indent=2, ensure_ascii=False, default=str))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,8 @@ import typer
 from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
-from .console import console
-from .options import Alpha, Component, Overwrite, Variant, VerifyingCommand
+from .console import console, print_json
+from .options import Alpha, Component, Json, Overwrite, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -36,13 +36,14 @@ def merge_command(
         typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Merge adapters into a checkpoint."""
     from ..checkpoints.merge import Ingredient
     from ..formats.base import Hints
 
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
-    merge_and_show(
+    summary = merge_and_show(
         with_weights(adapters, weight or [], each),
         base,
         out,
@@ -52,6 +53,8 @@ def merge_command(
         overwrite=overwrite,
         variant=variant,
     )
+    if as_json:
+        print_json(asdict(summary))
 
 
 def merge_and_show(

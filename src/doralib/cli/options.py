@@ -17,7 +17,7 @@ Component = Annotated[str | None, typer.Option(help="The part of a pipeline, e.g
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Variant = Annotated[str | None, typer.Option(help="Of several weights in the base's folder: fp16, ema, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and messages on the standard error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to the standard error.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
@@ -33,7 +33,7 @@ def with_volume(command: Callable[..., None]) -> Callable[..., None]:
     def call(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
         if quiet and verbose:
             raise typer.BadParameter("--quiet and --verbose do not go together")
-        set_volume(quiet=quiet, verbose=verbose)
+        set_volume(quiet=quiet, verbose=verbose, aside=bool(given.get("as_json")))
         command(**given)
 
     more = {"quiet": Quiet, "verbose": Verbose}

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from ..errors import check_given_once
-from .console import bars, console
+from .console import bars, console, print_json
+from .options import Json
 from .recipe import Changes, Name, read_checked
 
 
@@ -48,6 +49,7 @@ def train_command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the complete recipe as YAML, checked, and stop.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
     if print_config:
@@ -60,9 +62,14 @@ def train_command(
     if dry_run:
         from .check import check_and_show
 
-        check_and_show(chosen, resume=resume, overwrite=overwrite, must_be_free=True)
+        check_and_show(chosen, resume=resume, overwrite=overwrite, must_be_free=True, as_json=as_json)
         return
     from ..training import job
 
     with bars() as tick:
-        job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+        run = job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+    if as_json:
+        from ..files import read_json
+
+        found = {name: run / f"{name}.json" for name in ("summary", "results")}
+        print_json({"run": str(run), **{name: read_json(file) for name, file in found.items() if file.is_file()}})

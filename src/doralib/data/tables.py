@@ -1,4 +1,4 @@
-"""Files of rows as columns, every value as it is written; `datasets` and pyarrow, which take seconds, are not imported."""
+"""Files of rows as columns, every value as it is written; without `datasets` and pyarrow, which are slow to import."""
 
 import json
 import logging

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, list_some, raise_problems
+from ..peft_settings import VERA
 from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
-from .peft_settings import VERA
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
 _PREFIX = "base_model.model."
