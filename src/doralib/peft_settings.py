@@ -145,16 +145,11 @@ def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not settings.get("target_modules") and not settings.get("target_parameters"):
         problems.append("  target_modules is not set: PEFT would choose by the model's type; name the layers")
     values = take_shared(settings, SHARED if kind == "LORA" else _OF_VERA)
-    values |= {
-        "dropout_mode": "exact",
-        "method": "vera" if kind == "VERA" else "dora" if settings.get("use_dora") else "lora",
-    }
+    values |= {"dropout_mode": "exact", "method": "dora" if settings.get("use_dora") else "lora"}
     if kind == "VERA":
-        values["lora_dropout"] = settings.get("vera_dropout") or 0.0
+        values |= {"method": "vera", "lora_dropout": settings.get("vera_dropout") or 0.0}
     elif tokens := settings.get("trainable_token_indices"):
-        values["trainable_token_indices"] = (
-            {k: tuple(v) for k, v in tokens.items()} if isinstance(tokens, Mapping) else tuple(tokens)
-        )
+        values["trainable_token_indices"] = dict(tokens) if isinstance(tokens, Mapping) else tuple(tokens)
     begin = settings.get(start, True)
     if kind == "LORA" and isinstance(begin, str) and re.fullmatch(r"gaussian|pissa|pissa_niter_\d+|olora", begin):
         values["init_lora_weights"] = begin

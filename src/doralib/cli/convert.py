@@ -45,9 +45,13 @@ def convert_command(
     Any known format as any other, as the nearest plain LoRA, or in the form that a server takes.
     """
     from ..checkpoints.convert import ConversionRequest
-    from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
 
+    shown: tuple[str, ...] = ()
+    if texts:
+        from ..checkpoints.verify import TEXTS
+
+        shown = TEXTS
     given = Hints(alpha=alpha, component=component)
     done = convert_and_show(
         ConversionRequest(
@@ -58,7 +62,7 @@ def convert_command(
             base,
             given,
             rank,
-            tuple(TEXTS) if texts else (),
+            shown,
             overwrite,
             server,
             variant,

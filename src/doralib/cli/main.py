@@ -146,9 +146,7 @@ for _name, (_command, _examples) in _VERBS.items():
     _add(_name, _command, _examples)
 
 _EXTRAS = {
-    **dict.fromkeys(
-        ("transformers", "accelerate", "datasets", "pyarrow", "numpy", "jinja2", "gguf", "pandas"), "train"
-    ),
+    **dict.fromkeys(("transformers", "accelerate", "datasets", "pyarrow", "jinja2", "gguf", "pandas"), "train"),
     **dict.fromkeys(("prompt_toolkit", "requests", "tensorboard", "tokenizers", "huggingface_hub"), "train"),
     **dict.fromkeys(("scipy", "optuna"), "compare"),
     "matplotlib": "plots",

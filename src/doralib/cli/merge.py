@@ -80,7 +80,6 @@ def merge_and_show(
     from ..checkpoints.merge import merge_checkpoint
     from ..checkpoints.replay import verify_bits
     from ..checkpoints.safetensors import find_variant
-    from ..checkpoints.verify import verify_merge
 
     if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
         raise UsageError(f"--verify {unknown[0]}: give {' or '.join(VerifyingCommand.choices)}")
@@ -107,6 +106,8 @@ def merge_and_show(
             if not replay.passed:
                 raise DoraError(f"{out}: the merged model is not bit for bit what its base and adapters make")
         if "logits" in verify:
+            from ..checkpoints.verify import verify_merge
+
             check = verify_merge(out, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:
