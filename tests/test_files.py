@@ -123,7 +123,7 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link.json").symlink_to("real.json")
     write_json(tmp_path / "link.json", 2)
     assert (tmp_path / "link.json").is_symlink()
-    assert read_json(tmp_path / "real.json") == 2
+    assert read_json(tmp_path / "real.json", int) == 2
 
 
 def test_disk_full(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_disk_full(tmp_path, monkeypatch):
     ):
         write_json(tmp_path / "x.json", [2] * 100)
     assert names(tmp_path) == ["x.json"]
-    assert read_json(tmp_path / "x.json") == 1
+    assert read_json(tmp_path / "x.json", int) == 1
     with pytest.raises(DoraError, match="nothing was left behind"), replacing(tmp_path / "y", need=10**18):
         pytest.fail("must be refused before anything is written")
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..documents import decode_json
 from ..errors import DoraError, UsageError
 from ..files import explain_git_lfs, find_file, format_bytes, list_folder, read_json
 
@@ -356,7 +357,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = decode_json(text)
     except ValueError:
         header = None
     if not isinstance(header, dict):

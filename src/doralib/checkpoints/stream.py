@@ -115,6 +115,14 @@ class Sink:
     """Takes a file, a place, a number of bytes, and the file and the place where they go."""
 
 
+def _check_finite(name: str, before: Tensor, merged: Tensor) -> None:
+    if bool(merged.isfinite().all()):
+        return
+    if not bool(before.float().isfinite().all()):
+        raise DoraError(f"{name}: the base holds NaN or infinite numbers there; download it again, or mend it first")
+    raise DoraError(f"{name}: with the adapter it would hold NaN or infinite numbers; its scale or weight is too large")
+
+
 def write_quantized(
     layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None, sink: Sink
 ) -> QuantizationCost | None:
@@ -130,10 +138,12 @@ def write_quantized(
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
+            _check_finite(layer.name, W[rows], block)
             sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
+        _check_finite(layer.name, W[rows], block)
         V_OI[rows] = block
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
@@ -317,6 +327,8 @@ def _write(sink: Sink, piece: _Piece, rows: slice) -> int:
     start = piece.start
     read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
     block = apply_changes(read, piece.changes, rows, piece.out.shape)
+    if piece.changes:
+        _check_finite(piece.out.name, read, block)
     cast = cast_to(piece.out.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.out.matrix[0])
     sink.put(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)

@@ -17,7 +17,7 @@ from ..errors import DoraError, UsageError
 from . import detect_format, explain_mismatch, find_format
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .leftovers import remove_leftovers
-from .tensors import check_alpha
+from .tensors import check_alpha, check_tensors
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -49,6 +49,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
         raise UsageError(f"--alpha {hints.alpha:g}: lora_alpha is a number above 0")
     file = find_adapter_file(Path(path))
     raw = remove_leftovers(read_raw_adapter(file))
+    check_tensors(str(file), raw.tensors)
     form = find_format(named) if named else detect_format(raw)
     try:
         adapter = form.read(raw, hints)
@@ -173,10 +174,7 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
-    value = files.read_json(file) if file.is_file() else {}
-    if not isinstance(value, dict):
-        raise DoraError(f"{file} is no JSON object of settings but a {type(value).__name__}; write it again")
-    return value
+    return dict(files.read_json(file)) if file.is_file() else {}
 
 
 def _note_byte_order_mark(file: Path) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .. import files
+from ..documents import decode_json
 from ..progress import Tick
 from .distributed import is_set_anywhere
 from .meter import Meter
@@ -166,10 +167,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            lines.append(decode_json(text))
+        except ValueError:
             # only a killed run leaves a line half written, and nothing follows it
             break
     return lines

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..documents import decode_yaml
 from ..errors import UsageError, did_you_mean
 from ..files import read_yaml
 from ..recipe import Recipe
@@ -79,8 +78,8 @@ def _value(override: str, text: str) -> Any:
     if bare and ("\n" in text or re.search(r"(^|\s)#", text)):
         return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = decode_yaml(text)
+    except ValueError as error:
         if bare:
             return text
         hint = "; put quotes around the whole setting, where its value has spaces"
