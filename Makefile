@@ -19,7 +19,8 @@ TORCHTUNE := .venv-torchtune
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
 # make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
-.PHONY: demo test test-cpus slow interop check format bench tables models schemas docs clean
+# make fuzz: files of each kind damaged and read, some ten thousand, an hour or two; or MINUTES=10
+.PHONY: demo test test-cpus slow interop fuzz check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -36,6 +37,9 @@ slow: $(STAMP)
 interop: $(INTEROP)/.installed $(TORCHTUNE)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
+
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/harness.py --seed $${SEED:-0} --minutes $${MINUTES:-600}
 
 check: $(STAMP)
 	$(BIN)/ruff check .

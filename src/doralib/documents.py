@@ -41,8 +41,8 @@ def decode_yaml(text: str) -> Any:
     """
     if len(text) > _LONGEST_YAML:
         raise ValueError(f"it has {len(text):,} characters, and at most {_LONGEST_YAML:,} are read")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -54,8 +54,6 @@ def decode_yaml(text: str) -> Any:
         raise ValueError(str(error)) from None
     except _MISFITS as error:
         raise ValueError(f"a value is not what it is written as ({error})") from None
-    finally:
-        loader.dispose()
     _check_values(value)
     return value
 

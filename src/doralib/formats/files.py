@@ -1,7 +1,6 @@
 """Adapters of any format on disk: which file of a folder it is, what is in it, and how it is written."""
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ _NAMES = (
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OWN_SETTINGS = "doralib_config.json"
+# of an adapter's settings, those that are looked up or are paths
+_TEXTS = ("peft_type", "base_model_name_or_path", "model", "task_type", "fine_tune_type")
 # what PEFT's settings say too: where the two differ, the adapter was written again by another tool
 _SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
 
@@ -174,7 +175,11 @@ def write_raw_adapter(raw: RawAdapter, into: Format, out: Path, *, overwrite: bo
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
-    return dict(files.read_json(file)) if file.is_file() else {}
+    settings = dict(files.read_json(file)) if file.is_file() else {}
+    for key in _TEXTS:
+        if not isinstance(settings.get(key), str | None):
+            raise DoraError(f"{file}: {key} should be a text, and {settings[key]!r:.40} stands there; write it again")
+    return settings
 
 
 def _note_byte_order_mark(file: Path) -> tuple[str, ...]:
@@ -210,7 +215,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     files.find_file(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged pickle ends in any kind of error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DoraError(f"{path} is damaged or holds more than tensors, which may be a program: {why}") from None
     whole = isinstance(value, dict) and all(isinstance(key, str) for key in value)

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..files import replacing
 from . import plots
 from .charts import Series, line_chart, number_text
-from .markup import Child, Markup, el, html_table
+from .markup import NO_SCRIPT, Child, Markup, el, html_table
 from .record import RunRecord, numbers, read_run
 from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
@@ -65,6 +65,7 @@ def _page(record: RunRecord, notes: list[str]) -> str:
     head = el(
         "head",
         el("meta", charset="utf-8"),
+        NO_SCRIPT,
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("title", f"{_title(record)} - doralib"),
         el("style", Markup(style)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .markup import Child, Markup, el, html_table, join
+from .markup import NO_SCRIPT, Child, Markup, el, html_table, join
 
 _BAR_PERCENT = 100
 
@@ -18,6 +18,7 @@ def write_data_page(path: Path, survey: Mapping[str, Any], title: str) -> None:
     head = el(
         "head",
         el("meta", charset="utf-8"),
+        NO_SCRIPT,
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("title", f"{title} - doralib"),
         el("style", Markup(style)),
