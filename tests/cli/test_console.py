@@ -80,7 +80,7 @@ def test_control_characters_of_others_are_shown_and_not_obeyed():
     out = io.StringIO()
     table = Table("column \x1b[31m")
     table.add_row("cell \u202e")
-    SafeConsole(file=out, width=80, force_terminal=True, markup=False).print("x \x1b[2J", table)
+    SafeConsole(file=out, width=80, force_terminal=True, markup=False, highlight=False).print("x \x1b[2J", table)
     assert "\\x1b[2J" in out.getvalue()
     assert "\\u202e" in out.getvalue()
     assert "\x1b[2J" not in out.getvalue()
