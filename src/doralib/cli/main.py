@@ -19,7 +19,7 @@ from .analyze import analyze_command
 from .bench import bench_command
 from .check import check_command
 from .compare import compare_command
-from .console import print_log, set_volume
+from .console import print_log, set_volume, show_controls
 from .convert import convert_command
 from .data import data_command
 from .demo import demo_command
@@ -160,7 +160,7 @@ _python_format = warnings.formatwarning
 
 def _format_warning(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
     if issubclass(category, Note):
-        return f"note: {message}\n"
+        return f"note: {show_controls(str(message))}\n"
     return _python_format(message, category, *where, **more)
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     except DoraError as error:
         if logging.getLogger("doralib").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        print(f"doralib: {error}", file=sys.stderr)
+        print(f"doralib: {show_controls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
         if not (told := _explain_missing(error)):
@@ -204,7 +204,7 @@ def main() -> None:
         print("doralib: stopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"doralib: {_explain(error)}", file=sys.stderr)
+        print(f"doralib: {show_controls(_explain(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValue
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .peft_vera import TYPES, from_vera, to_vera
-from .tensors import check_complete, compute_alpha
+from .tensors import check_complete, check_factors, compute_alpha
 
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
@@ -306,6 +306,7 @@ def _read_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
         return experts.read_stack(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
     check_complete(found, keys, config)
+    check_factors(lora_A=found["a_RI"], lora_B=found["b_OR"])
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")
