@@ -31,11 +31,13 @@ from ..runs import checkpointing
 from ..runs.card import write_card
 from ..runs.folder import RunFolder
 from ..runs.report import write_report
-from .arguments import make_arguments, wants_tensorboard
+from .arguments import has_own_order, make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
+from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
+from .rewards import find_rewards
 from .sampler import measure_padding
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -43,7 +45,11 @@ from .trainer import AdapterTrainer, LossNotFinite
 log = logging.getLogger(__name__)
 
 _PADDING_WORTH_GROUPING = 0.1
-_ORDERS = {"group_by_length": "rows of like length together", "random": "drawn anew for each epoch"}
+_ORDERS = {
+    "group_by_length": "rows of like length together",
+    "random": "drawn anew for each epoch",
+    "sequential": "as the objective needs it",
+}
 # Trainer's own printer and bar would repeat ours
 _STOCK_PRINTERS = ("PrinterCallback", "ProgressCallback")
 
@@ -77,7 +83,7 @@ class _Job:
     model: Any
     processor: Any
     data: Prepared
-    collate: Collate
+    collate: Collate | None
     tick: Tick | None
 
 
@@ -128,7 +134,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
-    run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe.model)
+    run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe)
     problems: list[DoraError] = []
     tasks: list[Task] = []
     with collecting(problems):
@@ -163,12 +169,22 @@ def _load(plan: _Plan, tick: Tick | None) -> _Job:
     log.info(f"loading {recipe.model.path}")
     model, processor = _model(plan)
     data = plan.modality.prepare(plan.rows, recipe.data, model, processor)
-    count, whole = len(data.train.rows), plan.args.train_batch_size * plan.args.world_size
-    if plan.args.dataloader_drop_last and count < whole:
-        raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
-    if "train_sampling_strategy" not in recipe.training:
+    _check_batch(data, plan.args)
+    if "train_sampling_strategy" not in recipe.training and not has_own_order(recipe.objective.kind):
         plan.args.train_sampling_strategy = _choose_order(data, plan.args)
     return _Job(plan, model, processor, data, plan.modality.collate(model, processor, data), tick)
+
+
+def _check_batch(data: Prepared, args: TrainingArguments) -> None:
+    count, whole = len(data.train.rows), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and count < whole:
+        raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
+    prompts = getattr(args, "generation_batch_size", 1) // getattr(args, "num_generations", 1)
+    if count < prompts:
+        raise UsageError(
+            f"{count} prompts are fewer than the {prompts} that are answered at a time; give more, or set a smaller "
+            "training.per_device_train_batch_size or a larger training.num_generations"
+        )
 
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
@@ -202,17 +218,20 @@ def _describe(job: _Job) -> None:
     plan, report, validation = job.plan, job.data.train.report, job.data.validation
     recipe = plan.recipe
     changed, total = _parameters(job.model)
-    steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
+    answers = getattr(plan.args, "num_generations", 0) * getattr(plan.args, "num_iterations", 1)
+    steps, per_epoch = _steps(plan.args, len(job.data.train.rows) * max(answers, 1))
+    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     log.info(
         {
             "model": f"{recipe.model.path}, {total:,} parameters",
             "method": _method(recipe),
+            **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
             "trained": f"{changed:,} parameters, {changed / total:.2%}",
             "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
             "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
             **job.data.told,
-            "steps": f"{steps:,}, {per_epoch:,} an epoch of about {report.tokens / per_epoch:,.0f} tokens each",
+            "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
             "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
             "run": str(plan.run.path),
         }
@@ -305,7 +324,7 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
+    trainer = _make_trainer(job)
     stop, metrics = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter)
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
@@ -336,6 +355,18 @@ def _train(job: _Job) -> None:
             f"{checkpointing.find_newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
         )
     _save_trained(job, trainer)
+
+
+def _make_trainer(job: _Job) -> AdapterTrainer:
+    plan = job.plan
+    given = (job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
+    if (objective := plan.recipe.objective).kind == "sft":
+        return LabelTrainer(*given)
+    # TRL is an extra
+    from .objectives import TRAINERS  # noqa: PLC0415
+
+    rewards: dict[str, Any] = {"reward_funcs": find_rewards(objective.rewards)} if objective.rewards else {}
+    return TRAINERS[objective.kind](*given, **rewards)
 
 
 def _optional_callbacks(plan: _Plan) -> list[Any]:
