@@ -35,7 +35,8 @@ class DataSettings(Checked):
     """Which rows, how they become prompts and targets, and what counts in the loss."""
 
     train: str
-    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, or a hub name (`name`, `name:config`)."""
+    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, or a hub name (`name`, `name:config`);
+    `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None

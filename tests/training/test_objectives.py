@@ -1,4 +1,4 @@
-"""Objectives beyond labels: TRL's losses on our layers, the reference that is the model with its adapter off, the run."""
+"""Objectives beyond labels: TRL's losses on our layers, the model with its adapter off as reference, the run."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from doralib.data.rows import read_dataset
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.training import job
+from doralib.training.recipe_file import read_recipe
 from doralib.training.rewards import find_rewards, number
 from doralib.training.trainer import AdapterTrainer
 
 PAIRS = [
-    {"prompt": f"a film {i}", "chosen": f" brilliant, {i} wonderful", "rejected": " dull" * (1 + i % 3)}
-    for i in range(8)
+    {"prompt": f"film {i}", "chosen": f" brilliant, {i} wonder", "rejected": " dull" * (1 + i % 3)} for i in range(8)
 ]
 JUDGED = [{"prompt": f"a film {i}", "completion": f" brilliant {i}", "label": i % 3 > 0} for i in range(8)]
 PROMPTS = [{"prompt": f"numbers {i} and", "answer": str(i)} for i in range(8)]
@@ -81,15 +81,14 @@ def make_trainer(recipe):
 
 def log_probs(model, ids, answers):
     """Of each row's answer, summed in float64, and the number of its tokens."""
-    with torch.no_grad():
-        each = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    each = model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     return (each * answers[:, 1:]).sum(1), answers[:, 1:].sum(1)
 
 
 def logs_of(model, base, batch, prefix=""):
     """Log-ratios to the base model of the answers in a batch of TRL."""
     ids, answers = batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"]
-    return log_probs(model, ids, answers)[0] - log_probs(base, ids, answers)[0]
+    return log_probs(model, ids, answers)[0] - log_probs(base, ids, answers)[0].detach()
 
 
 def dpo(model, base, batch):
@@ -98,7 +97,7 @@ def dpo(model, base, batch):
 
 
 def kto(model, base, batch):
-    far = logs_of(model, base, batch, "KL_").mean().clamp(min=0)
+    far = logs_of(model, base, batch, "KL_").mean().clamp(min=0).detach()
     ratio, good = logs_of(model, base, batch), batch["label"]
     return (1 - torch.sigmoid(BETA * torch.where(good, ratio - far, far - ratio))).mean()
 
@@ -117,16 +116,16 @@ def orpo(model, _, batch):
 
 
 def grpo(model, base, batch):
-    """At the first step on answers the ratio is 1 and only advantages and the divergence are left; DAPO's mean."""
+    """Of answers that the model has just made: the ratio is 1, and has a gradient; the mean is DAPO's."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     logs = []
     for each in (model, base):
-        with torch.no_grad():
-            found = each(input_ids=ids, attention_mask=seen).logits.double().log_softmax(-1)
+        found = each(input_ids=ids, attention_mask=seen).logits.double().log_softmax(-1)
         logs.append(found[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)[:, -batch["completion_ids"].shape[1] :])
-    apart = logs[1] - logs[0]
-    each = -batch["advantages"][:, None].double() + BETA * (apart.exp() - apart - 1)
+    ratio = (logs[0] - logs[0].detach()).exp()
+    apart = logs[1].detach() - logs[0]
+    each = -ratio * batch["advantages"][:, None].double() + BETA * ratio * (apart.exp() - apart - 1)
     return (each * batch["completion_mask"]).sum() / batch["num_items_in_batch"]
 
 
@@ -139,12 +138,15 @@ def test_the_loss_is_the_papers(recipe, formula):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     if formula is grpo:
         assert batch["advantages"].abs().max() > 0
-    got = trainer.compute_loss(trainer.model, batch)
-    want = formula(trainer.model, base, batch)
-    assert want.abs() > 0.01
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    got.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in trainable(trainer.model))
+    found, made = [], (lambda: trainer.compute_loss(trainer.model, batch), lambda: formula(trainer.model, base, batch))
+    for loss in (each() for each in made):
+        loss.backward()
+        found.append([loss.double(), *(p.grad.double() for _, p in trainable(trainer.model))])
+        trainer.model.zero_grad()
+    # of float32's sums over 400 logits and 20 tokens
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * max(want.abs().max().item(), 0.01))
+    assert all(gradient.abs().max() > 1e-5 for gradient in found[1][1:])
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
@@ -195,9 +197,10 @@ def test_a_killed_run_goes_on_as_the_same_run(recipe, kind, tmp_path, monkeypatc
         left[0] -= 1
         return step(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, "training_step", stop)
-        job.train(recipe(kind, out="cut", data={"validation": 0.5}, **times))
+        with pytest.raises(KeyboardInterrupt):
+            job.train(recipe(kind, out="cut", data={"validation": 0.5}, **times))
     cut = job.train(recipe(kind, out="cut", data={"validation": 0.5}, **times), resume=True)
     assert lines(whole) == lines(cut)
     assert lines(whole, "eval") == lines(cut, "eval")
@@ -241,8 +244,8 @@ def test_everything_wrong_is_told_at_once(recipe):
         use_vllm=True,
         max_length=5,
         num_generation=4,
-    ).model_copy(update={"objective": {"kind": "grpo", "rewards": ("number", "nubmer", "no_such.thing")}})
-    wrong = Recipe(**wrong.model_dump())
+    ).model_dump()
+    wrong = Recipe(**wrong | {"objective": {"kind": "grpo", "rewards": ["number", "nubmer", "no_such.thing"]}})
     with pytest.raises(UsageError) as caught:
         job.train(wrong)
     for part in (
@@ -279,7 +282,7 @@ def test_columns_that_are_missing(kind, columns, said):
 def test_a_head_that_is_trained_is_refused_where_trl_passes_it_by(recipe):
     with pytest.raises(UsageError, match="leave the head out"):
         job.train(recipe("dpo", adapter={"target_modules": ["q_proj", "lm_head"]}))
-    job.train(recipe("orpo", adapter={"target_modules": ["q_proj", "lm_head"]}, max_steps=1))
+    job.train(recipe("orpo", adapter={"target_modules": ["q_proj", "lm_head"]}, out="other", max_steps=1))
 
 
 @pytest.mark.parametrize(
@@ -316,12 +319,12 @@ LAYOUTS = {
             "rejected": {"from": "gpt", "value": "No"},
         },
         TALK,
-        "Yes<|im_end|>",
+        "Yes<|im_end|>\n",
     ),
     "TRL, messages": (
         {"prompt": [SAY("user", "Good?")], "chosen": [SAY("assistant", "Yes")], "rejected": [SAY("assistant", "No")]},
         TALK,
-        "Yes<|im_end|>",
+        "Yes<|im_end|>\n",
     ),
     "TRL, without a prompt": (
         {
@@ -329,7 +332,7 @@ LAYOUTS = {
             "rejected": [SAY("user", "Good?"), SAY("assistant", "No")],
         },
         TALK,
-        "Yes<|im_end|>",
+        "Yes<|im_end|>\n",
     ),
     "UltraFeedback": (
         {
@@ -338,7 +341,7 @@ LAYOUTS = {
             "rejected": [SAY("user", "Good?"), SAY("assistant", "No")],
         },
         TALK,
-        "Yes<|im_end|>",
+        "Yes<|im_end|>\n",
     ),
     "HH": (
         {"chosen": "Human: Good? Assistant: Yes", "rejected": "Human: Good? Assistant: Yet no"},
@@ -348,7 +351,7 @@ LAYOUTS = {
     "Orca": (
         {"system": "Be short.", "question": "Good?", "chosen": "Yes", "rejected": "No"},
         "<|im_start|>system\nBe short.<|im_end|>\n" + TALK,
-        "Yes<|im_end|>",
+        "Yes<|im_end|>\n",
     ),
     "Alpaca": (
         {"instruction": "Say it.", "input": "", "chosen": "Yes", "rejected": "No"},
@@ -382,7 +385,7 @@ def test_pairs_in_every_usual_layout(name, tmp_path, tiny_llama_folder):
     assert tokenizer.decode(got["prompt_ids"]) == prompt
     assert tokenizer.decode(got["chosen_ids"]) == chosen
     rejected = tokenizer.decode(got["rejected_ids"])
-    assert rejected.removesuffix("<|im_end|>").strip().lower().endswith("no")
+    assert rejected.strip().removesuffix("<|im_end|>").strip().lower().endswith("no")
     judged, _ = prepare(tmp_path, [row], "kto", prepare_judged, tiny_llama_folder, **settings)
     assert [(tokenizer.decode(each["completion_ids"]), each["label"]) for each in judged.rows] == [
         (chosen, True),
@@ -442,3 +445,45 @@ def test_rewards():
     assert form(["a <answer>1</answer>\n", "<answer>1</answer> b", "<answer>1</answer><answer>2</answer>", ""]) == [
         *(1, 0, 0, 0)
     ]
+
+
+@pytest.mark.interop
+def test_problems_are_made_by_their_seed():
+    pytest.importorskip("reasoning_gym")
+    source = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&size=5"
+    made = read_dataset(source, "data.train")
+    assert made.column_names == ["question", "answer", "metadata"]
+    assert made[:] == read_dataset(f"{source}&seed=0", "data.train")[:]
+    assert made["answer"][:] != read_dataset(f"{source}&seed=1", "data.train")["answer"][:]
+    assert find_rewards(["number"])[0](made["answer"][:], made["answer"][:]) == [1] * 5
+    for wrong, said in {
+        "chain_sums": "no task 'chain_sums'; did you mean 'chain_sum'?",
+        "chain_sum?min_term=2": "no setting 'min_term'; did you mean 'min_terms'?",
+        "chain_sum?min_terms=9": "max_terms must be >= min_terms",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(said)):
+            read_dataset(f"reasoning-gym:{wrong}", "data.train")
+
+
+@pytest.mark.interop
+def test_the_recipe_of_sums_trains(tiny_llama_folder, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    fewer = ["training.max_steps=1", "training.per_device_train_batch_size=4", "training.num_generations=2"]
+    more = [f"model.path={tiny_llama_folder}", f"out={tmp_path / 'run'}", "training.max_completion_length=4"]
+    run = job.train(read_recipe("grpo-math", [*fewer, *more, "eval.limit=2"]))
+    assert json.loads((run / "results.json").read_text())["after"]["sums"]["n"] == 2
+
+
+def test_the_recipe_of_pairs_trains(tiny_llama_folder, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(LAYOUTS["LLaMA-Factory"][0]) + "\n" for _ in range(4)))
+    fewer = ["training.max_steps=1", f"data.train={tmp_path / 'pairs.jsonl'}", "training.gradient_accumulation_steps=1"]
+    run = job.train(read_recipe("dpo", [f"model.path={tiny_llama_folder}", f"out={tmp_path / 'run'}", *fewer]))
+    assert "rewards/margins" in lines(run)[0]
+
+
+def test_rates_of_grpo_are_not_chosen_by_its_loss(recipe, tmp_path):
+    from doralib.experiments.compare.grid import Grid, check_grid
+
+    made = recipe("grpo", data={"validation": 0.5})
+    with pytest.raises(UsageError, match="says nothing of grpo"):
+        check_grid(Grid(made, tmp_path / "study", methods=("dora", "lora"), seeds=(0,)))

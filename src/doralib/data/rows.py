@@ -17,6 +17,7 @@ from ..files import hash_file
 from ..recipe import DataSettings
 from .csv_rows import read_columns
 from .json_rows import ParseColumns, find_type, split_columns
+from .problems import is_problems, make_problems
 from .sources import READERS, check_file, find_ending, open_text
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -41,7 +42,8 @@ def check_source(source: str, setting: str) -> None:
     Raises:
         UsageError: if not, with what was looked for.
     """
-    check_file(source, setting, could_be_hub=_HUB_NAME.fullmatch)
+    if not is_problems(source):
+        check_file(source, setting, could_be_hub=_HUB_NAME.fullmatch)
 
 
 def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Dataset:
@@ -54,6 +56,8 @@ def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Da
         DoraError: if it is cut short or not what its name says, with the line where it breaks.
     """
     check_source(source, setting)
+    if is_problems(source):
+        return make_problems(source, setting)
     path = Path(source).expanduser()
     rows = _read_file(path, setting, split) if path.is_file() else _read_hub(source, setting, split)
     if not len(rows):

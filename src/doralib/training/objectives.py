@@ -57,7 +57,7 @@ class _ObjectiveTrainer(AdapterTrainer):
         if self.reads_head and isinstance(model.get_output_embeddings(), Place):
             raise UsageError(
                 "objective.kind: TRL multiplies by the weight of the model's head itself, past what is trained on it; "
-                "leave the head out of adapter.target_modules, adapter.modules_to_save and model.new_tokens, or use kind orpo"
+                "leave the head out of adapter.target_modules, modules_to_save and model.new_tokens, or use kind orpo"
             )
         self._own_forward = model.__dict__.get("forward")
         masters = {p: p.data for _, p in trainable(model)}
