@@ -486,4 +486,4 @@ def test_rates_of_grpo_are_not_chosen_by_its_loss(recipe, tmp_path):
 
     made = recipe("grpo", data={"validation": 0.5})
     with pytest.raises(UsageError, match="says nothing of grpo"):
-        check_grid(Grid(made, tmp_path / "study", methods=("dora", "lora"), seeds=(0,)))
+        check_grid(Grid(made, ("dora", "lora"), (), (0,), tmp_path / "study"))

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
+from ..config import DoraConfig
 from ..data.rows import RawRows, hash_sources
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
@@ -202,8 +203,7 @@ def _model(plan: _Plan) -> Loaded:
     model, processor = plan.modality.load(settings)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
-    if (head := find_head_modules(model)) and config.method != "full":
-        config = config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    config = _train_head(config, find_head_modules(model))
     if plan.resume and trained.is_file():
         # as a plain model takes it: what began as a part of the weights is written as a change of them
         load_adapter(model, plan.run.path)
@@ -211,6 +211,24 @@ def _model(plan: _Plan) -> Loaded:
         adapt(model, config)
     model.to(plan.args.device)
     return model, processor
+
+
+def _train_head(config: DoraConfig, head: Sequence[str]) -> DoraConfig:
+    """The settings with which a head that the base may lack is trained too.
+
+    Raises:
+        UsageError: if it would be left out.
+    """
+    if not head or (config.method == "full" and config.target_modules is None):
+        return config
+    if config.method != "full":
+        return config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    if isinstance(config.target_modules, str):
+        raise UsageError(
+            f"adapter.target_modules {config.target_modules!r} leaves out {', '.join(head)}, which is new; with method "
+            "full name the modules, or leave target_modules out to train all"
+        )
+    return config.model_copy(update={"target_modules": tuple(dict.fromkeys((*(config.target_modules or ()), *head)))})
 
 
 def _describe(job: _Job) -> None:

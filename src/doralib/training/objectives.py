@@ -78,6 +78,9 @@ class _ObjectiveTrainer(AdapterTrainer):
             warnings.simplefilter("ignore", FutureWarning)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _send_telemetry(self) -> None:
+        """Nothing: doralib sends no statistics."""
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: the run's own card says how it went."""
 
