@@ -2,7 +2,9 @@
 #   docker build -t doralib .
 #   docker run --gpus all -v "$PWD:/work" -v doralib-cache:/root/.cache doralib train recipe.yaml
 # Written from the documentation of its parts. It has not been built or run: no Docker and no GPU were at hand.
-FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
+FROM ubuntu:24.04
+# the machine's driver comes from the NVIDIA container toolkit, everything else of CUDA with torch
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # gcc and Python's headers: Triton compiles the launcher of each kernel
 RUN apt-get update \
@@ -14,7 +16,7 @@ RUN python3 -m venv /opt/doralib
 WORKDIR /src
 COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY src src
-# torch from PyPI is the CUDA build; it brings its own cuBLAS and cuDNN
+# torch from PyPI is the CUDA build
 RUN pip install '.[all,quant,rl]' --constraint constraints.txt
 
 WORKDIR /work

@@ -10,7 +10,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 class RepositoryLinks(MetadataHookInterface):
     """Makes relative links absolute and lists the project's addresses, if DORALIB_REPOSITORY says where it is.
 
-    `make dist REPOSITORY=https://...` sets it. Without it README stays as it is: the repository has no address of its own.
+    `make dist REPOSITORY=https://...` sets it. Without it README stays as it is, and no address is listed.
     """
 
     def update(self, metadata: dict) -> None:

@@ -425,12 +425,12 @@ def test_bad_pairs_are_counted_and_shown(tmp_path, tiny_llama_folder):
         {"prompt": "a", "chosen": "b c", "rejected": "d"},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
         {"prompt": "a", "chosen": "", "rejected": "d"},
-        {"prompt": "a", "chosen": "b " * 300, "rejected": "d"},
+        {"prompt": "a", "chosen": "b c " * 30, "rejected": "d"},
     ]
-    made, _ = prepare(tmp_path, rows, "dpo", prepare_pairs, tiny_llama_folder)
+    made, _ = prepare(tmp_path, rows, "dpo", prepare_pairs, tiny_llama_folder, max_length=20)
     assert (made.report.kept, dict(made.report.dropped)) == (
         1,
-        {"with two equal answers": 1, "empty": 1, "longer than 512 tokens": 1},
+        {"with two equal answers": 1, "empty": 1, "longer than 20 tokens": 1},
     )
     assert any("row 3: nothing in 'chosen'" in line for line in made.report.lines())
     with pytest.raises(DoraError, match="bad_rows is 'error'"):
