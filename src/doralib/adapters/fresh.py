@@ -1,12 +1,12 @@
 """Parts of a model that may hold random numbers still: a head of a task, rows of a vocabulary that grew."""
 
-import json
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
 
+from ..documents import decode_json
 from .scan import HEADS, Scan, ask_model
 
 
@@ -47,7 +47,8 @@ def _read_vocabulary(model: nn.Module) -> int | None:
     """How many tokens the files of a local base have, as their config.json says."""
     path = Path(str(getattr(model, "name_or_path", "") or "")) / "config.json"
     with suppress(OSError, ValueError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        size = values.get("vocab_size", values.get("text_config", {}).get("vocab_size"))
-        return size if isinstance(size, int) else None
+        values = decode_json(path.read_bytes())
+        places = [values, values.get("text_config")] if isinstance(values, dict) else []
+        sizes = [each.get("vocab_size") for each in places if isinstance(each, dict)]
+        return next((size for size in sizes if isinstance(size, int)), None)
     return None

@@ -5,8 +5,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import datasets
-import yaml
 
+from ..documents import decode_yaml
 from ..errors import UsageError, did_you_mean
 
 _SIZE = 500
@@ -35,7 +35,7 @@ def make_problems(source: str, setting: str) -> datasets.Dataset:
     if task not in DATASETS:
         hint = did_you_mean(task, DATASETS) or f"; there are {len(DATASETS)}, such as chain_sum and gcd"
         raise UsageError(f"{setting}: reasoning-gym has no task {task!r}{hint}")
-    given: dict[str, Any] = {key: yaml.safe_load(value) for key, value in parse_qsl(asked, keep_blank_values=True)}
+    given: dict[str, Any] = {key: decode_yaml(value) for key, value in parse_qsl(asked, keep_blank_values=True)}
     known = list(DATASETS[task][1].__dataclass_fields__)
     if wrong := [f"{key!r}{did_you_mean(key, known)}" for key in given if key not in known]:
         has = ", ".join(known)
