@@ -217,8 +217,9 @@ def test_a_killed_run_goes_on_as_the_same_run(recipe, kind, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_doralib_and_peft_load_what_was_trained(recipe, kind):
+def test_doralib_and_peft_load_what_was_trained(recipe, kind, monkeypatch):
     made = recipe(kind)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("statistics are sent"))
     run = job.train(made)
     load = lambda: AutoModelForCausalLM.from_pretrained(made.model.path).eval()
     ids = torch.arange(3, 27).view(2, 12)
@@ -418,6 +419,12 @@ def test_prompts_keep_the_columns_of_their_rewards(tmp_path, tiny_llama_folder):
     }
     chat, _ = prepare(tmp_path, rows, "grpo", prepare_prompts, tiny_llama_folder, prompt="{question}", style="chat")
     assert chat.rows[0]["prompt"] == [SAY("user", "1 + 1?")]
+
+
+def test_columns_of_several_kinds_become_texts(tmp_path, tiny_llama_folder):
+    rows = [{"prompt": "a", "answer": answer} for answer in (1, "two", [3], None)]
+    made, _ = prepare(tmp_path, rows, "grpo", prepare_prompts, tiny_llama_folder)
+    assert made.rows["answer"][:] == ["1", "two", "[3]", None]
 
 
 def test_bad_pairs_are_counted_and_shown(tmp_path, tiny_llama_folder):

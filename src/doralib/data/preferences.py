@@ -1,11 +1,13 @@
 """Answers that were judged: a pair of which one was preferred, or one that was liked or not; and prompts alone."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import DoraError, UsageError, did_you_mean
@@ -334,4 +336,15 @@ def _finish(made: Sequence[tuple[int, Row]], report: RowReport, settings: DataSe
         raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
     if not made:
         raise UsageError(f"no row can be used, the data set is empty:\n{told}")
-    return PreparedRows(datasets.Dataset.from_list([row for _, row in made]), report, [number for number, _ in made])
+    return PreparedRows(_make_dataset([row for _, row in made]), report, [number for number, _ in made])
+
+
+def _make_dataset(rows: Sequence[Row]) -> datasets.Dataset:
+    """The rows as a data set; a column of values of several kinds becomes texts, JSON where they were none."""
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
+    for name, values in columns.items():
+        try:
+            pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            columns[name] = [each if each is None or isinstance(each, str) else json.dumps(each) for each in values]
+    return datasets.Dataset.from_dict(columns)
