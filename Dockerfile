@@ -16,8 +16,8 @@ RUN python3 -m venv /opt/doralib
 WORKDIR /src
 COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY src src
-# torch from PyPI is the CUDA build
-RUN pip install '.[all,quant,rl]' --constraint constraints.txt
+# torch from PyPI is the CUDA build, and asks for a triton of its own
+RUN sed -i '/^triton==/d' constraints.txt && pip install '.[all,quant,rl]' --constraint constraints.txt
 
 WORKDIR /work
 ENTRYPOINT ["doralib"]

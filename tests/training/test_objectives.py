@@ -494,3 +494,13 @@ def test_rates_of_grpo_are_not_chosen_by_its_loss(recipe, tmp_path):
     made = recipe("grpo", data={"validation": 0.5})
     with pytest.raises(UsageError, match="says nothing of grpo"):
         check_grid(Grid(made, ("dora", "lora"), (), (0,), tmp_path / "study"))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_masters_stay_float32_on_a_quantized_base(recipe, kind, even_llama_folder):
+    """TRL casts what is trained to bfloat16 there, but for magnitudes."""
+    made = recipe(kind)
+    model = {"path": str(even_llama_folder), "quantization": "nf4", "dtype": "float32"}
+    trainer, _ = make_trainer(made.model_copy(update={"model": made.model.model_copy(update=model)}))
+    assert trainer.model.is_loaded_in_4bit
+    assert {p.dtype for _, p in trainable(trainer.model)} == {torch.float32}
