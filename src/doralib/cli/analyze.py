@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from .console import console
-from .options import Alpha, Component
+from .options import Alpha, Component, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.measure import WeightMovement
@@ -29,6 +29,7 @@ def analyze_command(
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Singular values and intruder dimensions too; slow on large matrices.")
     ] = False,
+    revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
 ) -> None:
@@ -45,7 +46,9 @@ def analyze_command(
     from ..experiments.analyze.sources import find_sources
     from ..experiments.statistics import import_stats
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
+    tuned = [fetch_folder(add_revision(each, revision)) for each in tuned]
     if steps not in ("last", "all"):
         raise UsageError(f"--steps {steps}: is last or all")
     if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console
-from .options import Alpha, Component, Overwrite, Variant
+from .options import Alpha, Component, Overwrite, Revision, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -31,6 +31,7 @@ def convert_command(
         str | None, typer.Option("--from", help="Its format, where the file could be of several.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
     variant: Variant = None,
@@ -45,11 +46,12 @@ def convert_command(
     from ..checkpoints.convert import ConversionRequest
     from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
     given = Hints(alpha=alpha, component=component)
     convert_and_show(
         ConversionRequest(
-            adapter,
+            fetch_folder(add_revision(adapter, revision)),
             to,
             out,
             source,

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import list_some
 from .console import console
-from .options import Alpha, Component
+from .options import Alpha, Component, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.movement import Movement
@@ -27,6 +27,7 @@ def inspect_command(
     base: Annotated[
         str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
     ] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
 ) -> None:
@@ -35,7 +36,9 @@ def inspect_command(
     Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
     """
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
+    adapter = fetch_folder(add_revision(adapter, revision))
     console.print(inspect_adapter(adapter, base, Hints(alpha=alpha, component=component)))
 
 

@@ -24,7 +24,9 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .merge import merge_command
 from .options import VerifyingCommand
+from .push import push_command
 from .recipes import recipes_command
+from .serve import serve_command
 from .targets import targets_command
 from .train import train_command
 
@@ -68,6 +70,8 @@ app.command("data")(data_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("merge", cls=VerifyingCommand)(merge_command)
+app.command("serve")(serve_command)
+app.command("push")(push_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("targets")(targets_command)

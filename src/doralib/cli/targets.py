@@ -8,17 +8,21 @@ import typer
 from rich.table import Column, Table
 
 from .console import console
+from .options import Revision
 
 
 def targets_command(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hub name.")],
+    revision: Revision = None,
     every: Annotated[bool, typer.Option("--every", help="Every layer, not one line a kind.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Run a few tokens and name the layers that would be adapted in vain.")
     ] = False,
 ) -> None:
     """List the layers that can be adapted."""
-    for part in list_targets(model, every=every, probe=probe):
+    from ..hub import add_revision
+
+    for part in list_targets(add_revision(model, revision), every=every, probe=probe):
         console.print(part, soft_wrap=isinstance(part, str))
 
 

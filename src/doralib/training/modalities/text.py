@@ -15,13 +15,14 @@ from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.isolation import choose_layout
 from ...data.packing import is_packed, pack_rows
 from ...data.prepare import PreparedRows
+from ...data.prompt_form import make_form
 from ...data.prompts import STYLES, check_columns
 from ...data.rows import RawRows, read_both
 from ...data.survey import mark_learned, survey_rows
 from ...data.tokenize import find_samples, tokenize_rows
 from ...errors import UsageError
 from ...evaluation.evaluate import encode_prompts
-from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...evaluation.generation import GREEDY, answer_each, describe_ends, stop_at_turn_end
 from ...evaluation.task import Task, read_examples
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared
@@ -62,7 +63,7 @@ def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: 
         train = PreparedRows(packed, train.report)
     found = find_samples(rows, settings, processor, _SAMPLES)
     first = mark_learned(made.train.rows[0], processor)
-    return Prepared(train, made.validation, found, told, first, survey(made, processor))
+    return Prepared(train, made.validation, found, told, first, survey(made, processor), make_form(settings))
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
     longest = max(len(encode(processor, sample["expected"], chat=True)) for sample in asked)
     prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
     room = (context_length(model) or math.inf) - max(map(len, prompts))
-    return continuations(
+    answers = answer_each(
         model,
         processor,
         prompts,
@@ -133,6 +134,7 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
         batch_size=_SAMPLES,
         sampling=stop_at_turn_end(GREEDY, processor) if closed else GREEDY,
     )
+    return [answer.text for answer in answers]
 
 
 def within(settings: DataSettings, model: Any) -> DataSettings:
