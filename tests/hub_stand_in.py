@@ -82,11 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         except LookupError:
             self._send(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
             return
-        if api and rest[:1] == ["tree"]:
+        if api and rest[:1] == ["tree"] and not rest[2:]:
             digest = lambda content: hashlib.sha1(content).hexdigest()
             listed = [{"type": "file", "path": p, "size": len(c), "oid": digest(c)} for p, c in files.items()]
             self._send(200, listed)
-        elif api:
+        elif api and rest[:1] != ["tree"]:
             self._send(200, {"id": repo, "sha": commit, "siblings": [{"rfilename": each} for each in files]})
         elif (file := "/".join(rest[2:])) in files:
             tag = hashlib.sha1(files[file]).hexdigest()

@@ -7,7 +7,7 @@ import yaml
 from adapted import move
 from conftest import make_llama, make_tokenizer
 from hub_stand_in import TOKEN, StandIn, serve
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 
 import doralib
 from doralib.hub import add_revision, is_hub_name, split_revision
@@ -41,6 +41,8 @@ def hub(folders, tmp_path, monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        # transformers asks for templates by functions that were bound to the hub's address at import
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

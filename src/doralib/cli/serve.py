@@ -38,9 +38,7 @@ def serve_command(
 
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(f"transformers serve needs {', '.join(missing)}: pip install 'doralib[serve]'")
-    # what ends this command ends the server, and takes the merged folder with it
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _open_plain(add_revision(model, revision), base, alpha) as place:
+    with _ending_as_by_ctrl_c(), _open_plain(add_revision(model, revision), base, alpha) as place:
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", place]
         command += ["--host", host, "--port", str(port), "--dtype", dtype, "--device", device]
         console.print(f"transformers serve {' '.join(command[4:])}")
@@ -54,6 +52,16 @@ def serve_command(
                 return
     if status:
         raise DoraError(f"transformers serve ended with status {status}; its own lines above say why")
+
+
+@contextmanager
+def _ending_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: end the server, and take the merged folder away."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
