@@ -24,7 +24,8 @@ def log_progress() -> Tick:
     def tick(what: str, amount: float, total: float, note: str = "") -> None:
         nonlocal last
         done[what] = done.get(what, 0.0) + amount
-        if done[what] < total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+        # shares add up to 1 but for rounding
+        if done[what] < 0.999 * total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             log.info(f"  {what}: {done[what] / total:.0%}{note and f', {note}'}")
 
