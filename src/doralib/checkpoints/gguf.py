@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ..disk import replacing, work_folder
 from ..errors import DoraError, UsageError
 from ..files import find_file
@@ -42,6 +40,8 @@ def expand_gguf(path: Path, out: Path) -> Path:
 
     transformers dequantizes the whole model to float32, so that is what it takes in memory and on the disk.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  no part of the core
+
     where, name = find_file(path).parent, path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")

@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from .console import console
-from .options import Alpha, Component, Revision
+from .console import console, print_json
+from .options import Alpha, Component, Json, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.measure import WeightMovement
@@ -32,6 +33,7 @@ def analyze_command(
     revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
+    as_json: Json = False,
 ) -> None:
     """How far lengths and directions of every weight moved.
 
@@ -46,13 +48,10 @@ def analyze_command(
     from ..experiments.analyze.sources import find_sources
     from ..experiments.statistics import import_stats
     from ..formats.base import Hints
-    from ..hub import add_revision, fetch_folder
 
-    tuned = [fetch_folder(add_revision(each, revision)) for each in tuned]
     if steps not in ("last", "all"):
         raise UsageError(f"--steps {steps}: is last or all")
-    if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):
-        raise UsageError(f"{', '.join(twice)}: two folders have this name, by which results are told apart; rename one")
+    tuned = _fetch_all(tuned, revision)
     check_writable(out, "--out", folder=True)
     import_stats()
     wanted = [name.strip() for name in (modules or "").split(",") if name.strip()]
@@ -76,6 +75,24 @@ def analyze_command(
     written = write_analysis(out, found, base)
     console.print(_table(found))
     console.print(f"written: {written[0]}, {written[-1]}, and figures")
+    if as_json:
+        from ..experiments.analyze.correlate import correlate
+
+        correlations = [asdict(each) for each in correlate(found)]
+        print_json({"weights": [asdict(each) for each in found], "correlations": correlations})
+
+
+def _fetch_all(tuned: list[Path], revision: str | None) -> list[Path]:
+    """The folders of the tuned models, those of the hub too.
+
+    Raises:
+        UsageError: if two have one name.
+    """
+    from ..hub import add_revision, fetch_folder
+
+    if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):
+        raise UsageError(f"{', '.join(twice)}: two folders have this name, by which results are told apart; rename one")
+    return [fetch_folder(add_revision(each, revision)) for each in tuned]
 
 
 def _table(movements: "list[WeightMovement]") -> Table:

@@ -72,7 +72,7 @@ def _open_plain(name: str, base: str | None, alpha: float | None) -> Iterator[st
         UsageError: if it gives labels and no text, or its path cannot be named to the server.
     """
     from ..checkpoints.heads import find_head
-    from ..checkpoints.load import read_kind
+    from ..checkpoints.kind import read_kind
     from ..formats.base import Hints
     from ..formats.files import is_adapter
     from ..hub import find_hub_adapter, is_hub_name

@@ -89,10 +89,12 @@ class PromptForm(Checked):
         return {} if self.closed else {name: value_text(row[name]) for name in self.fields if name in row}
 
 
-def make_form(settings: DataSettings) -> PromptForm:
-    """The form of the prompts that rows of these settings make; the style is not auto."""
-    if settings.style != "completion":
+def make_form(settings: DataSettings) -> PromptForm | None:
+    """The form of the prompts that rows of these settings make; None if their style is not one of single answers."""
+    if settings.style in _NEEDED:
         return PromptForm(style=settings.style, fields=_NEEDED[settings.style])
+    if settings.style != "completion":
+        return None
     columns = columns_in(settings.prompt or "", "data.prompt")
     # a template without a column asks the same of every row, and so does none at all
     return PromptForm(style="completion", prompt=settings.prompt, fields=tuple(dict.fromkeys(columns)) or ("prompt",))
