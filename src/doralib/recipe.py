@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from .config import Checked, DoraConfig
 
+PROMPT_FILE = "doralib_prompt.json"
+"""Says, beside what was trained, in which form it was asked."""
+
 
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
