@@ -152,6 +152,7 @@ _EXTRAS = {
     "matplotlib": "plots",
     "lm_eval": "eval",
     "bitsandbytes": "quant",
+    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
 }
 """The extra that brings a package."""
 
