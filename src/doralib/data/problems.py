@@ -12,11 +12,6 @@ from ..errors import UsageError, did_you_mean
 _SIZE = 500
 
 
-def is_problems(source: str) -> bool:
-    """Whether a name of data is ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
-    return source.startswith("reasoning-gym:")
-
-
 def make_problems(source: str, setting: str) -> datasets.Dataset:
     """The problems as columns question, answer, and metadata as JSON; 500 with seed 0, unless size and seed say else.
 

@@ -20,7 +20,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
 from ..config import DoraConfig
-from ..data.rows import RawRows, hash_sources
+from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
@@ -38,6 +38,7 @@ from .distributed import is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
+from .outlook import Outlook, estimate_memory
 from .rewards import find_rewards
 from .sampler import measure_padding
 from .tokens import add_new_tokens
@@ -84,8 +85,11 @@ class _Job:
     model: Any
     processor: Any
     data: Prepared
-    collate: Collate | None
     tick: Tick | None
+
+    def collate(self) -> Collate | None:
+        """What makes batches, None: the trainer; packed rows are tried on the model."""
+        return self.plan.modality.collate(self.model, self.processor, self.data)
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
@@ -134,7 +138,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     return plan.run.path
 
 
-def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
+def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = True) -> _Plan:
     run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe)
     problems: list[DoraError] = []
     tasks: list[Task] = []
@@ -148,7 +152,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
-    inputs += [each for each in (recipe.data.train, recipe.data.validation) if isinstance(each, str)]
+    inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
@@ -157,23 +161,48 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     }
     with collecting(problems):
         # the first process of several holds the lock, and may not yet have left an earlier job of them all
-        if is_main():
+        if is_main() and check_out:
             run.check_free()
-        run.check(recipe, **asked)
+        if check_out:
+            run.check(recipe, **asked)
     raise_all(problems)
     recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
 
 
-def _load(plan: _Plan, tick: Tick | None) -> _Job:
+def look_ahead(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, check_out: bool = True, tick: Tick | None = None
+) -> Outlook:
+    """Everything that can be known of a job without its model's weights; nothing is written.
+
+    Args:
+        recipe: Complete.
+        resume: As `train` would be told.
+        overwrite: Likewise.
+        check_out: Whether a run that stands at `out` is an error where neither is given.
+        tick: Gets each step of tokenizing.
+
+    Raises:
+        UsageError: for all that `train` would refuse before the first step, all at once where it is in the recipe.
+    """
+    plan = _check(recipe.with_whole_path(), resume=resume, overwrite=overwrite, check_out=check_out)
+    job = _load(plan, tick, empty=True)
+    steps, per_epoch = _steps(plan.args, len(job.data.train.rows) * max(_count_answers(plan.args), 1))
+    memory = estimate_memory(job.model, plan.recipe, plan.args.optim)
+    return Outlook(plan.recipe, _list_facts(job), tuple(_list_row_notes(job)), steps, per_epoch, memory, job.data)
+
+
+def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
     recipe = plan.recipe
-    log.info(f"loading {recipe.model.path}")
-    model, processor = _model(plan)
-    data = plan.modality.prepare(plan.rows, recipe.data, model, processor)
+    log.info(
+        f"reading the tokenizer and the shapes of {recipe.model.path}" if empty else f"loading {recipe.model.path}"
+    )
+    model, processor = _model(plan, empty=empty)
+    data = plan.modality.prepare(plan.rows, recipe.data, model, processor, tick)
     _check_batch(data, plan.args)
     if "train_sampling_strategy" not in recipe.training and not has_own_order(recipe.objective.kind):
         plan.args.train_sampling_strategy = _choose_order(data, plan.args)
-    return _Job(plan, model, processor, data, plan.modality.collate(model, processor, data), tick)
+    return _Job(plan, model, processor, data, tick)
 
 
 def _check_batch(data: Prepared, args: TrainingArguments) -> None:
@@ -194,16 +223,18 @@ def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     return "group_by_length" if padding > _PADDING_WORTH_GROUPING else "random"
 
 
-def _model(plan: _Plan) -> Loaded:
-    """Adapted, on its device, and trained already if an earlier session came that far."""
+def _model(plan: _Plan, *, empty: bool) -> Loaded:
+    """Adapted, on its device, and trained already if an earlier session came that far; or without weights."""
     recipe, trained = plan.recipe, plan.run.trained
     settings = recipe.model
-    if plan.resume and trained.is_dir():
+    if plan.resume and trained.is_dir() and not empty:
         settings = settings.model_copy(update={"path": str(trained)})
-    model, processor = plan.modality.load(settings)
+    model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
     config = _train_head(config, find_head_modules(model))
+    if empty:
+        return adapt(model, config), processor
     if plan.resume and trained.is_file():
         # as a plain model takes it: what began as a part of the weights is written as a change of them
         load_adapter(model, plan.run.path)
@@ -233,34 +264,49 @@ def _train_head(config: DoraConfig, head: Sequence[str]) -> DoraConfig:
 
 def _describe(job: _Job) -> None:
     """Log what is about to happen, before it does."""
-    plan, report, validation = job.plan, job.data.train.report, job.data.validation
-    recipe = plan.recipe
-    changed, total = _parameters(job.model)
-    answers = getattr(plan.args, "num_generations", 0) * getattr(plan.args, "num_iterations", 1)
-    steps, per_epoch = _steps(plan.args, len(job.data.train.rows) * max(answers, 1))
-    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
-    held_out = f", {validation.report.kept:,} held out" if validation else ""
-    log.info(
-        {
-            "model": f"{recipe.model.path}, {total:,} parameters",
-            "method": _method(recipe),
-            **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
-            "trained": f"{changed:,} parameters, {changed / total:.2%}",
-            "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-            "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
-            **job.data.told,
-            "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
-            "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
-            "run": str(plan.run.path),
-        }
-    )
-    for name, told in (("train", report), ("validation", validation and validation.report)):
-        for line in told.lines() if told else []:
-            log.info(f"{name}: {line}" if not line.startswith(" ") else line)
+    recipe = job.plan.recipe
+    log.info(_list_facts(job))
+    for line in _list_row_notes(job):
+        log.info(line)
     if job.data.first:
         log.info(f"the first row, what is learned of it in {LEFT} {RIGHT}:\n{job.data.first}")
     if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
         log.info("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
+
+
+def _list_facts(job: _Job) -> dict[str, str]:
+    """What the job is, by a word for each."""
+    plan, report, validation = job.plan, job.data.train.report, job.data.validation
+    recipe = plan.recipe
+    changed, total = _parameters(job.model)
+    answers = _count_answers(plan.args)
+    steps, per_epoch = _steps(plan.args, len(job.data.train.rows) * max(answers, 1))
+    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
+    held_out = f", {validation.report.kept:,} held out" if validation else ""
+    return {
+        "model": f"{recipe.model.path}, {total:,} parameters",
+        "method": _method(recipe),
+        **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
+        "trained": f"{changed:,} parameters, {changed / total:.2%}",
+        "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
+        "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        **job.data.told,
+        "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
+        "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
+        "run": str(plan.run.path),
+    }
+
+
+def _list_row_notes(job: _Job) -> Iterator[str]:
+    """Rows that are left out, cut or divided, a line each."""
+    for name, prepared in (("train", job.data.train), ("validation", job.data.validation)):
+        for line in prepared.report.lines() if prepared else []:
+            yield f"{name}: {line}" if not line.startswith(" ") else line
+
+
+def _count_answers(args: TrainingArguments) -> int:
+    """How often a prompt of grpo is answered and learned from in an epoch; 0 with other objectives."""
+    return int(getattr(args, "num_generations", 0) * getattr(args, "num_iterations", 1))
 
 
 def _method(recipe: Recipe) -> str:
@@ -377,7 +423,7 @@ def _train(job: _Job) -> None:
 
 def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
-    given = (job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
+    given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
         return LabelTrainer(*given)
     # TRL is an extra

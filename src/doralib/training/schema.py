@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -9,8 +10,10 @@ from transformers import TrainingArguments
 
 from ..errors import UsageError
 from ..evaluation.task import KINDS
+from ..files import write_json
 from ..recipe import ObjectiveSettings, Recipe
-from .arguments import DEFAULTS, EXTRA, find_class, list_owned
+from .arguments import find_class, list_owned
+from .fields import DEFAULTS, EXTRA
 
 _OBJECTIVES: tuple[str, ...] = typing.get_args(ObjectiveSettings.model_fields["kind"].annotation)
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -82,3 +85,10 @@ def _field_schema(hint: Any, shared: dict[str, Any]) -> dict[str, Any]:
     # a reference is looked up from the top
     shared |= schema.pop("$defs", {})
     return schema
+
+
+def write_schemas(*folders: str) -> None:
+    """Write both schemas as `recipe.schema.json` and `task.schema.json` into each folder."""
+    for folder in folders:
+        write_json(Path(folder) / "recipe.schema.json", recipe_schema())
+        write_json(Path(folder) / "task.schema.json", task_schema())

@@ -17,6 +17,7 @@ from ...data.rows import RawRows, read_both
 from ...data.survey import LEFT, RIGHT
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings, ObjectiveSettings
 from ..modality import Collate, Prepared
 from ..rewards import check_reward_columns
@@ -44,7 +45,8 @@ class Preference:
         """The rows, with all columns that the objective and its reward functions read."""
         rows, kind = read_both(settings, seed), self.objective.kind
         problems: list[DoraError] = []
-        parts = [(rows.validation, str(settings.validation)), (rows.train, settings.train)]
+        named = ", ".join(source.path for source in settings.sources())
+        parts = [(rows.validation, str(settings.validation)), (rows.train, named)]
         for part, source in parts:
             if part is None:
                 continue
@@ -55,11 +57,18 @@ class Preference:
         raise_all(problems)
         return rows
 
-    def load(self, settings: ModelSettings) -> Loaded:
+    def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """A causal language model and its tokenizer."""
-        return text.load(settings)
+        return text.load(settings, empty=empty)
 
-    def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+    def prepare(
+        self,
+        rows: RawRows,
+        settings: DataSettings,
+        model: nn.Module,
+        processor: Any,
+        tick: Tick | None = None,  # noqa: ARG002  the rows are few enough
+    ) -> Prepared:
         """Tokens of the answers, and of the prompts."""
         if self.form.style == "chat" and not processor.chat_template:
             raise UsageError(
