@@ -93,7 +93,7 @@ class _Job:
     tick: Tick | None
 
     def collate(self) -> Collate | None:
-        """What makes batches; packed rows are tried on the model."""
+        """What makes batches, None: the trainer; packed rows are tried on the model."""
         return self.plan.modality.collate(self.model, self.processor, self.data)
 
 

@@ -46,7 +46,8 @@ class Preference:
         """The rows, with all columns that the objective and its reward functions read."""
         rows, kind = read_both(settings, seed), self.objective.kind
         problems: list[DoraError] = []
-        parts = [(rows.validation, str(settings.validation)), (rows.train, settings.sources()[0].path)]
+        named = ", ".join(source.path for source in settings.sources())
+        parts = [(rows.validation, str(settings.validation)), (rows.train, named)]
         for part, source in parts:
             if part is None:
                 continue
@@ -67,7 +68,7 @@ class Preference:
         settings: DataSettings,
         model: nn.Module,
         processor: Any,
-        tick: Tick | None = None,  # noqa: ARG002
+        tick: Tick | None = None,  # noqa: ARG002  the rows are few enough
     ) -> Prepared:
         """Tokens of the answers, and of the prompts."""
         if self.form.style == "chat" and not processor.chat_template:
