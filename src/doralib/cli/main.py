@@ -164,6 +164,7 @@ _EXTRAS = {
     "lm_eval": "eval",
     **dict.fromkeys(("fastapi", "uvicorn", "openai"), "serve"),
     "bitsandbytes": "quant",
+    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
 }
 """The extra that brings a package."""
 

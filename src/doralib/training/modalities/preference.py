@@ -46,7 +46,8 @@ class Preference:
         """The rows, with all columns that the objective and its reward functions read."""
         rows, kind = read_both(settings, seed), self.objective.kind
         problems: list[DoraError] = []
-        parts = [(rows.validation, str(settings.validation)), (rows.train, settings.sources()[0].path)]
+        named = ", ".join(source.path for source in settings.sources())
+        parts = [(rows.validation, str(settings.validation)), (rows.train, named)]
         for part, source in parts:
             if part is None:
                 continue
@@ -67,7 +68,7 @@ class Preference:
         settings: DataSettings,
         model: nn.Module,
         processor: Any,
-        tick: Tick | None = None,  # noqa: ARG002
+        tick: Tick | None = None,  # noqa: ARG002  the rows are few enough
     ) -> Prepared:
         """Tokens of the answers, and of the prompts."""
         if self.form.style == "chat" and not processor.chat_template:
@@ -88,7 +89,8 @@ class Preference:
             }
         told["an answer ends at"] = describe_ends(model, processor)
         form = make_form(settings.model_copy(update={"style": self.form.style, "prompt": self.form.prompt}))
-        return Prepared(train, validation, samples[:_SAMPLES], told, self._show(train.rows[0], processor), form=form)
+        first = self._show(train.rows[0], processor)
+        return Prepared(train, validation, samples[:_SAMPLES], told, first, form=form)
 
     def _make(
         self, rows: datasets.Dataset, numbers: Any, settings: DataSettings, model: Any, processor: Any
