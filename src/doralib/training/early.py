@@ -26,8 +26,7 @@ def check_early(recipe: Recipe) -> None:
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
     kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
-    if not trl:
-        problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
+    problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 
 
