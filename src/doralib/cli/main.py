@@ -152,7 +152,8 @@ _EXTRAS = {
     "matplotlib": "plots",
     "lm_eval": "eval",
     "bitsandbytes": "quant",
-    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
+    "trl": "rl",
+    "reasoning_gym": "problems",
 }
 """The extra that brings a package."""
 
