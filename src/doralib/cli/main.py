@@ -164,7 +164,8 @@ _EXTRAS = {
     "lm_eval": "eval",
     **dict.fromkeys(("fastapi", "uvicorn", "openai"), "serve"),
     "bitsandbytes": "quant",
-    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
+    "trl": "rl",
+    "reasoning_gym": "problems",
 }
 """The extra that brings a package."""
 
