@@ -54,12 +54,13 @@ def load_base(settings: ModelSettings) -> Loaded:
         DoraError: if its files are damaged.
     """
     tokenizer = load_tokenizer(settings)
-    model = _load_language_model(settings)
+    model = load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
 
 
-def _load_language_model(settings: ModelSettings) -> PreTrainedModel:
+def load_language_model(settings: ModelSettings) -> PreTrainedModel:
+    """Load a causal language model alone; raises as `load_base`."""
     model, info = _load_weights(settings, output_loading_info=True)
     _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
     return model
@@ -184,7 +185,7 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
         with nullcontext() if base else telling_places(folder, where):
-            model = _load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))

@@ -24,6 +24,7 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .merge import merge_command
 from .options import VerifyingCommand
+from .plan import plan_command
 from .recipes import recipes_command
 from .targets import targets_command
 from .train import train_command
@@ -64,6 +65,7 @@ def _main(
 
 
 app.command("train")(train_command)
+app.command("plan")(plan_command)
 app.command("data")(data_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
