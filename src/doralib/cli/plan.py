@@ -71,6 +71,8 @@ def _show(found: "Estimate", told: str) -> None:
         console.print(f"time: {found.seconds_per_step:.3g} seconds a step ({found.seconds_how})")
     if found.limit_bytes is not None:
         verdict = "fits" if found.fits else "does not fit"
-        console.print(f"{verdict} in {in_gib(found.limit_bytes)}; the largest batch that does: {found.largest_rows} rows")
+        console.print(
+            f"{verdict} in {in_gib(found.limit_bytes)}; the largest batch that does: {found.largest_rows} rows"
+        )
     for line in found.advice:
         console.print(f"  {line}")

@@ -34,6 +34,9 @@ def train_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run that stands there; start again.")
     ] = False,
+    memory_check: Annotated[
+        bool, typer.Option("--memory-check/--no-memory-check", help="Refuse a run that does not fit into the memory.")
+    ] = True,
     _settings: Annotated[
         bool,
         typer.Option(
@@ -58,4 +61,4 @@ def train_command(
         print(chosen.to_yaml(), end="")
         return
     with bars() as tick:
-        job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+        job.train(chosen, resume=resume, overwrite=overwrite, tick=tick, check_memory=memory_check)

@@ -36,6 +36,7 @@ from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
+from .plan.estimate import check_fits, estimate_run
 from .sampler import measure_padding
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -81,7 +82,14 @@ class _Job:
     tick: Tick | None
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tick: Tick | None = None,
+    check_memory: bool = True,
+) -> Path:
     """Fine-tune as the recipe says; returns the run folder. How it goes is logged, at the level INFO.
 
     Args:
@@ -89,6 +97,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
         resume: Go on from the newest whole checkpoint of the run that stands at `out`.
         overwrite: Delete the run that stands there; only once model and data are loaded.
         tick: Gets each step of training and scoring; losses too, which are logged where nobody draws them.
+        check_memory: Refuse a run that cannot fit into the device's memory, by `estimate_run`.
 
     Raises:
         UsageError: before the model is loaded, for everything in the recipe that cannot be, all at once; after, for
@@ -96,14 +105,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
         LossNotFinite: if the loss became NaN; the checkpoints before it stay.
         Interrupted: after Ctrl-C, once a checkpoint is saved.
     """
-    run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick)
+    run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick, check_memory=check_memory)
     if is_main():
         write_card(run)
         log.info(f"report: {write_report(run)}")
     return run
 
 
-def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
+def fine_tune(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tick: Tick | None = None,
+    check_memory: bool = True,
+) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
     recipe = recipe.with_whole_path()
     plan = _check(recipe, resume=resume, overwrite=overwrite)
@@ -111,6 +127,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
         # the first process speaks for all
         logging.getLogger("doralib").setLevel(logging.WARNING)
         tick = None
+    _tell_memory(plan, check=check_memory)
     job = _load(plan, tick)
     # the others may still be checking what stands there
     wait_for_all()
@@ -156,6 +173,25 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     raise_all(problems)
     recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
+
+
+def _tell_memory(plan: _Plan, *, check: bool) -> None:
+    """Log what the run will take of its device.
+
+    Raises:
+        UsageError: if the device has less, and that is to be checked.
+    """
+    try:
+        found = estimate_run(plan.recipe, calibrate=False)
+        if found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
+            # with every row as long as it may be; how long are they?
+            found = estimate_run(plan.recipe, rows=plan.rows, calibrate=False)
+    except Exception as error:  # noqa: BLE001  a model that cannot be built without its values may train all the same
+        log.debug(f"memory: not estimated, {type(error).__name__}: {error}")
+        return
+    log.info(f"memory: {found.summary()}")
+    if check:
+        check_fits(found)
 
 
 def _load(plan: _Plan, tick: Tick | None) -> _Job:

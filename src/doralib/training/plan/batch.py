@@ -74,7 +74,7 @@ def _measure(recipe: Recipe, config: Any, rows: RawRows) -> Lengths:
     padded = mean if grouped and padding > _PADDING_WORTH_GROUPING else mean / (1 - padding)
     # of the rows that stand in one batch with the longest
     most_learned = max(learned) if len(learned) < 2 else float(np.mean(sorted(learned)[-batch:]))
-    told = f"the longest row has {max(lengths)} tokens, a usual one {mean:.0f} ({len(lengths):,} of {total:,} rows read)"
+    told = f"the longest row has {max(lengths)} tokens, a usual one {mean:.0f} ({len(some):,} of {total:,} rows read)"
     usual_learned = float(np.mean(learned[: len(usual)]))
     return Lengths(max(lengths), max(1, round(most_learned)), padded, max(1.0, usual_learned), told)
 
@@ -84,7 +84,7 @@ def _find_longest(rows: RawRows, batch: int) -> list[int]:
     places = np.unique(np.linspace(0, len(rows.train) - 1, min(len(rows.train), _SKIMMED)).astype(int))
     chosen = rows.train.select(places).with_format(None)
     sizes = np.array([sum(len(str(value)) for value in row.values()) for row in chosen])
-    return places[np.argsort(-sizes)[: 2 * batch]].tolist()  # type: ignore[no-any-return]
+    return places[np.argsort(-sizes)[: 2 * batch]].tolist()
 
 
 def _limit(recipe: Recipe, config: Any) -> int:

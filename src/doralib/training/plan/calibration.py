@@ -10,7 +10,6 @@ from torch import nn
 
 from ...adapters.adapt import adapt
 from ...checkpoints.load import load_language_model
-from ...recipe import Recipe
 from ..loss import LabelLoss
 from .batch import Lengths
 from .skeleton import Skeleton, find_dtype
@@ -31,7 +30,7 @@ def time_step(skeleton: Skeleton, lengths: Lengths, rows: int, batches: int, dev
     Raises:
         NotCalibrated: with the reason.
     """
-    recipe, seconds, few = skeleton.recipe, [], rows
+    seconds, few = [], rows
     numbers = skeleton.few
     tokens, labels = max(2, round(lengths.usual)), max(1, round(lengths.usual_labels))
     for blocks in numbers:
@@ -42,9 +41,9 @@ def time_step(skeleton: Skeleton, lengths: Lengths, rows: int, batches: int, dev
         seconds.append(each)
         del model
     batch = seconds[0] if len(seconds) == 1 else seconds[0] + (skeleton.count - 1) * max(0.0, seconds[1] - seconds[0])
-    blocks = " and ".join(map(str, numbers))
+    shown = " and ".join(map(str, numbers))
     scaled = "" if few == rows else f", times {rows / few:.3g} for {rows} rows"
-    told = f"{_STEPS} steps of {few} rows of {tokens} tokens with {blocks} of {skeleton.count} blocks{scaled}"
+    told = f"{_STEPS} steps of {few} rows of {tokens} tokens with {shown} of {skeleton.count} blocks{scaled}"
     return batch * rows / few * batches, told + (f", {batches} batches a step" if batches > 1 else "")
 
 

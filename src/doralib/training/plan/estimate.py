@@ -1,13 +1,11 @@
 """What a recipe will take of each device, found without its weights: bytes, seconds a step, and the largest batch.
 
-The model is built from its config.json on the meta device with one block and with two, and a step of it is traced: bytes
-grow by equal parts with each block and each row, so all else follows.
+The model is built from its config.json on the meta device with one block and with two, and a step of it is traced:
+bytes grow by equal parts with each block and each row, so all else follows.
 """
 
 import importlib.util
-import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,8 +21,6 @@ from .batch import Lengths, assume_full, measure_lengths
 from .calibration import NotCalibrated, time_step
 from .skeleton import Skeleton, Weights, find_dtype, find_widest, weigh
 from .trace import StepBytes, trace_step
-
-log = logging.getLogger(__name__)
 
 GIB = 2**30
 _CUDA_BYTES = round(0.6 * GIB)
@@ -76,12 +72,18 @@ class Estimate:
         """For a program."""
         told = {key: value for key, value in asdict(self).items() if key not in ("parts", "lengths")}
         parts = {part.name: {"bytes": part.bytes, "how": part.how} for part in self.parts}
-        return {"peak_bytes": self.peak_bytes, "fits": self.fits, **told, "lengths": asdict(self.lengths), "parts": parts}
+        return {
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+            **told,
+            "lengths": asdict(self.lengths),
+            "parts": parts,
+        }
 
     def summary(self) -> str:
         """One line."""
         of = "" if self.limit_bytes is None else f" of {in_gib(self.limit_bytes)}"
-        largest = max((part for part in self.parts), key=lambda part: part.bytes)
+        largest = max(self.parts, key=lambda part: part.bytes)
         each = "each process takes " if self.processes > 1 else ""
         return f"{each}about {in_gib(self.peak_bytes)}{of}, most of it {largest.name} ({in_gib(largest.bytes)})"
 
@@ -112,7 +114,7 @@ def estimate_run(
     """
     config = load_config(recipe.model)
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    head = None if kind in (None, "causal") else kind
+    head = None if kind == "causal" else kind
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
@@ -128,7 +130,7 @@ def estimate_run(
     largest = None if limit is None else setting.find_largest(growth, limit, lengths)
     seconds, how = None, "not timed: another device is planned for"
     if not planned:
-        seconds, how = _time(skeleton, lengths, count, here, setting, calibrate=calibrate)
+        seconds, how = _time(skeleton, lengths, count, here, calibrate=calibrate)
     made = Estimate(device, processes, strategy, count, lengths, parts, limit, largest, (), seconds, how)
     return replace(made, advice=setting.advise(made, growth)) if made.fits is False else made
 
@@ -216,7 +218,6 @@ class _Setting:
         sharded = self.processes if self.strategy in _SHARDED else 1
         over = f" / {sharded} processes" if sharded > 1 else ""
         offload = sharded > 1 and self.recipe.distributed.cpu_offload
-        on = (lambda count: 0) if offload else (lambda count: -(-count // sharded))
         away = ", in the CPU's memory" if offload else ""
         dense, per_weight = whole.frozen - whole.quantized, growth.itemsize
         packed = whole.frozen_bytes - dense * per_weight
@@ -228,9 +229,15 @@ class _Setting:
         gradients = whole.trained_bytes
         parts = [
             self._process(),
-            Part("weights", on(whole.frozen_bytes), f"frozen: {told}{over}{away}"),
-            Part("adapter", on(whole.trained_bytes), f"trained: {whole.trained:,} in {in_gib(whole.trained_bytes)}{over}"),
-            Part("optimizer", 0 if offload else round(states / shared), f"{self._optim()}: {in_gib(states)}{among}{away}"),
+            Part("weights", 0 if offload else -(-whole.frozen_bytes // sharded), f"frozen: {told}{over}{away}"),
+            Part(
+                "adapter",
+                0 if offload else -(-whole.trained_bytes // sharded),
+                f"trained: {whole.trained:,} in {in_gib(whole.trained_bytes)}{over}",
+            ),
+            Part(
+                "optimizer", 0 if offload else round(states / shared), f"{self._optim()}: {in_gib(states)}{among}{away}"
+            ),
         ]
         if sharded > 1:
             outside = growth.weights[0].plus(growth.block, -1) if len(growth.weights) > 1 else growth.block
@@ -256,12 +263,18 @@ class _Setting:
         how = "of each block its input" if checkpointed else "of each block all that its backward pass reads"
         labels = rows * min(lengths.labels, lengths.longest)
         dense = f"; a weight of {growth.widest:,} made dense" if growth.widest else ""
-        return [
+        parts = [
             Part("gradients", held, f"{in_gib(gradients)}{among}"),
             Part("activations", step.kept, f"{at}, {growth.blocks} blocks: {how}"),
             Part("logits", step.logits, f"{labels:,} tokens with a label x the vocabulary, and the loss"),
             Part("working", working - (0 if apart else held), f"the backward pass, where it holds most{dense}"),
         ]
+        if self.device == "cpu":
+            moving = sum(part.bytes for part in parts)
+            parts.append(
+                Part("allocator", moving // 10, "what it keeps of freed memory: a tenth of what comes and goes")
+            )
+        return parts
 
     def _process(self) -> Part:
         if self.device == "cuda":
@@ -324,17 +337,21 @@ class _Setting:
 def _find_limit(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return read_machine_memory()
+    memory = read_machine_memory()
+    # processes beside each other share it
+    return None if memory is None else memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _time(
-    skeleton: Skeleton, lengths: Lengths, rows: int, device: torch.device, setting: _Setting, *, calibrate: bool
+    skeleton: Skeleton, lengths: Lengths, rows: int, device: torch.device, *, calibrate: bool
 ) -> tuple[float | None, str]:
     if not calibrate:
         return None, "not timed: --no-calibration"
     if lengths.labels == 0 or not hasattr(skeleton.plain, "get_output_embeddings"):
         return None, "not timed: only language models are"
-    missing = skeleton.recipe.model.quantization in ("nf4", "fp4", "int8") and not importlib.util.find_spec("bitsandbytes")
+    missing = skeleton.recipe.model.quantization in ("nf4", "fp4", "int8") and not importlib.util.find_spec(
+        "bitsandbytes"
+    )
     if missing:
         return None, "not timed: bitsandbytes is not installed"
     try:

@@ -103,7 +103,7 @@ def find_dtype(recipe: Recipe, config: Any) -> torch.dtype:
     """What the weights are held in, or were before they are quantized."""
     said = recipe.model.dtype
     if said != "auto":
-        return getattr(torch, said)  # type: ignore[no-any-return]
+        return getattr(torch, said)
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 

@@ -61,7 +61,11 @@ class Stored(nn.Module):
 
     def __init__(self, layer: nn.Linear, storage: WeightStorage) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.compute_dtype = layer.in_features, layer.out_features, layer.weight.dtype
+        self.in_features, self.out_features, self.compute_dtype = (
+            layer.in_features,
+            layer.out_features,
+            layer.weight.dtype,
+        )
         self.count = layer.weight.numel()
         packed = torch.empty(round(self.count * storage.bits / 8), dtype=torch.uint8, device="meta")
         self.register_buffer("packed", packed)
@@ -77,13 +81,13 @@ class _Product(torch.autograd.Function):
     """Both passes make the weight dense, and keep nothing of it."""
 
     @staticmethod
-    def forward(ctx, x, out_features, count):
+    def forward(ctx: Any, x: Tensor, out_features: int, count: int) -> Tensor:
         ctx.shape, ctx.count = x.shape, count
         x.new_empty(count)
         return x.new_empty(*x.shape[:-1], out_features)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         dy.new_empty(ctx.count)
         return dy.new_empty(ctx.shape), None, None
 

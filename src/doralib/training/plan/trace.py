@@ -86,20 +86,20 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nnf.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        query, key, value, mask, *_ = (*args, *(None,) * 4)
-        mask = (kwargs or {}).get("attn_mask", mask)
-        return _Attention.apply(query, key, value, None if mask is None else mask.to(query.dtype))
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        query, mask = given["query"], given.get("attn_mask")
+        return _Attention.apply(query, given["key"], given["value"], None if mask is None else mask.to(query.dtype))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx, d_out):  # noqa: ARG004
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # noqa: ARG004
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
