@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import math
-import os
 import typing
 import warnings
 from collections.abc import Mapping
@@ -125,11 +124,8 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
             reporter()  # says what is not installed
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"training: {error}") from None
-    if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise UsageError(
-            "training: FSDP was asked for, and doralib train keeps the whole model in each process: launch it as DDP "
-            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/distributed.md)"
-        )
+    if made.fsdp:
+        raise UsageError("training.fsdp: say it as distributed.strategy: fsdp2 (docs/distributed.md)")
     return made
 
 

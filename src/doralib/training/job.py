@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from .. import disk, files
 from ..adapters.adapt import adapt, disabled
+from ..adapters.fsdp import whole_tensor
 from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
@@ -33,11 +34,12 @@ from ..runs.folder import RunFolder
 from ..runs.report import write_report
 from .arguments import make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
-from .distributed import is_main, wait_for_all
+from .distributed import is_lost_process, is_main, wait_for_all
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
 from .plan.estimate import check_fits, estimate_run
 from .sampler import measure_padding
+from .sharding import is_shared_out, share_out, take_over_launcher
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
@@ -121,7 +123,7 @@ def fine_tune(
     check_memory: bool = True,
 ) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
-    recipe = recipe.with_whole_path()
+    recipe = take_over_launcher(recipe.with_whole_path())
     plan = _check(recipe, resume=resume, overwrite=overwrite)
     if not is_main():
         # the first process speaks for all
@@ -229,7 +231,10 @@ def _model(plan: _Plan) -> Loaded:
         load_adapter(model, plan.run.path)
     else:
         adapt(model, config)
-    model.to(plan.args.device)
+    if is_shared_out(recipe):
+        share_out(model, recipe, plan.args.device)
+    else:
+        model.to(plan.args.device)
     return model, processor
 
 
@@ -341,7 +346,10 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
+    shared_out = is_shared_out(plan.recipe)
+    trainer = AdapterTrainer(
+        job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter, shared_out=shared_out
+    )
     stop, metrics = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter)
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
@@ -355,7 +363,7 @@ def _train(job: _Job) -> None:
         log.info(f"going on from {checkpoint}")
     status = "interrupted"
     try:
-        with stop.listen(), _explain_write_errors(plan):
+        with stop.listen(), _explain_write_errors(plan), _explain_lost_processes(plan):
             _run(trainer, checkpoint)
         status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
     except LossNotFinite:
@@ -406,6 +414,20 @@ def _explain_write_errors(plan: _Plan) -> Iterator[None]:
         raise DoraError(f"training stopped, a file could not be written: {why}; {go_on}") from error
 
 
+@contextmanager
+def _explain_lost_processes(plan: _Plan) -> Iterator[None]:
+    """Say what an error of the network between processes means: that another one has ended."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, DoraError) or not is_lost_process(error):
+            raise
+        last = checkpointing.find_newest(plan.run.checkpoints)
+        go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
+        why = str(error).strip().splitlines()[0]
+        raise DoraError(f"training stopped, another process of this run has ended: {why}; {go_on}") from error
+
+
 def _unfinished(trainer: AdapterTrainer) -> bool:
     return bool(trainer.state.global_step < trainer.state.max_steps)
 
@@ -413,18 +435,22 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
 def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
-    if not is_main():
-        return
     _write_summary(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
-        # first: the adapter's file marks the training as over
-        job.processor.save_pretrained(run.path)
-        if (head := getattr(job.plan.modality, "head", None)) is not None:
-            write_labels(run.path, head)
-        save_adapter(job.model, run.path)
+        if is_main():
+            # first: the adapter's file marks the training as over
+            job.processor.save_pretrained(run.path)
+            if (head := getattr(job.plan.modality, "head", None)) is not None:
+                write_labels(run.path, head)
+        # a model that is shared out is gathered by all, and written by the first
+        if is_main() or trainer.shared_out:
+            save_adapter(job.model, run.path)
+        return
+    state = {name: whole_tensor(t) for name, t in job.model.state_dict().items()} if trainer.shared_out else None
+    if not is_main():
         return
     with disk.replacing(run.path / "model") as part:
-        job.model.save_pretrained(part)
+        job.model.save_pretrained(part, state_dict=state)
         job.processor.save_pretrained(part)
         run.list_as_written(f"model/{file.relative_to(part).as_posix()}" for file in part.rglob("*") if file.is_file())
 

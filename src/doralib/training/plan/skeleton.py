@@ -64,7 +64,7 @@ class Skeleton:
                 trust_remote_code=recipe.model.trust_remote_code,
                 attn_implementation="eager" if attention == "eager" else "sdpa",
             )
-        name, blocks = _find_blocks(self.plain)
+        name, blocks = find_blocks(self.plain)
         alike = blocks is not None and _are_alike(blocks) and not _differs_by_block(recipe.adapter)
         self.count = len(blocks) if blocks is not None and alike else 1
         """How many blocks there are of one kind; 1 where they differ: the model is then taken whole."""
@@ -136,7 +136,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
                 yield f"{name}.{key}", tensor, stands_for
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | None]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | None]:
     """The longest list of modules of one class: where most of a model's parameters are."""
     lists = {
         name: module
