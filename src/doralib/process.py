@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Windows syncs no folders, keeps what is mapped from being replaced, and takes signal 0 for Ctrl-C
 ON_WINDOWS = os.name == "nt"
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 def is_alive(pid: int) -> bool:
@@ -55,8 +56,7 @@ def read_resident_memory() -> int | None:
 
 def read_machine_memory() -> int | None:
     """Bytes of memory that the machine has, or its container may use; None where the system does not tell."""
-    allowed = Path("/sys/fs/cgroup/memory.max")
-    if allowed.is_file() and (told := allowed.read_text(encoding="ascii").strip()).isdecimal():
+    if _CONTAINER.is_file() and (told := _CONTAINER.read_text(encoding="ascii").strip()).isdecimal():
         return min(int(told), _read_installed_memory() or int(told))
     return _read_installed_memory()
 

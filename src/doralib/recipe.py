@@ -83,9 +83,9 @@ class DistributedSettings(Checked):
 
     strategy: Literal["launcher", "ddp", "fsdp2", "zero2", "zero3"] = "launcher"
     """launcher: as the launcher's own settings say, else ddp; ddp: each process holds the model; fsdp2, zero3: each
-    holds a share of it; zero2: of gradients and optimizer alone. zero2 and zero3 need DeepSpeed."""
+    holds a share of it; zero2: of gradients and optimizer alone. zero2 and zero3 are DeepSpeed's, and planned only."""
     cpu_offload: bool = False
-    """fsdp2, zero2, zero3: keep the shares in the CPU's memory."""
+    """fsdp2: keep the shares in the CPU's memory."""
 
 
 class Recipe(Checked):

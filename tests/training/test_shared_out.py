@@ -153,7 +153,7 @@ def test_frozen_rows_are_not_measured_anew_for_every_pass(folder):
     for rank in range(2):
         told = json.loads((folder / f"{rank}.json").read_text())
         for case in CASES:
-            # at the start, once they are shared out, once the Trainer has them; there are six steps, each computed twice
+            # at the start, once they are shared out, once the Trainer has them; six steps are computed twice
             assert BLOCKS * TARGETS <= told[f"norms {case}"] <= 3 * BLOCKS * TARGETS, case
 
 

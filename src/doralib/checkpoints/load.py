@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,19 @@ from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
 
+_on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
+
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@contextmanager
+def loading_on_cpu() -> Iterator[None]:
+    """Let quantized models begin on the CPU inside the block: a GPU that will hold a share cannot hold them whole."""
+    token = _on_cpu.set(True)
+    try:
+        yield
+    finally:
+        _on_cpu.reset(token)
 
 
 def load_base(settings: ModelSettings) -> Loaded:
@@ -249,6 +262,8 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
     for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     if settings.quantization:
         for_model["quantization_config"] = _make_quantization(settings)
+    if _on_cpu.get():
+        for_model["device_map"] = {"": "cpu"}
     with _explaining(settings.path):
         return auto.from_pretrained(where, **options, **for_model, **more)
 

@@ -19,7 +19,7 @@ from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
-from ..checkpoints.load import Loaded, find_head_modules
+from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..data.rows import RawRows, hash_sources
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
@@ -221,7 +221,8 @@ def _model(plan: _Plan) -> Loaded:
     settings = recipe.model
     if plan.resume and trained.is_dir():
         settings = settings.model_copy(update={"path": str(trained)})
-    model, processor = plan.modality.load(settings)
+    with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
+        model, processor = plan.modality.load(settings)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
     if (head := find_head_modules(model)) and config.method != "full":

@@ -122,7 +122,8 @@ def estimate_run(
     strategy = find_strategy(recipe, processes)
     lengths = assume_full(recipe, config) if rows is None or head else measure_lengths(recipe, config, rows)
     skeleton = Skeleton(recipe, config, head)
-    growth = _Growth.of(skeleton, lengths, head is not None)
+    labels = None if head is not None else min(lengths.labels, lengths.longest)
+    growth = Growth.of(skeleton, lengths.longest, labels)
     count = int(recipe.training.get("per_device_train_batch_size", 8))
     setting = _Setting(recipe, device, processes, strategy)
     parts = setting.parts(growth, count, lengths)
@@ -158,7 +159,7 @@ def find_strategy(recipe: Recipe, processes: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Growth:
+class Growth:
     """What one block and one row take; all that is linear in both."""
 
     blocks: int
@@ -170,15 +171,20 @@ class _Growth:
     """By the number of rows (1, 2), then of blocks."""
 
     @classmethod
-    def of(cls, skeleton: Skeleton, lengths: Lengths, has_head: bool) -> "_Growth":
+    def of(cls, skeleton: Skeleton, tokens: int, labels: int | None) -> "Growth":
+        """Trace a few.
+
+        Args:
+            tokens: Of a row.
+            labels: Of a row; None: the model has a head that classifies.
+        """
         weights, widest, steps = [], 0, ([], [])  # type: ignore[var-annotated]
         for few in skeleton.few:
             model = skeleton.adapted(few)
             weights.append(weigh(model))
             widest = find_widest(model)
             for rows in (1, 2):
-                labels = None if has_head else rows * min(lengths.labels, lengths.longest)
-                steps[rows - 1].append(trace_step(model, rows, lengths.longest, labels))
+                steps[rows - 1].append(trace_step(model, rows, tokens, None if labels is None else rows * labels))
         dtype = find_dtype(skeleton.recipe, skeleton.plain.config)
         return cls(skeleton.count, tuple(weights), widest, dtype.itemsize, tuple(map(tuple, steps)))
 
@@ -212,7 +218,7 @@ class _Setting:
     processes: int
     strategy: str
 
-    def parts(self, growth: _Growth, rows: int, lengths: Lengths) -> tuple[Part, ...]:
+    def parts(self, growth: Growth, rows: int, lengths: Lengths) -> tuple[Part, ...]:
         """All that one process holds when it holds most."""
         whole, step = growth.whole, growth.step(rows)
         sharded = self.processes if self.strategy in _SHARDED else 1
@@ -250,7 +256,7 @@ class _Setting:
         return tuple(parts)
 
     def _step_parts(
-        self, step: StepBytes, gradients: int, shared: int, among: str, rows: int, lengths: Lengths, growth: _Growth
+        self, step: StepBytes, gradients: int, shared: int, among: str, rows: int, lengths: Lengths, growth: Growth
     ) -> list[Part]:
         at = f"{rows} x {lengths.longest} tokens"
         steps = int(self.recipe.training.get("gradient_accumulation_steps", 1))
@@ -291,7 +297,7 @@ class _Setting:
         # of float32: a byte for each number of the state
         return factor / 4 if "8bit" in name else factor
 
-    def find_largest(self, growth: _Growth, limit: int, lengths: Lengths) -> int:
+    def find_largest(self, growth: Growth, limit: int, lengths: Lengths) -> int:
         """Rows of the largest batch within a limit."""
 
         def peak(rows: int) -> int:
@@ -303,7 +309,7 @@ class _Setting:
             low, high = (middle, high) if peak(middle) <= limit else (low, middle - 1)
         return low
 
-    def advise(self, estimate: Estimate, growth: _Growth) -> tuple[str, ...]:
+    def advise(self, estimate: Estimate, growth: Growth) -> tuple[str, ...]:
         """What to change for less memory, that which costs least first."""
         recipe, said = self.recipe, []
         training = recipe.training

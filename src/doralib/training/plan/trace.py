@@ -58,7 +58,8 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
             loss = _loss(logits)
             marks.setdefault("kept", watch.live)
             marks["loss"] = watch.live
-            loss.backward()
+            # not loss.backward(), which a function mode would be off in: checkpoints compute again there
+            torch.autograd.backward(loss)
     finally:
         for hook in hooks:
             hook.remove()
