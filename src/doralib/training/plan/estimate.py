@@ -32,7 +32,7 @@ _MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """A part of the memory, and the arithmetic behind it."""
 
     name: str
@@ -50,7 +50,7 @@ class Estimate:
     rows: int
     """Of one batch of one process."""
     lengths: Lengths
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
     limit_bytes: int | None
     largest_rows: int | None
     """The largest batch that fits; 0 where none does, None where the device's memory is not known."""
@@ -218,7 +218,7 @@ class _Setting:
     processes: int
     strategy: str
 
-    def parts(self, growth: Growth, rows: int, lengths: Lengths) -> tuple[Part, ...]:
+    def parts(self, growth: Growth, rows: int, lengths: Lengths) -> tuple[MemoryPart, ...]:
         """All that one process holds when it holds most."""
         whole, step = growth.whole, growth.step(rows)
         sharded = self.processes if self.strategy in _SHARDED else 1
@@ -235,13 +235,13 @@ class _Setting:
         gradients = whole.trained_bytes
         parts = [
             self._process(),
-            Part("weights", 0 if offload else -(-whole.frozen_bytes // sharded), f"frozen: {told}{over}{away}"),
-            Part(
+            MemoryPart("weights", 0 if offload else -(-whole.frozen_bytes // sharded), f"frozen: {told}{over}{away}"),
+            MemoryPart(
                 "adapter",
                 0 if offload else -(-whole.trained_bytes // sharded),
                 f"trained: {whole.trained:,} in {in_gib(whole.trained_bytes)}{over}",
             ),
-            Part(
+            MemoryPart(
                 "optimizer", 0 if offload else round(states / shared), f"{self._optim()}: {in_gib(states)}{among}{away}"
             ),
         ]
@@ -249,15 +249,15 @@ class _Setting:
             outside = growth.weights[0].plus(growth.block, -1) if len(growth.weights) > 1 else growth.block
             gathered = outside.frozen_bytes + outside.trained_bytes
             gathered += 2 * (growth.block.frozen_bytes + growth.block.trained_bytes)
-            parts.append(Part("gathered", gathered, "two blocks at a time, the embedding and the head whole"))
+            parts.append(MemoryPart("gathered", gathered, "two blocks at a time, the embedding and the head whole"))
         if self.strategy == "ddp":
-            parts.append(Part("buckets", gradients, "a copy of the gradients, for the other processes"))
+            parts.append(MemoryPart("buckets", gradients, "a copy of the gradients, for the other processes"))
         parts += self._step_parts(step, gradients, shared, among, rows, lengths, growth)
         return tuple(parts)
 
     def _step_parts(
         self, step: StepBytes, gradients: int, shared: int, among: str, rows: int, lengths: Lengths, growth: Growth
-    ) -> list[Part]:
+    ) -> list[MemoryPart]:
         at = f"{rows} x {lengths.longest} tokens"
         steps = int(self.recipe.training.get("gradient_accumulation_steps", 1))
         # without accumulation the first gradients come when the last activations go
@@ -270,23 +270,23 @@ class _Setting:
         labels = rows * min(lengths.labels, lengths.longest)
         dense = f"; a weight of {growth.widest:,} made dense" if growth.widest else ""
         parts = [
-            Part("gradients", held, f"{in_gib(gradients)}{among}"),
-            Part("activations", step.kept, f"{at}, {growth.blocks} blocks: {how}"),
-            Part("logits", step.logits, f"{labels:,} tokens with a label x the vocabulary, and the loss"),
-            Part("working", working - (0 if apart else held), f"the backward pass, where it holds most{dense}"),
+            MemoryPart("gradients", held, f"{in_gib(gradients)}{among}"),
+            MemoryPart("activations", step.kept, f"{at}, {growth.blocks} blocks: {how}"),
+            MemoryPart("logits", step.logits, f"{labels:,} tokens with a label x the vocabulary, and the loss"),
+            MemoryPart("working", working - (0 if apart else held), f"the backward pass, where it holds most{dense}"),
         ]
         if self.device == "cpu":
             moving = sum(part.bytes for part in parts)
             parts.append(
-                Part("allocator", moving // 10, "what it keeps of freed memory: a tenth of what comes and goes")
+                MemoryPart("allocator", moving // 10, "what it keeps of freed memory: a tenth of what comes and goes")
             )
         return parts
 
-    def _process(self) -> Part:
+    def _process(self) -> MemoryPart:
         if self.device == "cuda":
-            return Part("process", _CUDA_BYTES, "CUDA's context and libraries")
+            return MemoryPart("process", _CUDA_BYTES, "CUDA's context and libraries")
         resident = read_resident_memory() or 0
-        return Part("process", resident, "Python and the libraries, as this process holds them now")
+        return MemoryPart("process", resident, "Python and the libraries, as this process holds them now")
 
     def _optim(self) -> str:
         return str(self.recipe.training.get("optim", "adamw_torch"))

@@ -1,14 +1,14 @@
 """A training step of a model on the meta device: no values, and every byte that it would hold at once."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,7 +50,7 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
     if head is not None and labels is not None:
         hooks.append(head.register_forward_pre_hook(_select(labels, marks, watch)))
     try:
-        with watch, _FusedAttention():
+        with watch, _fused_attention():
             more = {"use_cache": False} if labels is not None else {}
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
             if labels is None:
@@ -58,8 +58,7 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
             loss = _loss(logits)
             marks.setdefault("kept", watch.live)
             marks["loss"] = watch.live
-            # not loss.backward(), which a function mode would be off in: checkpoints compute again there
-            torch.autograd.backward(loss)
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,15 +80,22 @@ def _loss(logits: Tensor) -> Tensor:
     return nnf.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device="meta"))
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its inputs, its output and a number for each row, as the fused kernels do."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention that keeps its inputs, its output and a number for each row, as the fused kernels do.
 
-    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nnf.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
-        query, mask = given["query"], given.get("attn_mask")
-        return _Attention.apply(query, given["key"], given["value"], None if mask is None else mask.to(query.dtype))
+    The meta device has none of these. A checkpoint's second forward pass sees it too.
+    """
+    own = nnf.scaled_dot_product_attention
+    nnf.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        nnf.scaled_dot_product_attention = own
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))
 
 
 class _Attention(torch.autograd.Function):
