@@ -14,7 +14,7 @@ from ...adapters.adapt import adapt
 from ...checkpoints.heads import Kind
 from ...config import DoraConfig
 from ...recipe import Recipe
-from .storage import Stored, find_storage_of, replace_quantized
+from .storage import StoredLinear, find_storage_of, replace_quantized
 
 _HEADS: dict[Kind | None, Any] = {
     None: AutoModelForCausalLM,
@@ -132,7 +132,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                stands_for = module.count if isinstance(module, Stored) and key == "packed" else tensor.numel()
+                stands_for = module.count if isinstance(module, StoredLinear) and key == "packed" else tensor.numel()
                 yield f"{name}.{key}", tensor, stands_for
 
 

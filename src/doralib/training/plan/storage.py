@@ -56,7 +56,7 @@ def find_storage_of(settings: ModelSettings, config: Any) -> WeightStorage | Non
     return _scaled(method or "quantized", float(bits), max(int(group), 32), 16 + float(bits))
 
 
-class Stored(nn.Module):
+class StoredLinear(nn.Module):
     """A frozen linear layer in another storage, (O, I): its bytes, and those that a product with it takes."""
 
     def __init__(self, layer: nn.Linear, storage: WeightStorage) -> None:
@@ -100,4 +100,4 @@ def replace_quantized(model: nn.Module, storage: WeightStorage | None) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.rpartition(".")[2] not in heads:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Stored(module, storage))
+            setattr(model.get_submodule(parent), child, StoredLinear(module, storage))
