@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.heads import find_kind
+from ...checkpoints.kind import find_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError

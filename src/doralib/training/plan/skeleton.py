@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ...adapters.adapt import adapt
-from ...checkpoints.heads import Kind
+from ...checkpoints.kind import Kind
 from ...config import DoraConfig
 from ...recipe import Recipe
 from .storage import StoredLinear, find_storage_of, replace_quantized
