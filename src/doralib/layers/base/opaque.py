@@ -1,5 +1,8 @@
 """Frozen layers whose weight is not a plain tensor: quantized storages, and those known by their product alone."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +93,27 @@ class Quantized(Opaque):
     """A quantized storage that is known: dense by row blocks; the forward pass is the layer's own."""
 
     row_norm_sq, adapted_row_norm = Dense.row_norm_sq, Dense.adapted_row_norm
-    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times
+    transposed_times = Dense.transposed_times
 
     def __init__(self, module: nn.Module, storage: Storage) -> None:
         super().__init__(module)
         self.storage = storage
+        self._at_hand: Tensor | None = None
+
+    def find_maker(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+        return partial(self.storage.dense, dtype) if self.storage.multiplies(dtype) else None
+
+    @contextmanager
+    def at_hand(self, W_OI: Tensor) -> Iterator[None]:
+        """Inside the block norms are made with the weight that a product has just been made dense for."""
+        self._at_hand = W_OI
+        try:
+            yield
+        finally:
+            self._at_hand = None
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return F.times_transposed(self.rows if self._at_hand is None else self._at_hand, a_RI)
 
     @property
     def rows(self) -> F.Rows:
