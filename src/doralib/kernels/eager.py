@@ -128,8 +128,8 @@ class _DoraLinear(torch.autograd.Function):
         if product_NO is y_NO:
             product_NO, ctx.watch = y_NO.data, None if y_NO.is_inference() else Watch(y_NO)
         ctx.save_for_backward(
-            x_NI, xa_NR, None if make_W else W_OI, bias_O, a_RI, b_OR, length_O, operands.a_RI, operands.gsb_OR, product_NO,
-            None if dropout is None else dropout.drawn,
+            x_NI, xa_NR, None if make_W else W_OI, bias_O, a_RI, b_OR, length_O, operands.a_RI, operands.gsb_OR,
+            product_NO, None if dropout is None else dropout.drawn,
         )  # fmt: skip
         ctx.way, ctx.operands, ctx.dropout = way, operands, dropout and dropout._replace(drawn=None)
         ctx.make_W = make_W

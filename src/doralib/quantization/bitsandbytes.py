@@ -20,7 +20,7 @@ _HALF_MAX = torch.finfo(torch.float16).max
 class Rows4bit:
     """A bitsandbytes 4-bit weight as rows: numbers of 4 bits over the flat weight, a scale for each `blocksize`.
 
-    Dense in float32 it is exact; in its input's dtype, to which the layer itself rounds, it is what the layer multiplies.
+    Dense in float32 it is exact; in the dtype of an input it is what the layer multiplies with it.
     """
 
     data: Tensor
