@@ -15,14 +15,35 @@ from .linear import Dense, version
 
 
 class Opaque(Dense):
-    """Any storage with `in_features` and `out_features`, by its own module call alone."""
+    """Any storage with `in_features` and `out_features`, by its own module call alone.
+
+    Its dense weight is what the call makes of unit vectors, which no rounding touches but that of the call itself.
+    """
 
     @property
     def W_OI(self) -> Tensor:
-        raise DoraError(
-            f"{type(self.module).__qualname__} is a storage that doralib does not know: its dense weight cannot be "
-            "read. It trains as it is; merge the saved adapter into the unquantized model instead"
-        )
+        """Made anew, whole.
+
+        Raises:
+            DoraError: if the layer cannot be called where it is.
+        """
+        O, I = self.shape
+        W_OI = torch.empty(O, I, dtype=self.dtype, device=self.device)
+        try:
+            for columns in F.row_blocks(I, O):
+                W_OI[:, columns] = self._columns(columns).T.to(self.dtype)
+        except Exception as error:  # whatever a foreign module raises
+            raise DoraError(
+                f"the dense weight of a {type(self.module).__qualname__} cannot be read, its own call fails: {error}; "
+                "merge the saved adapter into the unquantized model instead"
+            ) from error
+        return W_OI
+
+    @property
+    def hides_weight(self) -> bool:
+        """Whether the module has no plain weight to read."""
+        weight = getattr(self.module, "weight", None)
+        return not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point())  # type: ignore[union-attr]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,13 +83,21 @@ class Opaque(Dense):
     def with_weight(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
         raise DoraError(
             f"{type(self.module).__qualname__}: doralib does not know how to put a merged weight back into this "
-            "storage; merge the saved adapter into the unquantized model instead"
+            "storage; merge into plain layers: doralib.merge(model, dequantise=True), or merge the saved adapter into "
+            "the unquantized model"
         )
 
     @torch.no_grad()
     def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = self.module(x)
-        return y if self.bias is None else y - self.bias.to(y.dtype)
+        bias = self.bias
+        if bias is None:
+            return self.module(x)
+        if "bias" in self.module._parameters or "bias" in self.module._buffers:
+            # taken off afterwards it would leave its rounding behind
+            y: Tensor = torch.func.functional_call(self.module, {"bias": torch.zeros_like(bias)}, (x,))
+            return y
+        y = self.module(x)
+        return y - bias.to(y.dtype)
 
     def _columns(self, block: slice) -> Tensor:
         """Columns of W as rows, (K, O): what the layer makes of unit vectors."""
@@ -134,6 +163,10 @@ class Quantized(Opaque):
 
     def key(self) -> tuple[Any, ...]:
         return tuple((t.data_ptr(), version(t), t.device) for t in self.storage.tensors() if not t.is_meta)
+
+    @property
+    def hides_weight(self) -> bool:
+        return True
 
     def dense_rows(self, index: Tensor) -> Tensor:
         W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
