@@ -84,9 +84,10 @@ def measure_merge(packages, folder, options):
     """The ratio of a merge of one adapter file into one checkpoint."""
     base, _ = base_model(None, options.merge_layers, "float32")
     base.save_pretrained(folder / "base")
-    model = adapted(packages["after"], base)
+    # the older code does not know what the newer may write
+    model = adapted(packages["before"], base)
     nudge(model)
-    doralib.save_adapter(model, folder / "adapter")
+    packages["before"].save_adapter(model, folder / "adapter")
     del model, base
 
     def run(key):

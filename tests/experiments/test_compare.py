@@ -146,6 +146,8 @@ def test_what_cannot_be_compared_is_said_before_the_first_run(request_for, job):
         with pytest.raises(UsageError, match=told) as caught:
             check_grid(request_for(**changes))
         assert len(set(str(caught.value).splitlines())) == len(str(caught.value).splitlines())
+    with pytest.raises(UsageError, match=r"the recipe has none(.|\n)*method"):
+        check_grid(request_for(rates=(), recipe=Recipe(**{**job, "training": {"max_steps": 3}}), methods=("dorra",)))
     with pytest.raises(UsageError, match="with --lrs auto"):
         list_commands(request_for(rates=()))
 
@@ -287,6 +289,10 @@ def test_wrong_options(run, job, tmp_path):
     ):
         status, _, err = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *options)
         assert (status, told in " ".join(err.split())) == (2, True), err
+    options = ("--ranks", "2,x", "--seeds", "1,1", "--axis", "adapter.r", "--launcher", "slrum", "data.trian=x")
+    _, _, err = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *options)
+    for told in ("--ranks 2,x", "--seeds '1,1'", "--axis adapter.r", "'slurm'", "'train'"):
+        assert told in err
 
 
 # early stopping

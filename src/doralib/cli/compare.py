@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UsageError, check_given_once
+from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
 from .console import console
 
 if TYPE_CHECKING:
@@ -49,16 +49,31 @@ def compare_command(
     from ..experiments.compare.study import compare, list_commands
     from ..training.recipe_file import read_recipe
 
-    check_given_once(changes or [])
-    chosen = read_recipe(recipe, changes or [])
-    key, values = _read_axis(axis)
+    problems: list[DoraError] = []
+    lists: dict[str, list[Any]] = {}
+    for option, text, kind in (
+        ("--methods", methods, str),
+        ("--ranks", ranks, int),
+        ("--lrs", None if lrs == "auto" else lrs, float),
+        ("--seeds", seeds, int),
+    ):
+        with collecting(problems):
+            lists[option] = [] if text is None else _split(option, text, kind)
+    with collecting(problems):
+        key, values = _read_axis(axis)
+    with collecting(problems):
+        check_given_once(changes or [])
+        chosen = read_recipe(recipe, changes or [])
+    with collecting(problems):
+        launch = find_launcher(launcher)
+    raise_all(problems)
     grid = Grid(
         recipe=chosen,
-        methods=tuple(_split("--methods", methods, str)),
-        ranks=tuple(_split("--ranks", ranks, int)) if ranks else (chosen.adapter.r,),
-        seeds=tuple(_split("--seeds", seeds, int)),
+        methods=tuple(lists["--methods"]),
+        ranks=tuple(lists["--ranks"]) or (chosen.adapter.r,),
+        seeds=tuple(lists["--seeds"]),
         out=out,
-        rates=() if lrs == "auto" else tuple(_split("--lrs", lrs, float)),
+        rates=tuple(lists["--lrs"]),
         axis=key,
         axis_values=values,
         budget=budget,
@@ -69,7 +84,6 @@ def compare_command(
         for command in list_commands(grid):
             print(command)
         return
-    launch = find_launcher(launcher)
     # as Ctrl-C: a run that nobody watches any more is stopped with a checkpoint
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -13,7 +13,8 @@ from .prepare import IGNORED, Row
 class Collator:
     """Rows of one batch as tensors (rows, longest), padded on the right to a multiple.
 
-    Packed rows have no attention_mask: positions that begin anew tell rows apart.
+    A row's labels are one for each token, or one alone for a classifier. Packed rows have no attention_mask: positions
+    that begin anew tell rows apart.
     """
 
     pad_id: int
@@ -38,10 +39,11 @@ class Collator:
         padded = longest + -longest % self.multiple
         longest = padded if self.most is None else max(longest, min(padded, self.most))
         fill = lambda values, value: [*values, *[value] * (longest - len(values))]
+        by_token = isinstance(rows[0]["labels"], list)
         return {
             "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
             "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor([fill(row["labels"], IGNORED) for row in rows]),
+            "labels": torch.tensor([fill(row["labels"], IGNORED) if by_token else row["labels"] for row in rows]),
         }
 
     def _packed(self, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -1,45 +1,18 @@
 """Rows with labels, for a whole text or for each of its words, as a classifier takes them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 from ..recipe import DataSettings
 from .prepare import IGNORED, BadRow, PreparedRows, Row, RowReport
 from .rows import RawRows
-from .templates import columns_in, fill_template
+from .templates import columns_in, fill_template, value_text
 
 _MOST_LABELS = 1000
-
-
-@dataclass(frozen=True)
-class LabelCollator:
-    """Rows of one batch as tensors, padded on the right; the labels are one a row, or one a token."""
-
-    pad_id: int
-    multiple: int = 8
-    most: int | None = None
-    """Positions that the model has, where padding would go beyond them."""
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Keys input_ids, attention_mask and labels."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        padded = longest + -longest % self.multiple
-        longest = padded if self.most is None else max(longest, min(padded, self.most))
-        fill = lambda values, value: [*values, *[value] * (longest - len(values))]
-        by_token = isinstance(rows[0]["labels"], list)
-        labels = [fill(row["labels"], IGNORED) if by_token else row["labels"] for row in rows]
-        return {
-            "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
-            "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor(labels),
-        }
 
 
 def check_label_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
@@ -120,17 +93,16 @@ def read_labels(row: Row, settings: DataSettings, *, by_word: bool) -> list[str]
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    """A label as text: a column of numbers with a gap in it holds 1.0 where the file says 1."""
+    return value_text(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _fill(template: str, row: Row) -> str:
     """The template with the row's values as text."""
-    values = {column: row[column] for column in columns_in(template)}
-    if all(value is None or not str(value).strip() for value in values.values()):
+    values = {column: value_text(row[column]) for column in columns_in(template)}
+    if not any(value.strip() for value in values.values()):
         raise BadRow("empty", f"nothing in {', '.join(values)}")
-    return fill_template(template, {name: "" if v is None else str(v) for name, v in values.items()})
+    return fill_template(template, values)
 
 
 def read_text(row: Row, settings: DataSettings) -> str:

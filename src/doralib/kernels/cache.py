@@ -55,13 +55,13 @@ class LayerCache:
         """
         if m_O is not None and n_O is None and self.base.triton_weight() is not None:
             n_O = self.constant_norm(a_RI, b_OR, s).clone()  # a kernel writes the next one in its place
-        wanted, made = (a_RI, b_OR, m_O, s, bias_O, dtype, n_O), self.last_operands
-        if made is None or not self._is_current(made, *wanted):
+        request, made = Request(self, a_RI, b_OR, m_O, s, bias_O, dtype, n_O), self.last_operands
+        if made is None or not self._is_current(made, request):
             beside = () if self.group is None else self.group.stale_beside(self)
-            made = renew_operands([Request(self, *wanted), *beside])[0]
+            made = renew_operands([request, *beside])[0]
         if torch.is_grad_enabled():
             if self.group is not None and m_O is not None and n_O is None:
-                self.group.remember(self, *wanted)
+                self.group.remember(self, request)
         elif made.operands.columns_OR is None:
             made = self.last_operands = made._replace(operands=made.operands.with_columns())
         return made.operands
@@ -109,20 +109,11 @@ class LayerCache:
         norm, made = self.last_norm, self.last_operands
         if norm is None or made is None or norm.key != self.base.key():
             return False
-        return not self._is_current(made, *request[1:])
+        return not self._is_current(made, request)
 
-    def _is_current(
-        self,
-        made: Made,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        m_O: Tensor | None,
-        s: float,
-        bias_O: Tensor | None,
-        dtype: torch.dtype,
-        n_O: Tensor | None,
-    ) -> bool:
-        """Whether operands for these would be the same that were made, bit for bit."""
+    def _is_current(self, made: Made, request: Request) -> bool:
+        """Whether operands for it would be the same that were made, bit for bit."""
+        _, a_RI, b_OR, m_O, s, bias_O, dtype, n_O = request
         if made.dtype is not dtype or made.operands.s != s:
             return False
         # A itself is handed out: another tensor of the same values may take its place, and the old one be written to
@@ -173,9 +164,8 @@ class Group:
         for cache in caches:
             cache.group = self
 
-    def remember(self, cache: LayerCache, *wanted: Any) -> None:
+    def remember(self, cache: LayerCache, request: Request) -> None:
         """What a cache was asked for, if it can be asked again: an optimizer changes parameters in their place."""
-        request = Request(cache, *wanted)
         parameters = [t for t in (request.a_RI, request.b_OR, request.m_O) if isinstance(t, nn.Parameter)]
         if len(parameters) == 3:
             tensors = parameters if request.bias_O is None else [*parameters, request.bias_O]

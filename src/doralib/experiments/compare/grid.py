@@ -120,14 +120,16 @@ def check_grid(grid: Grid) -> None:
         UsageError: with every problem of every cell.
     """
     problems: list[DoraError] = []
-    if "learning_rate" not in grid.recipe.training and not grid.rates:
+    rateless = "learning_rate" not in grid.recipe.training and not grid.rates
+    if rateless:
         problems.append(UsageError("--lrs auto begins at training.learning_rate, and the recipe has none"))
-        raise_all(problems)
     if grid.needs_validation and grid.recipe.data.validation is None:
         problems.append(UsageError("rates are chosen on validation rows: set data.validation, or give one rate"))
     for cell in grid.cells():
         with collecting(problems):
-            recipe = make_recipe(grid, Run(cell, (grid.rates or (grid.start_rate(cell),))[0], 0))
+            # without a rate any that is allowed shows what else is wrong
+            rate = 1e-4 if rateless else (grid.rates or (grid.start_rate(cell),))[0]
+            recipe = make_recipe(grid, Run(cell, rate, 0))
             check_arguments(recipe)
     names = [cell.name for cell in grid.cells()]
     if twice := sorted({name for name in names if names.count(name) > 1}):

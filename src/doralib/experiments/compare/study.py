@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ... import disk, files
-from ...errors import DoraError, UsageError
+from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.evaluate import TaskResult, read_all
 from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
@@ -85,10 +85,15 @@ def compare(grid: Grid, launch: Launch, *, at_once: int = 1) -> Comparison:
         UsageError: before the first run, for everything that cannot be.
         DoraError: if a run fails; the others stay, and the same call goes on.
     """
-    check_grid(grid)
-    import_stats()  # for the last step: hours later would be too late to say that it is missing
-    tasks = load_tasks(grid.recipe.eval.tasks)
-    read_all(tasks, grid.recipe.eval.limit)
+    problems: list[DoraError] = []
+    with collecting(problems):
+        check_grid(grid)
+    with collecting(problems):
+        import_stats()  # for the last step: hours later would be too late to say that it is missing
+    with collecting(problems):
+        tasks = load_tasks(grid.recipe.eval.tasks)
+        read_all(tasks, grid.recipe.eval.limit)
+    raise_all(problems)
     _claim(grid)
     halving = Halving(grid.out / "trials.log") if grid.stop_early else None
     work = _Work(grid, launch, halving)

@@ -7,8 +7,8 @@ from torch import nn
 
 from ...checkpoints.heads import Head, Kind
 from ...checkpoints.load import Loaded, load_classifier
+from ...data.batches import Collator
 from ...data.classes import (
-    LabelCollator,
     check_label_columns,
     find_labels,
     label_texts,
@@ -77,7 +77,7 @@ class Classification:
 
     def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:  # noqa: ARG002
         """Rows padded with the tokenizer's own token, which a decoder's head looks for."""
-        return LabelCollator(pad_token(processor, model), most=context_length(model))
+        return Collator(pad_token(processor, model), most=context_length(model))
 
     def samples(
         self,
