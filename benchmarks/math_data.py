@@ -78,6 +78,7 @@ WRITERS = {"gsm": (write_gsm, 4000, 500, 0), "orca": (write_orca, 100_000, 500, 
 
 
 def main() -> None:
+    """Read the command line, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", choices=WRITERS)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
@@ -85,10 +86,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     given = vars(parser.parse_args())
     write, *usual = WRITERS[given["rows"]]
-    counts = {
-        name: given[name] if given[name] is not None else value
-        for name, value in zip(("train", "test", "seed"), usual, strict=True)
-    }
+    counts = dict(zip(("train", "test", "seed"), usual, strict=True))
+    counts |= {name: given[name] for name in counts if given[name] is not None}
     try:
         write(given["out"], **counts)
     except UsageError as error:
