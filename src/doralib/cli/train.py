@@ -1,6 +1,7 @@
 """`doralib train`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,15 +48,25 @@ def train_command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the complete recipe as YAML, checked, and stop.")
     ] = False,
+    finlora: Annotated[
+        Path | None, typer.Option(help="FinLoRA's finetune_configs.json; RECIPE is then the name of one of its runs.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
     from ..training import job
     from ..training.recipe_file import read_recipe
 
     check_given_once(changes or [])
-    chosen = read_recipe(recipe, changes or [])
+    if finlora is not None:
+        from ..training.finlora import read_finlora
+
+        chosen, notes = read_finlora(finlora, recipe, changes or [])
+        print("".join(f"# {note}\n" for note in notes) + chosen.to_yaml(), end="", flush=True)
+    else:
+        chosen = read_recipe(recipe, changes or [])
+        if print_config:
+            print(chosen.to_yaml(), end="")
     if print_config:
-        print(chosen.to_yaml(), end="")
         return
     with bars() as tick:
         job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
