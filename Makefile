@@ -24,7 +24,8 @@ PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 # make interop: the tests that run another tool; here a skipped one fails
 # make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
 # make kills: each verb killed, and its disk filled, at each place where it changes a file; hours, or MINUTES=20
-.PHONY: demo test test-cpus slow interop kills check format bench tables models schemas docs clean
+# make fuzz: files of each kind damaged and read, some ten thousand; hours, or MINUTES=20
+.PHONY: demo test test-cpus slow interop kills fuzz check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -44,6 +45,9 @@ interop: $(INTEROP)/pefts $(TORCHTUNE)/.installed
 
 kills: $(STAMP)
 	$(BIN)/python tests/kills/harness.py --seed $${SEED:-0} --minutes $${MINUTES:-inf} --page docs/reliability.md
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/harness.py --seed $${SEED:-0} --minutes $${MINUTES:-inf} --page docs/reliability.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,12 +8,19 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
+import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError, did_you_mean
 from .validation import explain
 
-Patterns = dict[str, Annotated[float, Field(gt=0)]]
+_MOST = 1e6
+"""The largest factor or rate: beyond it a float32 model is all infinities soon."""
+_LARGEST_RANK = 65_536
+_SECONDS = 0.25
+"""That one match of a pattern with a name may take; those that are no trap take microseconds."""
+
+Patterns = dict[str, Annotated[float, Field(gt=0, le=_MOST)]]
 Names = str | tuple[str, ...]
 Value = TypeVar("Value")
 
@@ -41,7 +48,9 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
         UsageError: when made, listing every unknown key (with the nearest known one) and every bad value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class FusedParts(Checked):
@@ -88,9 +97,9 @@ class DoraConfig(Checked):
     method: Literal["dora", "lora", "dvora", "vera", "full"] = "dora"
     """dora: length and direction; lora: the same layer without the length; dvora and vera: the same with random A and B
     shared by all layers and two trained vectors in each; full: the weights themselves."""
-    r: int = Field(default=16, ge=1)
+    r: int = Field(default=16, ge=1, le=_LARGEST_RANK)
     """Rank of the update B A."""
-    lora_alpha: float = Field(default=32.0, gt=0)
+    lora_alpha: float = Field(default=32.0, gt=0, le=_MOST)
     """The update is scaled by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance that an input of the adapter is zeroed during training."""
@@ -110,14 +119,14 @@ class DoraConfig(Checked):
     that is adapted has A, B and lengths of its own."""
     d_initial: float = 0.1
     """vera, dvora: where the vector between A and B starts."""
-    projection_prng_key: int = Field(default=0, ge=0)
+    projection_prng_key: int = Field(default=0, ge=0, lt=2**63)
     """vera, dvora: the seed of A and B."""
     init_lora_weights: Annotated[str, AfterValidator(_check_start)] = "kaiming"
     """Where A and B of linear layers and convolutions start; nothing changes by it. kaiming, gaussian: A drawn, B zero.
     pissa: the weight's principal directions, pissa_niter_N: found by N rounds of power iteration; olora: by Q R."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_LARGEST_RANK)]] = {}
     """Another r for the layers whose name ends with, or matches as a regular expression, the key."""
     alpha_pattern: Patterns = {}
     """Another lora_alpha, likewise."""
@@ -131,11 +140,11 @@ class DoraConfig(Checked):
     """adapter: y = g (W x + s B A x~) + bias; exact (the paper's code, PEFT): W x + (g-1) W x~ + g s B A x~ + bias."""
     detach_norm: bool = True
     """The norm is a constant of the backward pass (paper, section 4.3); false: the full gradient."""
-    magnitude_lr_ratio: float = Field(default=1.0, gt=0)
+    magnitude_lr_ratio: float = Field(default=1.0, gt=0, le=_MOST)
     """Learning rate of the magnitudes over that of A, whatever B's is."""
-    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0, le=_MOST)
     """Learning rate of B over that of A in linear layers and convolutions (LoRA+, arXiv 2402.12354)."""
-    loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
+    loraplus_lr_embedding: Annotated[float, Field(gt=0, le=_MOST)] | None = None
     """Learning rate of an embedding's A and B; null: as A's of the other layers."""
 
     @model_validator(mode="after")
@@ -240,7 +249,22 @@ _NOT_WITH_A_BANK = ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_s
 
 def matches(pattern: str, layer: str) -> bool:
     """Whether a key of `rank_pattern` and the like means this layer, as PEFT reads them."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
+    return fits_whole(rf"(.*\.)?({pattern})", layer)
+
+
+def fits_whole(pattern: str, name: str) -> bool:
+    """Whether a regular expression, maybe of another's file, is the whole of a name.
+
+    Raises:
+        UsageError: if it takes so long that it is a trap.
+    """
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise UsageError(
+            f"the regular expression {pattern[:80]!r} takes longer than {_SECONDS} s with {name!r}: it repeats what "
+            "repeats already; name the layers plainly"
+        ) from None
 
 
 def _find_by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
@@ -254,6 +278,9 @@ def _find_by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value
 def _explain_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)
+    except (re.error, regex.error, OverflowError) as error:
         return f"{pattern!r} is not a regular expression: {error}"
+    except RecursionError:
+        return f"{pattern[:40]!r}... is nested too deep for a regular expression"
     return ""

@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .disk import format_bytes, replacing, sync, work_folder
+from .documents import decode_json, decode_yaml
 from .errors import DoraError, UsageError, did_you_mean, list_some
 from .process import ON_WINDOWS
+
+_KINDS: dict[type[Any], str] = {
+    dict: "an object, {...}",
+    list: "a list",
+    object: "a value",
+    type(None): "nothing",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
 
 
 def hash_file(path: Path) -> str:
@@ -68,32 +79,44 @@ def has_byte_order_mark(path: Path) -> bool:
         return file.read(3).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: str | Path, root: type[Any] = dict) -> Any:
+    """The value in a JSON file of other people's.
+
+    Args:
+        root: the type that the whole has to be of.
 
     Raises:
         UsageError: if there is no such file.
-        DoraError: if it is not JSON.
+        DoraError: if it is not JSON, beyond the bounds of `decode_json`, or something else than ``root``.
     """
     path = find_file(path)
     try:
         # Windows' editors and shells put a byte order mark in front, and some write UTF-16
-        return json.loads(path.read_bytes() if has_byte_order_mark(path) else read_text(path))
+        value = decode_json(path.read_bytes() if has_byte_order_mark(path) else read_text(path))
     except ValueError as error:
         raise DoraError(f"{path} is not whole JSON ({error}); restore it, or write it again") from None
+    if not isinstance(value, root):
+        raise DoraError(f"{path} should hold {_KINDS[root]}, and {_describe(value)} stands there; restore it")
+    return value
 
 
 def read_yaml(path: str | Path) -> Any:
     """The value in a YAML file.
 
     Raises:
-        UsageError: if there is no such file, or it is not YAML.
+        UsageError: if there is no such file, it is not YAML, or beyond the bounds of `decode_yaml`.
     """
     path = find_file(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return decode_yaml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise UsageError(f"{path} is not YAML: {error}") from None
+
+
+def _describe(value: Any) -> str:
+    shown = repr(value) if isinstance(value, str | int | float | None) else ""
+    kind = _KINDS.get(type(value), type(value).__name__)
+    return f"{kind} ({shown:.40})" if shown else kind
 
 
 def write_json(path: str | Path, value: Any) -> None:

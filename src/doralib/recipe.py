@@ -50,7 +50,7 @@ class DataSettings(Checked):
     """completion, text: a column's name, or a template with {column}."""
     messages: str = "messages"
     """chat: the column of [{role, content}, ...] or [{from, value}, ...]."""
-    max_length: int = Field(default=512, ge=2)
+    max_length: int = Field(default=512, ge=2, lt=2**31)
     """Tokens of one row, prompt and target together."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss: the answer's, or all."""
@@ -59,7 +59,7 @@ class DataSettings(Checked):
     too_long: Literal["skip", "truncate", "split"] | None = None
     """skip: leave the row out; truncate: keep its first max_length tokens; split: make several rows of it; each is
     counted and shown. null: split with style text, skip elsewhere."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Only the first rows of train."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
@@ -72,9 +72,9 @@ class EvalSettings(Checked):
     """Names of packaged tasks, or task files in YAML."""
     before: bool = True
     """Score the untouched model too, so that the report shows both."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Only the first examples of each task."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, lt=2**31)
     """Examples at a time."""
 
 
@@ -89,7 +89,7 @@ class Recipe(Checked):
     eval: EvalSettings = EvalSettings()
     out: str = Field(min_length=1)
     """The run's folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of A, of the order of rows, and of everything else that is drawn."""
 
     def to_yaml(self) -> str:

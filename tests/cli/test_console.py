@@ -9,9 +9,10 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from doralib.cli import console as terminal
-from doralib.cli.console import bars, print_log
+from doralib.cli.console import SafeConsole, bars, print_log, show_controls
 
 
 @pytest.fixture
@@ -70,3 +71,17 @@ def test_the_library_by_itself_prints_nothing():
     code = "import logging, doralib.training.job as job; job.log.info('loud'); job.log.info({'a': 'b'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "loud" not in done.stdout + done.stderr
+
+
+def test_control_characters_of_others_are_shown_and_not_obeyed():
+    text = "a\x1b[2J\x1b]0;title\x07b\u202ec\x9bd\r\te\nf"
+    assert show_controls(text) == "a\\x1b[2J\\x1b]0;title\\x07b\\u202ec\\x9bd\\r\te\nf"
+    assert show_controls("\ud800 é 😀") == "\\ud800 é 😀"
+    out = io.StringIO()
+    table = Table("column \x1b[31m")
+    table.add_row("cell \u202e")
+    SafeConsole(file=out, width=80, force_terminal=True, markup=False, highlight=False).print("x \x1b[2J", table)
+    assert "\\x1b[2J" in out.getvalue()
+    assert "\\u202e" in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue()
+    assert "\u202e" not in out.getvalue()

@@ -224,7 +224,7 @@ def test_a_byte_order_mark(encoding, tmp_path):
 def test_settings_that_are_no_object(tmp_path):
     save(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[1]")
-    with pytest.raises(DoraError, match="no JSON object of settings but a list"):
+    with pytest.raises(DoraError, match=r"should hold an object, .* and a list stands there"):
         read(tmp_path)
 
 

@@ -1,10 +1,9 @@
 """Which modules of a model an adapter goes on: names, regular expressions, "all-linear", and every refusal."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from ..config import DoraConfig, Names
+from ..config import DoraConfig, Names, fits_whole
 from ..errors import UsageError, did_you_mean, list_some, nearest
 from .scan import Scan
 
@@ -132,7 +131,7 @@ def match_modules(found: Scan, names: Names, setting: str) -> list[str]:
     """
     known = [name for name in found.modules if name and ".base_layer" not in name]
     if isinstance(names, str):
-        whole = [name for name in known if re.fullmatch(names, name)]
+        whole = [name for name in known if fits_whole(names, name)]
         if not whole:
             raise UsageError(_no_whole_match(names, known, setting))
         return whole

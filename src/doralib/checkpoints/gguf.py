@@ -46,7 +46,7 @@ def expand_gguf(path: Path, out: Path) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:
         raise DoraError(
             f"{path} cannot be read, it may be truncated or of an architecture unknown here: {error}"
         ) from error

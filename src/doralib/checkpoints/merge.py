@@ -4,7 +4,6 @@ The output has the base's files, order of tensors, dtypes and metadata. No model
 touch is copied as bytes.
 """
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from .tokenizer import read_template, take_tokenizer
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
+_LARGEST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ingredient:
     path: Path
     """A file or folder of any format that ``doralib convert`` reads."""
     weight: float = 1.0
-    """Its change of the base is multiplied by this; any finite number, 1 is the adapter as it was trained."""
+    """Its change of the base is multiplied by this; up to a million, 1 is the adapter as it was trained."""
     given: Hints = field(default_factory=Hints)
     """alpha and component, for files that do not say them; the base's names are added."""
 
@@ -224,8 +224,9 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
     if not ingredients:
         raise UsageError("no adapter is given to merge")
     for each in ingredients:
-        if not math.isfinite(each.weight):
-            problems.append(UsageError(f"{each.path}: {each.weight} is no weight"))
+        if not abs(each.weight) <= _LARGEST_WEIGHT:
+            told = f"{each.path}: {each.weight} is no weight, which is a number up to {_LARGEST_WEIGHT:,.0f}"
+            problems.append(UsageError(told))
         with collecting(problems):
             find_adapter_file(each.path)
     with collecting(problems):

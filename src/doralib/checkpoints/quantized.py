@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import decode_json
 from ..errors import DoraError
 from ..functional import Rows
 from ..quantization.bitsandbytes import Rows4bit, Rows8bit, quantize_4bit, quantize_8bit
@@ -95,7 +96,7 @@ class Quantized4bit(QuantizedWeight):
         return next(name for name in self.slots if _STATE in name)
 
     def _settings(self, parts: Parts) -> dict[str, Any]:
-        return json.loads(bytes(parts[self._key].tolist()))
+        return decode_json(bytes(parts[self._key].tolist()))
 
     def _state(self, parts: Parts) -> Any:
         stored = {name.removeprefix(f"{self.name}."): value for name, value in parts.items() if name != self.name}
@@ -157,7 +158,7 @@ def find_quantized(checkpoint: Checkpoint) -> Mapping[str, QuantizedWeight]:
         weight, _, quant_type = name.partition(_STATE)
         if quant_type and weight in slots:
             parts = {weight: slots[weight], **{n: s for n, s in slots.items() if n.startswith(f"{weight}.")}}
-            settings = json.loads(bytes(read_whole(slot).tolist()))
+            settings = decode_json(bytes(read_whole(slot).tolist()))
             found[weight] = Quantized4bit(weight, f"bitsandbytes {quant_type}", tuple(settings["shape"]), parts)
         layer, _, last = name.rpartition(".")
         weight = f"{layer}.weight"
@@ -193,7 +194,7 @@ def _find_torchao(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
 
 def _parse_description(text: str) -> dict[str, Any]:
     try:
-        described = json.loads(text)
+        described = decode_json(text)
     except ValueError:
         return {}
     return described if isinstance(described, dict) else {}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..disk import format_bytes
+from ..documents import decode_json
 from ..errors import DoraError, UsageError
 from ..files import explain_git_lfs, find_file, list_folder, read_json
 
@@ -378,7 +379,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = decode_json(text)
     except ValueError:
         header = None
     if not isinstance(header, dict):

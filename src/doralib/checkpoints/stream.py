@@ -131,12 +131,12 @@ def write_quantized(
     if code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
-            _check_finite(layer.name, block)
+            _check_finite(layer.name, W[rows], block)
             sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
-        _check_finite(layer.name, block)
+        _check_finite(layer.name, W[rows], block)
         V_OI[rows] = block
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
@@ -321,25 +321,27 @@ def _write(sink: Sink, piece: _Piece, rows: slice) -> int:
     read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
     block = apply_changes(read, piece.changes, rows, piece.out.shape)
     if piece.changes:
-        _check_finite(piece.out.name, block)
+        _check_finite(piece.out.name, read, block)
     cast = cast_to(piece.out.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.out.matrix[0])
     sink.put(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
 
 
-def _check_finite(name: str, block: Tensor) -> None:
+def _check_finite(name: str, before: Tensor, merged: Tensor) -> None:
     """Check that a merged block holds numbers.
 
     Raises:
-        DoraError: if one is NaN or infinite.
+        DoraError: if one is NaN or infinite, with whose they are.
     """
     # a sum is one pass without a copy; where it is too large itself, every number is looked at
-    if not math.isfinite(block.sum(dtype=torch.float32).item()) and not bool(block.isfinite().all()):
-        raise DoraError(
-            f"{name}: merged, it holds NaN or infinite numbers; the adapter's numbers or its alpha are too large, or "
-            "the base holds such numbers there; nothing was written"
-        )
+    if math.isfinite(merged.sum(dtype=torch.float32).item()) or bool(merged.isfinite().all()):
+        return
+    if bool(before.float().isfinite().all()):
+        why = "the adapter's numbers, its alpha or its weight are too large"
+    else:
+        why = "the base holds such numbers there; download it again, or mend it first"
+    raise DoraError(f"{name}: merged, it holds NaN or infinite numbers: {why}; nothing was written")
 
 
 def write_companions(

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from ..progress import Tick
@@ -15,9 +17,29 @@ from ..progress import Tick
 # in a file or a pipe a line may be long: rich would fold names at 80 columns there, where nothing scrolls
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
+# what moves the cursor, sets a title, or turns the direction of text: C0 and C1 but for tab and newline, bidirectional
+# marks, and halves of surrogates, which no terminal takes
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def show_controls(text: str) -> str:
+    """Other people's text as a terminal may print it: control and direction characters as escapes, ``\\x1b``."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+class SafeConsole(Console):
+    """A console that shows control characters in whatever it is given instead of obeying them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The pieces to be printed; those that rich itself makes to move the cursor stay."""
+        for segment in super().render(renderable, options):
+            clean = segment.control or not _CONTROLS.search(segment.text)
+            yield segment if clean else Segment(show_controls(segment.text), segment.style)
+
+
 # paths and data are printed as they are: "[b]" and ":dog:" in them are no commands
-console = Console(width=_WIDTH, markup=False, emoji=False)
-errors = Console(width=_WIDTH, markup=False, emoji=False, stderr=True)
+console: Console = SafeConsole(width=_WIDTH, markup=False, emoji=False)
+errors: Console = SafeConsole(width=_WIDTH, markup=False, emoji=False, stderr=True)
 
 
 class ConsoleHandler(logging.Handler):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .console import console, errors, print_log
+from .console import console, errors, print_log, show_controls
 from .options import Alpha, Base, Batch, Dtype, Model, Seed
 
 
@@ -81,7 +81,9 @@ def generate_command(
             console.print(f"{len(answers)} answers written: {out}")
             return
         for answer in answers:
-            print(f"{name}: {answer}" if len(names) > 1 else answer)
+            # a pipe gets the answer as it is
+            shown = show_controls(answer) if sys.stdout.isatty() else answer
+            print(f"{name}: {shown}" if len(names) > 1 else shown)
 
 
 def _check(prompt: str | None, file: Path | None, out: Path | None, system: str, adapters: list[str]) -> None:

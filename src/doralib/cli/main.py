@@ -15,7 +15,7 @@ from ..errors import DoraError, Note
 from .analyze import analyze_command
 from .bench import bench_command
 from .compare import compare_command
-from .console import print_log
+from .console import print_log, show_controls
 from .convert import convert_command
 from .data import data_command
 from .demo import demo_command
@@ -87,7 +87,7 @@ _python_format = warnings.formatwarning
 
 def _format_warning(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
     if issubclass(category, Note):
-        return f"note: {message}\n"
+        return f"note: {show_controls(str(message))}\n"
     return _python_format(message, category, *where, **more)
 
 
@@ -109,13 +109,13 @@ def main() -> None:
     try:
         app(prog_name="doralib", standalone_mode=True)
     except DoraError as error:
-        print(f"doralib: {error}", file=sys.stderr)
+        print(f"doralib: {show_controls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("doralib: stopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"doralib: {_explain(error)}", file=sys.stderr)
+        print(f"doralib: {show_controls(_explain(error))}", file=sys.stderr)
         sys.exit(1)
 
 

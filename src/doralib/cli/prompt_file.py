@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import replacing
+from ..documents import decode_json
 from ..errors import DoraError, UsageError
 from ..files import find_file, read_json, read_text
 
@@ -21,7 +22,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if path.suffix == ".txt":
         prompts = [line for line in read_text(path).splitlines() if line.strip()]
     elif path.suffix in {".json", ".jsonl"}:
-        rows = read_json(path) if path.suffix == ".json" else _json_lines(path)
+        rows = read_json(path, object) if path.suffix == ".json" else _json_lines(path)
         if not isinstance(rows, list):
             raise UsageError(f"{path} must hold a list of objects with the key `prompt`")
         bad = [i for i, row in enumerate(rows, 1) if not (isinstance(row, dict) and isinstance(row.get("prompt"), str))]
@@ -50,7 +51,7 @@ def _json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(decode_json(line))
             except ValueError as error:
                 raise DoraError(
                     f"{path}: line {number} is not JSON ({error}); correct it or restore the file"

@@ -4,10 +4,10 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,26 +19,34 @@ from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
 
 log = logging.getLogger(__name__)
+# below it scores divided by it are beyond float32
+_COLDEST = 0.001
+
+
+def _check_temperature(value: float) -> float:
+    if 0 < value < _COLDEST:
+        raise ValueError(f"should be 0, which always takes the likeliest token, or at least {_COLDEST}")
+    return value
 
 
 class Sampling(Checked):
     """How the next token is chosen and where a text ends."""
 
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: always the most probable token."""
+    temperature: Annotated[float, AfterValidator(_check_temperature)] = Field(default=0.0, ge=0, le=1000)
+    """0: always the most probable token; else 0.001 to 1000, beyond which scores are no numbers any more."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most probable tokens that together have this probability."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     """Draw from so many of the most probable tokens; 0: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Leave out tokens less probable than this share of the most probable one."""
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=1000)
     """Above 1 makes tokens that are there already less probable."""
-    num_beams: int = Field(default=1, ge=1)
+    num_beams: int = Field(default=1, ge=1, lt=2**31)
     """Search with so many beams."""
     stop: tuple[str, ...] = ()
     """A text ends before the first of these."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 GREEDY = Sampling()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
+from ..documents import decode_json
 from ..errors import DoraError
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
@@ -103,9 +104,11 @@ def _read_settings(
         taken = "the rank, as diffusers itself does" if hints.alpha is None else f"{hints.alpha:g}, as given"
         return {}, (f"the file says no alpha (no {METADATA}): taken as {taken}",)
     try:
-        values = json.loads(text)
+        values = decode_json(text)
     except ValueError:
-        raise DoraError(f"{METADATA} in the file is not whole JSON; save the adapter again") from None
+        values = None
+    if not isinstance(values, dict):
+        raise DoraError(f"{METADATA} in the file is not a whole JSON object; save the adapter again")
     configs = {}
     for part in COMPONENTS:
         own = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}

@@ -1,7 +1,6 @@
 """Adapters of any format on disk: which file of a folder it is, what is in it, and how it is written."""
 
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from ..errors import DoraError, UsageError
 from . import detect_format, explain_mismatch, find_format
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .leftovers import remove_leftovers
-from .tensors import check_alpha
+from .tensors import check_alpha, check_tensors
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -32,6 +31,8 @@ _NAMES = (
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OWN_SETTINGS = "doralib_config.json"
+# of an adapter's settings, those that are looked up or are paths
+_TEXTS = ("peft_type", "base_model_name_or_path", "model", "task_type", "fine_tune_type")
 # what PEFT's settings say too: where the two differ, the adapter was written again by another tool
 _SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
 
@@ -50,6 +51,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
         raise UsageError(f"--alpha {hints.alpha:g}: lora_alpha is a number above 0")
     file = find_adapter_file(Path(path))
     raw = remove_leftovers(read_raw_adapter(file))
+    check_tensors(str(file), raw.tensors)
     form = find_format(named) if named else detect_format(raw)
     try:
         adapter = form.read(raw, hints)
@@ -183,10 +185,11 @@ def _write_file(part: Path, kind: str, raw: RawAdapter, into: Format) -> None:
 
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
-    value = files.read_json(file) if file.is_file() else {}
-    if not isinstance(value, dict):
-        raise DoraError(f"{file} is no JSON object of settings but a {type(value).__name__}; write it again")
-    return value
+    settings = dict(files.read_json(file)) if file.is_file() else {}
+    for key in _TEXTS:
+        if not isinstance(settings.get(key), str | None):
+            raise DoraError(f"{file}: {key} should be a text, and {settings[key]!r:.40} stands there; write it again")
+    return settings
 
 
 def _note_byte_order_mark(file: Path) -> tuple[str, ...]:
@@ -242,7 +245,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     _check_archive(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged pickle ends in any kind of error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DoraError(f"{path} is damaged or holds more than tensors, which may be a program: {why}") from None
     whole = isinstance(value, dict) and all(isinstance(key, str) for key in value)

@@ -27,6 +27,10 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     kind = raw.settings.get("fine_tune_type", "lora")
     parameters = raw.settings.get("lora_parameters") or {}
     scale = parameters.get("scale")
+    if not isinstance(parameters, dict) or not all(
+        isinstance(parameters.get(key), int | float | None) for key in ("scale", "dropout")
+    ):
+        raise DoraError(f"lora_parameters of adapter_config.json should be numbers by name, found {parameters!r:.80}")
     problems = [] if kind in ("dora", "lora") else [f"fine_tune_type is {kind!r}, which is no adapter"]
     if scale is None and hints.alpha is None:
         problems.append("adapter_config.json says no lora_parameters.scale; give --alpha (scale x rank)")
@@ -39,7 +43,7 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
             return LayerAdapter(part["b"], part["a"], part["m"], float(s), "token_embedding")
         return LayerAdapter(part["a"].T.contiguous(), part["b"].T.contiguous(), part.get("m"), float(s))
 
-    dropout, base = float(parameters.get("dropout", 0.0)), raw.settings.get("model")
+    dropout, base = float(parameters.get("dropout") or 0.0), raw.settings.get("model")
     return parse_layers("the MLX adapter", parts, layer, _KEYS, problems, base_model=base, lora_dropout=dropout)
 
 

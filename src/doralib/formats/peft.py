@@ -13,9 +13,9 @@ from ..errors import DoraError, raise_problems
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValues
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
-from .peft_settings import LORA, VERA
+from .peft_settings import LORA, VERA, sort_names
 from .peft_vera import TYPES, from_vera, to_vera
-from .tensors import check_complete, compute_alpha
+from .tensors import check_complete, check_factors, compute_alpha
 
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
@@ -281,9 +281,7 @@ def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
     LORA.check(settings)
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        if isinstance(values.get(field), list | set):
-            values[field] = tuple(sorted(values[field]))
+    values |= sort_names(values)
     if not values.get("target_modules") and not values.get("target_parameters"):
         values.pop("target_modules", None)
     method = "dora" if settings.get("use_dora") else "lora"
@@ -313,6 +311,7 @@ def _read_layer(layer: str, found: dict[str, Tensor], kind: str, config: DoraCon
         return experts.read_stack(found, config, layer)
     keys = _FACTORS_OF.get(kind, _FACTORS)
     check_complete(found, keys, config)
+    check_factors(lora_A=found["a_RI"], lora_B=found["b_OR"])
     a, b, m = found["a_RI"], found["b_OR"], found.get("m_O")
     if a.shape[0] != config.rank_of(layer):
         raise DoraError(f"lora_A has rank {a.shape[0]}, the settings say {config.rank_of(layer)}")

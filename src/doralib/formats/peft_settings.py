@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DoraError, list_some
+from ..errors import DoraError, list_some, raise_problems
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,24 @@ class Verdicts:
             return ()
         fields = list_some(unknown, 5, ", ")
         return (f"the settings have fields that {self.title} of 0.21.2 has not, which are left aside: {fields}",)
+
+
+def sort_names(settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The lists of names among some settings, in order.
+
+    Raises:
+        DoraError: if one holds something else than names.
+    """
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+    lists = {field: settings[field] for field in fields if isinstance(settings.get(field), list | set | tuple)}
+    problems = [
+        f"{field} holds {each!r:.40}, which is no name"
+        for field, names in lists.items()
+        for each in names
+        if not isinstance(each, str)
+    ]
+    raise_problems("the adapter's settings", problems)
+    return {field: tuple(sorted(names)) for field, names in lists.items()}
 
 
 # PEFT's starts that leave the base weight as it is

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..errors import DoraError, list_some, raise_problems
 from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
-from .peft_settings import VERA
+from .peft_settings import VERA, sort_names
+from .tensors import check_factors
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}
 _PREFIX = "base_model.model."
@@ -28,6 +29,7 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
     if absent := [key for key in _BANK if key not in tensors]:
         raise DoraError(f"adapter: lacks {', '.join(absent)}; save it with save_projection")
     bank = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    check_factors(vera_A=bank[0], vera_B=bank[1])
     parts: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
@@ -37,11 +39,13 @@ def from_vera(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tup
         if field not in _FIELDS or (field == MAGNITUDE and method == "vera"):
             problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of a {method} adapter")
         parts.setdefault(layer, {})[field] = tensor
+        if tensor.dim() != 1:
+            problems.append(f"{key} {tuple(tensor.shape)}: should have one axis")
     needed = list(_FIELDS)[: 3 if method == "dvora" else 2]
     problems += [f"{layer}: lacks {field}" for layer, part in parts.items() for field in needed if field not in part]
     raise_problems("adapter", problems)
     values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
-    values |= {field: tuple(sorted(v)) for field, v in values.items() if isinstance(v, list | set)}
+    values |= sort_names(values)
     config = DoraConfig(method=method, lora_dropout=settings.get("vera_dropout") or 0.0, dropout_mode="exact", **values)
     layers = {
         name: LayerAdapter(

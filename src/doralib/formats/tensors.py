@@ -6,12 +6,47 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, list_some, raise_problems
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Hints, ParsedAdapter
+
+_MOST_ALPHA = 1e6
+
+
+def check_tensors(title: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that each tensor is dense and of finite floating-point numbers; a count, such as an alpha, may be whole.
+
+    Raises:
+        DoraError: listing all that are not.
+    """
+    raise_problems(title, [f"{name}: {why}" for name, tensor in tensors.items() if (why := _explain_unfit(tensor))])
+
+
+def _explain_unfit(tensor: Tensor) -> str:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return "is no dense tensor of numbers; save it dense"
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{tuple(tensor.shape)} holds {kind}, and an adapter is floating-point numbers" if tensor.dim() else ""
+    # numbers of one byte have no test of their own
+    wrong = ~(tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
+    if not bool(wrong.any()):
+        return ""
+    return f"{int(wrong.sum()):,} of {tensor.numel():,} numbers are NaN or infinite; take an earlier checkpoint"
+
+
+def check_factors(**factors: Tensor) -> None:
+    """Check that A and B of a layer are matrices, or kernels of as many axes.
+
+    Raises:
+        DoraError: naming each that is not.
+    """
+    if flat := [f"{name} {tuple(tensor.shape)}" for name, tensor in factors.items() if not 2 <= tensor.dim() <= 5]:
+        raise DoraError(f"{' and '.join(flat)}: a factor has two axes, or with a kernel up to five")
 
 
 def check_only_layers(state: AdapterState, title: str, kinds: tuple[str, ...] = ("linear",)) -> None:
@@ -86,6 +121,7 @@ def parse_layers(
             problems.append(f"{name}: lacks {', '.join(missing)}")
             continue
         try:
+            check_factors(**{keys[field]: part[field] for field in ("a", "b")})
             layers[name] = make(name, part)
         except DoraError as error:
             problems.append(f"{name}: {error}")
@@ -147,7 +183,10 @@ def read_alpha(part: Mapping[str, Tensor], hints: Hints, rank: int) -> float:
         return hints.alpha or rank
     if part["alpha"].numel() != 1:
         raise DoraError(f"alpha is {tuple(part['alpha'].shape)}, not one number")
-    return float(part["alpha"])
+    alpha = float(part["alpha"])
+    if not 0 < alpha <= _MOST_ALPHA:
+        raise DoraError(f"alpha is {alpha:g}, and has to be above 0 and at most {_MOST_ALPHA:,.0f}")
+    return alpha
 
 
 def note_missing_alpha(parts: TensorsByLayer, hints: Hints, remedy: str = "") -> tuple[str, ...]:

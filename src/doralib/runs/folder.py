@@ -116,7 +116,7 @@ class RunFolder:
 
     def read(self, path: Path, otherwise: Any) -> Any:
         """A JSON file of an earlier session, if there is one."""
-        return files.read_json(path) if path.is_file() else otherwise
+        return files.read_json(path, object if otherwise is None else type(otherwise)) if path.is_file() else otherwise
 
     def _check_content(
         self, recipe: Recipe, *, resume: bool, overwrite: bool, data: Mapping[str, str], inputs: Iterable[str]

@@ -55,3 +55,11 @@ def html_table(
     ]  # fmt: skip
     inner = el("table", el("thead", el("tr", *titles)), el("tbody", *lines), class_=class_ or None)
     return el("div", inner, class_="scroll")
+
+
+# styles stand in the page, pictures in it or beside it; nothing else is fetched, and no script runs
+NO_SCRIPT = el(
+    "meta",
+    http_equiv="Content-Security-Policy",
+    content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'",
+)

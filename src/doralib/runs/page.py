@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..disk import replacing
-from .markup import Child, Markup, el
+from .markup import NO_SCRIPT, Child, Markup, el
 
 
 def write_page(path: Path, title: str, *content: Child, source: str = "doralib", style: str = "") -> Path:
@@ -21,6 +21,7 @@ def write_page(path: Path, title: str, *content: Child, source: str = "doralib",
     head = el(
         "head",
         el("meta", charset="utf-8"),
+        NO_SCRIPT,
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("title", f"{title} - doralib"),
         el("style", Markup(css + style)),

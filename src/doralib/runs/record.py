@@ -1,11 +1,12 @@
 """What a run folder holds, as values; a missing or damaged file becomes a note, not an error."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..documents import decode_json
 from ..errors import DoraError
 from ..files import read_json, read_yaml
 from .folder import RunFolder
@@ -57,7 +58,7 @@ def read_run(run: Path) -> RunRecord:
     folder = RunFolder(run)
     metrics = _read_metrics(folder.metrics, notes)
     results = _read(folder.results, dict, notes)
-    samples = _read(folder.samples, list, notes)
+    samples = _read(folder.samples, list, notes, partial(read_json, root=list))
     return RunRecord(
         path=run,
         config=_read(folder.config, dict, notes, read_yaml),
@@ -111,7 +112,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Values]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = decode_json(text)
         except ValueError:
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int | float):

@@ -160,6 +160,8 @@ _LEAST = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
 }
 _ABOVE_0 = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+# no counter of torch or of a library below it holds more
+_TOO_LARGE = 2**31
 _BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 # what an evaluation measures besides its own speed
 _METRICS = (None, "loss", "eval_loss")
@@ -187,6 +189,13 @@ def _out_of_range(values: Mapping[str, Any]) -> list[str]:
     problems += [
         f"training.{key} must be below 1, got {numbers[key]:g}" for key in _BELOW_1 if numbers.get(key, 0) >= 1
     ]
+    problems += [
+        f"training.{key} must be below {_TOO_LARGE:,}, got {value:.6g}"
+        for key, value in numbers.items()
+        if not abs(value) < _TOO_LARGE
+    ]
+    if values.get("fp16") and not torch.cuda.is_available():
+        problems.append("training.fp16 needs a GPU, and there is none here; bf16: true runs on a CPU")
     if (steps := numbers.get("max_steps", -1)) < 1 and steps != -1:
         problems.append(f"training.max_steps must be at least 1 (or -1: num_train_epochs decides), got {steps}")
     return problems

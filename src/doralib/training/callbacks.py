@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .. import disk
+from ..documents import decode_json
 from ..progress import Tick
 from .distributed import is_set_anywhere
 from .meter import Meter
@@ -169,7 +170,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         # a killed run leaves its last line half written; a damaged one is left out
         with suppress(ValueError):
-            line = json.loads(text)
+            line = decode_json(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
     return lines

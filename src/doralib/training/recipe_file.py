@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..documents import decode_yaml
 from ..errors import UsageError, did_you_mean
 from ..families import Variant, is_family, read_family
 from ..files import read_yaml
@@ -113,8 +112,8 @@ def _value(change: str, text: str) -> Any:
     if bare and ("\n" in text or re.search(r"(^|\s)#", text)):
         return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = decode_yaml(text)
+    except ValueError as error:
         if bare:
             return text
         hint = "; put quotes around the whole setting, where its value has spaces"
