@@ -219,6 +219,9 @@ def test_no_such_run_or_file(file, tmp_path):
     with pytest.raises(UsageError, match=r"nowhere\.json"):
         read_finlora(tmp_path / "nowhere.json", "run", [])
     file.write_text("[1]")
+    with pytest.raises(DoraError, match="a list stands there"):
+        read_finlora(file, "run", [])
+    file.write_text('{"run": 3}')
     with pytest.raises(UsageError, match="no file of FinLoRA's runs"):
         read_finlora(file, "run", [])
     file.write_text('{"run": {')

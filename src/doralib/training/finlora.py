@@ -61,7 +61,7 @@ def read_finlora(file: str | Path, name: str, overrides: list[str]) -> tuple[Rec
 
     Raises:
         UsageError: if the file has no such entry, or listing everything in it that a recipe cannot have.
-        DoraError: if the file is not JSON.
+        DoraError: if the file is not JSON, or no object of entries.
     """
     entry = _find_entry(file, name)
     values, problems = read_shared("finlora"), list[DoraError]()
@@ -93,10 +93,10 @@ def read_finlora(file: str | Path, name: str, overrides: list[str]) -> tuple[Rec
 
 def _find_entry(file: str | Path, name: str) -> Mapping[str, Any]:
     entries = read_json(file)
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+    if not all(isinstance(entry, dict) for entry in entries.values()):
         raise UsageError(f"{file} is no file of FinLoRA's runs: it should hold names, each with its settings")
     if name not in entries:
-        names = list_some(list(entries), between=", ")
+        names = list_some(list(entries), between=", ") or "none"
         raise UsageError(f"{file} has no run {name!r}{did_you_mean(name, entries)}\n  it has {names}")
     return entries[name]
 
