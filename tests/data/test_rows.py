@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from tokenizer_kinds import make_tokenizer
 
-from doralib.data.prompts import check_columns, render_row
+from doralib.data.columns import check_columns
+from doralib.data.prompts import render_row
 from doralib.data.rows import read_dataset
 from doralib.data.templates import columns_in, fill_template
 from doralib.data.tokenize import tokenize_rows

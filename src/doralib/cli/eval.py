@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
-from .console import bars, console
-from .options import Alpha, Base, Batch, Dtype, Model, Seed
+from .console import bars, console, print_json
+from .options import Alpha, Base, Batch, Dtype, Json, Model, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -57,6 +57,7 @@ def eval_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer of MT-Bench.")] = 1024,
     yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score a base, adapted or merged model."""
     from ..checkpoints.load import load_model
@@ -86,7 +87,9 @@ def eval_command(
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
     if harness is not None:
-        _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        results = _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        if as_json:
+            print_json({name: result.to_json() for name, result in results.items()})
         return
     if resume and out is None:
         raise UsageError("--resume needs --out, the file that has the results so far")
@@ -94,14 +97,13 @@ def eval_command(
     settings = {"model": model, "base": base, "alpha": alpha, "dtype": dtype, "limit": limit, "seed": seed}
     results = _score(tasks, load, settings, out, batch_size=batch_size, resume=resume)
     console.print(results_table(results, title=model))
-    if beside:
-        console.print(published_table(results, beside, title=f"{model}, and {published} as published"))
-        for note in dict.fromkeys(note for each in beside for note in each.notes):
-            console.print(Text(f"note: {note}"))
+    _show_published(results, beside, title=f"{model}, and {published} as published")
     for name, result in results.items():
         console.print(wrong_answers(name, result))
     if out is not None:
         console.print(f"written: {out}")
+    if as_json:
+        print_json({name: result.to_json() for name, result in results.items()})
 
 
 def _check_together(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> None:
@@ -128,7 +130,7 @@ def _run_harness(
     batch_size: int,
     limit: int | None,
     seed: int,
-) -> None:
+) -> "dict[str, TaskResult]":
     from ..disk import check_writable
     from ..evaluation.harness import run_harness
     from ..files import write_json
@@ -141,6 +143,7 @@ def _run_harness(
     if out is not None:
         write_json(out, {"model": name, "after": {task: result.to_json() for task, result in results.items()}})
         console.print(f"written: {out}")
+    return results
 
 
 def _score(
@@ -195,6 +198,13 @@ def _find_published(name: str | None) -> "list[Variant]":
         having = ", ".join(each.name for each in known.values() if each.published)
         raise UsageError(f"--published: no result of {name} was published; there are those of {having}")
     return scored
+
+
+def _show_published(results: Mapping[str, "TaskResult"], beside: "Sequence[Variant]", title: str) -> None:
+    if beside:
+        console.print(published_table(results, beside, title=title))
+    for note in dict.fromkeys(note for each in beside for note in each.notes):
+        console.print(Text(f"note: {note}"))
 
 
 def published_table(results: Mapping[str, "TaskResult"], beside: "Sequence[Variant]", title: str) -> Table:

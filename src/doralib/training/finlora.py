@@ -4,21 +4,18 @@ FinLoRA (https://github.com/Open-Finance-Lab/FinLoRA) lays an entry over a templ
 template is what the packaged recipes `finlora/...` share.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, collecting, did_you_mean, list_some, raise_all
 from ..files import read_json
 from ..recipe import Recipe
 from ..validation import ELSEWHERE
-from .arguments import OWNED
+from .fields import OWNED, list_fields
 from .recipe_file import override, read_shared
 
 _PLACES = {
@@ -132,7 +129,7 @@ def _find_place(key: str) -> str:
     """The place of another setting, by the name that axolotl or doralib has for it; empty if there is none."""
     if key in DoraConfig.model_fields:
         return f"adapter.{key}"
-    if key in {field.name for field in dataclasses.fields(TrainingArguments)} - OWNED.keys():
+    if key in list_fields() - OWNED.keys():
         return f"training.{key}"
     return "seed" if key == "seed" else ELSEWHERE.get(key, "")
 
