@@ -35,12 +35,13 @@ from doralib.runs import checkpointing
 from doralib.training import arguments
 from doralib.training import recipe_file as reading
 from doralib.training.job import Interrupted, fine_tune, train
+from doralib.training.label_trainer import LabelTrainer
 from doralib.training.loss import LabelLoss
 from doralib.training.modalities import text
 from doralib.training.modality import Prepared
 from doralib.training.recipe_file import packaged_recipes, read_recipe
 from doralib.training.sampler import SeededSampler
-from doralib.training.trainer import AdapterTrainer, LossNotFinite
+from doralib.training.trainer import LossNotFinite
 
 WORDS = [
     "good",
@@ -373,7 +374,7 @@ def make_trainer(recipe, tmp_path, **settings):
     made = tokenize_rows(_dataset(24), range(1, 25), chosen.data, tokenizer)
     args = arguments.make_arguments(chosen, tmp_path / "ck")
     data = Prepared(made, made, [])
-    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer, data), data, chosen.adapter)
+    return LabelTrainer(model, args, tokenizer, text.collate(model, tokenizer, data), data, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])
@@ -575,9 +576,14 @@ def test_tasks_are_scored_before_and_after(recipe, data_file, tmp_path):
     assert results["after"]["sentiment"]["n"] == 20
 
 
-def test_tensorboard_if_asked(recipe):
-    run = fine_tune(recipe(training={"report_to": "tensorboard", "max_steps": 5}))
-    assert list((run / "tensorboard").glob("events.*"))
+@pytest.mark.parametrize("asked", ["tensorboard", "all"])
+def test_tensorboard_if_asked(recipe, asked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fine_tune(recipe(training={"report_to": asked, "max_steps": 5, "logging_steps": 1}))
+    assert len([*run.rglob("events.out.*")]) == len([*(run / "tensorboard").iterdir()]) == 1
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, tmp_path):

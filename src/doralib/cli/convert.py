@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console, print_json
-from .options import Alpha, Component, Json, Overwrite, Variant
+from .options import Alpha, Component, Json, Overwrite, Revision, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -32,6 +32,7 @@ def convert_command(
         str | None, typer.Option("--from", help="Its format, where the file could be of several.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
     variant: Variant = None,
@@ -46,6 +47,7 @@ def convert_command(
     """
     from ..checkpoints.convert import ConversionRequest
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
     shown: tuple[str, ...] = ()
     if texts:
@@ -55,7 +57,7 @@ def convert_command(
     given = Hints(alpha=alpha, component=component)
     done = convert_and_show(
         ConversionRequest(
-            adapter,
+            fetch_folder(add_revision(adapter, revision)),
             to,
             out,
             source,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
 from .console import bars, console, print_json
-from .options import Alpha, Base, Batch, Dtype, Json, Model, Seed
+from .options import Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -35,6 +35,7 @@ def eval_command(
         Path | None, typer.Option(help="Write results.json here, after each task; with --mt-bench a folder.")
     ] = None,
     base: Base = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     dtype: Dtype = "auto",
     batch_size: Batch = 16,
@@ -63,6 +64,7 @@ def eval_command(
     from ..checkpoints.load import load_model
     from ..disk import check_writable
     from ..formats.base import Hints
+    from ..hub import add_revision
 
     _check_together(
         {"--tasks": tasks, "--harness": harness, "--mt-bench": mt_bench},
@@ -76,6 +78,7 @@ def eval_command(
             "--yes": yes,
         },
     )
+    model = add_revision(model, revision)
     load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench

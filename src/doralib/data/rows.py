@@ -16,7 +16,8 @@ from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .prepare import RowNumber
-from .sources import is_saved_dataset, list_files, match_hub
+from .problems import make_problems
+from .sources import is_problems, is_saved_dataset, list_files, match_hub
 from .tables import RowTable, forget, is_parquet, read_table
 
 
@@ -192,7 +193,7 @@ def _read(
     """Every row of a source, and its place."""
     files = list_files(source, setting, split)
     if not files:
-        rows = _read_hub(source, setting, split)
+        rows = make_problems(source, setting) if is_problems(source) else _read_hub(source, setting, split)
     elif not any(map(is_parquet, files)):
         table = read_table(files, setting, split, documents)
         return _from_table(table), table.numbers
