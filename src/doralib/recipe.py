@@ -130,6 +130,16 @@ class EvalSettings(Checked):
     """Examples at a time."""
 
 
+class DistributedSettings(Checked):
+    """How several processes (torchrun, accelerate launch) share a run; one process takes no notice of it."""
+
+    strategy: Literal["launcher", "ddp", "fsdp2", "zero2", "zero3"] = "launcher"
+    """launcher: as the launcher's own settings say, else ddp; ddp: each process holds the model; fsdp2, zero3: each
+    holds a share of it; zero2: of gradients and optimizer alone. zero2 and zero3 are DeepSpeed's, and planned only."""
+    cpu_offload: bool = False
+    """fsdp2: keep the shares in the CPU's memory."""
+
+
 class Recipe(Checked):
     """One fine-tuning job, complete; the keys of a recipe file."""
 
@@ -141,6 +151,7 @@ class Recipe(Checked):
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them. With
     another objective than sft those of TRL's arguments, such as beta."""
     eval: EvalSettings = EvalSettings()
+    distributed: DistributedSettings = DistributedSettings()
     out: str = Field(min_length=1)
     """The run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,19 @@ from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
 
+_on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
+
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@contextmanager
+def loading_on_cpu() -> Iterator[None]:
+    """Let quantized models begin on the CPU inside the block: a GPU that will hold a share cannot hold them whole."""
+    token = _on_cpu.set(True)
+    try:
+        yield
+    finally:
+        _on_cpu.reset(token)
 
 
 def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
@@ -58,12 +71,13 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
         DoraError: if its files are damaged.
     """
     tokenizer = load_tokenizer(settings)
-    model = _make_empty(settings, AutoModelForCausalLM) if empty else _load_language_model(settings)
+    model = _make_empty(settings, AutoModelForCausalLM) if empty else load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
 
 
-def _load_language_model(settings: ModelSettings) -> PreTrainedModel:
+def load_language_model(settings: ModelSettings) -> PreTrainedModel:
+    """Load a causal language model alone; raises as `load_base`."""
     model, info = _load_weights(settings, output_loading_info=True)
     _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
     return model
@@ -220,7 +234,7 @@ def load_model(
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
         with nullcontext() if base else telling_places(folder, where):
-            model = _load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
@@ -278,6 +292,8 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
     for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     if settings.quantization:
         for_model["quantization_config"] = _make_quantization(settings)
+    if _on_cpu.get():
+        for_model["device_map"] = {"": "cpu"}
     with _explaining(settings.path):
         loaded = auto.from_pretrained(where, **options, **for_model, **more)
     model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ...kernels.dispatch import on_gpu
+from .memory import Memory
 
 
 class Dense:
@@ -17,6 +18,7 @@ class Dense:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._memory = Memory()
 
     @property
     def W_OI(self) -> Tensor:
@@ -58,7 +60,7 @@ class Dense:
     def key(self) -> tuple[Any, ...]:
         """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
         W = self._weight
-        return (W.data_ptr() if not W.is_meta else 0, version(W), W.dtype, W.device)
+        return (self._memory.number(W), version(W), W.dtype, W.device)
 
     def triton_weight(self) -> Tensor | None:
         """The weight, where Triton's kernels take it."""

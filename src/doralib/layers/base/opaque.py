@@ -1,5 +1,6 @@
 """Frozen layers whose weight is not a plain tensor: quantized storages, and those known by their product alone."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,10 +10,15 @@ from ... import functional as F
 from ...errors import DoraError
 from ...quantization.base import Storage
 from .linear import Dense, version
+from .memory import Memory
 
 
 class Opaque(Dense):
     """Any storage with `in_features` and `out_features`, by its own module call alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._memories: list[Memory] = []
 
     @property
     def W_OI(self) -> Tensor:
@@ -26,7 +32,7 @@ class Opaque(Dense):
         return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
 
     def key(self) -> tuple[Any, ...]:
-        return tuple((t.data_ptr(), version(t), t.device) for t in self._tensors() if not t.is_meta)
+        return self._key_of(self._tensors())
 
     def triton_weight(self) -> Tensor | None:
         return None
@@ -74,6 +80,11 @@ class Opaque(Dense):
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
 
+    def _key_of(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+        here = [t for t in tensors if not t.is_meta]
+        self._memories += [Memory() for _ in here[len(self._memories) :]]
+        return tuple((memory.number(t), version(t), t.device) for memory, t in zip(self._memories, here, strict=False))
+
     @property
     def dtype(self) -> torch.dtype:
         named = getattr(self.module, "compute_dtype", None)
@@ -114,7 +125,7 @@ class Quantized(Opaque):
         return self.storage.device
 
     def key(self) -> tuple[Any, ...]:
-        return tuple((t.data_ptr(), version(t), t.device) for t in self.storage.tensors() if not t.is_meta)
+        return self._key_of(self.storage.tensors())
 
     def dense_rows(self, index: Tensor) -> Tensor:
         W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
