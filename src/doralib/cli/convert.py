@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console
-from .options import Alpha, Component, Overwrite, Variant
+from .options import AllowNonfinite, Alpha, Component, Overwrite, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -32,6 +32,7 @@ def convert_command(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
     variant: Variant = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the nearest LoRA (lora, gguf, --for).")] = None,
@@ -46,7 +47,7 @@ def convert_command(
     from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
 
-    given = Hints(alpha=alpha, component=component)
+    given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
     convert_and_show(
         ConversionRequest(
             adapter,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
 from .console import bars, console
-from .options import Alpha, Base, Batch, Dtype, Model, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -35,6 +35,7 @@ def eval_command(
     ] = None,
     base: Base = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
     batch_size: Batch = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")] = None,
@@ -53,7 +54,7 @@ def eval_command(
     against: Annotated[
         Path | None, typer.Option(help="Another model's answer file: judge in pairs, in both orders.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer of MT-Bench.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Of one answer of MT-Bench.")] = 1024,
     yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
 ) -> None:
     """Score a base, adapted or merged model."""
@@ -73,7 +74,7 @@ def eval_command(
             "--yes": yes,
         },
     )
-    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite))
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
-from .options import Alpha, Base, Batch, Dtype, Model, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Seed
 
 
 def generate_command(
@@ -20,8 +20,9 @@ def generate_command(
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the tokenizer's chat template.")] = False,
     base: Base = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="The longest answer.")] = 128,
     system: Annotated[str, typer.Option(help="What a model is told before a chat.")] = "",
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -59,7 +60,9 @@ def generate_command(
     )
     # on the standard output stand answers alone
     print_log(errors)
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    loaded, tokenizer = load_model(
+        model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    )
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     names = load_named_adapters(loaded, adapter or [])

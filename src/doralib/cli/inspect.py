@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import list_some
 from .console import console
-from .options import Alpha, Component
+from .options import AllowNonfinite, Alpha, Component
 
 if TYPE_CHECKING:
     from ..experiments.analyze.movement import Movement
@@ -28,6 +28,7 @@ def inspect_command(
         str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
     ] = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
 ) -> None:
     """Say what is in an adapter.
@@ -36,7 +37,9 @@ def inspect_command(
     """
     from ..formats.base import Hints
 
-    console.print(inspect_adapter(adapter, base, Hints(alpha=alpha, component=component)))
+    console.print(
+        inspect_adapter(adapter, base, Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
+    )
 
 
 def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None" = None) -> Group:

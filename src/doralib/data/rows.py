@@ -16,7 +16,7 @@ from ..errors import DoraError, UsageError
 from ..files import hash_file
 from ..recipe import DataSettings
 from .csv_rows import read_columns
-from .json_rows import ParseColumns, find_type, split_columns
+from .json_rows import ParseColumns, find_type, parse_json, split_columns
 from .sources import READERS, check_file, find_ending, open_text
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -181,13 +181,15 @@ def _bad_line(text: str, *, lines: bool) -> str:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             if lines and not isinstance(found, dict):
                 return f"line {number} is no object with columns, {{...}}, but {line.strip():.40}"
         except json.JSONDecodeError as error:
             where = number if lines else error.lineno
             end = "; the file ends there, so it may be cut short" if where >= len(there) else ""
             return f"line {where} is not JSON: {error.msg}{end}"
+        except ValueError as error:
+            return f"line {number}: {error}"
     return ""
 
 
