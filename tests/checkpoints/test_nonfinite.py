@@ -84,7 +84,7 @@ def test_of_an_adapter(place, run, value):
     verbs = [
         ["merge", "adapter", "--base", "sound", "--out", "out"],
         ["convert", "adapter", "--to", "mlx", "--out", "mlx"],
-        ["convert", "adapter", "--to", "lora", "--base", "sound", "--out", "lora"],
+        ["convert", "adapter", "--to", "lora", "--rank", "4", "--base", "sound", "--out", "lora"],
         ["inspect", "adapter"],
         ["generate", "adapter", "--base", "sound", "--prompt", "a", "--max-new-tokens", "2"],
     ]
