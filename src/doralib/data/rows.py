@@ -17,6 +17,7 @@ from ..files import hash_file
 from ..recipe import DataSettings
 from .csv_rows import read_columns
 from .json_rows import ParseColumns, find_type, parse_json, split_columns
+from .large_rows import LARGE, read_large_rows
 from .sources import READERS, check_file, find_ending, open_text
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -117,6 +118,9 @@ def _read_file(path: Path, setting: str, split: str) -> datasets.Dataset:
     kind, where = READERS[find_ending(path)], f"{setting}: {path}"
     if kind == "parquet":
         return _read_parquet(path, where)
+    by_lines = kind == "json" and find_ending(path) != ".json"
+    if by_lines and path.stat().st_size > LARGE and (rows := read_large_rows(path, setting)) is not None:
+        return rows
     with open_text(path, setting) as file:
         if kind == "json":
             return _read_json(file.read(), path, where, split)
