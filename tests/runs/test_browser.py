@@ -21,7 +21,7 @@ PAYLOADS = [
     f'<img src="x" onerror="{MARK}">',
     f'"><svg onload="{MARK}">',
     f"</style><script>{MARK}</script>",
-    f'<a href="javascript:{MARK}">x</a><iframe srcdoc="<script>parent.document.title=\'RAN\'</script>"></iframe>',
+    f'<a href="javascript:{MARK}">x</a><iframe srcdoc="<script>parent.{MARK}</script>"></iframe>',
     f"' autofocus onfocus={MARK} x='",
 ]
 
