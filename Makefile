@@ -69,9 +69,9 @@ tables: $(STAMP)
 models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/models/sweep.py
 
-# the schemas that editors read, from the code
+# the schemas that editors read, from the code: in the wheel and in the docs
 schemas: $(STAMP)
-	$(BIN)/python -c "from pathlib import Path; from doralib.files import write_json; from doralib.training import schema; write_json(Path('docs/recipe.schema.json'), schema.recipe_schema()); write_json(Path('docs/task.schema.json'), schema.task_schema())"
+	$(BIN)/python -c "from doralib.training.schema import write_schemas; write_schemas('src/doralib/schemas', 'docs')"
 
 # the site, in site/index.html; its tools have an environment of their own, which needs no torch
 docs: $(DOCS_STAMP)

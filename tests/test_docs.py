@@ -86,7 +86,7 @@ def test_readmes_recipe_and_commands_run(run, hub, tmp_path, monkeypatch):
     Path("reviews.yaml").write_text(recipe)
     Path("reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in REVIEWS))
     typed = [line for line in commands(README) if line.startswith("doralib ")]
-    assert [line.split()[1] for line in typed] == ["train", "generate", "merge"]
+    assert [line.split()[1] for line in typed] == ["check", "train", "generate", "merge"]
     for line in typed:
         words = [word.strip("$'") for word in re.findall(r"\$'[^']*'|\S+", line)[1:]]
         fewer = {"train": ["training.max_steps=2"], "generate": ["--max-new-tokens", "2"]}
@@ -150,8 +150,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_is_on_its_page(verb):
-    page = DOCS / f"{ {'convert': 'formats', 'targets': 'inspect'}.get(verb, verb) }.md"
-    told = set(re.findall(r"--[a-z][a-z-]*", page.read_text()))
+    page = DOCS / f"{ {'convert': 'formats', 'targets': 'inspect', 'init': 'check'}.get(verb, verb) }.md"
+    # those of all verbs have a page of their own
+    told = set(re.findall(r"--[a-z][a-z-]*", page.read_text() + (DOCS / "cli.md").read_text()))
     options = {name for option in VERBS[verb].params for name in option.opts if name.startswith("--")}
     assert options - told - {"--help"} == set()
 

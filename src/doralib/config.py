@@ -5,13 +5,16 @@ PEFT's field names wherever PEFT has the field, so nobody learns a second vocabu
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import UsageError, did_you_mean
+from .peft_settings import translate
 from .validation import explain
 
 _MOST = 1e6
@@ -31,6 +34,9 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
+_FIELDS = "Fields, with their defaults:"
+
+
 class _CheckedMeta(ModelMetaclass):
     """Turns pydantic's report into ours, once, at the outermost value being made."""
 
@@ -41,6 +47,16 @@ class _CheckedMeta(ModelMetaclass):
             raise UsageError(explain(cls, error)) from None  # type: ignore[arg-type]
 
 
+def _tell_default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    return "needed" if field.is_required() else "null" if default is None else str(default)
+
+
+def _shorten(schema: dict[str, Any]) -> None:
+    """A JSON schema says by itself what its fields are."""
+    schema["description"] = schema.get("description", "").partition(_FIELDS)[0].rstrip()
+
+
 class Checked(BaseModel, metaclass=_CheckedMeta):
     """A frozen group of settings.
 
@@ -49,8 +65,27 @@ class Checked(BaseModel, metaclass=_CheckedMeta):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        json_schema_extra=_shorten,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Let `help` explain every field, which pydantic keeps to itself."""
+        told = [
+            textwrap.fill(
+                f"{name} ({_tell_default(field)}): {' '.join((field.description or '').split())}",
+                width=100,
+                initial_indent="    ",
+                subsequent_indent="        ",
+            )
+            for name, field in cls.model_fields.items()
+        ]
+        cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", _FIELDS, *told])
 
 
 class FusedParts(Checked):
@@ -146,6 +181,30 @@ class DoraConfig(Checked):
     """Learning rate of B over that of A in linear layers and convolutions (LoRA+, arXiv 2402.12354)."""
     loraplus_lr_embedding: Annotated[float, Field(gt=0, le=_MOST)] | None = None
     """Learning rate of an embedding's A and B; null: as A's of the other layers."""
+
+    @classmethod
+    def from_peft(cls, config: Any) -> Self:
+        """The same of PEFT's LoraConfig or VeraConfig, or of the mapping that its `to_dict` gives.
+
+        Dropout is as in PEFT (`dropout_mode="exact"`), and without `use_dora` the method is lora.
+
+        Raises:
+            UsageError: naming every field that is set and cannot be meant here.
+        """
+        return cls(**translate(config if isinstance(config, Mapping) else config.to_dict()))
+
+    @classmethod
+    def of(cls, given: "DoraConfig | Mapping[str, Any] | Any") -> "DoraConfig":
+        """The settings in any of their forms: these, a mapping of their fields, or PEFT's."""
+        if isinstance(given, DoraConfig):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_peft(given) if "peft_type" in given else cls(**given)
+        if hasattr(given, "peft_type") and hasattr(given, "to_dict"):
+            return cls.from_peft(given)
+        raise UsageError(
+            f"config is a {type(given).__name__}; give a DoraConfig, a mapping of its fields, or PEFT's LoraConfig"
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,18 +3,19 @@
 import codecs
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from .disk import format_bytes, replacing, sync, work_folder
 from .documents import decode_json, decode_yaml
 from .errors import DoraError, UsageError, did_you_mean, list_some
 from .process import ON_WINDOWS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KINDS: dict[type[Any], str] = {
     dict: "an object, {...}",
@@ -32,6 +33,14 @@ def hash_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """The SHA-256 of some texts in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()
 
 
 def list_folder(folder: Path) -> str:
@@ -125,13 +134,15 @@ def write_json(path: str | Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path) -> "dict[str, Tensor]":
     """The tensors of one safetensors file, on the CPU, in the stored dtypes.
 
     Raises:
         UsageError: if there is no such file.
         DoraError: if it is truncated or not safetensors.
     """
+    import safetensors.torch  # noqa: PLC0415  whoever reads YAML alone pays no seconds for torch
+
     path = find_file(path)
     try:
         # tensors are mapped from the file, and Windows lets nobody replace a file that is
@@ -152,8 +163,10 @@ def explain_git_lfs(path: Path) -> str:
     return f"{path} is a git-lfs pointer, not the weights; fetch them with: git lfs pull" if found else ""
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, whole or not at all; tensors that share memory are written apart."""
+    import safetensors.torch  # noqa: PLC0415  as above
+
     seen: set[int] = set()
     ready = {}
     for name, tensor in tensors.items():

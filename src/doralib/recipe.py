@@ -33,15 +33,35 @@ class ModelSettings(Checked):
     """Tokens to add to the vocabulary; their rows of the embedding, and of the head, are trained beside the adapter."""
 
 
+class DataSource(Checked):
+    """One of several sets of rows to train on."""
+
+    path: str
+    """As data.train: a file, a folder, a pattern or a hub name."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often an epoch shows each row: 2 is twice, 0.5 shows half of the rows, drawn by the seed."""
+    split: str | None = None
+    """null: as data.split."""
+    style: str | None = None
+    """null: the group's; a set that has any of style, prompt, target and messages takes none of them from the group."""
+    prompt: str | None = None
+    """As data.prompt."""
+    target: str | None = None
+    """As data.target."""
+    messages: str | None = None
+    """As data.messages."""
+
+
 class DataSettings(Checked):
     """Which rows, how they become prompts and targets, and what counts in the loss."""
 
-    train: str
-    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, or a hub name (`name`, `name:config`)."""
+    train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
+    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
+    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv]."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """A file or hub name, or a fraction taken out of train."""
+    """A file, folder, pattern or hub name, or a fraction taken out of each set of train."""
     validation_split: str = "validation"
     """The split, where validation is a hub data set."""
     style: str = "auto"
@@ -62,9 +82,27 @@ class DataSettings(Checked):
     """skip: leave the row out; truncate: keep its first max_length tokens; split: make several rows of it; each is
     counted and shown. null: split with style text, skip elsewhere."""
     limit: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Only the first rows of train."""
+    """Only the first rows of each set of train."""
+    documents: Literal["line", "paragraph", "file"] | None = None
+    """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
+    it has blank lines, else a line."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+
+    def sources(self) -> list[DataSource]:
+        """The sets of rows to train on, one where `train` is a name."""
+        given = (self.train,) if isinstance(self.train, str) else self.train
+        return [DataSource(path=each) if isinstance(each, str) else each for each in given]
+
+    def of_source(self, source: DataSource) -> Self:
+        """The settings that hold for one set of rows alone; its path is `train`."""
+        own = {name: getattr(source, name) for name in ("style", "prompt", "target", "messages")}
+        if any(own.values()):
+            defaults = {name: type(self).model_fields[name].default for name in own}
+            own = {name: value or defaults[name] for name, value in own.items()}
+        else:
+            own = {}
+        return self.model_copy(update={**own, "train": source.path, "split": source.split or self.split})
 
 
 class EvalSettings(Checked):

@@ -7,10 +7,11 @@ import pytest
 from talks import CALL, TALK, TOOLS, load_template
 from tokenizer_kinds import make_tokenizer
 
+from doralib.data.columns import check_columns
 from doralib.data.conversations import read_conversation
 from doralib.data.detect import describe_style, find_style, look_at
 from doralib.data.prepare import IGNORED, BadRow
-from doralib.data.prompts import check_columns, render_row
+from doralib.data.prompts import render_row
 from doralib.data.rows import read_dataset
 from doralib.data.tokenize import tokenize_rows
 from doralib.errors import UsageError

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from doralib.data.batches import Collator
+from doralib.data.columns import check_columns
 from doralib.data.prepare import IGNORED
-from doralib.data.prompts import STYLES, check_columns
+from doralib.data.prompts import STYLES
 from doralib.data.rows import RawRows, read_both, read_dataset
 from doralib.data.tokenize import find_samples, tokenize_rows
 from doralib.errors import DoraError, UsageError
@@ -333,8 +334,9 @@ def test_missing_and_odd_files(tmp_path, cache, monkeypatch):
         read_dataset(str(tmp_path / "no" / "train.jsonl"), "data.train")
     with pytest.raises(UsageError, match=r"ends in '.docx'"):
         read_dataset(str(tmp_path / "rows.docx"), "data.train")
-    with pytest.raises(UsageError, match="is a folder"):
-        read_dataset(str(tmp_path), "data.train")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match=r"is a folder without a file of rows; the kinds read are .*csv"):
+        read_dataset(str(tmp_path / "none"), "data.train")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UsageError, match="is empty"):
         read_dataset(str(tmp_path / "empty.jsonl"), "data.train")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from tokenizer_kinds import make_tokenizer
 
-from doralib.data.prompts import check_columns, render_row
+from doralib.data.columns import check_columns
+from doralib.data.prompts import render_row
 from doralib.data.rows import read_dataset
 from doralib.data.templates import columns_in, fill_template
 from doralib.data.tokenize import tokenize_rows
@@ -253,9 +254,9 @@ def test_a_large_file_of_lines_is_read_as_a_small_one(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     small = read_dataset(str(path), "data.train")
-    monkeypatch.setattr("doralib.data.rows.LARGE", 0)
+    monkeypatch.setattr("doralib.data.tables.LARGE", 0)
     monkeypatch.setattr("doralib.data.large_rows._PIECE", 100)
-    monkeypatch.setattr("doralib.data.rows._read_json", lambda *_: pytest.fail("it was read at once"))
+    monkeypatch.setattr("doralib.data.tables._read_json", lambda *_: pytest.fail("it was read at once"))
     for _ in range(2):  # the second time from the file that stands in the cache
         large = read_dataset(str(path), "data.train")
         assert large.column_names == small.column_names
@@ -264,7 +265,7 @@ def test_a_large_file_of_lines_is_read_as_a_small_one(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").rglob("rows.arrow"))) == 1
     assert large.cache_files
     monkeypatch.undo()
-    monkeypatch.setattr("doralib.data.rows.LARGE", 0)
+    monkeypatch.setattr("doralib.data.tables.LARGE", 0)
     for text, why in (('{"a": 1}\n[1]\n', "line 2 is no object"), ('{"a": 1}\n{"a": \n', "line 2 is not JSON")):
         path.write_text(text)
         with pytest.raises(DoraError, match=why):

@@ -8,9 +8,10 @@ from tokenizer_kinds import CHAT, KINDS, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from doralib.data.columns import check_columns
 from doralib.data.encoding import encode
 from doralib.data.prepare import IGNORED
-from doralib.data.prompts import check_columns, render_row
+from doralib.data.prompts import render_row
 from doralib.data.tokenize import tokenize_rows
 from doralib.errors import DoraError
 from doralib.recipe import DataSettings

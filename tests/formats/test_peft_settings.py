@@ -19,7 +19,7 @@ from doralib.formats import tensorrt
 from doralib.formats.base import Hints, RawAdapter
 from doralib.formats.files import read_any_format
 from doralib.formats.leftovers import remove_leftovers
-from doralib.formats.peft_settings import LORA, VERA
+from doralib.peft_settings import LORA, VERA
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

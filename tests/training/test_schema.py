@@ -10,7 +10,7 @@ from doralib.evaluation.task_file import packaged_tasks
 from doralib.training.recipe_file import packaged_recipes
 from doralib.training.schema import recipe_schema, task_schema
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 
 
 def find_errors(schema, value):
@@ -51,7 +51,8 @@ def test_every_setting_says_what_it_is():
         assert all(each.get("description") for each in definitions[group]["properties"].values())
 
 
+@pytest.mark.parametrize("folder", ["docs", "src/doralib/schemas"])
 @pytest.mark.parametrize(("name", "make"), [("recipe", recipe_schema), ("task", task_schema)])
-def test_docs_have_them_as_they_are(name, make):
+def test_docs_and_wheel_have_them_as_they_are(folder, name, make):
     """`make schemas` writes them."""
-    assert json.loads((DOCS / f"{name}.schema.json").read_text()) == make()
+    assert json.loads((ROOT / folder / f"{name}.schema.json").read_text()) == make()

@@ -1,9 +1,9 @@
 """Put adapters on a model in place, switch them off and on, take them off."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -37,15 +37,19 @@ from .targets import choose, match_modules
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Model:
+def adapt(model: Model, config: DoraConfig | Mapping[str, Any] | Any, adapter_name: str = DEFAULT) -> Model:
     """Wrap the target layers in place and freeze everything else; the model itself is returned.
 
     With method "full" nothing is wrapped: the targets' weights, or all, are set to train.
+
+    Args:
+        config: A DoraConfig, a mapping of its fields, or a LoraConfig or VeraConfig of PEFT (`DoraConfig.from_peft`).
 
     Raises:
         UsageError: if a target is misspelt, tied, already adapted or not linear; all problems at once, and the model
             is left as it was.
     """
+    config = DoraConfig.of(config)
     if find_record(model) is not None:
         raise UsageError(
             "this model is adapted already; doralib.remove(model) takes the adapter off, and "
@@ -62,12 +66,13 @@ def adapt(model: Model, config: DoraConfig, adapter_name: str = DEFAULT) -> Mode
     return model
 
 
-def add_adapter(model: Model, adapter_name: str, config: DoraConfig) -> Model:
+def add_adapter(model: Model, adapter_name: str, config: DoraConfig | Mapping[str, Any] | Any) -> Model:
     """Put a fresh adapter beside those that the model has; `set_adapter` makes it the active one.
 
     Raises:
         UsageError: as `adapt`, and if the name is taken; the model is left as it was.
     """
+    config = DoraConfig.of(config)
     check_beside(model, adapter_name, config)
     found = Scan(model)
     targets = choose_by_config(found, config)

@@ -18,12 +18,10 @@ from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..formats.tensors import make_config
 from .adapter import describe_base
 from .gguf import open_base_folder
-from .load import load_model
 from .lowrank import Approximation, approximate
 from .merge import Ingredient, merge_checkpoint
 from .safetensors import Checkpoint, find_variant
 from .serving import MERGED, Form, choose_form, find_server, make_uniform
-from .verify import compute_logit_error, compute_logits
 
 LORA = "lora"
 TARGETS = (*(name for name, each in FORMATS.items() if each.write), LORA)
@@ -160,6 +158,8 @@ def _write(
     raw = into.write(written.config, written.state, hints)
     out = write_raw_adapter(raw, into, request.out, overwrite=request.overwrite)
     if base and request.texts:
+        from .verify import compute_logit_error  # noqa: PLC0415  all else needs no transformers
+
         want, got = (_read_logits(each, base, request.texts) for each in (adapter, written))
         logits = compute_logit_error(got, want)
     notes = (*form.notes, *adapter.notes, *_describe_losses(written, into), *([into.note] if into.note else []))
@@ -234,6 +234,9 @@ def _approximate(
 
 def _read_logits(adapter: ParsedAdapter, base: Path, texts: tuple[str, ...]) -> Tensor:
     """The logits of the base with this adapter, (positions of all texts, vocabulary)."""
+    from .load import load_model  # noqa: PLC0415  as above
+    from .verify import compute_logits  # noqa: PLC0415
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         write_raw_adapter(RawAdapter(*to_peft(adapter.config, adapter.state)), FORMATS["peft"], Path(folder))
         model, tokenizer = load_model(folder, base=str(base), dtype="float32")

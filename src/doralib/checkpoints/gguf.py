@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
-from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from ..disk import replacing, work_folder
 from ..errors import DoraError, UsageError
 from ..files import find_file
@@ -42,6 +39,8 @@ def expand_gguf(path: Path, out: Path) -> Path:
 
     transformers dequantizes the whole model to float32, so that is what it takes in memory and on the disk.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  no part of the core
+
     where, name = find_file(path).parent, path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype="float32")
@@ -66,6 +65,8 @@ def is_local(name: str) -> bool:
 
 
 def _fetch_from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  no part of the core
+
     try:
         if is_local(name):
             raise FileNotFoundError(name)

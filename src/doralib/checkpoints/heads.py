@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -13,11 +13,10 @@ from ..files import read_json, write_json
 from ..formats.base import SETTINGS_FILE
 from ..formats.files import find_adapter_file, read_raw_adapter
 from ..state import AdapterState
+from .kind import CLASSES, Kind
 
-Kind = Literal["classify", "tokens"]
 LABELS_FILE = "doralib_labels.json"
 TASKS: dict[str, Kind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
-CLASSES: dict[Kind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
 # the last layer of a head, by the modules in which transformers' classes have it
 _LAST = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classifier.out.weight")
 _MODULES = (
@@ -76,12 +75,6 @@ def name_labels(count: int) -> tuple[str, ...]:
 def write_labels(folder: Path, head: Head) -> None:
     """Keep the labels beside an adapter, whose own files have no place for them."""
     write_json(folder / LABELS_FILE, {"labels": list(head.labels), "pad_token_id": head.pad_token_id})
-
-
-def find_kind(config: Mapping[str, Any]) -> Kind | None:
-    """The kind of head that a model's config.json names."""
-    names = config.get("architectures") or []
-    return next((kind for kind, ending in CLASSES.items() if any(name.endswith(ending) for name in names)), None)
 
 
 def take_new_head(

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,7 +38,8 @@ from ..functional import explain_nonfinite, is_finite
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .gguf import is_local
-from .heads import Head, Kind, find_head, find_kind, is_of_head
+from .heads import Head, find_head, is_of_head
+from .kind import find_kind, read_kind
 from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
@@ -45,17 +47,20 @@ log = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_base(settings: ModelSettings) -> Loaded:
+def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """Load a causal language model and its tokenizer, which pads with its end token if it has no other.
 
     The model's own generation ends where the chat template ends an answer, too.
+
+    Args:
+        empty: without weights, on the device `meta`; of the files only configuration and tokenizer are read.
 
     Raises:
         UsageError: if there is nothing of that name, or it is a folder of something else.
         DoraError: if its files are damaged.
     """
     tokenizer = load_tokenizer(settings)
-    model = _load_language_model(settings)
+    model = _make_empty(settings, AutoModelForCausalLM) if empty else _load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
 
@@ -84,25 +89,42 @@ def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], 
     raise UsageError(f"model: {path} {'; it '.join(wrong)}\n  it was loaded as a {loaded}{of}: {fits}")
 
 
-def load_classifier(settings: ModelSettings, head: Head | None = None) -> Loaded:
+def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedModel:
+    """The model without weights, on the device `meta`, with its own settings of generation."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        config = AutoConfig.from_pretrained(where, **options, **more)
+        dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        with torch.device("meta"), _without_loading_report():
+            model: PreTrainedModel = auto.from_config(
+                config, dtype=dtype, attn_implementation=settings.attn_implementation
+            )
+    if model.can_generate() and not options.get("gguf_file"):
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(where, revision=settings.revision)
+    return model
+
+
+def load_classifier(settings: ModelSettings, head: Head | None = None, *, empty: bool = False) -> Loaded:
     """Load a model with a head that classifies, and its tokenizer.
 
     Args:
         head: the head that it gets, where it has none for these labels: the new modules start at random, and
             `find_head_modules` names them. None: the one that it has.
+        empty: as for `load_base`.
 
     Raises:
         UsageError: if there is nothing of that name, or no such model of this type.
         DoraError: if its files are damaged.
     """
     tokenizer = load_tokenizer(settings)
-    model = _load_head(settings, head)
+    model = _load_head(settings, head, empty=empty)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def _load_head(settings: ModelSettings, head: Head | None) -> PreTrainedModel:
+def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = False) -> PreTrainedModel:
     config = load_config(settings)
     kind = find_kind(config.to_dict()) if head is None else head.kind
     more: dict[str, Any] = {}
@@ -110,6 +132,11 @@ def _load_head(settings: ModelSettings, head: Head | None) -> PreTrainedModel:
         labels = dict(enumerate(head.labels))
         more = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
     auto = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+    if empty:
+        model = _make_empty(settings, auto, **more)
+        last = {name for name, _ in model.named_parameters() if is_of_head(name)}
+        model.doralib_new = sorted({name.rpartition(".")[0] for name in last})
+        return model
     with _without_loading_report():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
@@ -201,12 +228,6 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     model, tokenizer = load_base(settings) if read_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
-
-
-def read_kind(path: str) -> Kind | None:
-    """The kind of head that a local model's config.json names; None for language models, and where there is no such."""
-    file = Path(path).expanduser() / "config.json"
-    return find_kind(read_json(file)) if file.is_file() else None
 
 
 def load_own_tokenizer(

@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
-from .console import console
-from .options import Alpha, Component
+from .console import console, print_json
+from .options import Alpha, Component, Json
 
 if TYPE_CHECKING:
     from ..experiments.analyze.measure import WeightMovement
@@ -31,6 +32,7 @@ def analyze_command(
     ] = False,
     alpha: Alpha = None,
     component: Component = None,
+    as_json: Json = False,
 ) -> None:
     """How far lengths and directions of every weight moved.
 
@@ -73,6 +75,11 @@ def analyze_command(
     written = write_analysis(out, found, base)
     console.print(_table(found))
     console.print(f"written: {written[0]}, {written[-1]}, and figures")
+    if as_json:
+        from ..experiments.analyze.correlate import correlate
+
+        correlations = [asdict(each) for each in correlate(found)]
+        print_json({"weights": [asdict(each) for each in found], "correlations": correlations})
 
 
 def _table(movements: "list[WeightMovement]") -> Table:

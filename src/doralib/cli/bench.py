@@ -7,7 +7,8 @@ import typer
 from rich.table import Table as RichTable
 
 from ..errors import UsageError, check_given_once
-from .console import console
+from .console import console, print_json
+from .options import Json
 
 if TYPE_CHECKING:
     from ..experiments.bench.tables import Report, Table
@@ -21,6 +22,7 @@ def bench_command(
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure time and memory.
 
@@ -28,13 +30,22 @@ def bench_command(
     """
     from ..disk import check_writable
     from ..experiments.bench.runner import run_bench
+    from ..files import read_json
 
     if bare := [option for option in options or [] if "=" not in option]:
         raise UsageError(f"bench: options are KEY=VALUE, got {', '.join(bare)}")
     check_given_once(options or [])
     check_writable(out, "--out", folder=True)
     settings = dict(option.split("=", 1) for option in options or [])
-    run_bench(name, out, quick=quick, done=lambda report: _show(report, out), **settings)
+    reports: list[Report] = []
+
+    def show(report: "Report") -> None:
+        reports.append(report)
+        _show(report, out)
+
+    run_bench(name, out, quick=quick, done=show, **settings)
+    if as_json:
+        print_json({report.name: read_json(out / f"{report.name}.json") for report in reports})
 
 
 def _show(report: "Report", out: Path) -> None:

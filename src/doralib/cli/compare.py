@@ -1,6 +1,7 @@
 """`doralib compare`."""
 
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
-from .console import console
+from .console import console, print_json
+from .options import Json
 
 if TYPE_CHECKING:
     from ..experiments.compare.study import Comparison
@@ -38,6 +40,7 @@ def compare_command(
     commands: Annotated[
         bool, typer.Option("--commands", help="Write the recipes and print the commands; run nothing.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """The same job by several methods, ranks, rates and seeds.
 
@@ -93,6 +96,8 @@ def compare_command(
     written = write_comparison(comparison)
     _show(comparison)
     console.print(f"written: {', '.join(str(path) for path in written[:2])}, and figures")
+    if as_json:
+        print_json(_describe(comparison))
 
 
 def _show(comparison: "Comparison") -> None:
@@ -103,6 +108,16 @@ def _show(comparison: "Comparison") -> None:
     differences = compare_methods(comparison)
     if differences:
         console.print(_table("differences on the same rows", *difference_rows(comparison, differences)))
+
+
+def _describe(comparison: "Comparison") -> dict[str, Any]:
+    from ..experiments.compare.table import compare_methods, summarize
+
+    return {
+        "base": {name: result.to_json() for name, result in comparison.base.items()},
+        "cells": [asdict(each) for each in summarize(comparison)],
+        "differences": [asdict(each) for each in compare_methods(comparison)],
+    }
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:

@@ -1,11 +1,14 @@
-"""The terminal: where messages for a person go, and bars where they can move."""
+"""The terminal: where messages for a person go, how many of them, and bars where they can move."""
 
+import json
 import logging
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -61,7 +64,8 @@ class ConsoleHandler(logging.Handler):
 def print_log(where: Console = console) -> None:
     """From now on print what the library logs, or print it elsewhere than before."""
     logger = logging.getLogger("doralib")
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     handlers = [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]
     if not handlers:
         handlers = [ConsoleHandler()]
@@ -69,10 +73,33 @@ def print_log(where: Console = console) -> None:
     handlers[0].where = where
 
 
+def set_volume(*, quiet: bool = False, verbose: bool = False, aside: bool = False) -> None:
+    """Print warnings alone, or what is for developers too; aside: all of it on the standard error."""
+    console.stderr = aside
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("doralib").setLevel(level)
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, for another program."""
+    print(json.dumps(_without_nan(value), indent=2, default=str))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
 def bars() -> Iterator[Tick | None]:
     """What draws a bar for each thing that is under way; None where no bar can move, in a file or a pipe."""
-    if not console.is_terminal:
+    if not console.is_terminal or not logging.getLogger("doralib").isEnabledFor(logging.INFO):
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))

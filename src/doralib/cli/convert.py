@@ -1,5 +1,6 @@
 """`doralib convert`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,8 +8,8 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from .console import console
-from .options import AllowNonfinite, Alpha, Component, Overwrite, Variant
+from .console import console, print_json
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -38,17 +39,22 @@ def convert_command(
     rank: Annotated[int | None, typer.Option(min=1, help="Of the nearest LoRA (lora, gguf, --for).")] = None,
     texts: Annotated[bool, typer.Option("--texts", help="With --to lora: compare logits on text too.")] = False,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write an adapter in another format.
 
     Any known format as any other, as the nearest plain LoRA, or in the form that a server takes.
     """
     from ..checkpoints.convert import ConversionRequest
-    from ..checkpoints.verify import TEXTS
     from ..formats.base import Hints
 
+    shown: tuple[str, ...] = ()
+    if texts:
+        from ..checkpoints.verify import TEXTS
+
+        shown = TEXTS
     given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
-    convert_and_show(
+    done = convert_and_show(
         ConversionRequest(
             adapter,
             to,
@@ -57,12 +63,14 @@ def convert_command(
             base,
             given,
             rank,
-            tuple(TEXTS) if texts else (),
+            shown,
             overwrite,
             server,
             variant,
         )
     )
+    if as_json:
+        print_json(asdict(done))
 
 
 def convert_and_show(request: "ConversionRequest") -> "Conversion":

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
-from .console import bars, console
-from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Seed
+from .console import bars, console, print_json
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -56,6 +56,7 @@ def eval_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Of one answer of MT-Bench.")] = 1024,
     yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score a base, adapted or merged model."""
     from ..checkpoints.load import load_model
@@ -85,7 +86,9 @@ def eval_command(
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
     if harness is not None:
-        _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        results = _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        if as_json:
+            print_json({name: result.to_json() for name, result in results.items()})
         return
     if resume and out is None:
         raise UsageError("--resume needs --out, the file that has the results so far")
@@ -99,6 +102,8 @@ def eval_command(
         console.print(wrong_answers(name, result))
     if out is not None:
         console.print(f"written: {out}")
+    if as_json:
+        print_json({name: result.to_json() for name, result in results.items()})
 
 
 def _check_together(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> None:
@@ -125,7 +130,7 @@ def _run_harness(
     batch_size: int,
     limit: int | None,
     seed: int,
-) -> None:
+) -> "dict[str, TaskResult]":
     from ..disk import check_writable
     from ..evaluation.harness import run_harness
     from ..files import write_json
@@ -138,6 +143,7 @@ def _run_harness(
     if out is not None:
         write_json(out, {"model": name, "after": {task: result.to_json() for task, result in results.items()}})
         console.print(f"written: {out}")
+    return results
 
 
 def _score(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Group
@@ -13,8 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import list_some
-from .console import console
-from .options import AllowNonfinite, Alpha, Component
+from .console import console, print_json
+from .options import AllowNonfinite, Alpha, Component, Json
 
 if TYPE_CHECKING:
     from ..experiments.analyze.movement import Movement
@@ -30,6 +30,7 @@ def inspect_command(
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
+    as_json: Json = False,
 ) -> None:
     """Say what is in an adapter.
 
@@ -37,9 +38,22 @@ def inspect_command(
     """
     from ..formats.base import Hints
 
-    console.print(
-        inspect_adapter(adapter, base, Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
-    )
+    given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
+    found = read_inspected(adapter, base, given)
+    if as_json:
+        print_json(describe_inspected(found))
+    else:
+        console.print(show_inspected(found))
+
+
+class Inspected(NamedTuple):
+    """What an adapter's files say, and how far it moved from a base."""
+
+    adapter: Path
+    form: str
+    found: "ParsedAdapter"
+    notes: tuple[str, ...]
+    moved: "dict[str, Movement]"
 
 
 def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None" = None) -> Group:
@@ -52,6 +66,11 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None
         UsageError: if there is no adapter or no base of that name.
         DoraError: if a file is damaged or the adapter is not of this base.
     """
+    return show_inspected(read_inspected(adapter, base, given))
+
+
+def read_inspected(adapter: Path, base: str | None = None, given: "Hints | None" = None) -> Inspected:
+    """What `inspect_adapter` shows; raises as it does."""
     from ..checkpoints.adapter import check_one_model, describe_base, find_other_base, read_for_base
     from ..checkpoints.gguf import open_base_folder
     from ..checkpoints.safetensors import Checkpoint
@@ -71,6 +90,41 @@ def inspect_adapter(adapter: Path, base: str | None = None, given: "Hints | None
         form, found = read_for_base(adapter, given or Hints(), known)
         moved = movements(found.state, checkpoint) if checkpoint else {}
     notes = (*found.notes, *(find_other_base(found.state.base_model, base) if base else ()))
+    return Inspected(adapter, form, found, notes, moved)
+
+
+def describe_inspected(seen: Inspected) -> dict[str, Any]:
+    """The same as plain values: the adapter's settings, and a mapping for each layer."""
+    from ..experiments.analyze.movement import change_norm
+
+    state, config = seen.found.state, seen.found.config
+    layers = [
+        {
+            "name": name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "r": layer.rank,
+            "scale": layer.scale,
+            "change_norm": change_norm(layer),
+            "magnitude": None if layer.m_O is None else [layer.m_O.min().item(), layer.m_O.max().item()],
+            **({} if name not in seen.moved else seen.moved[name]._asdict()),
+        }
+        for name, layer in state.layers.items()
+    ]
+    return {
+        "adapter": str(seen.adapter),
+        "format": seen.form,
+        "base": state.base_model,
+        "config": config.model_dump(mode="json"),
+        "whole": list(state.extra),
+        "notes": list(seen.notes),
+        "layers": layers,
+    }
+
+
+def show_inspected(seen: Inspected) -> Group:
+    """The same for the terminal."""
+    adapter, form, found, notes, moved = seen
     state = found.state
     # in a narrow terminal names and numbers go on in a second line; none is cut
     table = Table(Column("layer", overflow="fold", min_width=8), pad_edge=False)

@@ -5,7 +5,10 @@ What a verb needs is imported when it runs, so help needs no torch.
 
 import logging
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
+from textwrap import dedent, indent
 from typing import Annotated, Any
 
 import typer
@@ -14,23 +17,25 @@ from .. import __version__
 from ..errors import DoraError, Note
 from .analyze import analyze_command
 from .bench import bench_command
+from .check import check_command
 from .compare import compare_command
-from .console import print_log, show_controls
+from .console import print_log, set_volume, show_controls
 from .convert import convert_command
 from .data import data_command
 from .demo import demo_command
 from .eval import eval_command
 from .generate import generate_command
+from .init import init_command
 from .inspect import inspect_command
 from .merge import merge_command
-from .options import VerifyingCommand
+from .options import Verb, VerifyingCommand, with_volume
 from .recipes import recipes_command
 from .targets import targets_command
 from .train import train_command
 
 _FIRST = """
 To begin: `doralib demo` does everything once, on a small model and real data (minutes on 2 cores). For your own data
-write a recipe (`doralib train --settings` lists what may stand in it) and run `doralib train RECIPE`.
+`doralib init DATA` writes a recipe, `doralib check RECIPE` shows what it would do, and `doralib train RECIPE` does it.
 """
 
 app = typer.Typer(
@@ -38,7 +43,6 @@ app = typer.Typer(
     help="DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file.",
     epilog=_FIRST,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,19 +67,93 @@ def _main(
     """DoRA fine-tuning: LoRA's cost, exact numbers, every adapter file."""
 
 
-app.command("train")(train_command)
-app.command("data")(data_command)
-app.command("eval")(eval_command)
-app.command("generate")(generate_command)
-app.command("merge", cls=VerifyingCommand)(merge_command)
-app.command("convert")(convert_command)
-app.command("inspect")(inspect_command)
-app.command("targets")(targets_command)
-app.command("analyze")(analyze_command)
-app.command("compare")(compare_command)
-app.command("recipes")(recipes_command)
-app.command("bench")(bench_command)
-app.command("demo")(demo_command)
+_VERBS: dict[str, tuple[Callable[..., None], str]] = {
+    "train": (
+        train_command,
+        """
+        doralib train recipe.yaml
+        doralib train recipe.yaml adapter.r=32 'data.target= {label}' out=runs/r32
+        doralib train recipe.yaml --resume
+        """,
+    ),
+    "check": (
+        check_command,
+        """
+        doralib check recipe.yaml
+        doralib check chat data.train=talks.jsonl out=runs/talks --json
+        """,
+    ),
+    "init": (
+        init_command,
+        """
+        doralib init
+        doralib init reviews.csv --out reviews.yaml
+        """,
+    ),
+    "data": (
+        data_command,
+        """
+        doralib data recipe.yaml --rows 10
+        doralib data recipe.yaml data.packing=true --out rows.html
+        """,
+    ),
+    "eval": (
+        eval_command,
+        """
+        doralib eval runs/reviews --tasks sentiment.yaml
+        doralib eval HuggingFaceTB/SmolLM2-135M --tasks boolq,piqa --limit 100 --json
+        """,
+    ),
+    "generate": (
+        generate_command,
+        """
+        doralib generate runs/reviews --prompt 'Review: A gem.'
+        doralib generate runs/talks
+        """,
+    ),
+    "merge": (merge_command, "doralib merge runs/reviews --out merged --verify"),
+    "convert": (convert_command, "doralib convert runs/reviews --to mlx --out adapter-mlx"),
+    "inspect": (
+        inspect_command,
+        """
+        doralib inspect runs/reviews
+        doralib inspect adapter.safetensors --base models/base --json
+        """,
+    ),
+    "targets": (targets_command, "doralib targets HuggingFaceTB/SmolLM2-135M"),
+    "analyze": (analyze_command, "doralib analyze models/base runs/reviews --out movement"),
+    "compare": (compare_command, "doralib compare recipe.yaml --methods lora,dora --seeds 0,1,2 --out runs/compare"),
+    "recipes": (
+        recipes_command,
+        """
+        doralib recipes
+        doralib recipes chat > chat.yaml
+        """,
+    ),
+    "bench": (bench_command, "doralib bench step rounds=3 layers=4"),
+    "demo": (demo_command, "doralib demo --method dora"),
+}
+"""The verbs in the order of the help, each with examples."""
+
+
+def _add(name: str, command: Callable[..., None], examples: str) -> None:
+    # the mark keeps lines as they are
+    shown = "\b\nExamples:\n" + indent(dedent(examples).strip(), "  ")
+    app.command(name, cls=VerifyingCommand if name == "merge" else Verb, epilog=shown)(with_volume(command))
+
+
+for _name, (_command, _examples) in _VERBS.items():
+    _add(_name, _command, _examples)
+
+_EXTRAS = {
+    **dict.fromkeys(("transformers", "accelerate", "datasets", "pyarrow", "jinja2", "gguf", "pandas"), "train"),
+    **dict.fromkeys(("prompt_toolkit", "requests", "tensorboard", "tokenizers", "huggingface_hub"), "train"),
+    **dict.fromkeys(("scipy", "optuna"), "compare"),
+    "matplotlib": "plots",
+    "lm_eval": "eval",
+    "bitsandbytes": "quant",
+}
+"""The extra that brings a package."""
 
 _python_format = warnings.formatwarning
 
@@ -93,10 +171,19 @@ def _explain(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}; is the path right, and may you write there?"
 
 
+def _explain_missing(error: ModuleNotFoundError) -> str:
+    """What to install; empty if it is none of the packages of our extras."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return ""
+    return f"this needs {package}, which is not installed: pip install 'doralib[{_EXTRAS[package]}]'"
+
+
 def main() -> None:
     """Run one command; a user's mistake is one message, not a traceback."""
     warnings.formatwarning = _format_warning
     print_log()
+    set_volume()
     # what transformers plans to rename is no news for the user of a command
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     for name in _TALKATIVE:
@@ -104,8 +191,15 @@ def main() -> None:
     try:
         app(prog_name="doralib", standalone_mode=True)
     except DoraError as error:
+        if logging.getLogger("doralib").isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
         print(f"doralib: {show_controls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        if not (told := _explain_missing(error)):
+            raise
+        print(f"doralib: {told}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("doralib: stopped", file=sys.stderr)
         sys.exit(130)

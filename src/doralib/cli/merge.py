@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,8 @@ import typer
 from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
-from .console import console
-from .options import AllowNonfinite, Alpha, Component, Overwrite, Variant, VerifyingCommand
+from .console import console, print_json
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -37,13 +37,14 @@ def merge_command(
         typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Merge adapters into a checkpoint."""
     from ..checkpoints.merge import Ingredient
     from ..formats.base import Hints
 
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
-    merge_and_show(
+    summary = merge_and_show(
         with_weights(adapters, weight or [], each),
         base,
         out,
@@ -53,6 +54,8 @@ def merge_command(
         overwrite=overwrite,
         variant=variant,
     )
+    if as_json:
+        print_json(asdict(summary))
 
 
 def merge_and_show(
@@ -79,7 +82,6 @@ def merge_and_show(
     from ..checkpoints.merge import check_out, merge_checkpoint
     from ..checkpoints.replay import verify_bits
     from ..checkpoints.safetensors import find_variant
-    from ..checkpoints.verify import verify_merge
     from ..disk import replacing
 
     if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
@@ -110,6 +112,8 @@ def merge_and_show(
             if not replay.passed:
                 raise DoraError(f"it is not bit for bit what base and adapters make; {out} was not written")
         if "logits" in verify:
+            from ..checkpoints.verify import verify_merge
+
             check = verify_merge(part, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:

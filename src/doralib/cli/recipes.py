@@ -7,7 +7,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
-from .console import console
+from .console import console, print_json
+from .options import Json
 
 if TYPE_CHECKING:
     from ..families import Variant
@@ -17,6 +18,7 @@ def recipes_command(
     name: Annotated[
         str | None, typer.Argument(help="A recipe, to print its YAML; or how names begin, to list those alone.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the packaged recipes, or print one.
 
@@ -25,6 +27,9 @@ def recipes_command(
     from ..training.recipe_file import packaged_recipes
 
     known = packaged_recipes()
+    if name in known and as_json:
+        print_json(dict(known[name].values))
+        return
     if name in known:
         # as it is: rich would break its lines
         print(recipe_text(known[name]), end="")
@@ -32,6 +37,9 @@ def recipes_command(
     chosen = [recipe for recipe in known.values() if recipe.name.startswith(name or "")]
     if not chosen:
         raise UsageError(f"there is no recipe {name!r}{did_you_mean(str(name), known)}; `doralib recipes` lists them")
+    if as_json:
+        print_json([{"name": each.name, "about": _tell(each), "published": each.published} for each in chosen])
+        return
     console.print(_table(chosen))
 
 
@@ -52,9 +60,12 @@ def recipe_text(recipe: "Variant") -> str:
 def _table(recipes: list["Variant"]) -> Table:
     table = Table("Recipe", "What it is", Column("Published", justify="right"))
     for recipe in recipes:
-        about = recipe.reproduces or next(iter(recipe.notes), "")
-        table.add_row(*map(Text, (recipe.name, about, _published_text(recipe))))
+        table.add_row(*map(Text, (recipe.name, _tell(recipe), _published_text(recipe))))
     return table
+
+
+def _tell(recipe: "Variant") -> str:
+    return recipe.reproduces or next(iter(recipe.notes), "")
 
 
 def _published_text(recipe: "Variant") -> str:

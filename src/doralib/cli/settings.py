@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import TrainingArguments
 
 from ..recipe import Recipe
-from ..training.arguments import DEFAULTS, EXTRA
+from ..training.fields import DEFAULTS, EXTRA
 
 Line = tuple[str, str, str]
 _OFTEN_SET = {

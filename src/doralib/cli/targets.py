@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from .console import console
+from .console import console, print_json
+from .options import Json
 
 
 def targets_command(
@@ -16,8 +17,12 @@ def targets_command(
     probe: Annotated[
         bool, typer.Option("--probe", help="Run a few tokens and name the layers that would be adapted in vain.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the layers that can be adapted."""
+    if as_json:
+        print_json(describe_layers(model))
+        return
     for part in list_targets(model, every=every, probe=probe):
         console.print(part, soft_wrap=isinstance(part, str))
 
@@ -29,6 +34,32 @@ def list_targets(model: str, *, every: bool = False, probe: bool = False) -> lis
 
     loaded, _ = load_base(ModelSettings(path=model))
     return [_make_table(loaded, title=model, every=every), *(_probe(loaded) if probe else [])]
+
+
+def describe_layers(model: str) -> list[dict[str, Any]]:
+    """Each layer, and stack of experts, that can be adapted: name, shape, and numbers that rank 16 would train."""
+    from ..adapters.scan import Scan
+    from ..checkpoints.load import load_base
+    from ..recipe import ModelSettings
+
+    found = Scan(load_base(ModelSettings(path=model))[0])
+    passed_by = {name for name, each in found.bypassed.items() if each.always}
+    layers = [
+        {
+            "name": name,
+            "shape": list(shape),
+            "parameters_at_r16": _count(shape),
+            "adaptable": name not in found.tied() and name not in passed_by,
+        }
+        for name, shape in found.shapes.items()
+    ]
+    stacks = [{"name": name, "shape": list(stack.shape), "stack": True} for name, stack in found.stacks.items()]
+    return [*layers, *stacks]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    """Numbers in A, B and m of a layer at rank 16."""
+    return 16 * (shape[0] + math.prod(shape[1:])) + shape[0]
 
 
 def _probe(loaded: Any) -> list[str]:
@@ -58,7 +89,7 @@ def _make_table(loaded: Any, *, title: str, every: bool) -> Table:
         table.add_column(heading, overflow="fold")
     shared, passed_by = found.tied(), {name for name, each in found.bypassed.items() if each.always}
     for (kind, shape), names in kinds.items():
-        cost = len(names) * (16 * (shape[0] + math.prod(shape[1:])) + shape[0])
+        cost = len(names) * _count(shape)
         example = () if every else (names[0],)
         told = "none: tied to another" if shared.issuperset(names) else f"{cost:,}"
         told = "none: read without a call" if passed_by.issuperset(names) else told

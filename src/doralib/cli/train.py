@@ -1,12 +1,13 @@
 """`doralib train`."""
 
-import json
 from typing import Annotated
 
 import typer
 
 from ..errors import check_given_once
-from .console import bars, console
+from .console import bars, console, print_json
+from .options import Json
+from .recipe import Changes, Name, read_checked
 
 
 def _show_settings(wanted: bool) -> None:
@@ -19,20 +20,21 @@ def _show_settings(wanted: bool) -> None:
 
 def _show_schema(wanted: bool) -> None:
     if wanted:
-        from ..training.schema import recipe_schema
+        from .init import SCHEMA
 
-        print(json.dumps(recipe_schema(), indent=2))
+        print(SCHEMA.read_text(encoding="utf-8"), end="")
         raise typer.Exit
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe (`doralib recipes`).")],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")
-    ] = None,
+    recipe: Name,
+    changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run that stands there; start again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do what `doralib check` does, with these options, and stop.")
     ] = False,
     _settings: Annotated[
         bool,
@@ -47,15 +49,27 @@ def train_command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the complete recipe as YAML, checked, and stop.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
-    from ..training import job
-    from ..training.recipe_file import read_recipe
-
-    check_given_once(changes or [])
-    chosen = read_recipe(recipe, changes or [])
     if print_config:
-        print(chosen.to_yaml(), end="")
+        from ..training.recipe_file import read_recipe
+
+        check_given_once(changes or [])
+        print(read_recipe(recipe, changes or []).to_yaml(), end="")
         return
+    chosen = read_checked(recipe, changes)
+    if dry_run:
+        from .check import check_and_show
+
+        check_and_show(chosen, resume=resume, overwrite=overwrite, must_be_free=True, as_json=as_json)
+        return
+    from ..training import job
+
     with bars() as tick:
-        job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+        run = job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+    if as_json:
+        from ..files import read_json
+
+        found = {name: run / f"{name}.json" for name in ("summary", "results")}
+        print_json({"run": str(run), **{name: read_json(file) for name, file in found.items() if file.is_file()}})

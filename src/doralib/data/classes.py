@@ -6,34 +6,13 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import DoraError, UsageError, did_you_mean, list_some
+from ..errors import DoraError, UsageError, list_some
 from ..recipe import DataSettings
-from .prepare import IGNORED, BadRow, PreparedRows, Row, RowReport
+from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport
 from .rows import RawRows
 from .templates import columns_in, fill_template, value_text
 
 _MOST_LABELS = 1000
-
-
-def check_label_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
-    """Check that the columns of texts and labels are named and there.
-
-    Raises:
-        UsageError: with everything that is missing.
-    """
-    problems = [
-        f"data.{name}: a classifier needs it, the column of {what}"
-        for name, what in (("prompt", "texts, or a template"), ("target", "labels"))
-        if not getattr(settings, name)
-    ]
-    for name in ("prompt", "target"):
-        problems += [
-            f"data.{name}: {source} has no column {column!r}{did_you_mean(column, columns)}"
-            for column in columns_in(getattr(settings, name) or "", f"data.{name}")
-            if column not in columns
-        ]
-    if problems:
-        raise UsageError("\n".join([*problems, f"columns of {source}: {', '.join(columns)}"]))
 
 
 def find_labels(rows: RawRows, settings: DataSettings, *, by_word: bool) -> tuple[str, ...]:
@@ -128,7 +107,7 @@ def read_words(row: Row, settings: DataSettings) -> list[str]:
 
 def label_texts(
     rows: datasets.Dataset,
-    numbers: Sequence[int],
+    numbers: Sequence[RowNumber],
     settings: DataSettings,
     tokenizer: Tokenizer,
     labels: Sequence[str],

@@ -1,23 +1,29 @@
 """Style auto: what the columns and the first row say of the rows."""
 
-from collections.abc import Sequence
-
-import datasets
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UsageError
 from ..recipe import DataSettings
 from .conversations import COLUMNS, find_column
 from .prepare import Row
 
-_LOOKED_AT = 20
+LOOKED_AT = 20
+"""So many rows of a data set are looked at."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ASKED = ("prompt", "question", "query", "input", "instruction", "source", "problem")
+_TEXTS = ("text", "sentence", "review", "content", "document", "body", "message", "title")
+_LABELS = ("label", "labels", "sentiment", "class", "category")
 _ANSWERED = ("completion", "answer", "response", "output", "target", "solution", "label", "summary")
 
 
-def look_at(rows: datasets.Dataset) -> Row:
-    """A row with the first value that each column has, if it has one soon."""
-    there = rows[:_LOOKED_AT]
+def look_at(rows: Any) -> Row:
+    """A row with the first value that each column has, if it has one soon; of a data set."""
+    return find_first(rows[:LOOKED_AT])
+
+
+def find_first(there: Mapping[str, Sequence[Any]]) -> Row:
+    """The same of the first values of the columns."""
     return {name: next((value for value in column if value is not None), None) for name, column in there.items()}
 
 
@@ -54,6 +60,16 @@ def find_style(settings: DataSettings, columns: Sequence[str], first: Row, sourc
     if "text" in columns or len(columns) == 1:
         return settings.model_copy(update={"style": "text", "target": "text" if "text" in columns else columns[0]})
     raise _refuse("auto cannot tell from the columns what a row is", columns, first, source)
+
+
+def guess_pair(columns: Sequence[str]) -> tuple[str, str] | None:
+    """The columns of a question, or a text, and of what is to be said to it, by their usual names."""
+    named = {name.lower(): name for name in reversed(columns)}
+    answered = next((named[name] for name in (*_LABELS, *_ANSWERED) if name in named), None)
+    asked = next((named[name] for name in (*_ASKED, *_TEXTS) if name in named and named[name] != answered), None)
+    if asked is None or answered is None or {"instruction", "output"} <= named.keys():
+        return None
+    return asked, answered
 
 
 def describe_style(settings: DataSettings) -> str:

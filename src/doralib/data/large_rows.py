@@ -12,8 +12,6 @@ from ..files import hash_file
 from .json_rows import ParseColumns, find_type, split_columns
 from .sources import open_text
 
-LARGE = 64 << 20
-"""Bytes: smaller files are read at once."""
 _PIECE = 8 << 20
 """Characters that are held at a time, as text and as values."""
 

@@ -3,11 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 Row = Mapping[str, Any]
+RowNumber = int | str
+"""The place of a row in its file, from 1; of one of several files with the file's name: `b.jsonl:12`."""
 IGNORED = -100
 """The label of a place that does not count in the loss."""
 
@@ -40,22 +43,22 @@ class RowReport:
     divided: int = 0
     """Rows that became several."""
 
-    def drop(self, number: int, bad: BadRow) -> None:
+    def drop(self, number: RowNumber, bad: BadRow) -> None:
         """Count a row that is left out."""
         self.dropped[bad.kind] += 1
         self._show(bad.kind, f"row {number}: {bad.detail}", self.dropped[bad.kind])
 
-    def cut(self, number: int, length: int) -> None:
+    def cut(self, number: RowNumber, length: int) -> None:
         """Count a row whose end is left out."""
         self.truncated += 1
         self._show("cut", f"row {number}: cut, it has {length} tokens", self.truncated)
 
-    def divide(self, number: int, length: int, parts: int) -> None:
+    def divide(self, number: RowNumber, length: int, parts: int) -> None:
         """Count a row that becomes several."""
         self.divided += 1
         self._show("divided", f"row {number}: divided into {parts}, it has {length} tokens", self.divided)
 
-    def note(self, number: int, kind: str) -> None:
+    def note(self, number: RowNumber, kind: str) -> None:
         """Count a row that is used, but not in all it says."""
         self.noted[kind] += 1
         self._show(kind, f"row {number}: {kind}", self.noted[kind])
@@ -66,6 +69,14 @@ class RowReport:
         for labels in parts:
             self.tokens += len(labels)
             self.label_tokens += sum(label != IGNORED for label in labels[1:])
+
+    def add(self, other: "RowReport") -> None:
+        """Count the rows of another set too."""
+        for name in ("rows", "kept", "truncated", "tokens", "label_tokens", "divided"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.dropped.update(other.dropped)
+        self.noted.update(other.noted)
+        self.examples += other.examples
 
     def lines(self) -> list[str]:
         """The report for a person; empty when every row was taken whole."""
@@ -108,10 +119,10 @@ class RenderedRow:
 class PreparedRows:
     """Rows as the model takes them."""
 
-    rows: datasets.Dataset
+    rows: "datasets.Dataset"
     """Has a column `length`, by which rows are grouped into batches."""
     report: RowReport
-    numbers: Sequence[int] = ()
+    numbers: Sequence[RowNumber] = ()
     """The place in its file of each row; of packed rows none."""
 
 

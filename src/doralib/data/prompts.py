@@ -1,5 +1,6 @@
 """Prompt styles: how a row of data becomes one text, with what is learned of it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, time
@@ -7,14 +8,14 @@ from decimal import Decimal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
 from .chat import render_conversation
-from .conversations import COLUMNS, find_column, read_conversation, read_history
-from .detect import find_style
-from .prepare import BadRow, RenderedRow, Row
+from .conversations import read_conversation, read_history
+from .prepare import BadRow, RenderedRow, Row, Sample
 from .templates import columns_in, fill_template, value_text
 
+# a word that goes on, or one behind a mark; scripts without blanks between words do as they are
+_GLUED = re.compile(r"[A-Za-z0-9\u00c0-\u024f\u0370-\u04ff:.,;!?)][A-Za-z0-9\u00c0-\u024f\u0370-\u04ff]")
 _SCALARS = (str, int, float, Decimal, date, time, type(None))
 
 
@@ -22,11 +23,7 @@ _SCALARS = (str, int, float, Decimal, date, time, type(None))
 class Style:
     """How a row becomes text."""
 
-    needs: Callable[[DataSettings, Sequence[str]], dict[str, list[str]]]
-    """(settings, columns of the data) to the columns that must be there, by the setting that names them."""
     render: Callable[[Row, DataSettings, Tokenizer], RenderedRow]
-    settings: tuple[str, ...] = ()
-    """The fields of `DataSettings` that it alone reads."""
     closed: bool = False
     """The text spells its own start and end tokens."""
 
@@ -51,31 +48,25 @@ def render_row(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> Render
     return made
 
 
-def check_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
-    """Check that the style is known and its columns are all there.
+def explain_glue(samples: Sequence[Sample], settings: DataSettings, place: int | None = None) -> str:
+    """A warning where a target begins in the middle of the prompt's last word, with the example; else nothing.
 
-    Raises:
-        UsageError: with every column that is missing, the nearest names and those that there are; if the style is auto
-            and the columns fit none.
+    Args:
+        place: Of the set among several in `data.train`.
     """
-    settings = find_style(settings, columns, {}, source)
-    if settings.style not in STYLES:
-        hint = did_you_mean(settings.style, ["auto", *STYLES])
-        raise UsageError(f"data.style: there is no style {settings.style!r}{hint}; known: auto, {', '.join(STYLES)}")
-    style = STYLES[settings.style]
-    problems = [
-        f"data.{name}: style {settings.style} does not read it"
-        for name in ("prompt", "target", "messages")
-        if name not in style.settings and getattr(settings, name) != DataSettings.model_fields[name].default
-    ]
-    for setting, needed in style.needs(settings, columns).items():
-        problems += [
-            f"{setting}: {source} has no column {name!r}{did_you_mean(name, columns)}"
-            for name in needed
-            if name not in columns
-        ]
-    if problems:
-        raise UsageError("\n".join([*problems, f"columns of {source}: {', '.join(columns)}"]))
+    if settings.style != "completion" or not settings.prompt:
+        return ""
+    for sample in samples:
+        if _GLUED.search(f"{sample.prompt[-1:]}{sample.expected[:1]}"):
+            seam = f"{sample.prompt[-20:]}{sample.expected[:20]}"
+            where = "data.target" if place is None else f"data.train[{place}].target"
+            target = str(settings.target)
+            better = f" {target if '{' in target else f'{{{target}}}'}"
+            return (
+                f"the target follows its prompt without a blank, as in {seam!r}, where models expect one; "
+                f"write {where}: {better!r}"
+            )
+    return ""
 
 
 def _text(row: Row, column: str) -> str:
@@ -104,22 +95,11 @@ def _join(pieces: Sequence[tuple[str, bool]], settings: DataSettings) -> Rendere
     return RenderedRow("".join(text for text, _ in pieces), tuple(spans))
 
 
-def _completion_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:
-    if settings.target is None:
-        raise UsageError("data.target: style completion needs it, a column's name or a template like ' {label}'")
-    named = {"data.prompt": settings.prompt, "data.target": settings.target}
-    return {key: columns_in(text, key) for key, text in named.items() if text is not None}
-
-
 def _completion(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
     """Prompt and target from columns or templates; without a prompt it is plain language modeling."""
     assert settings.target is not None, "checked by check_columns"
     prompt = [] if settings.prompt is None else [(_fill(settings.prompt, row, "data.prompt"), False)]
     return _join([*prompt, (_fill(settings.target, row, "data.target"), True)], settings)
-
-
-def _text_needs(settings: DataSettings, _: Sequence[str]) -> dict[str, list[str]]:
-    return {"style text" if settings.target is None else "data.target": columns_in(settings.target or "text")}
 
 
 def _plain(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
@@ -154,15 +134,6 @@ def _alpaca(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedR
     return _join([*pieces, (asked, False), (output, True)], settings)
 
 
-def _chat_needs(settings: DataSettings, columns: Sequence[str]) -> dict[str, list[str]]:
-    if talk := find_column(settings.messages, columns):
-        return {"data.messages": [talk]}
-    others = (["prompt", "completion"], ["instruction", "output"])
-    if settings.messages == COLUMNS[0] and (pair := next((one for one in others if set(one) <= set(columns)), None)):
-        return {"style chat": pair}
-    return {"data.messages": [settings.messages]}
-
-
 def _chat(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedRow:
     """The conversation in the tokenizer's own template, the assistant's turns learned."""
     learn_all = settings.loss_on == "all"
@@ -171,9 +142,9 @@ def _chat(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedRow
 
 
 STYLES: dict[str, Style] = {
-    "completion": Style(_completion_needs, _completion, settings=("prompt", "target")),
-    "alpaca": Style(lambda *_: {"style alpaca": ["instruction", "output"]}, _alpaca),
-    "chat": Style(_chat_needs, _chat, settings=("messages",), closed=True),
-    "text": Style(_text_needs, _plain, settings=("target",)),
+    "completion": Style(_completion),
+    "alpaca": Style(_alpaca),
+    "chat": Style(_chat, closed=True),
+    "text": Style(_plain),
 }
-"""How rows become text, by the name that recipes use."""
+"""How rows become text, by the name that recipes use; what columns each reads is in `columns.py`."""

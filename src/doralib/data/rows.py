@@ -1,10 +1,9 @@
-"""Rows of a file or a hub data set, as they are written there; what cannot be read is named."""
+"""Rows of files, folders and hub data sets, as they are written there; what cannot be read is named."""
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import DoraError, UsageError
-from ..files import hash_file
+from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
-from .csv_rows import read_columns
-from .json_rows import ParseColumns, find_type, parse_json, split_columns
-from .large_rows import LARGE, read_large_rows
-from .sources import READERS, check_file, find_ending, open_text
-
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+from .json_rows import ParseColumns
+from .large_rows import read_large_rows
+from .prepare import RowNumber
+from .sources import is_saved_dataset, list_files, match_hub
+from .tables import RowTable, forget, is_large, is_parquet, read_table
 
 
 @dataclass(frozen=True)
@@ -29,24 +27,17 @@ class RawRows:
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    train_numbers: tuple[int, ...]
-    """Place of each row of `train` in its file, from 1."""
-    validation_numbers: tuple[int, ...] = ()
+    train_numbers: tuple[RowNumber, ...]
+    """Place of each row of `train` in its file."""
+    validation_numbers: tuple[RowNumber, ...] = ()
     settings: DataSettings | None = None
     """The data's settings with what style auto stands for; None: as the recipe has them."""
-
-
-def check_source(source: str, setting: str) -> None:
-    """Check that the file is there and of a known kind, or the name could be one of the hub.
-
-    Raises:
-        UsageError: if not, with what was looked for.
-    """
-    check_file(source, setting, could_be_hub=_HUB_NAME.fullmatch)
+    others: tuple["RawRows", ...] = ()
+    """Further sets of rows, each with its own settings; only for who asked for sets (`read_sets`)."""
 
 
 def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Dataset:
-    """Every row of a file, or of one split of a hub data set or of a JSON file that holds several.
+    """Every row of a file or folder, or of one split of a hub data set or of a JSON file that holds several.
 
     Its columns are read by index or by iteration: `to_list` would give some values as the JSON that they are stored as.
 
@@ -54,39 +45,107 @@ def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Da
         UsageError: if there is no such file or it holds no row.
         DoraError: if it is cut short or not what its name says, with the line where it breaks.
     """
-    check_source(source, setting)
-    path = Path(source).expanduser()
-    rows = _read_file(path, setting, split) if path.is_file() else _read_hub(source, setting, split)
-    if not len(rows):
-        raise UsageError(f"{setting}: {source} has no rows")
-    return rows
+    return _read(source, setting, split)[0]
 
 
 def read_both(settings: DataSettings, seed: int) -> RawRows:
     """The rows of training and, if asked for, of validation; a fraction is drawn by the seed.
 
+    Several sets are one, and have the same columns.
+
     Raises:
-        UsageError: if either source is missing or empty, or the fraction leaves one part empty.
+        UsageError: as `read_sets`, or if the sets have different columns.
         DoraError: if a file is damaged.
     """
-    train = read_dataset(settings.train, "data.train", settings.split)
-    if settings.limit is not None:
-        train = train.select(range(min(settings.limit, len(train))))
-    numbers = range(1, len(train) + 1)
-    if settings.validation is None:
-        return RawRows(train, None, tuple(numbers))
+    sets = read_sets(settings, seed)
+    if len(sets) == 1:
+        return sets[0]
+    validation = [each for each in sets if each.validation is not None]
+    return RawRows(
+        _join([each.train for each in sets], settings),
+        _join([each.validation for each in validation], settings) if validation else None,
+        tuple(number for each in sets for number in each.train_numbers),
+        tuple(number for each in validation for number in each.validation_numbers),
+    )
+
+
+def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
+    """The rows of each set of training, as often as its weight says, and what is held out of it; settings as its own.
+
+    A fraction is held out of each set before its rows are repeated; a file of validation is with the first set.
+
+    Raises:
+        UsageError: if a source is missing or empty, or the fraction leaves one part empty.
+        DoraError: if a file is damaged.
+    """
+    sources, made = settings.sources(), []
+    for i, source in enumerate(sources):
+        own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
+        rows, numbers = _read(source.path, setting, own.split, settings.documents)
+        if len(sources) > 1 and isinstance(next(iter(numbers)), int):
+            numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
+        rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
+        kept, held = _hold_out(rows, settings.validation, seed)
+        kept = _repeat(kept, source.weight, seed)
+        if not kept:
+            raise UsageError(f"{setting}: weight {source.weight:g} of {len(rows)} rows leaves none; give a larger one")
+        part = RawRows(
+            rows.select(kept),
+            rows.select(held) if held else None,
+            tuple(numbers[i] for i in kept),
+            tuple(numbers[i] for i in held),
+            None if len(sources) == 1 else own,
+        )
+        made.append(part)
     if isinstance(settings.validation, str):
-        held_out = read_dataset(settings.validation, "data.validation", settings.validation_split)
-        return RawRows(train, held_out, tuple(numbers), tuple(range(1, len(held_out) + 1)))
-    num_held = max(1, round(settings.validation * len(train)))
-    if num_held >= len(train):
+        rows, numbers = _read(settings.validation, "data.validation", settings.validation_split, settings.documents)
+        made[0] = replace(made[0], validation=rows, validation_numbers=tuple(numbers))
+    forget()
+    return made
+
+
+def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that are kept, and of those that a fraction takes out."""
+    if fraction is None or isinstance(fraction, str):
+        return list(range(len(rows))), []
+    num_held = max(1, round(fraction * len(rows)))
+    if num_held >= len(rows):
         raise UsageError(
-            f"data.validation: {settings.validation} of {len(train)} rows leaves nothing to train on; "
+            f"data.validation: {fraction} of {len(rows)} rows leaves nothing to train on; "
             "give more rows, a smaller fraction or a file"
         )
-    drawn = np.random.default_rng(seed).permutation(len(train))
-    held, kept = sorted(drawn[:num_held].tolist()), sorted(drawn[num_held:].tolist())
-    return RawRows(train.select(kept), train.select(held), tuple(i + 1 for i in kept), tuple(i + 1 for i in held))
+    drawn = np.random.default_rng(seed).permutation(len(rows))
+    return sorted(drawn[num_held:].tolist()), sorted(drawn[:num_held].tolist())
+
+
+def _repeat(places: list[int], weight: float, seed: int) -> list[int]:
+    """Each place as often as the weight says; of a fraction of it some, drawn by the seed."""
+    whole = int(weight)
+    drawn = np.random.default_rng(seed).permutation(len(places))[: round((weight - whole) * len(places))]
+    return places * whole + sorted(places[i] for i in drawn.tolist())
+
+
+def _join(parts: Sequence[datasets.Dataset], settings: DataSettings) -> datasets.Dataset:
+    """Sets of the same columns as one.
+
+    Raises:
+        UsageError: if they differ.
+    """
+    first, names = parts[0], [source.path for source in settings.sources()]
+    for part, name in zip(parts[1:], names[1:], strict=False):
+        if part.features != first.features or _find_parsed(part) != _find_parsed(first):
+            told = "; ".join(
+                f"{each}: {', '.join(rows.column_names)}" for each, rows in ((names[0], first), (name, part))
+            )
+            raise UsageError(f"data.train: the sets have different columns, or values of different kinds: {told}")
+    joined = datasets.concatenate_datasets([part.with_format(None) for part in parts])
+    parsed = _find_parsed(first)
+    return joined if parsed is None else joined.with_transform(parsed)
+
+
+def _find_parsed(rows: datasets.Dataset) -> ParseColumns | None:
+    transform = rows.format["format_kwargs"].get("transform") if rows.format["type"] == "custom" else None
+    return transform if isinstance(transform, ParseColumns) else None
 
 
 def as_written(rows: datasets.Dataset) -> datasets.Dataset:
@@ -95,11 +154,27 @@ def as_written(rows: datasets.Dataset) -> datasets.Dataset:
     return rows if plain or rows.format["type"] is not None else rows.with_transform(_drop_missing)
 
 
+def list_inputs(settings: DataSettings) -> dict[str, list[Path]]:
+    """The files of data, by the setting that names them; a hub data set has none."""
+    sources = [source.path for source in settings.sources()]
+    named = {"data.train" if len(sources) == 1 else f"data.train[{i}]": path for i, path in enumerate(sources)}
+    splits = dict.fromkeys(named, settings.split)
+    if isinstance(settings.validation, str):
+        named["data.validation"], splits["data.validation"] = settings.validation, settings.validation_split
+    found: dict[str, list[Path]] = {}
+    for setting, path in named.items():
+        with contextlib.suppress(UsageError):  # told by who reads it
+            found[setting] = list_files(path, setting, splits[setting])
+    return found
+
+
 def hash_sources(settings: DataSettings) -> dict[str, str]:
-    """The hash of each file of data, by its setting; a hub data set has none."""
-    sources = {"data.train": settings.train, "data.validation": settings.validation}
-    paths = {key: Path(source).expanduser() for key, source in sources.items() if isinstance(source, str)}
-    return {key: hash_file(path) for key, path in paths.items() if path.is_file()}
+    """The hash of each file of data, by its setting, and its name where there are several; a hub data set has none."""
+    return {
+        setting if len(files) == 1 else f"{setting} {file}": hash_file(file)
+        for setting, files in list_inputs(settings).items()
+        for file in files
+    }
 
 
 def _drop_missing(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -112,43 +187,40 @@ def _without_none(value: Any) -> Any:
     return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
-def _read_file(path: Path, setting: str, split: str) -> datasets.Dataset:
-    if path.stat().st_size == 0:
-        raise UsageError(f"{setting}: {path} is empty")
-    kind, where = READERS[find_ending(path)], f"{setting}: {path}"
-    if kind == "parquet":
-        return _read_parquet(path, where)
-    by_lines = kind == "json" and find_ending(path) != ".json"
-    if by_lines and path.stat().st_size > LARGE and (rows := read_large_rows(path, setting)) is not None:
-        return rows
-    with open_text(path, setting) as file:
-        if kind == "json":
-            return _read_json(file.read(), path, where, split)
-        if kind == "csv":
-            return _from_columns(read_columns(file, "\t" if find_ending(path) == ".tsv" else ",", where))
-        return _from_columns({"text": [line.rstrip("\r\n") for line in file if line.strip()]})
+def _read(
+    source: str, setting: str, split: str, documents: str | None = None
+) -> tuple[datasets.Dataset, Sequence[RowNumber]]:
+    """Every row of a source, and its place."""
+    files = list_files(source, setting, split)
+    if not files:
+        rows = _read_hub(source, setting, split)
+    elif is_large(files) and (found := read_large_rows(files[0], setting)) is not None:
+        rows = found
+    elif not any(map(is_parquet, files)):
+        table = read_table(files, setting, split, documents)
+        return _from_table(table), table.numbers
+    elif all(map(is_parquet, files)):
+        rows = _read_parquet(files, f"{setting}: {source}")
+    else:
+        others = ", ".join(sorted({file.suffix for file in files} - {".parquet"}))
+        raise UsageError(f"{setting}: {source} holds Parquet files beside others ({others}); name one kind, *.parquet")
+    if not len(rows):
+        raise UsageError(f"{setting}: {source} has no rows")
+    return rows, range(1, len(rows) + 1)
 
 
-def _read_json(text: str, path: Path, where: str, split: str) -> datasets.Dataset:
-    by_lines = find_ending(path) != ".json"
+def _from_table(table: RowTable) -> datasets.Dataset:
+    kinds = {name: "large_string" if kind == "json" else kind for name, kind in table.types.items()}
+    columns = {name: pa.array(column, pa.type_for_alias(kinds[name])) for name, column in table.columns.items()}
+    rows = datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
+    return rows.with_transform(table.parse) if table.parse.columns else rows
+
+
+def _read_parquet(files: Sequence[Path], where: str) -> datasets.Dataset:
+    if empty := [file for file in files if file.stat().st_size == 0]:
+        raise UsageError(f"{where.partition(':')[0]}: {empty[0]} is empty")
     try:
-        columns = split_columns(text, split, where, by_lines=by_lines)
-    except ValueError as error:
-        why = _bad_line(text, lines=by_lines or not text.lstrip().startswith("["))
-        raise DoraError(f"{where} cannot be read: {why or error}") from error
-    types = {name: find_type(column) for name, column in columns.items()}
-    plain = {
-        name: column if types[name] == "json" else [None if text is None else json.loads(text) for text in column]
-        for name, column in columns.items()
-    }
-    rows = _from_columns(plain, {name: "large_string" if kind == "json" else kind for name, kind in types.items()})
-    kept = frozenset(name for name, kind in types.items() if kind == "json")
-    return rows.with_transform(ParseColumns(kept)) if kept else rows
-
-
-def _read_parquet(path: Path, where: str) -> datasets.Dataset:
-    try:
-        return _load("parquet", path)
+        return _load("parquet", files)
     except Exception as error:  # `datasets` lets errors of any kind through
         if "corresponds to no data" in str(error):
             raise UsageError(f"{where} has no rows") from None
@@ -158,43 +230,23 @@ def _read_parquet(path: Path, where: str) -> datasets.Dataset:
         raise DoraError(f"{where} cannot be read: {_first_line(deepest)} (is it whole?)") from error
 
 
-def _from_columns(columns: Mapping[str, Sequence[Any]], types: Mapping[str, str] | None = None) -> datasets.Dataset:
-    """A data set of these columns, text unless another type is named."""
-    kinds = {name: pa.type_for_alias((types or {}).get(name, "large_string")) for name in columns}
-    table = pa.table({name: pa.array(column, kinds[name]) for name, column in columns.items()})
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
-
-
 def _read_hub(source: str, setting: str, split: str) -> datasets.Dataset:
-    name = _HUB_NAME.fullmatch(source)
-    assert name is not None, "checked by check_source"
+    path = Path(source).expanduser()
+    name = match_hub(source)
     try:
         with _quiet():
+            if is_saved_dataset(path):
+                saved = datasets.load_from_disk(str(path))
+                return saved if isinstance(saved, datasets.Dataset) else saved[split]
+            assert name is not None, "checked by list_files"
             return datasets.load_dataset(name["name"], name["config"], split=split)
     except Exception as error:  # the hub, the network and each data set fail in their own ways
+        if path.is_dir():
+            raise DoraError(f"{setting}: {source}, split {split!r}, cannot be read: {_first_line(error)}") from error
         raise DoraError(
             f"{setting}: {source!r} is no file here (looked for {Path(source).absolute()}), "
             f"and as a hub data set, split {split!r}, it cannot be read: {_first_line(error)}"
         ) from error
-
-
-def _bad_line(text: str, *, lines: bool) -> str:
-    """Where a JSON text breaks, by its lines or as a whole; empty if it does not."""
-    there = text.splitlines()
-    for number, line in enumerate(there, 1) if lines else [(1, text)]:
-        if not line.strip():
-            continue
-        try:
-            found = parse_json(line)
-            if lines and not isinstance(found, dict):
-                return f"line {number} is no object with columns, {{...}}, but {line.strip():.40}"
-        except json.JSONDecodeError as error:
-            where = number if lines else error.lineno
-            end = "; the file ends there, so it may be cut short" if where >= len(there) else ""
-            return f"line {where} is not JSON: {error.msg}{end}"
-        except ValueError as error:
-            return f"line {number}: {error}"
-    return ""
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,19 +259,20 @@ def _literal(path: Path) -> str:
     return re.sub(r"([*?\[\]])", r"[\1]", str(path.absolute()))
 
 
-def _load(reader: str, path: Path, **options: Any) -> datasets.Dataset:
-    """Read a local file by `datasets`, from a cache that goes by its content, and without a request to anybody.
+def _load(reader: str, files: Sequence[Path], **options: Any) -> datasets.Dataset:
+    """Read local files by `datasets`, from a cache that goes by its content, and without a request to anybody.
 
     The library's own cache goes by a file's time, which a copy may share with an older file; and it tells the hub's
     download counter of local files too.
     """
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", hash_file(path))
+    digest = hash_file(files[0]) if len(files) == 1 else hash_texts(map(hash_file, files))
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "doralib", digest)
     counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         with _quiet():
             return datasets.load_dataset(
-                reader, data_files=_literal(path), split="train", cache_dir=str(cache), **options
+                reader, data_files=[_literal(path) for path in files], split="train", cache_dir=str(cache), **options
             )
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..recipe import DataSettings
 from .packing import is_packed
-from .prepare import IGNORED, PreparedRows
+from .prepare import IGNORED, PreparedRows, RowNumber
 
 LEFT, RIGHT = "⟦", "⟧"
 """What stands around the learned part of a text where there are no colors."""
@@ -61,10 +61,10 @@ def survey_rows(
     }
 
 
-def survey_split(prepared: PreparedRows, numbers: Sequence[int]) -> dict[str, Any]:
+def survey_split(prepared: PreparedRows, numbers: Sequence[RowNumber]) -> dict[str, Any]:
     """Of the rows of one split: how many, how long, what is learned of them, which are left out or there twice."""
     report, lengths = prepared.report, np.array(prepared.rows["length"][:])
-    seen: dict[bytes, int] = {}
+    seen: dict[bytes, RowNumber] = {}
     twice, silent = [], []
     for number, (ids, labels) in zip(numbers, _iterate(prepared), strict=True):
         first = seen.setdefault(ids.tobytes(), number)
@@ -91,11 +91,14 @@ def survey_split(prepared: PreparedRows, numbers: Sequence[int]) -> dict[str, An
 
 
 def find_shared(
-    train: PreparedRows, train_numbers: Sequence[int], validation: PreparedRows, validation_numbers: Sequence[int]
+    train: PreparedRows,
+    train_numbers: Sequence[RowNumber],
+    validation: PreparedRows,
+    validation_numbers: Sequence[RowNumber],
 ) -> dict[str, Any]:
     """Rows of validation that stand in train too: whole, or with the same beginning and another answer."""
-    whole: dict[bytes, int] = {}
-    beginnings: dict[bytes, int] = {}
+    whole: dict[bytes, RowNumber] = {}
+    beginnings: dict[bytes, RowNumber] = {}
     for number, (ids, labels) in zip(train_numbers, _iterate(train), strict=True):
         whole.setdefault(ids.tobytes(), number)
         if beginning := _read_beginning(ids, labels):
@@ -115,10 +118,10 @@ def find_shared(
 
 
 def find_asked(
-    train: PreparedRows, train_numbers: Sequence[int], prompts: Mapping[str, Sequence[Sequence[int]]]
+    train: PreparedRows, train_numbers: Sequence[RowNumber], prompts: Mapping[str, Sequence[Sequence[int]]]
 ) -> dict[str, dict[str, Any]]:
     """For each task, given as its prompts in tokens, those that rows of train begin with."""
-    beginnings: dict[bytes, int] = {}
+    beginnings: dict[bytes, RowNumber] = {}
     for number, (ids, labels) in zip(train_numbers, _iterate(train), strict=True):
         if beginning := _read_beginning(ids, labels):
             beginnings.setdefault(beginning, number)

@@ -1,5 +1,6 @@
 """From rows to tokens and labels; every row left out is counted."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,43 +8,69 @@ import datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import DoraError, UsageError
+from ..progress import Tick
 from ..recipe import DataSettings
 from .detect import find_style, look_at
 from .labels import label_rows
-from .prepare import IGNORED, BadRow, PreparedRows, RenderedRow, RowReport, Sample
+from .prepare import IGNORED, BadRow, PreparedRows, RenderedRow, RowNumber, RowReport, Sample
 from .prompts import render_row
 from .rows import RawRows, as_written
+from .token_cache import find_kept_tokens, hash_job, keep_tokens
 
+log = logging.getLogger(__name__)
+
+_WORTH_KEEPING = 5000
+"""Rows from which on tokens are kept on disk: fewer are tokenized in a second."""
 _ROWS_AT_ONCE = 1000
 _TOKENS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "length": datasets.Value("int32")})
 
 
 def tokenize_rows(
-    rows: datasets.Dataset, numbers: Sequence[int], settings: DataSettings, tokenizer: Tokenizer
+    rows: datasets.Dataset,
+    numbers: Sequence[RowNumber],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    tick: Tick | None = None,
 ) -> PreparedRows:
     """The usable rows as tokens of their whole texts, and labels; see `label_rows`.
 
-    Messages name a row by its number, which is its place in its file.
+    Messages name a row by its number, which is its place in its file. The tokens of many rows are kept on disk, and
+    taken from there when rows, settings and tokenizer are the same.
 
     Raises:
         UsageError: if no row is usable, or the tokenizer cannot do the style.
         DoraError: if the tokenizer has no token for a target, or a row is bad and bad rows are errors.
     """
-    report = RowReport(len(rows))
     rows = as_written(rows)
     settings = find_style(settings, rows.column_names, look_at(rows), "the data")
-    parts: list[datasets.Dataset] = []
-    kept: list[int] = []
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        chunk = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
-        parts.append(_tokenize_chunk(chunk, numbers[start:], settings, tokenizer, report, kept))
+    key = hash_job(rows, numbers, settings, tokenizer) if len(rows) >= _WORTH_KEEPING else ""
+    if not key:
+        made = _tokenize(rows, numbers, settings, tokenizer, tick)
+    elif (found := find_kept_tokens(key)) is not None:
+        made = found
+    else:
+        log.info(f"tokenizing {len(rows):,} rows, once; the next run takes them from the disk")
+        made = _tokenize(rows, numbers, settings, tokenizer, tick)
+        keep_tokens(key, made)
+    report = made.report
     told = "\n".join(report.lines())
     if report.dropped and settings.bad_rows == "error":
         raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
     if not report.kept:
         raise UsageError(f"no row can be used, the data set is empty:\n{told}")
-    return PreparedRows(datasets.concatenate_datasets(parts), report, kept)
+    return made
+
+
+def join_prepared(parts: Sequence[PreparedRows]) -> PreparedRows:
+    """Several sets of rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    report = RowReport(0)
+    for part in parts:
+        report.add(part.report)
+    rows = datasets.concatenate_datasets([part.rows for part in parts])
+    return PreparedRows(rows, report, [number for part in parts for number in part.numbers])
 
 
 def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, count: int) -> list[Sample]:
@@ -64,16 +91,33 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
     return found
 
 
+def _tokenize(
+    rows: datasets.Dataset,
+    numbers: Sequence[RowNumber],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    tick: Tick | None,
+) -> PreparedRows:
+    report, kept, count = RowReport(len(rows)), list[RowNumber](), len(rows)
+    parts: list[datasets.Dataset] = []
+    for start in range(0, count, _ROWS_AT_ONCE):
+        chunk = rows.select(range(start, min(start + _ROWS_AT_ONCE, count)))
+        parts.append(_tokenize_chunk(chunk, numbers[start:], settings, tokenizer, report, kept))
+        if tick is not None:
+            tick("tokenizing", len(chunk), count)
+    return PreparedRows(datasets.concatenate_datasets(parts), report, kept)
+
+
 def _tokenize_chunk(
     rows: datasets.Dataset,
-    numbers: Sequence[int],
+    numbers: Sequence[RowNumber],
     settings: DataSettings,
     tokenizer: Tokenizer,
     report: RowReport,
-    kept: list[int],
+    kept: list[RowNumber],
 ) -> datasets.Dataset:
     """The usable rows of a chunk; their numbers are added to ``kept``."""
-    whole: list[tuple[int, RenderedRow]] = []
+    whole: list[tuple[RowNumber, RenderedRow]] = []
     for number, row in zip(numbers, rows, strict=False):
         try:
             whole.append((number, render_row(row, settings, tokenizer)))
@@ -105,7 +149,7 @@ def _tokenize_chunk(
 
 
 def _fit(
-    input_ids: list[int], labels: list[int], number: int, settings: DataSettings, report: RowReport
+    input_ids: list[int], labels: list[int], number: RowNumber, settings: DataSettings, report: RowReport
 ) -> list[tuple[list[int], list[int]]]:
     """The row within max_length, in several parts where it is to be divided."""
     length, limit = len(input_ids), settings.max_length

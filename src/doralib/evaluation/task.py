@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked, explain_regex, search_text
 from ..data.prepare import Row
-from ..data.rows import read_dataset
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 
@@ -248,6 +247,8 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
         UsageError: if the data is not there, has no rows, or lacks a column.
         DoraError: if the data is damaged, a value is missing in some rows, or an answer cannot be given.
     """
+    from ..data.rows import read_dataset  # noqa: PLC0415  a task itself is checked without `datasets`
+
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
     data = task.data

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..config import DoraConfig
 from ..documents import decode_json
 from ..errors import DoraError
+from ..peft_settings import LORA
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
 from .peft import shape_magnitude
-from .peft_settings import LORA
 from .pipeline import COMPONENTS, add_component, find_component
 from .tensors import (
     check_only_layers,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..config import DoraConfig, fits_whole
 from ..errors import DoraError, raise_problems
+from ..peft_settings import LORA, SHARED, VERA, take_shared
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValues
 from . import peft_experts as experts
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
-from .peft_settings import LORA, VERA, sort_names
 from .peft_vera import TYPES, from_vera, to_vera
 from .tensors import check_complete, check_factors, compute_alpha
 
@@ -42,10 +42,6 @@ _VOCABULARY = frozenset(
 # a language model, and heads
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 # settings that PEFT's file shares with ours, by the same name
-_SHARED = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "modules_to_save", "target_parameters", "bias"),
-)
 
 
 def detect(raw: RawAdapter) -> bool:
@@ -209,7 +205,7 @@ def to_peft(
         ending = _FROZEN_COPY if name.removesuffix(".weight") in state.layers else _ROWS_FROZEN
         tensors[f"{_PEFT_PREFIX}{name.removesuffix('.weight')}{ending}"] = tensor
     tokens = {name.removesuffix(".weight"): rows.index_N.tolist() for name, rows in state.rows.items()}
-    settings: dict[str, Any] = {field: getattr(config, field) for field in _SHARED}
+    settings: dict[str, Any] = {field: getattr(config, field) for field in SHARED}
     settings |= _make_patterns(config, state)
     settings |= {
         "peft_type": "LORA",
@@ -280,8 +276,7 @@ def _read_config(settings: Mapping[str, Any]) -> DoraConfig:
     if kind != "LORA":
         raise DoraError(f"adapter: peft_type is {kind!r}; only LORA adapters, with or without use_dora, are read")
     LORA.check(settings)
-    values = {field: settings[field] for field in _SHARED if settings.get(field) is not None}
-    values |= sort_names(values)
+    values = take_shared(settings)
     if not values.get("target_modules") and not values.get("target_parameters"):
         values.pop("target_modules", None)
     method = "dora" if settings.get("use_dora") else "lora"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, list_some, raise_problems
+from ..peft_settings import VERA, sort_names
 from ..state import MAGNITUDE, AdapterState, BankValues, LayerAdapter
-from .peft_settings import VERA, sort_names
 from .tensors import check_factors
 
 TYPES = {"VERA": "vera", "DVORA": "dvora"}

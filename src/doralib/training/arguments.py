@@ -15,53 +15,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import UsageError, did_you_mean
+from ..errors import UsageError
 from ..recipe import Recipe
-from ..validation import in_our_words
-
-DEFAULTS: Mapping[str, Any] = {
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.05,
-    "optim": "adamw_torch",
-    "logging_steps": 0.02,
-    "save_strategy": "steps",
-    "save_steps": 0.1,
-    "save_total_limit": 3,
-    "train_sampling_strategy": "group_by_length",
-    "report_to": "none",
-    "log_level": "error",
-}
-"""Where ours differ from the Trainer's; steps below 1 are shares of the whole run."""
-
-EXTRA: Mapping[str, Any] = {"early_stopping_patience": int}
-"""Keys that are ours and no field of TrainingArguments: stop after so many evaluations without a better loss."""
-
-OWNED = {
-    "output_dir": "a run's folder is the recipe's `out`",
-    "seed": "it is the recipe's own `seed`",
-    "data_seed": "it follows from the recipe's `seed`",
-    "resume_from_checkpoint": "use --resume, which takes the newest whole checkpoint",
-    "ignore_data_skip": "a resumed run would see other rows",
-    "save_only_model": "a run could not be resumed",
-    "enable_jit_checkpoint": "Ctrl-C and SIGTERM save a checkpoint already",
-    "remove_unused_columns": "the rows hold tokens, labels and lengths and nothing else",
-    "length_column_name": "the rows' lengths are known",
-    "label_names": "they are `labels`",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "disable_tqdm": "the progress bar shows in a terminal, lines elsewhere",
-    "do_train": "train trains",
-    "do_eval": "set data.validation",
-    "do_predict": "use `doralib eval` or the recipe's `eval`",
-    "prediction_loss_only": "use the recipe's `eval` for more than the loss",
-    "use_liger_kernel": "logits are computed only where there are labels already",
-    "auto_find_batch_size": "the steps, and with them the learning rates, would change during the run",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "upload the run's folder when you are content"),
-    **dict.fromkeys(
-        ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"), "nothing is uploaded during training"
-    ),
-}
-"""Fields of TrainingArguments that a recipe may not set, and what to do instead."""
+from .fields import DEFAULTS, EXTRA, OWNED, find_unknown
 
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -76,21 +32,17 @@ def check_arguments(recipe: Recipe) -> dict[str, Any]:
         UsageError: naming every key that is unknown, ours or of the wrong kind, and every combination that cannot be.
     """
     hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - OWNED.keys() | EXTRA.keys()
-    problems, values = [], {}
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    problems, values = find_unknown(recipe.training, known), {}
     for key, value in recipe.training.items():
-        if key in OWNED:
-            problems.append(f"training.{key} cannot be set: {OWNED[key]}")
-        elif key not in known:
-            hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
-            problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
-        else:
-            try:
-                # YAML reads a bare no as false
-                plain = "no" if value is False and key.endswith("_strategy") else value
-                values[key] = _of_kind(plain, {**hints, **EXTRA}[key])
-            except ValidationError as error:
-                problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
+        if key in OWNED or key not in known | EXTRA.keys():
+            continue
+        try:
+            # YAML reads a bare no as false
+            plain = "no" if value is False and key.endswith("_strategy") else value
+            values[key] = _of_kind(plain, {**hints, **EXTRA}[key])
+        except ValidationError as error:
+            problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
     problems += _out_of_range(values)
     problems += _impossible(values, has_validation=recipe.data.validation is not None)
     if problems:

@@ -19,7 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
-from ..data.rows import RawRows, hash_sources
+from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
@@ -36,6 +36,7 @@ from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
+from .outlook import Outlook, estimate_memory
 from .sampler import measure_padding
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -77,8 +78,11 @@ class _Job:
     model: Any
     processor: Any
     data: Prepared
-    collate: Collate
     tick: Tick | None
+
+    def collate(self) -> Collate:
+        """What makes batches; packed rows are tried on the model."""
+        return self.plan.modality.collate(self.model, self.processor, self.data)
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
@@ -127,7 +131,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     return plan.run.path
 
 
-def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
+def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = True) -> _Plan:
     run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe.model)
     problems: list[DoraError] = []
     tasks: list[Task] = []
@@ -141,7 +145,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
-    inputs += [each for each in (recipe.data.train, recipe.data.validation) if isinstance(each, str)]
+    inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
@@ -150,25 +154,50 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> _Plan:
     }
     with collecting(problems):
         # the first process of several holds the lock, and may not yet have left an earlier job of them all
-        if is_main():
+        if is_main() and check_out:
             run.check_free()
-        run.check(recipe, **asked)
+        if check_out:
+            run.check(recipe, **asked)
     raise_all(problems)
     recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
 
 
-def _load(plan: _Plan, tick: Tick | None) -> _Job:
+def look_ahead(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, check_out: bool = True, tick: Tick | None = None
+) -> Outlook:
+    """Everything that can be known of a job without its model's weights; nothing is written.
+
+    Args:
+        recipe: Complete.
+        resume: As `train` would be told.
+        overwrite: Likewise.
+        check_out: Whether a run that stands at `out` is an error where neither is given.
+        tick: Gets each step of tokenizing.
+
+    Raises:
+        UsageError: for all that `train` would refuse before the first step, all at once where it is in the recipe.
+    """
+    plan = _check(recipe.with_whole_path(), resume=resume, overwrite=overwrite, check_out=check_out)
+    job = _load(plan, tick, empty=True)
+    steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
+    memory = estimate_memory(job.model, plan.recipe, plan.args.optim)
+    return Outlook(plan.recipe, _list_facts(job), tuple(_list_row_notes(job)), steps, per_epoch, memory, job.data)
+
+
+def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
     recipe = plan.recipe
-    log.info(f"loading {recipe.model.path}")
-    model, processor = _model(plan)
-    data = plan.modality.prepare(plan.rows, recipe.data, model, processor)
+    log.info(
+        f"reading the tokenizer and the shapes of {recipe.model.path}" if empty else f"loading {recipe.model.path}"
+    )
+    model, processor = _model(plan, empty=empty)
+    data = plan.modality.prepare(plan.rows, recipe.data, model, processor, tick)
     count, whole = len(data.train.rows), plan.args.train_batch_size * plan.args.world_size
     if plan.args.dataloader_drop_last and count < whole:
         raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
     if "train_sampling_strategy" not in recipe.training:
         plan.args.train_sampling_strategy = _choose_order(data, plan.args)
-    return _Job(plan, model, processor, data, plan.modality.collate(model, processor, data), tick)
+    return _Job(plan, model, processor, data, tick)
 
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
@@ -177,17 +206,19 @@ def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     return "group_by_length" if padding > _PADDING_WORTH_GROUPING else "random"
 
 
-def _model(plan: _Plan) -> Loaded:
-    """Adapted, on its device, and trained already if an earlier session came that far."""
+def _model(plan: _Plan, *, empty: bool) -> Loaded:
+    """Adapted, on its device, and trained already if an earlier session came that far; or without weights."""
     recipe, trained = plan.recipe, plan.run.trained
     settings = recipe.model
-    if plan.resume and trained.is_dir():
+    if plan.resume and trained.is_dir() and not empty:
         settings = settings.model_copy(update={"path": str(trained)})
-    model, processor = plan.modality.load(settings)
+    model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
     if (head := find_head_modules(model)) and config.method != "full":
         config = config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    if empty:
+        return adapt(model, config), processor
     if plan.resume and trained.is_file():
         # as a plain model takes it: what began as a part of the weights is written as a change of them
         load_adapter(model, plan.run.path)
@@ -199,31 +230,41 @@ def _model(plan: _Plan) -> Loaded:
 
 def _describe(job: _Job) -> None:
     """Log what is about to happen, before it does."""
+    recipe = job.plan.recipe
+    log.info(_list_facts(job))
+    for line in _list_row_notes(job):
+        log.info(line)
+    if job.data.first:
+        log.info(f"the first row, what is learned of it in {LEFT} {RIGHT}:\n{job.data.first}")
+    if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
+        log.info("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
+
+
+def _list_facts(job: _Job) -> dict[str, str]:
+    """What the job is, by a word for each."""
     plan, report, validation = job.plan, job.data.train.report, job.data.validation
     recipe = plan.recipe
     changed, total = _parameters(job.model)
     steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
     held_out = f", {validation.report.kept:,} held out" if validation else ""
-    log.info(
-        {
-            "model": f"{recipe.model.path}, {total:,} parameters",
-            "method": _method(recipe),
-            "trained": f"{changed:,} parameters, {changed / total:.2%}",
-            "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-            "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
-            **job.data.told,
-            "steps": f"{steps:,}, {per_epoch:,} an epoch of about {report.tokens / per_epoch:,.0f} tokens each",
-            "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
-            "run": str(plan.run.path),
-        }
-    )
-    for name, told in (("train", report), ("validation", validation and validation.report)):
-        for line in told.lines() if told else []:
-            log.info(f"{name}: {line}" if not line.startswith(" ") else line)
-    if job.data.first:
-        log.info(f"the first row, what is learned of it in {LEFT} {RIGHT}:\n{job.data.first}")
-    if recipe.adapter.method == "full" and next(iter(trainable(job.model)))[1].dtype.itemsize < 4:
-        log.info("full fine-tuning in 16 bits loses small steps; model.dtype: float32 keeps them")
+    return {
+        "model": f"{recipe.model.path}, {total:,} parameters",
+        "method": _method(recipe),
+        "trained": f"{changed:,} parameters, {changed / total:.2%}",
+        "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
+        "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        **job.data.told,
+        "steps": f"{steps:,}, {per_epoch:,} an epoch of about {report.tokens / per_epoch:,.0f} tokens each",
+        "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
+        "run": str(plan.run.path),
+    }
+
+
+def _list_row_notes(job: _Job) -> Iterator[str]:
+    """Rows that are left out, cut or divided, a line each."""
+    for name, prepared in (("train", job.data.train), ("validation", job.data.validation)):
+        for line in prepared.report.lines() if prepared else []:
+            yield f"{name}: {line}" if not line.startswith(" ") else line
 
 
 def _method(recipe: Recipe) -> str:
@@ -305,7 +346,7 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate, job.data, plan.recipe.adapter)
+    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     stop, metrics = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter)
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS

@@ -38,10 +38,15 @@ class Modality(Protocol):
     def check_rows(self, settings: DataSettings, seed: int) -> RawRows:
         """The rows of training and validation; raises what can be said against them without the model."""
 
-    def load(self, settings: ModelSettings) -> Loaded:
-        """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor."""
+    def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
+        """The model without an adapter, and what turns its data into tensors: a tokenizer or a processor.
 
-    def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+        An empty model has no weights and stands on the device `meta`.
+        """
+
+    def prepare(
+        self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any, tick: Tick | None = None
+    ) -> Prepared:
         """The rows as this model takes them; raises if none is left."""
 
     def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..documents import decode_yaml
 from ..errors import UsageError, did_you_mean
 from ..families import Variant, is_family, read_family
@@ -90,7 +92,7 @@ def override(values: dict[str, Any], change: str) -> None:
     path = key.strip().split(".")
     if not found or not all(path):
         raise UsageError(f"{change!r} is no setting; write group.key=value, such as training.max_steps=100")
-    value = _value(change, text)
+    value = text if _takes_text_alone(path) and _is_plain(text) else _value(change, text)
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if inner is None:
@@ -99,6 +101,24 @@ def override(values: dict[str, Any], change: str) -> None:
             raise UsageError(f"{change!r}: {part} is {inner!r} and has no settings of its own")
         values = inner
     values[path[-1]] = value
+
+
+def _takes_text_alone(path: list[str]) -> bool:
+    """Whether the setting is a text or null, and nothing else that YAML writes."""
+    cls: Any = Recipe
+    for part in path[:-1]:
+        field = cls.model_fields.get(part)
+        cls = field.annotation if field is not None else None
+        if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+            return False
+    field = cls.model_fields.get(path[-1])
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is meant as it stands, with its blanks: it is not quoted, and not null."""
+    bare = text.strip()
+    return bare not in ("", "null", "~") and not bare.startswith(('"', "'"))
 
 
 def _value(change: str, text: str) -> Any:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from ..evaluation.task import KINDS
+from ..files import write_json
 from ..recipe import Recipe
-from .arguments import DEFAULTS, EXTRA, OWNED
+from .fields import DEFAULTS, EXTRA, OWNED
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -63,3 +65,10 @@ def _field_schema(hint: Any, shared: dict[str, Any]) -> dict[str, Any]:
     # a reference is looked up from the top
     shared |= schema.pop("$defs", {})
     return schema
+
+
+def write_schemas(*folders: str) -> None:
+    """Write both schemas as `recipe.schema.json` and `task.schema.json` into each folder."""
+    for folder in folders:
+        write_json(Path(folder) / "recipe.schema.json", recipe_schema())
+        write_json(Path(folder) / "task.schema.json", task_schema())

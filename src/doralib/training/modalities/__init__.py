@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.load import read_kind
+from ...checkpoints.kind import read_kind
 from ...recipe import ModelSettings
 from ..modality import Modality
 from . import text

@@ -5,17 +5,18 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints.heads import Head, Kind
+from ...checkpoints.heads import Head
+from ...checkpoints.kind import Kind
 from ...checkpoints.load import Loaded, load_classifier
 from ...data.batches import Collator
 from ...data.classes import (
-    check_label_columns,
     find_labels,
     label_texts,
     read_labels,
     read_text,
     read_words,
 )
+from ...data.columns import check_label_columns
 from ...data.encoding import context_length, pad_token
 from ...data.prepare import BadRow, Row, Sample
 from ...data.rows import RawRows, read_both
@@ -47,20 +48,27 @@ class Classification:
         if settings.style in ("alpaca", "chat"):
             raise UsageError(f"data.style: a classifier reads data.prompt and data.target, not {settings.style}")
         rows = read_both(settings, seed)
-        check_label_columns(settings, rows.train.column_names, settings.train)
+        check_label_columns(settings, rows.train.column_names, "data.train")
         if rows.validation is not None:
             check_label_columns(settings, rows.validation.column_names, str(settings.validation))
         self.head, self.rows = Head(self.kind, find_labels(rows, settings, by_word=self.by_word)), rows
         return rows
 
-    def load(self, settings: ModelSettings) -> Loaded:
+    def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """The model with a head for these labels, and its tokenizer."""
-        model, tokenizer = load_classifier(settings, self.head)
+        model, tokenizer = load_classifier(settings, self.head, empty=empty)
         assert self.head is not None
         self.head = replace(self.head, pad_token_id=tokenizer.pad_token_id)
         return model, tokenizer
 
-    def prepare(self, rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+    def prepare(
+        self,
+        rows: RawRows,
+        settings: DataSettings,
+        model: nn.Module,
+        processor: Any,
+        tick: Tick | None = None,  # noqa: ARG002
+    ) -> Prepared:
         """Tokens, and the numbers of labels."""
         limit = context_length(model)
         if limit is not None and settings.max_length > limit:

@@ -10,20 +10,22 @@ from torch import nn
 
 from ...checkpoints.load import Loaded, load_base
 from ...data.batches import Collator
+from ...data.columns import check_columns
 from ...data.detect import describe_style, find_style, look_at
 from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.isolation import choose_layout
 from ...data.packing import is_packed, pack_rows
 from ...data.prepare import PreparedRows
-from ...data.prompts import STYLES, check_columns
-from ...data.rows import RawRows, read_both
+from ...data.prompts import STYLES, explain_glue
+from ...data.rows import RawRows, read_sets
 from ...data.survey import mark_learned, survey_rows
-from ...data.tokenize import find_samples, tokenize_rows
-from ...errors import UsageError
+from ...data.tokenize import find_samples, join_prepared, tokenize_rows
+from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.evaluate import encode_prompts
 from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
 from ...evaluation.task import Task, read_examples
-from ...recipe import DataSettings, ModelSettings
+from ...progress import Tick
+from ...recipe import DataSettings, DataSource, ModelSettings
 from ..modality import Collate, Prepared
 
 log = logging.getLogger(__name__)
@@ -33,26 +35,55 @@ _SAMPLE_TOKENS = 64
 
 
 def check_rows(settings: DataSettings, seed: int) -> RawRows:
-    """The rows, with all columns that the style names."""
-    rows = read_both(settings, seed)
-    found = find_style(settings, rows.train.column_names, look_at(rows.train), settings.train)
-    check_columns(found, rows.train.column_names, settings.train)
-    if rows.validation is not None:
-        check_columns(found, rows.validation.column_names, str(settings.validation))
-    if found is settings:
+    """The rows of each set, with all columns that its style names."""
+    problems: list[DoraError] = []
+    found: list[RawRows] = []
+    for each in read_sets(settings, seed):
+        with collecting(problems):
+            found.append(_find_style(each, settings))
+    raise_all(problems)
+    first, *others = found
+    if not others:
+        return first
+    own = [each.settings for each in found]
+    named = tuple(
+        DataSource(path=source.path, weight=source.weight, split=source.split, **_name_style(each))
+        for source, each in zip(settings.sources(), own, strict=True)
+        if each is not None
+    )
+    style = _name_style(own[0]) if own[0] is not None else {}
+    whole = settings.model_copy(update={**style, "train": named})
+    return replace(first, settings=whole, others=tuple(others))
+
+
+def _find_style(rows: RawRows, settings: DataSettings) -> RawRows:
+    """The rows of one set with the settings that hold for them; what style auto found is logged."""
+    asked = rows.settings or settings
+    source = asked.train if isinstance(asked.train, str) else asked.sources()[0].path
+    found = find_style(asked, rows.train.column_names, look_at(rows.train), source)
+    check_columns(found, rows.train.column_names, source)
+    if rows.validation is not None and isinstance(settings.validation, str):
+        check_columns(found, rows.validation.column_names, settings.validation)
+    if found is asked:
         return rows
-    log.info(describe_style(found))
+    log.info(describe_style(found) if rows.settings is None else f"{source}: {describe_style(found)}")
     return replace(rows, settings=found)
 
 
-def load(settings: ModelSettings) -> Loaded:
+def _name_style(settings: DataSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("style", "prompt", "target", "messages")}
+
+
+def load(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """A causal language model and its tokenizer."""
-    return load_base(settings)
+    return load_base(settings, empty=empty)
 
 
-def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any) -> Prepared:
+def prepare(
+    rows: RawRows, settings: DataSettings, model: nn.Module, processor: Any, tick: Tick | None = None
+) -> Prepared:
     """Tokens and labels; several rows in one sequence where they are packed, but never those of validation."""
-    made = tokenize(rows, settings, model, processor)
+    made = tokenize(rows, settings, model, processor, tick)
     settings, train = made.settings, made.train
     told = {"an answer ends at": describe_ends(model, processor)}
     if is_packed(settings) and _can_pack(settings, model, processor):
@@ -60,7 +91,8 @@ def prepare(rows: RawRows, settings: DataSettings, model: nn.Module, processor: 
         full = train.report.tokens / (len(packed) * settings.max_length)
         told["packed"] = f"into {len(packed):,} sequences of at most {settings.max_length:,} tokens, {full:.0%} full"
         train = PreparedRows(packed, train.report)
-    found = find_samples(rows, settings, processor, _SAMPLES)
+    first_set, own = list_sets(rows, made.settings)[0]
+    found = find_samples(first_set, own, processor, _SAMPLES)
     first = mark_learned(made.train.rows[0], processor)
     return Prepared(train, made.validation, found, told, first, survey(made, processor))
 
@@ -75,7 +107,9 @@ class TokenizedRows:
     validation: PreparedRows | None
 
 
-def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) -> TokenizedRows:
+def tokenize(
+    rows: RawRows, settings: DataSettings, model: Any, processor: Any, tick: Tick | None = None
+) -> TokenizedRows:
     """Tokens and labels of every usable row.
 
     Args:
@@ -85,14 +119,26 @@ def tokenize(rows: RawRows, settings: DataSettings, model: Any, processor: Any) 
         UsageError: if no row is usable, or the model has no embedding for a token.
     """
     settings = within(rows.settings or settings, model)
-    train = tokenize_rows(rows.train, rows.train_numbers, settings, processor)
-    validation = None
-    if rows.validation is not None:
-        validation = tokenize_rows(rows.validation, rows.validation_numbers, settings, processor)
+    trained, held_out = [], []
+    for i, (each, own) in enumerate(list_sets(rows, settings)):
+        trained.append(tokenize_rows(each.train, each.train_numbers, own, processor, tick))
+        if each.validation is not None:
+            held_out.append(tokenize_rows(each.validation, each.validation_numbers, own, processor, tick))
+        if glue := explain_glue(find_samples(each, own, processor, 1), own, i if rows.others else None):
+            log.warning(glue)
+    train, validation = join_prepared(trained), join_prepared(held_out) if held_out else None
     for part in (train, validation):
         if part is not None:
             check_ids(model, processor, part.rows["input_ids"], "the rows")
     return TokenizedRows(settings, train, validation)
+
+
+def list_sets(rows: RawRows, settings: DataSettings) -> list[tuple[RawRows, DataSettings]]:
+    """The sets of rows with the settings that hold for each."""
+    sources = settings.sources()
+    if not rows.others:
+        return [(rows, settings)]
+    return [(each, settings.of_source(source)) for each, source in zip((rows, *rows.others), sources, strict=True)]
 
 
 def survey(made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Sequence[Task] = ()) -> dict[str, Any]:
@@ -102,7 +148,12 @@ def survey(made: TokenizedRows, processor: Any, shown: int = _SAMPLES, tasks: Se
 
 
 def _can_pack(settings: DataSettings, model: nn.Module, processor: Any) -> bool:
-    """Whether the model keeps packed rows apart; if not, it is an error only where packing was asked for."""
+    """Whether the model keeps packed rows apart; if not, it is an error only where packing was asked for.
+
+    A model without weights cannot be tried, and is trusted.
+    """
+    if next(model.parameters()).is_meta:
+        return True
     try:
         choose_layout(model, Collator(pad_token(processor, model)))
     except UsageError as error:

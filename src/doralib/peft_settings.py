@@ -4,11 +4,11 @@ A field that changes numbers must not be passed over: the file would load, and m
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DoraError, list_some, raise_problems
+from .errors import DoraError, UsageError, list_some, raise_problems
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,68 @@ VERA = Verdicts(
         "modules_to_save": (None, "modules trained beside VeRA have no place here; merge it in PEFT"),
     },
 )
+
+SHARED = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "modules_to_save", "target_parameters", "bias"),
+)
+"""Fields that mean the same in PEFT's LoraConfig and in `DoraConfig`."""
+_OF_VERA = ("r", "target_modules", "exclude_modules", "d_initial", "projection_prng_key")
+
+
+def take_shared(settings: Mapping[str, Any], fields: Collection[str] = SHARED) -> dict[str, Any]:
+    """The fields that are set, as `DoraConfig` takes them."""
+    values = {field: settings[field] for field in fields if settings.get(field) is not None}
+    return values | sort_names(values)
+
+
+def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a `DoraConfig` for a fresh adapter that trains as PEFT's would.
+
+    Args:
+        settings: PEFT's own, as `to_dict` gives them, of a LoraConfig or a VeraConfig.
+
+    Raises:
+        UsageError: naming every field that is set and cannot be meant here.
+    """
+    kind = str(getattr(settings.get("peft_type", "LORA"), "value", settings.get("peft_type", "LORA")))
+    if kind not in ("LORA", "VERA"):
+        raise UsageError(f"peft_type is {kind!r}: LoraConfig and VeraConfig are read")
+    verdicts, start = {"LORA": (LORA, "init_lora_weights"), "VERA": (VERA, "init_weights")}[kind]
+    problems = []
+    try:
+        verdicts.check({field: value for field, value in settings.items() if field != start})
+    except DoraError as error:
+        problems += str(error).splitlines()[1:]
+    if not settings.get("target_modules") and not settings.get("target_parameters"):
+        problems.append("  target_modules is not set: PEFT would choose by the model's type; name the layers")
+    values = take_shared(settings, SHARED if kind == "LORA" else _OF_VERA)
+    values |= {"dropout_mode": "exact", "method": "dora" if settings.get("use_dora") else "lora"}
+    if kind == "VERA":
+        values |= {"method": "vera", "lora_dropout": settings.get("vera_dropout") or 0.0}
+    elif tokens := settings.get("trainable_token_indices"):
+        values["trainable_token_indices"] = dict(tokens) if isinstance(tokens, Mapping) else tuple(tokens)
+    begin = settings.get(start, True)
+    if kind == "LORA" and isinstance(begin, str) and re.fullmatch(r"gaussian|pissa|pissa_niter_\d+|olora", begin):
+        values["init_lora_weights"] = begin
+    elif begin is not True:
+        problems.append(f"  {start} is {begin!r}: known are true, gaussian, pissa, pissa_niter_N and olora")
+    if settings.get("layers_to_transform") is not None and "target_modules" in values:
+        values["target_modules"] = _name_layers(settings, values["target_modules"], problems)
+    if problems:
+        raise UsageError("\n".join(["the settings of PEFT say what is not meant here:", *problems]))
+    return values
+
+
+def _name_layers(settings: Mapping[str, Any], targets: str | tuple[str, ...], problems: list[str]) -> str:
+    """One regular expression for the targets in the layers that PEFT is told to transform."""
+    if isinstance(targets, str):
+        problems.append(
+            "  layers_to_transform goes with a list of target_modules; write both as one regular expression"
+        )
+        return targets
+    layers, pattern = settings["layers_to_transform"], settings.get("layers_pattern") or "[^.]*"
+    numbers = "|".join(map(str, [layers] if isinstance(layers, int) else layers))
+    above = pattern if isinstance(pattern, str) else "|".join(pattern)
+    # the last number in a name is the layer's
+    return rf".*\.(?:{above})\.(?:{numbers})\.(?:(?!\d+\.)[^.]*\.)*(?:{'|'.join(map(re.escape, targets))})"
