@@ -23,9 +23,11 @@ PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
 # make models: every architecture of transformers, tiny, tried anew; writes docs/models.md (an hour)
+# make pythons: the tests under Python 3.11, 3.12 and 3.13, those of them that are here
+# make dist REPOSITORY=https://...: what goes to PyPI, in dist/; its README links to that repository
 # make kills: each verb killed, and its disk filled, at each place where it changes a file; hours, or MINUTES=20
 # make fuzz: files of each kind damaged and read, some ten thousand; hours, or MINUTES=20
-.PHONY: demo test test-cpus slow interop kills fuzz check format bench tables models schemas docs clean
+.PHONY: demo test test-cpus slow interop pythons dist kills fuzz check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
@@ -42,6 +44,13 @@ slow: $(STAMP)
 interop: $(INTEROP)/pefts $(TORCHTUNE)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
+
+pythons:
+	WORKERS=$(WORKERS) tests/pythons.sh
+
+dist: $(STAMP)
+	@test -n "$(REPOSITORY)" || { echo "say where the repository is: make dist REPOSITORY=https://..."; exit 2; }
+	DORALIB_REPOSITORY=$(REPOSITORY) $(BIN)/python -m hatchling build
 
 kills: $(STAMP)
 	$(BIN)/python tests/kills/harness.py --seed $${SEED:-0} --minutes $${MINUTES:-inf} --page docs/reliability.md
@@ -101,4 +110,4 @@ $(INTEROP)/pefts: $(INTEROP)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(INTEROP) $(TORCHTUNE) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) $(INTEROP) $(TORCHTUNE) .venv-python* .venv-newest dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,8 @@ OPTIONAL = {
     "matplotlib": {"runs/plots.py"},
     "bitsandbytes": set(),
     "peft": {"experiments/bench"},
+    "trl": {"training/objectives.py"},
+    "reasoning_gym": {"data/problems.py"},
     "psutil": {"process.py"},
     "scipy": {"experiments/statistics.py"},
     "lm_eval": {"evaluation/harness.py"},

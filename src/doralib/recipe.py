@@ -57,7 +57,8 @@ class DataSettings(Checked):
 
     train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
     """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
-    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv]."""
+    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
+    `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -105,6 +106,16 @@ class DataSettings(Checked):
         return self.model_copy(update={**own, "train": source.path, "split": source.split or self.split})
 
 
+class ObjectiveSettings(Checked):
+    """What training makes better."""
+
+    kind: Literal["sft", "dpo", "orpo", "kto", "grpo"] = "sft"
+    """sft: how likely the rows' answers are; dpo, orpo, kto: answers that were preferred, over others; grpo: what
+    reward functions say of the model's own answers. All but sft are TRL's, whose settings `training` takes too."""
+    rewards: tuple[str, ...] = ()
+    """grpo: number, format, or functions of yours, each as module.function."""
+
+
 class EvalSettings(Checked):
     """What is measured before and after training."""
 
@@ -124,8 +135,10 @@ class Recipe(Checked):
     model: ModelSettings
     data: DataSettings
     adapter: DoraConfig = DoraConfig()
+    objective: ObjectiveSettings = ObjectiveSettings()
     training: dict[str, Any] = Field(default={})
-    """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them."""
+    """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them. With
+    another objective than sft those of TRL's arguments, such as beta."""
     eval: EvalSettings = EvalSettings()
     out: str = Field(min_length=1)
     """The run's folder."""
@@ -144,7 +157,22 @@ class Recipe(Checked):
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")
+        if problems := self._find_wrong_objective():
+            raise ValueError("; ".join(problems))
         return self
+
+    def _find_wrong_objective(self) -> list[str]:
+        kind, rewards = self.objective.kind, self.objective.rewards
+        checks = {
+            "objective.kind grpo needs objective.rewards, such as [number]": kind == "grpo" and not rewards,
+            f"objective.rewards are for kind grpo, not {kind}": bool(rewards) and kind != "grpo",
+            f"objective.kind {kind} trains a language model, not model.kind {self.model.kind}": (
+                kind != "sft" and self.model.kind in ("classify", "tokens")
+            ),
+            f"data.packing is not for objective.kind {kind}": kind != "sft" and bool(self.data.packing),
+            f"data.loss_on is not for objective.kind {kind}": kind != "sft" and self.data.loss_on == "all",
+        }
+        return [text for text, wrong in checks.items() if wrong]
 
     def with_whole_path(self) -> Self:
         """The same with the model's place from the root, so that the run finds it from any folder; a hub name stays."""

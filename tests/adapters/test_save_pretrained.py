@@ -110,9 +110,8 @@ def test_transformers_trainer_saves_adapters(base, tmp_path):
     assert not torch.equal(first(ids()).logits, model(ids()).logits)
 
 
-@pytest.mark.interop
 def test_trl_saves_adapters(base, tmp_path):
-    trl = pytest.importorskip("trl")
+    import trl
     from conftest import make_tokenizer
 
     model = make(base)

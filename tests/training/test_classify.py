@@ -1,6 +1,7 @@
 """Heads from the recipe to the merged model: BERT-like and decoder models, a label for a text or for each word."""
 
 import json
+import warnings
 
 import peft
 import pytest
@@ -8,10 +9,11 @@ import torch
 import transformers
 from conftest import make_tokenizer
 
+from doralib import DoraConfig, adapt, remove
 from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.data.classes import encode_words
-from doralib.errors import UsageError
+from doralib.errors import Note, UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.metrics import tag_score
 from doralib.evaluation.task import ClassificationTask
@@ -141,3 +143,36 @@ def test_refusals(tmp_path):
     data = {"train": str(tmp_path / "train.jsonl"), "target": "lable"}
     with pytest.raises(UsageError, match=r"data.prompt: a classifier needs it[^!]*did you mean 'label'"):
         train(recipe(tmp_path, "classify", "llama", data=data))
+
+
+def test_a_new_head_is_trained_by_every_method(tmp_path):
+    """With method full too, where modules are named: the head is not among them."""
+    values = recipe(tmp_path, "classify", "llama", training={"max_steps": 2, "learning_rate": 0.01}).model_dump()
+    full = lambda targets: values | {"adapter": {"method": "full", "target_modules": targets}}
+    run = train(Recipe(**full(["q_proj"])))
+    other = train(Recipe(**full(["q_proj"]) | {"training": {"max_steps": 1}, "out": str(tmp_path / "other")}))
+    one, two = (AUTO["classify"].from_pretrained(each / "model").score.weight for each in (run, other))
+    assert not torch.equal(one, two)
+    with pytest.raises(UsageError, match=r"'all-linear' leaves out score, which is new"):
+        train(Recipe(**full("all-linear") | {"out": str(tmp_path / "third")}))
+
+
+def test_a_head_that_is_left_frozen_is_named(tmp_path):
+    model = AUTO["classify"].from_pretrained(base(tmp_path / "base", "llama"), num_labels=2)
+    with pytest.warns(Note, match="'score' stays as it is, and where the base had none it is random"):
+        adapt(model, DoraConfig(r=2, target_modules=("q_proj",)))
+    remove(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, DoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("score",)))
+
+
+def test_rows_of_a_grown_vocabulary_that_are_left_frozen_are_named(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base(tmp_path / "base", "llama"))
+    model.resize_token_embeddings(402)
+    with pytest.warns(Note, match="'model.embed_tokens' has rows 400 to 401 that the base's files do not"):
+        adapt(model, DoraConfig(r=2, target_modules=("q_proj",)))
+    remove(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, DoraConfig(r=2, target_modules=("q_proj",), trainable_token_indices=(400, 401)))

@@ -35,12 +35,13 @@ from doralib.runs import checkpointing
 from doralib.training import arguments
 from doralib.training import recipe_file as reading
 from doralib.training.job import Interrupted, fine_tune, train
+from doralib.training.label_trainer import LabelTrainer
 from doralib.training.loss import LabelLoss
 from doralib.training.modalities import text
 from doralib.training.modality import Prepared
 from doralib.training.recipe_file import packaged_recipes, read_recipe
 from doralib.training.sampler import SeededSampler
-from doralib.training.trainer import AdapterTrainer, LossNotFinite
+from doralib.training.trainer import LossNotFinite
 
 WORDS = [
     "good",
@@ -373,7 +374,7 @@ def make_trainer(recipe, tmp_path, **settings):
     made = tokenize_rows(_dataset(24), range(1, 25), chosen.data, tokenizer)
     args = arguments.make_arguments(chosen, tmp_path / "ck")
     data = Prepared(made, made, [])
-    return AdapterTrainer(model, args, tokenizer, text.collate(model, tokenizer, data), data, chosen.adapter)
+    return LabelTrainer(model, args, tokenizer, text.collate(model, tokenizer, data), data, chosen.adapter)
 
 
 @pytest.mark.parametrize("ratio", [1, 3])

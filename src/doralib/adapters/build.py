@@ -22,6 +22,7 @@ from ..layers.rows import TrainedRows
 from ..layers.wrapper import AdapterLayer, TrainedCopy, base_module
 from ..quantization import keep_readable
 from ..state import AdapterState
+from .fresh import note_frozen_parts
 from .registry import error_of
 from .scan import Scan, ask_model
 from .targets import (
@@ -64,7 +65,9 @@ def choose_by_config(found: Scan, config: DoraConfig) -> Targets:
         layers = [name for name in layers if not any(f"{name}.".startswith(f"{each}.") for each in whole)]
     chosen = [*layers, *choose_parameters(found, config.target_parameters)]
     _check_patterns(config, chosen)
-    return Targets(chosen, whole, _choose_rows(found, config), tuple(describe_choice(found, config, chosen)))
+    rows = _choose_rows(found, config)
+    notes = [*describe_choice(found, config, chosen), *note_frozen_parts(found, [*chosen, *whole, *rows])]
+    return Targets(chosen, whole, rows, tuple(notes))
 
 
 def _choose_rows(found: Scan, config: DoraConfig) -> dict[str, tuple[int, ...]]:

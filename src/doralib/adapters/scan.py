@@ -13,6 +13,9 @@ from ..layers.wrapper import Place, base_module
 from .bypass import Bypass, find_bypassed
 from .registry import find_record
 
+HEADS = ("score", "classifier", "qa_outputs")
+"""What transformers calls the head of a task, which is trained and which PEFT leaves out of all-linear."""
+
 
 class Scan:
     """The modules and parameters of a base model by name, as they would be if it had no adapters.
@@ -50,7 +53,7 @@ class Scan:
         """What "all-linear" means, before anything is left out: linear layers without the output layer, as in PEFT."""
         head = ask_model(self.model, "get_output_embeddings")
         heads = {name for name, module in self.modules.items() if head is not None and module is base_module(head)}
-        heads |= {name for name in ("score", "classifier", "qa_outputs") if hasattr(self.model, name)}
+        heads |= {name for name in HEADS if hasattr(self.model, name)}
         return [name for name, base in self.bases.items() if base.kind == "linear" and name not in heads]
 
     @cached_property

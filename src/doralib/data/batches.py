@@ -1,4 +1,4 @@
-"""From rows to batches: padding, or packed rows with a position of its own for each token."""
+"""From rows to batches: padding, pairs of answers, or packed rows with a position of its own for each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +61,28 @@ class Collator:
             "num_tokens": torch.tensor(sum(used)),
             **mask,
         }
+
+
+@dataclass(frozen=True)
+class OddsCollator:
+    """Pairs of answers as ORPO takes them: each answer with its prompt, padded on the right.
+
+    Keys ``chosen_`` and ``rejected_`` with input_ids, attention_mask and labels, (rows, longest).
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        for side in ("chosen", "rejected"):
+            texts = [[*row["prompt_ids"], *row[f"{side}_ids"]] for row in rows]
+            longest = max(map(len, texts))
+            fill = lambda values, value, longest=longest: [*values, *[value] * (longest - len(values))]
+            labels = [[IGNORED] * len(row["prompt_ids"]) + list(row[f"{side}_ids"]) for row in rows]
+            batch[f"{side}_input_ids"] = torch.tensor([fill(text, self.pad_id) for text in texts])
+            batch[f"{side}_attention_mask"] = torch.tensor([fill([1] * len(text), 0) for text in texts])
+            batch[f"{side}_labels"] = torch.tensor([fill(each, IGNORED) for each in labels])
+        return batch
 
 
 def make_block_mask(lengths: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:

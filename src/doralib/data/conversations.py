@@ -69,7 +69,7 @@ def read_conversation(row: Row, column: str, *, learn_all: bool = False) -> Conv
     """
     name = find_column(column, list(row))
     if name is not None:
-        messages = _read_messages(row[name], name)
+        messages = read_messages(row[name], name)
         learned = [_is_learned(message) for message in messages]
     elif "completion" in row:
         prompt, answer = (_read_side(row.get(key), key) for key in ("prompt", "completion"))
@@ -99,7 +99,7 @@ def _read_side(value: Any, column: str) -> list[Message]:
     """A prompt or a completion: messages, or the text of one."""
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return [{"role": "user" if column == "prompt" else "assistant", "content": value}]
-    return _read_messages(value, column)
+    return read_messages(value, column)
 
 
 def _read_alpaca(row: Row) -> list[Message]:
@@ -128,7 +128,12 @@ def read_history(row: Row) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in history]
 
 
-def _read_messages(value: Any, column: str) -> list[Message]:
+def read_messages(value: Any, column: str) -> list[Message]:
+    """The messages in a column, as chat templates take them.
+
+    Raises:
+        BadRow: if they have a form that is not known.
+    """
     if isinstance(value, str) and value.strip():
         value = _read_json(value, column)
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):

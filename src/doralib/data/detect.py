@@ -43,7 +43,10 @@ def find_style(settings: DataSettings, columns: Sequence[str], first: Row, sourc
         return settings.model_copy(update={"style": "chat"})
     if {"chosen", "rejected"} <= set(columns):
         raise _refuse(
-            "rows with a chosen and a rejected answer are for training on preferences", columns, first, source
+            "rows with a chosen and a rejected answer are for training on preferences (objective.kind: dpo)",
+            columns,
+            first,
+            source,
         )
     talk = find_column(settings.messages, columns)
     if talk is not None:
@@ -86,7 +89,7 @@ def describe_style(settings: DataSettings) -> str:
 def _read_sides(settings: DataSettings, columns: Sequence[str], first: Row, source: str) -> DataSettings:
     """Prompt and completion are texts or messages."""
     if isinstance(first.get("label"), bool):
-        why = "completions with a label that is true or false are for training on preferences"
+        why = "completions with a label that is true or false are for training on preferences (objective.kind: kto)"
         raise _refuse(why, columns, first, source)
     sides = [first.get(name) for name in ("prompt", "completion")]
     if any(isinstance(side, list) or (isinstance(side, str) and side.lstrip().startswith("[{")) for side in sides):

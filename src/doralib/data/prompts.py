@@ -76,8 +76,12 @@ def _text(row: Row, column: str) -> str:
     return value_text(value)
 
 
-def _fill(template: str, row: Row, setting: str) -> str:
-    """The template with the row's values; a row that has none of them is empty."""
+def fill_prompt(template: str, row: Row, setting: str) -> str:
+    """The template with the row's values; `setting` says where it stands.
+
+    Raises:
+        BadRow: if the row has none of the values.
+    """
     columns = columns_in(template, setting)
     values = {column: _text(row, column) for column in columns}
     if not any(value.strip() for value in values.values()):
@@ -98,13 +102,13 @@ def _join(pieces: Sequence[tuple[str, bool]], settings: DataSettings) -> Rendere
 def _completion(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
     """Prompt and target from columns or templates; without a prompt it is plain language modeling."""
     assert settings.target is not None, "checked by check_columns"
-    prompt = [] if settings.prompt is None else [(_fill(settings.prompt, row, "data.prompt"), False)]
-    return _join([*prompt, (_fill(settings.target, row, "data.target"), True)], settings)
+    prompt = [] if settings.prompt is None else [(fill_prompt(settings.prompt, row, "data.prompt"), False)]
+    return _join([*prompt, (fill_prompt(settings.target, row, "data.target"), True)], settings)
 
 
 def _plain(row: Row, settings: DataSettings, _: Tokenizer) -> RenderedRow:
     """A text that is learned from its first word on."""
-    return _join([(_fill(settings.target or "text", row, "data.target"), True)], settings)
+    return _join([(fill_prompt(settings.target or "text", row, "data.target"), True)], settings)
 
 
 _ALPACA = (
@@ -118,7 +122,7 @@ def _alpaca(row: Row, settings: DataSettings, tokenizer: Tokenizer) -> RenderedR
     Earlier answers are learned too, each with the end-of-text token; a system text stands in the place of the first
     paragraph.
     """
-    instruction, output = _fill("instruction", row, "instruction"), _fill("output", row, "output")
+    instruction, output = fill_prompt("instruction", row, "instruction"), fill_prompt("output", row, "output")
     given = _text(row, "input") if "input" in row else ""
     system = _text(row, "system").strip() if "system" in row else ""
     also = ", paired with an input that provides further context" if given.strip() else ""

@@ -17,7 +17,8 @@ from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .large_rows import read_large_rows
 from .prepare import RowNumber
-from .sources import is_saved_dataset, list_files, match_hub
+from .problems import make_problems
+from .sources import is_problems, is_saved_dataset, list_files, match_hub
 from .tables import RowTable, forget, is_large, is_parquet, read_table
 
 
@@ -193,7 +194,7 @@ def _read(
     """Every row of a source, and its place."""
     files = list_files(source, setting, split)
     if not files:
-        rows = _read_hub(source, setting, split)
+        rows = make_problems(source, setting) if is_problems(source) else _read_hub(source, setting, split)
     elif is_large(files) and (found := read_large_rows(files[0], setting)) is not None:
         rows = found
     elif not any(map(is_parquet, files)):

@@ -78,13 +78,18 @@ def match_hub(source: str) -> re.Match[str] | None:
     return _HUB_NAME.fullmatch(source)
 
 
+def is_problems(source: str) -> bool:
+    """Whether rows are made by reasoning-gym: ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
+    return source.startswith("reasoning-gym:")
+
+
 def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets` wrote this folder (`save_to_disk`)."""
     return path.is_dir() and any((path / name).is_file() for name in _SAVED)
 
 
 def list_files(source: str, setting: str, split: str = "train") -> list[Path]:
-    """The files of rows that a source names, in the order of their names; none where the name could be one of the hub.
+    """The files of rows that a source names, in the order of their names; none of what could be a hub name, or is made.
 
     A folder stands for the files in it, at any depth, whose kind is known; where their names say splits, for those of
     this split.
@@ -92,6 +97,8 @@ def list_files(source: str, setting: str, split: str = "train") -> list[Path]:
     Raises:
         UsageError: if there is none, with what was looked for.
     """
+    if is_problems(source):
+        return []
     path = Path(source).expanduser()
     known = f"{', '.join(sorted(READERS))}, and the same with {', '.join(_COMPRESSED)} behind it"
     if path.is_file():

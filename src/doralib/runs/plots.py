@@ -6,7 +6,7 @@ from typing import Any
 
 from ..disk import replacing
 from ..errors import UsageError
-from .record import RunRecord, numbers, read_metric
+from .record import OBJECTIVE_CURVES, RunRecord, numbers, read_metric
 
 _CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 _COLORS = ("#2563c9", "#c2560c")
@@ -19,8 +19,8 @@ def write_figures(record: RunRecord) -> list[Path]:
         UsageError: if matplotlib is not installed.
     """
     written = []
-    for key in _CURVES:
-        name = key.replace("grad", "gradient")
+    for key in (*_CURVES, *OBJECTIVE_CURVES):
+        name = key.replace("grad", "gradient").replace("/", "_")
         lines = [("training", numbers(record.train, key)), ("evaluation", numbers(record.evals, f"eval_{key}"))]
         if any(points for _, points in lines):
             written.append(_write(_curve(name.replace("_", " "), lines), record.path / "figures" / f"{name}.png"))

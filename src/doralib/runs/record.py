@@ -16,6 +16,15 @@ Values = dict[str, Any]
 METHODS = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "full": "full fine-tuning"}
 """Names of methods for a person."""
 
+OBJECTIVE_CURVES = {
+    "reward": "Reward",
+    "rewards/margins": "Margin: reward of good answers over bad ones",
+    "rewards/accuracies": "Pairs in which the good answer has the higher reward",
+    "kl": "KL divergence from the model without the adapter",
+    "completions/mean_length": "Tokens of an answer",
+}
+"""What an objective measures besides the loss, by its key in metrics.jsonl, with a title."""
+
 
 @dataclass(frozen=True)
 class RunRecord:

@@ -9,7 +9,7 @@ from . import plots
 from .charts import Series, line_chart, number_text
 from .markup import Child, Markup, el, html_table
 from .page import write_page
-from .record import METHODS, RunRecord, numbers, read_run
+from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
 from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
 
@@ -105,6 +105,7 @@ def _curves(record: RunRecord) -> Markup | None:
     train = [Series("training", numbers(record.train, "loss"), smooth=True)]
     charts = [
         line_chart("Loss", [*train, Series("evaluation", numbers(record.evals, "eval_loss"), "b", dots=True)]),
+        *_objective_curves(record),
         line_chart("Learning rate", [Series("learning rate", numbers(record.train, "learning_rate"))]),
         line_chart("Gradient norm", [Series("gradient norm", numbers(record.train, "grad_norm"), smooth=True)]),
         line_chart("Tokens per second", [Series("tokens per second", numbers(record.train, "tokens_per_second"))]),
@@ -113,6 +114,16 @@ def _curves(record: RunRecord) -> Markup | None:
         return None
     intro = "Where a line is faint, the thick one over it is its running mean."
     return _section("Curves", intro, el("div", *charts, class_="charts"))
+
+
+def _objective_curves(record: RunRecord) -> list[Markup | None]:
+    return [
+        line_chart(
+            title, [Series("training", numbers(record.train, key), smooth=True), Series("evaluation", held, "b")]
+        )
+        for key, title in OBJECTIVE_CURVES.items()
+        for held in [numbers(record.evals, f"eval_{key}")]
+    ]
 
 
 def _samples(record: RunRecord) -> Markup | None:

@@ -19,6 +19,28 @@ from ..errors import UsageError
 from ..recipe import Recipe
 from .fields import DEFAULTS, EXTRA, OWNED, find_unknown
 
+OBJECTIVE_DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-5, "bf16": False, "gradient_checkpointing": False}
+"""Where an objective of TRL differs: its rate is ten times TRL's 1e-6, which is for training in full."""
+
+_REFERENCE = "the reference is the same model with its adapter off"
+_VLLM = "vLLM does not take an adapter of doralib while it trains"
+_OWNED_OF_OBJECTIVES = {
+    **dict.fromkeys(("max_length", "truncation_mode"), "it is data.max_length; a row that is longer is left out"),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the recipe's model group loads the model"),
+    **dict.fromkeys(("dataset_num_proc", "padding_free", "pad_token", "padding_value"), "doralib makes the tokens"),
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"), _REFERENCE),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE),
+    "cast_lm_head_to_fp32": "it changes the model itself; set model.dtype: float32",
+    **dict.fromkeys(("log_completions", "log_multimodal", "log_unique_prompts"), "the report shows samples"),
+    **dict.fromkeys(("num_completions_to_print", "log_completions_hub_repo"), "the report shows samples"),
+    **dict.fromkeys(("generate_during_eval", "is_encoder_decoder"), "the report shows samples"),
+    "label_smoothing_factor": "only objective.kind sft has it; dpo has label_smoothing",
+    "max_tool_calling_iterations": "tools are not offered to the model",
+    "use_transformers_paged": "it is use_transformers_continuous_batching now",
+}
+_OWN_ORDER = ("kto", "grpo")
+"""Objectives with an order of rows that they need: KTO's pairs of neighbors, GRPO's groups of answers."""
+
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -31,11 +53,13 @@ def check_arguments(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UsageError: naming every key that is unknown, ours or of the wrong kind, and every combination that cannot be.
     """
-    hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    problems, values = find_unknown(recipe.training, known), {}
+    kind = recipe.objective.kind
+    cls = find_class(kind)
+    hints, owned = typing.get_type_hints(cls), list_owned(kind)
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    problems, values = find_unknown(recipe.training, known, owned, cls.__name__), {}
     for key, value in recipe.training.items():
-        if key in OWNED or key not in known | EXTRA.keys():
+        if key in owned or key not in known | EXTRA.keys():
             continue
         try:
             # YAML reads a bare no as false
@@ -44,10 +68,44 @@ def check_arguments(recipe: Recipe) -> dict[str, Any]:
         except ValidationError as error:
             problems.append(f"training.{key}: {error.errors()[0]['msg'].lower()}, got {value!r}")
     problems += _out_of_range(values)
-    problems += _impossible(values, has_validation=recipe.data.validation is not None)
+    problems += _impossible(values, kind, has_validation=recipe.data.validation is not None)
     if problems:
         raise UsageError("\n".join(problems))
     return values
+
+
+def find_class(kind: str) -> type[TrainingArguments]:
+    """The arguments that an objective takes.
+
+    Raises:
+        UsageError: if TRL is not installed, and this is one of its objectives.
+    """
+    if kind == "sft":
+        return TrainingArguments
+    if importlib.util.find_spec("trl") is None:
+        raise UsageError(f"objective.kind {kind} is trained by TRL, which is not installed: pip install 'doralib[rl]'")
+    # an optional extra, and a second to import
+    from .objectives import ARGUMENTS  # noqa: PLC0415
+
+    return ARGUMENTS[kind]
+
+
+def list_owned(kind: str) -> dict[str, str]:
+    """The fields that a recipe of this objective may not set, and what to do instead."""
+    if kind == "sft":
+        return OWNED
+    names = [field.name for field in dataclasses.fields(find_class(kind))]
+    own = {**_OWNED_OF_OBJECTIVES, **dict.fromkeys((name for name in names if "vllm" in name), _VLLM)}
+    if kind in _OWN_ORDER:
+        own["train_sampling_strategy"] = f"{kind} has an order of its own"
+    if kind == "orpo":
+        own["max_completion_length"] = own["max_length"]
+    return {**OWNED, **{name: why for name, why in own.items() if name in names}}
+
+
+def has_own_order(kind: str) -> bool:
+    """Whether an objective decides the order of the rows itself."""
+    return kind in _OWN_ORDER
 
 
 def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -62,17 +120,26 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         given["report_to"] = [given["report_to"]]
     if "report_to" in given:
         given["report_to"] = [name for name in given["report_to"] if name != "tensorboard"] or ["none"]
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    kind = recipe.objective.kind
+    cls = find_class(kind)
+    fields = {field.name for field in dataclasses.fields(cls)}
     given = {(_OLD_NAMES[key] if _OLD_NAMES.get(key) in fields else key): value for key, value in given.items()}
-    values = {**DEFAULTS, **_evaluation(given, recipe, patient), **given}
+    values = {
+        **DEFAULTS,
+        **({} if kind == "sft" else OBJECTIVE_DEFAULTS),
+        **_evaluation(given, recipe, patient),
+        **given,
+    }
     cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     values = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, **values}
     own = {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed, "disable_tqdm": True}
     own |= {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
+    own |= {"train_sampling_strategy": "sequential"} if has_own_order(kind) else {}
+    own |= {"max_length": recipe.data.max_length} if "max_length" in fields else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            made = TrainingArguments(**values, **own)
+            made = cls(**{**values, **own})
         for reporter in get_reporting_integration_callbacks(made.report_to):
             reporter()  # says what is not installed
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -153,7 +220,7 @@ def _out_of_range(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _impossible(values: Mapping[str, Any], *, has_validation: bool) -> list[str]:
+def _impossible(values: Mapping[str, Any], kind: str, *, has_validation: bool) -> list[str]:
     problems = []
     if not has_validation:
         measuring = ("early_stopping_patience", "load_best_model_at_end", "eval_on_start")
@@ -163,7 +230,7 @@ def _impossible(values: Mapping[str, Any], *, has_validation: bool) -> list[str]
     wants = values.get("report_to") or []
     if "tensorboard" in wants and importlib.util.find_spec("tensorboard") is None:
         problems.append("training.report_to: tensorboard is not installed; pip install 'doralib[train]'")
-    if (metric := values.get("metric_for_best_model")) not in _METRICS:
+    if (metric := values.get("metric_for_best_model")) not in _METRICS and kind == "sft":
         problems.append(f"training.metric_for_best_model: an evaluation measures the loss alone, not {metric!r}")
     return problems
 

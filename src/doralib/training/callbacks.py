@@ -21,6 +21,9 @@ from .meter import Meter
 log = logging.getLogger(__name__)
 
 _STEPS_BEFORE_ESTIMATE = 3
+# of an objective's own measurements, by what they are called in a line for a person
+_TOLD = {"reward": "reward", "rewards/margins": "margin"}
+_UNTOLD = ("num_tokens", "step_time", "total_flos")
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -43,11 +46,13 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     def _line(self, logs: Mapping[str, float], step: int) -> dict[str, Any]:
         if "loss" in logs:
-            names = ("epoch", "loss", "learning_rate", "grad_norm")
+            names = ("epoch", "loss", "learning_rate", "grad_norm", *(name for name in logs if _is_measured(name)))
             speed = {"tokens_per_second": self.meter.rate(), "seconds": self.meter.seconds}
             return {"kind": "train", "step": step, **{name: logs[name] for name in names if name in logs}, **speed}
         if any(name.startswith("eval_") for name in logs):
-            shown = {name: value for name, value in logs.items() if name.startswith("eval_")}
+            shown = {
+                name: value for name, value in logs.items() if name.startswith("eval_") and name != "eval_num_tokens"
+            }
             return {"kind": "eval", "step": step, "epoch": logs.get("epoch"), **shown}
         return {}
 
@@ -71,13 +76,13 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
     def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:
         text = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            loss, speed = f"loss {logs['loss']:.4f}", f"{self._speed():,.0f} tokens/s"
+            loss, speed = f"loss {logs['loss']:.4f}{_tell(logs)}", f"{self._speed():,.0f} tokens/s"
             if self.tick is not None:
                 self._tick(state, 0, f"{loss}, {speed}")
             else:
                 log.info(f"{text}  {loss}  lr {logs['learning_rate']:.2e}  {speed}  {self._to_go(state)} to go")
         elif "eval_loss" in logs:
-            log.info(f"{text}  validation loss {logs['eval_loss']:.4f}")
+            log.info(f"{text}  validation loss {logs['eval_loss']:.4f}{_tell(logs, 'eval_')}")
 
     def on_train_end(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
         # stopped early there are no more steps to come
@@ -152,6 +157,16 @@ class Tensorboard(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _is_measured(name: str) -> bool:
+    """Whether an objective measured it, and no clock did."""
+    return name not in _UNTOLD and ("/" in name or name in ("reward", "reward_std", "kl", "entropy", "nll_loss"))
+
+
+def _tell(logs: Mapping[str, Any], prefix: str = "") -> str:
+    found = {word: logs.get(prefix + name) for name, word in _TOLD.items()}
+    return "".join(f"  {word} {value:.3f}" for word, value in found.items() if value is not None)
 
 
 def _estimate(seconds: float) -> str:

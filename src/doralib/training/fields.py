@@ -69,14 +69,19 @@ def list_fields() -> set[str]:
     }
 
 
-def find_unknown(training: Mapping[str, Any], fields: Collection[str]) -> list[str]:
-    """A line for each key that a recipe may not set, or that is none of these fields."""
-    known = set(fields) - OWNED.keys() | EXTRA.keys()
+def find_unknown(
+    training: Mapping[str, Any],
+    fields: Collection[str],
+    owned: Mapping[str, str] = OWNED,
+    title: str = "TrainingArguments",
+) -> list[str]:
+    """A line for each key that a recipe may not set (`owned`, with the reason), or that is none of these fields."""
+    known = set(fields) - owned.keys() | EXTRA.keys()
     problems = []
     for key in training:
-        if key in OWNED:
-            problems.append(f"training.{key} cannot be set: {OWNED[key]}")
+        if key in owned:
+            problems.append(f"training.{key} cannot be set: {owned[key]}")
         elif key not in known:
             hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
-            problems.append(f"training.{key}: TrainingArguments has no such field{hint}")
+            problems.append(f"training.{key}: {title} has no such field{hint}")
     return problems

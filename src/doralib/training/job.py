@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
+from ..config import DoraConfig
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
@@ -31,12 +32,14 @@ from ..runs import checkpointing
 from ..runs.card import write_card
 from ..runs.folder import RunFolder
 from ..runs.report import write_report
-from .arguments import make_arguments, wants_tensorboard
+from .arguments import has_own_order, make_arguments, wants_tensorboard
 from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
 from .distributed import is_main, wait_for_all
+from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
 from .outlook import Outlook, estimate_memory
+from .rewards import find_rewards
 from .sampler import measure_padding
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -44,7 +47,11 @@ from .trainer import AdapterTrainer, LossNotFinite
 log = logging.getLogger(__name__)
 
 _PADDING_WORTH_GROUPING = 0.1
-_ORDERS = {"group_by_length": "rows of like length together", "random": "drawn anew for each epoch"}
+_ORDERS = {
+    "group_by_length": "rows of like length together",
+    "random": "drawn anew for each epoch",
+    "sequential": "as the objective needs it",
+}
 # Trainer's own printer and bar would repeat ours
 _STOCK_PRINTERS = ("PrinterCallback", "ProgressCallback")
 
@@ -80,7 +87,7 @@ class _Job:
     data: Prepared
     tick: Tick | None
 
-    def collate(self) -> Collate:
+    def collate(self) -> Collate | None:
         """What makes batches; packed rows are tried on the model."""
         return self.plan.modality.collate(self.model, self.processor, self.data)
 
@@ -132,7 +139,7 @@ def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = True) -> _Plan:
-    run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe.model)
+    run, modality = RunFolder(Path(recipe.out).expanduser()), choose_modality(recipe)
     problems: list[DoraError] = []
     tasks: list[Task] = []
     with collecting(problems):
@@ -180,7 +187,7 @@ def look_ahead(
     """
     plan = _check(recipe.with_whole_path(), resume=resume, overwrite=overwrite, check_out=check_out)
     job = _load(plan, tick, empty=True)
-    steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
+    steps, per_epoch = _count_steps(job)
     memory = estimate_memory(job.model, plan.recipe, plan.args.optim)
     return Outlook(plan.recipe, _list_facts(job), tuple(_list_row_notes(job)), steps, per_epoch, memory, job.data)
 
@@ -192,12 +199,22 @@ def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
     )
     model, processor = _model(plan, empty=empty)
     data = plan.modality.prepare(plan.rows, recipe.data, model, processor, tick)
-    count, whole = len(data.train.rows), plan.args.train_batch_size * plan.args.world_size
-    if plan.args.dataloader_drop_last and count < whole:
-        raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
-    if "train_sampling_strategy" not in recipe.training:
+    _check_batch(data, plan.args)
+    if "train_sampling_strategy" not in recipe.training and not has_own_order(recipe.objective.kind):
         plan.args.train_sampling_strategy = _choose_order(data, plan.args)
     return _Job(plan, model, processor, data, tick)
+
+
+def _check_batch(data: Prepared, args: TrainingArguments) -> None:
+    count, whole = len(data.train.rows), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and count < whole:
+        raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
+    prompts = getattr(args, "generation_batch_size", 1) // getattr(args, "num_generations", 1)
+    if count < prompts:
+        raise UsageError(
+            f"{count} prompts are fewer than the {prompts} that are answered at a time; give more, or set a smaller "
+            "training.per_device_train_batch_size or a larger training.num_generations"
+        )
 
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
@@ -215,8 +232,7 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
-    if (head := find_head_modules(model)) and config.method != "full":
-        config = config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    config = _train_head(config, find_head_modules(model))
     if empty:
         return adapt(model, config), processor
     if plan.resume and trained.is_file():
@@ -226,6 +242,24 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
         adapt(model, config)
     model.to(plan.args.device)
     return model, processor
+
+
+def _train_head(config: DoraConfig, head: Sequence[str]) -> DoraConfig:
+    """The settings with which a head that the base may lack is trained too.
+
+    Raises:
+        UsageError: if it would be left out.
+    """
+    if not head or (config.method == "full" and config.target_modules is None):
+        return config
+    if config.method != "full":
+        return config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
+    if isinstance(config.target_modules, str):
+        raise UsageError(
+            f"adapter.target_modules {config.target_modules!r} leaves out {', '.join(head)}, which is new; with method "
+            "full name the modules, or leave target_modules out to train all"
+        )
+    return config.model_copy(update={"target_modules": tuple(dict.fromkeys((*(config.target_modules or ()), *head)))})
 
 
 def _describe(job: _Job) -> None:
@@ -245,16 +279,18 @@ def _list_facts(job: _Job) -> dict[str, str]:
     plan, report, validation = job.plan, job.data.train.report, job.data.validation
     recipe = plan.recipe
     changed, total = _parameters(job.model)
-    steps, per_epoch = _steps(plan.args, len(job.data.train.rows))
+    answers, (steps, per_epoch) = _count_answers(plan.args), _count_steps(job)
+    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     return {
         "model": f"{recipe.model.path}, {total:,} parameters",
         "method": _method(recipe),
+        **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",
         "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
         "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
         **job.data.told,
-        "steps": f"{steps:,}, {per_epoch:,} an epoch of about {report.tokens / per_epoch:,.0f} tokens each",
+        "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
         "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
         "run": str(plan.run.path),
     }
@@ -279,6 +315,15 @@ def _method(recipe: Recipe) -> str:
 def _parameters(model: nn.Module) -> tuple[int, int]:
     """Trained, and all."""
     return sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
+
+
+def _count_answers(args: TrainingArguments) -> int:
+    """To each prompt, times how often they are learned from; 0 where the rows hold the answers."""
+    return int(getattr(args, "num_generations", 0) * getattr(args, "num_iterations", 1))
+
+
+def _count_steps(job: _Job) -> tuple[int, int]:
+    return _steps(job.plan.args, len(job.data.train.rows) * max(_count_answers(job.plan.args), 1))
 
 
 def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
@@ -346,7 +391,7 @@ def _sample(job: _Job, when: str) -> None:
 
 def _train(job: _Job) -> None:
     plan = job.plan
-    trainer = AdapterTrainer(job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
+    trainer = _make_trainer(job)
     stop, metrics = StopOnSignal(), MetricsFile(plan.run.metrics, trainer.meter)
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
@@ -377,6 +422,18 @@ def _train(job: _Job) -> None:
             f"{checkpointing.find_newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
         )
     _save_trained(job, trainer)
+
+
+def _make_trainer(job: _Job) -> AdapterTrainer:
+    plan = job.plan
+    given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
+    if (objective := plan.recipe.objective).kind == "sft":
+        return LabelTrainer(*given)
+    # TRL is an extra
+    from .objectives import TRAINERS  # noqa: PLC0415
+
+    rewards: dict[str, Any] = {"reward_funcs": find_rewards(objective.rewards)} if objective.rewards else {}
+    return TRAINERS[objective.kind](*given, **rewards)
 
 
 def _optional_callbacks(plan: _Plan) -> list[Any]:

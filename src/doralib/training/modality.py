@@ -49,9 +49,10 @@ class Modality(Protocol):
     ) -> Prepared:
         """The rows as this model takes them; raises if none is left."""
 
-    def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:
+    def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate | None:
         """The function that makes one batch of rows: `labels`, and the arguments of the model's forward.
 
+        None: the objective's trainer makes it.
         Where the sum of its `attention_mask` is not the number of its tokens, `num_tokens`, a scalar, is.
         """
 

@@ -8,27 +8,30 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
+from ..errors import UsageError
 from ..evaluation.task import KINDS
 from ..files import write_json
-from ..recipe import Recipe
-from .fields import DEFAULTS, EXTRA, OWNED
+from ..recipe import ObjectiveSettings, Recipe
+from .arguments import find_class, list_owned
+from .fields import DEFAULTS, EXTRA
 
+_OBJECTIVES: tuple[str, ...] = typing.get_args(ObjectiveSettings.model_fields["kind"].annotation)
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The schema of a recipe, with every field of `transformers.TrainingArguments` that a recipe may set."""
+    """The schema of a recipe, with every field that a recipe may set of the arguments that objectives take.
+
+    Those of TRL are there only where it is installed.
+    """
     schema = Recipe.model_json_schema()
     shared = schema.setdefault("$defs", {})
-    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-    hints = typing.get_type_hints(TrainingArguments)
     training: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in OWNED:
-            training[name] = _field_schema(hints[name], shared)
-            default = DEFAULTS.get(name, field.default)
-            if isinstance(default, bool | int | float | str):
-                training[name]["default"] = default
+    for kind in _OBJECTIVES:
+        for name, made in _list_fields(kind, shared).items():
+            known = training.setdefault(name, made)
+            if {**known, "default": None} != {**made, "default": None}:
+                training[name] = {"anyOf": [*known.get("anyOf", [known]), made]}
     training |= {name: TypeAdapter(kind).json_schema() for name, kind in EXTRA.items()}
     schema["properties"]["training"] |= {"properties": dict(sorted(training.items())), "additionalProperties": False}
     return {"$schema": _DIALECT, "title": "doralib recipe", **{k: v for k, v in schema.items() if k != "title"}}
@@ -54,6 +57,23 @@ def task_schema() -> dict[str, Any]:
         schema["properties"]["like"] = {"type": "string", "description": "Another task file, whose keys hold here too."}
         kinds.append(schema)
     return {"$schema": _DIALECT, "title": "doralib task", "anyOf": kinds, **({"$defs": shared} if shared else {})}
+
+
+def _list_fields(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
+    """The fields that an objective adds, each with its schema; of those of the stock Trainer its own defaults."""
+    try:
+        cls, owned = find_class(kind), list_owned(kind)
+    except UsageError:
+        return {}
+    hints, stock = typing.get_type_hints(cls), {field.name for field in dataclasses.fields(TrainingArguments)}
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in owned and (kind == "sft" or field.name not in stock):
+            found[field.name] = _field_schema(hints[field.name], shared)
+            default = DEFAULTS.get(field.name, field.default)
+            if isinstance(default, bool | int | float | str):
+                found[field.name]["default"] = default
+    return found
 
 
 def _field_schema(hint: Any, shared: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,10 @@ from ..adapters.audit import audit
 from ..adapters.param_groups import learning_rates
 from ..adapters.save import save_adapter
 from ..config import DoraConfig
-from ..data.prepare import IGNORED
 from ..errors import DoraError, UsageError
 from ..runs import checkpointing
 from ..state import MAGNITUDE
 from .distributed import is_main, wait_for_all
-from .loss import HeadLoss, LabelLoss
 from .meter import Meter
 from .modality import Collate, Prepared
 from .sampler import SeededSampler
@@ -51,48 +49,41 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         model: Adapted.
         args: Of the stock Trainer.
         processor: The model's tokenizer or processor, which checkpoints keep.
-        collate: Makes a batch of rows.
+        collate: Makes a batch of rows; None: as the Trainer does it.
         data: Rows to train on and, if there are some, to measure the loss on.
         adapter: Its learning rates by the kind of a parameter, and whether a checkpoint is an adapter.
+        others: What the Trainer of another library takes, where one stands between this and the stock Trainer.
     """
+
+    sampler: Any = None
+    """The order of the rows, once it is made; `set_epoch` begins an epoch."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
         processor: Any,
-        collate: Collate,
+        collate: Collate | None,
         data: Prepared,
         adapter: DoraConfig,
+        **others: Any,
     ) -> None:
         self.meter = Meter()
         self.adapter = adapter
         self.resumed_from: Path | None = None
-        self.sampler: SeededSampler | None = None
         self._lengths: list[int] = data.train.rows["length"][:]
         self._staging: Path | None = None
-        self._eval_totals: Tensor | None = None
         with _mark_as_adapted(model):
             super().__init__(
                 model=model,
                 args=args,
                 processing_class=processor,
-                data_collator=collate,
                 train_dataset=data.train.rows,
                 eval_dataset=data.validation and data.validation.rows,
                 callbacks=[_Bookkeeper(self)],
+                **({} if collate is None else {"data_collator": collate}),
+                **others,
             )
-        # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
-        possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
-        self.label_loss: LabelLoss | HeadLoss | None = None
-        if possible:
-            self.label_loss = LabelLoss(model, args.label_smoothing_factor)
-        elif HeadLoss.is_possible(model):
-            self.label_loss = HeadLoss(args.label_smoothing_factor)
-        if self.label_loss is not None:
-            # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
-            self.model_accepts_loss_kwargs = True
-            self._loss_shifts_labels = self.label_loss.shifts_labels
 
     def train(self, resume_from_checkpoint: Path | None = None) -> Any:
         """Train to the end, from the start or from a whole checkpoint."""
@@ -131,6 +122,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """Bring back what the stock Trainer forgets of a checkpoint."""
         counted = files.read_json(checkpoint / _METER)
         self.meter.restore(counted)
+        self.take_up_unlogged(counted.get("unlogged", {}))
         # the first log line after a resume is a mean over steps of both sessions
         self._tr_loss += counted["loss_since_log"]
         self._globalstep_last_logged = counted["last_logged"]
@@ -141,42 +133,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     def unwrap(self) -> None:
         """Remove what training put around the model: hooks and automatic casts."""
-        if self.label_loss is not None:
-            self.label_loss.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean over the labels of all accumulated batches."""
-        if self.label_loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._eval_totals is not None:
-            inputs = self._without_repeats(inputs)
-        loss, count = self.label_loss(model, inputs)
-        if self._eval_totals is not None:
-            self._eval_totals += torch.stack([loss.detach().double(), count.double()])
-        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the labels were counted over all devices, whose gradients are then averaged
-            loss = loss * self.accelerator.num_processes
-        return (loss, {"loss": loss}) if return_outputs else loss
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of one batch.
 
         Raises:
             LossNotFinite: before the optimizer could spread it.
         """
-        num_tokens = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"].sum()
-        self.meter.add_tokens(self.accelerator.reduce(num_tokens, "sum"))
-        inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._not_finite(f"the loss became {loss.item()}")
@@ -197,27 +161,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock loop, with the loss as a mean over labels, so that it does not depend on the batch size."""
-        self._eval_totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-            loss, count = self.accelerator.reduce(self._eval_totals, "sum").tolist()
-        finally:
-            self._eval_totals = None
-        if count:
-            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / count
-        return output
-
-    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch, with no labels in the rows that only fill up the last one so that every process has as many."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        labels = inputs["labels"].clone()
-        labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = IGNORED
-        return {**inputs, "labels": labels}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """What weight decay shrinks: never a magnitude, norm or bias."""
@@ -293,7 +236,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             self.args.save_total_limit = keep
         wait_for_all()
         if self.args.should_save:
-            files.write_json(final / _METER, self.meter.state(loss_since_log, self._globalstep_last_logged))
+            files.write_json(final / _METER, self._count(loss_since_log))
             checkpointing.seal(final)
         wait_for_all()
 
@@ -313,7 +256,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.state.best_model_checkpoint = best and best.name
         self.state.save_to_json(str(part / "trainer_state.json"))
         self.state.best_model_checkpoint = self._name_best(final)
-        files.write_json(part / _METER, self.meter.state(float(self._tr_loss), self._globalstep_last_logged))
+        files.write_json(part / _METER, self._count(float(self._tr_loss)))
+
+    def _count(self, loss_since_log: float) -> dict[str, Any]:
+        return {**self.meter.state(loss_since_log, self._globalstep_last_logged), "unlogged": self.unlogged()}
+
+    def take_up_unlogged(self, measured: dict[str, list[float]]) -> None:
+        """Go on with what a checkpoint has of `unlogged`."""
+
+    def unlogged(self) -> dict[str, list[float]]:
+        """What was measured since the last line of metrics, besides the loss; a resumed run goes on with it."""
+        return {}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict

@@ -125,6 +125,8 @@ def check_grid(grid: Grid) -> None:
         problems.append(UsageError("--lrs auto begins at training.learning_rate, and the recipe has none"))
     if grid.needs_validation and grid.recipe.data.validation is None:
         problems.append(UsageError("rates are chosen on validation rows: set data.validation, or give one rate"))
+    if grid.needs_validation and grid.recipe.objective.kind == "grpo":
+        problems.append(UsageError("rates are chosen by the loss, which says nothing of grpo: give one by --lrs"))
     for cell in grid.cells():
         with collecting(problems):
             # without a rate any that is allowed shows what else is wrong

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from ...checkpoints.kind import read_kind
-from ...recipe import ModelSettings
+from ...recipe import Recipe
 from ..modality import Modality
 from . import text
 from .classify import Classification
+from .preference import Preference
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
@@ -16,7 +17,10 @@ _WITH_A_HEAD: dict[str, Callable[[], Modality]] = {
 }
 
 
-def choose_modality(settings: ModelSettings) -> Modality:
-    """The modality of a recipe's model; of kind auto a local model's config.json says which."""
+def choose_modality(recipe: Recipe) -> Modality:
+    """The modality of a recipe's model and objective; of kind auto a local model's config.json says which."""
+    if recipe.objective.kind != "sft":
+        return Preference(recipe.objective)
+    settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
