@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_readmes_recipe_and_commands_run(run, hub, tmp_path, monkeypatch):
     typed = [line for line in commands(README) if line.startswith("doralib ")]
     assert [line.split()[1] for line in typed] == ["check", "train", "generate", "merge"]
     for line in typed:
-        words = [word.strip("$'") for word in re.findall(r"\$'[^']*'|\S+", line)[1:]]
+        words = shlex.split(line)[1:]
         fewer = {"train": ["training.max_steps=2"], "generate": ["--max-new-tokens", "2"]}
         status, out, err = run(*words, *fewer.get(words[0], []))
         assert status == 0, f"{line}\n{out}{err}"

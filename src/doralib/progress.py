@@ -1,6 +1,12 @@
 """How far long work is, for whoever draws it; the command line draws bars (cli/console.py)."""
 
+import logging
+import time
 from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Tick(Protocol):
@@ -8,3 +14,19 @@ class Tick(Protocol):
 
     def __call__(self, what: str, amount: float, total: float, note: str = "") -> None:
         """So much more of the total is done; the note says how it goes."""
+
+
+def log_progress() -> Tick:
+    """What logs how far work is, a line every 10 seconds, where no bar can move."""
+    done: dict[str, float] = {}
+    last = time.monotonic()
+
+    def tick(what: str, amount: float, total: float, note: str = "") -> None:
+        nonlocal last
+        done[what] = done.get(what, 0.0) + amount
+        # shares add up to 1 but for rounding
+        if done[what] < 0.999 * total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log.info(f"  {what}: {done[what] / total:.0%}{note and f', {note}'}")
+
+    return tick

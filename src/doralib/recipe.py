@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from .config import Checked, DoraConfig
 
+PROMPT_FILE = "doralib_prompt.json"
+"""Says, beside what was trained, in which form it was asked."""
+
 
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
@@ -57,7 +60,7 @@ class DataSettings(Checked):
 
     train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
     """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
-    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
+    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv].
     `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""

@@ -100,11 +100,12 @@ def test_too_long_a_prompt_is_named(tiny):
 
 def test_stream_writes_what_generate_returns(tiny):
     pieces = []
-    text, cut = stream(*tiny, PROMPTS[1], pieces.append, max_new_tokens=12)
+    text, cut, empty = stream(*tiny, PROMPTS[1], pieces.append, max_new_tokens=12)
     assert cut
     assert [text] == generate(*tiny, [PROMPTS[1]], max_new_tokens=12)
     assert "".join(pieces).strip() == text.strip()
     assert len(pieces) > 1
+    assert not empty
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_stream_writes_what_generate_returns(tiny):
 )
 def test_prompts_are_read(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert read_prompts(tmp_path / name) == ["one", "two words"]
+    assert read_prompts(tmp_path / name) == [{"prompt": "one"}, {"prompt": "two words"}]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,6 @@ def test_bad_prompt_files_are_explained(tmp_path, name, text, error, says):
 
 
 def test_outputs_are_one_object_a_line(tmp_path):
-    write_answers(tmp_path / "out.jsonl", ["a", "b"], ["é\n", ""])
+    write_answers(tmp_path / "out.jsonl", [{"prompt": "a"}, {"prompt": "b"}], ["é\n", ""])
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"prompt": "a", "output": "é\n"}, {"prompt": "b", "output": ""}]

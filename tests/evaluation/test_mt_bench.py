@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation.generation import continuations
+from doralib.evaluation.generation import answer_each
 from doralib.evaluation.mt_bench import judge as judging
 from doralib.evaluation.mt_bench.answers import Answering, answer_questions
 from doralib.evaluation.mt_bench.judge import Judge, Verdict, find_rating, find_winner
@@ -96,10 +96,10 @@ def test_two_turns_in_the_models_own_template(tiny, file, tmp_path):
     one, two = answers[111]
     prompt = "<|im_start|>user\nnumbers 0 1 2<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert continuations(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0].strip() == one
+    assert answer_each(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0].text.strip() == one
     prompt += f"{one}<|im_end|>\n<|im_start|>user\nnumbers 3 4<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert continuations(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0].strip() == two
+    assert answer_each(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0].text.strip() == two
     lines = read_done(out)
     assert [line["question_id"] for line in lines] == [81, 111]
     assert set(lines[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}

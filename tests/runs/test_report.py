@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from doralib.runs.charts import Series, line_chart, number_text
 from doralib.runs.markup import Markup, el
 from doralib.runs.record import read_run
 from doralib.runs.report import write_report
+from doralib.runs.use import closing_lines, generate_command
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "hr", "link", "img", "input"}
@@ -229,7 +231,7 @@ def test_full_fine_tuning_is_loaded_as_a_model(run):
 
 
 def test_paths_with_spaces_are_quoted_in_commands(run):
-    assert f"doralib generate '{run}'" in page_of(run).said()
+    assert f"doralib eval '{run}' --tasks movies.yaml" in page_of(run).said()
 
 
 def test_the_results_figure_covers_nothing():
@@ -307,3 +309,61 @@ def test_numbers_are_short():
 
 def test_markup_escapes_all_that_is_not_markup():
     assert el("p", "<b>", Markup("<b>x</b>"), title='"<') == '<p title="&quot;&lt;">&lt;b&gt;<b>x</b></p>'
+
+
+def test_a_run_without_tasks_lacks_no_results(run):
+    (run / "results.json").unlink()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "eval": {"tasks": []}}))
+    page = page_of(run)
+    assert "results.json" not in page.said()
+    assert ("div", "class", "note") not in page.attributes
+
+
+def test_a_change_is_shown_with_its_paired_interval(run):
+    results = json.loads((run / "results.json").read_text())
+    interval = {"value": 0.0904, "low": 0.0123, "high": 0.1456}
+    (run / "results.json").write_text(json.dumps({**results, "change": {"movies": {"accuracy": interval}}}))
+    page = page_of(run)
+    assert "+1.2 to +14.6" in page.said()
+    assert ("span", "class", "good") in page.attributes
+    interval["low"] = -0.01
+    results["before"]["movies"]["metrics"].pop("macro_f1")
+    (run / "results.json").write_text(json.dumps({**results, "change": {"movies": {"accuracy": interval}}}))
+    assert ("span", "class", "good") not in page_of(run).attributes, "the rows alone may have made it"
+
+
+def test_the_commands_ask_as_the_run_was_trained(run):
+    form = {"style": "completion", "prompt": "Review: {text}", "fields": ["text"]}
+    (run / "doralib_prompt.json").write_text(json.dumps(form))
+    (run / "samples.json").write_text(json.dumps([{"prompt": "x", "given": {"text": "It's\ngood"}}]))
+    record = read_run(run)
+    assert generate_command(record) == f"doralib generate '{run}' --prompt 'It'\"'\"'s'"
+    assert generate_command(record, "us/run") == "doralib generate us/run --prompt TEXT"
+    (run / "doralib_prompt.json").write_text(json.dumps({**form, "fields": ["text", "of"]}))
+    assert generate_command(read_run(run)).endswith("""--field 'text=It'"'"'s' --field of=TEXT""")
+    (run / "doralib_prompt.json").write_text(json.dumps({"style": "chat", "fields": ["prompt"]}))
+    assert generate_command(read_run(run)) == f"doralib generate '{run}'"
+    (run / "doralib_prompt.json").unlink()
+    assert "doralib generate" not in page_of(run).said(), "what gives labels answers nothing"
+
+
+def test_a_training_ends_with_loss_time_and_the_next_command(run):
+    told = closing_lines(read_run(run), run / "report.html")
+    assert told["trained"] == "40 steps in 3 min 12 s, loss 0.075, validation loss 0.4321"
+    assert [*told] == ["trained", "report", "next"]
+
+
+def test_on_paper_nothing_scrolls_and_no_chart_is_cut():
+    css = (Path(plots.__file__).parent / "report.css").read_text()
+    paper = css.partition("@media print")[2]
+    for rule in ("figure,", "break-inside: avoid", "print-color-adjust: exact", "overflow: visible", "pre-wrap"):
+        assert rule in paper, rule
+
+
+def test_a_subject_keeps_its_color_in_every_figure_of_bench():
+    from doralib.experiments.bench.figures import choose_colors
+
+    first, second = choose_colors(["base", "ours-dora", "copying"]), choose_colors(["peft-lora", "ours-dora"])
+    assert first["ours-dora"] == second["ours-dora"]
+    assert len({first[name] for name in ("base", "ours-dora", "peft-lora", "peft-dora", "ours-lora")}) == 5

@@ -576,9 +576,14 @@ def test_tasks_are_scored_before_and_after(recipe, data_file, tmp_path):
     assert results["after"]["sentiment"]["n"] == 20
 
 
-def test_tensorboard_if_asked(recipe):
-    run = fine_tune(recipe(training={"report_to": "tensorboard", "max_steps": 5}))
-    assert list((run / "tensorboard").glob("events.*"))
+@pytest.mark.parametrize("asked", ["tensorboard", "all"])
+def test_tensorboard_if_asked(recipe, asked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fine_tune(recipe(training={"report_to": asked, "max_steps": 5, "logging_steps": 1}))
+    assert len([*run.rglob("events.out.*")]) == len([*(run / "tensorboard").iterdir()]) == 1
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_everything_wrong_is_told_before_the_model_is_loaded(recipe, data_file, tmp_path):

@@ -51,7 +51,7 @@ def test_from_a_csv_to_a_merged_model(run, here):
     assert read_json("runs/reviews/summary.json")["status"] == "finished"
     status, _, err = run("train", "recipe.yaml", "data.target= {Rating}")
     assert (status, "--resume" in err) == (2, True)
-    status, out, err = run("generate", "runs/reviews", "--prompt", "A good film\nRating:", "--max-new-tokens", "2")
+    status, out, err = run("generate", "runs/reviews", "--prompt", "A good film", "--max-new-tokens", "2")
     assert status == 0, err
     status, out, err = run("merge", "runs/reviews", "--out", "merged", "--verify")
     assert status == 0, err

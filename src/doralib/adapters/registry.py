@@ -257,6 +257,8 @@ def state_of(model: nn.Module, name: str | None = None) -> AdapterState:
     frozen = {place: base_module(model.get_submodule(place)) for place in adapter.resized}
     resized = {f"{place}.weight": module.get_parameter("weight").detach() for place, module in frozen.items()}
     named = getattr(model, "name_or_path", None) or None
+    if named and (revision := getattr(model, "doralib_revision", None)):
+        named = f"{named}@{revision}"
     has_head = any(part in ("score", "classifier") for key in extra for part in key.split("."))
     return AdapterState(layers, extra, named, rows, resized, _name_task(model, has_head=has_head))
 

@@ -15,6 +15,7 @@ from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import read_any_format
 from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..functional import dense_row_norm, row_norm_sq
+from ..hub import split_revision
 from ..state import AdapterState, LayerAdapter
 from .match import MatchedAdapter, match_adapter, view_as_rows
 from .quantized import find_quantized
@@ -148,7 +149,7 @@ def _list_above(adapter: Path) -> list[Path]:
 
 def _shorten_name(model: str | Path) -> str:
     """A model's name without its place: the last part of a path or hub name."""
-    path = Path(model)
+    path = Path(split_revision(str(model))[0])
     if path.is_file():
         path = path.with_suffix("") if path.suffix == ".gguf" else path.parent
     if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from ..disk import replacing, work_folder
 from ..errors import DoraError, UsageError
 from ..files import find_file
-
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+from ..hub import fetch_model, is_hub_name
 
 
 @contextmanager
@@ -30,8 +29,10 @@ def open_base_folder(base: str | Path, scratch: Path) -> Iterator[Path]:
             yield expand_gguf(path, folder / path.stem)
     elif path.exists():
         yield path
+    elif not is_hub_name(str(base)):
+        raise UsageError(f"there is no model folder or .gguf file {base}")
     else:
-        yield _fetch_from_hub(str(base))
+        yield fetch_model(str(base))
 
 
 def expand_gguf(path: Path, out: Path) -> Path:
@@ -56,23 +57,3 @@ def expand_gguf(path: Path, out: Path) -> Path:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     return out
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a path, and not one of the hub's, by its form alone."""
-    on_windows = "\\" in name or bool(PureWindowsPath(name).drive)
-    return on_windows or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _fetch_from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  no part of the core
-
-    try:
-        if is_local(name):
-            raise FileNotFoundError(name)
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"there is no model folder or .gguf file {name}"
-            + ("" if is_local(name) else f", and the hub gave nothing by that name: {str(error).splitlines()[0]}")
-        ) from error

@@ -2,10 +2,9 @@
 
 import importlib.util
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from ..files import list_folder, read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
+from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_local, split_revision
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
-from .gguf import is_local
 from .heads import Head, find_head, is_of_head
 from .kind import find_kind, read_kind
 from .tokenizer import explain_misfit, find_own_tokenizer
@@ -187,24 +186,35 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(where, **options)
 
 
-def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given: Hints | None = None) -> Loaded:
+def load_model(
+    path: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    given: Hints | None = None,
+    revision: str | None = None,
+) -> Loaded:
     """Load a model for use, in evaluation mode, and its tokenizer.
 
     The base of an adapter is loaded as it is stored; the base that a run names is quantized as it was in training. The
     tokenizer and chat template in an adapter's folder come before the base's, if they fit the model.
 
     Args:
-        path: a run, an adapter of any format (a file or a folder), a model's folder, a .gguf file or a hub name.
+        path: a run, an adapter of any format (a file or a folder), a model's folder, a .gguf file, or a hub name of an
+            adapter or a model.
         base: the model that an adapter goes on, where it is not the one that the adapter names.
         dtype: of the base's weights: float32, bfloat16 or float16; auto: as stored. An adapter's own are float32.
         given: alpha and component, which an adapter's file may not say; and whether NaN is taken.
+        revision: a branch, tag or commit, where ``path`` is a hub name.
 
     Raises:
         UsageError: if there is nothing of that name, an adapter names no base and none is given, or base or alpha is
             given for a model.
         DoraError: if a file is damaged, or the adapter does not fit the base.
     """
-    folder, allow = Path(path), given is not None and given.allow_nonfinite
+    path = add_revision(path, revision)
+    folder = find_hub_adapter(path) or Path(path)
+    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
         named = base or find_base_name(folder)
         if not named:
@@ -215,7 +225,7 @@ def load_model(path: str, *, base: str | None = None, dtype: str = "auto", given
         with nullcontext() if base else telling_places(folder, where):
             model = _load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
-        _warn_other_base(path, where)
+        _warn_other_base(path, folder, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
         if head is None:
             set_end_tokens(model, tokenizer)
@@ -276,8 +286,10 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
         for_model["quantization_config"] = _make_quantization(settings)
     with _explaining(settings.path):
         loaded = auto.from_pretrained(where, **options, **for_model, **more)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.doralib_revision = options["revision"]
     if not settings.allow_nonfinite:
-        _check_finite(settings.path, loaded[0] if isinstance(loaded, tuple) else loaded)
+        _check_finite(settings.path, model)
     return loaded
 
 
@@ -301,9 +313,9 @@ def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
-def _warn_other_base(adapter: str, base: str) -> None:
+def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
     """Warn if an adapter names another base; only once its names and shapes are known to fit."""
-    for note in find_other_base(find_base_name(Path(adapter)), base):
+    for note in find_other_base(find_base_name(folder), base):
         warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
@@ -326,8 +338,8 @@ def _read_quantization(run: Path) -> Any:
     return model.get("quantization") if isinstance(model, dict) else None
 
 
-def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> dict[str, Path]:
-    """Put adapters on a model, each given as NAME=PATH, and make the first one active; returns the paths by name.
+def read_named_adapters(named: Sequence[str]) -> dict[str, Path]:
+    """The places of adapters by their names, each given as NAME=PATH; those of the hub are fetched.
 
     Raises:
         UsageError: if one is not given so, or two have one name.
@@ -338,12 +350,16 @@ def load_named_adapters(model: PreTrainedModel, named: Sequence[str]) -> dict[st
     names = [name for name, _, _ in pairs]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UsageError(f"--adapter: {', '.join(twice)} is given twice; give each adapter a name of its own")
-    for name, _, path in pairs:
+    return {name: fetch_folder(path) for name, _, path in pairs}
+
+
+def load_named_adapters(model: PreTrainedModel, named: Mapping[str, Path]) -> None:
+    """Put adapters on a model, each under its name, and make the first one active."""
+    for name, path in named.items():
         load_adapter(model, path, name)
-        _warn_other_base(path, model.name_or_path)
-    if pairs:
-        set_adapter(model, pairs[0][0])
-    return {name: Path(path) for name, _, path in pairs}
+        _warn_other_base(str(path), path, model.name_or_path)
+    if named:
+        set_adapter(model, next(iter(named)))
 
 
 def _locate(path: str) -> tuple[str, dict[str, str]]:
@@ -371,7 +387,8 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
         return str(place), {}
     if is_local(path) or place.exists():
         raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")
-    return path, {}
+    name, revision = split_revision(path)
+    return name, {"revision": revision} if revision else {}
 
 
 @contextmanager
@@ -393,5 +410,4 @@ def _explain(path: str, error: Exception) -> DoraError:
         return DoraError(f"model: {path} cannot be loaded as asked: {first}")
     if Path(path).exists():
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return UsageError(f"model: no folder or file {path}, and the hub gave nothing by that name{offline}: {first}")
+    return UsageError(f"model: no folder or file {path}, and {explain_hub(error)}")

@@ -22,6 +22,7 @@ from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..process import read_peak_memory
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
+from ..recipe import PROMPT_FILE
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .heads import change_config, find_head
@@ -174,6 +175,7 @@ def merge_checkpoint(
             assert head is not None
             write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
         notes += take_tokenizer([each.path for each in ingredients], part)
+        _take_prompt_form([each.path for each in ingredients], part)
         if not starts.head:
             notes += _write_end_tokens(part)
         write_json(
@@ -237,6 +239,15 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
         checkpoint = Checkpoint.open(base)
     raise_all(problems)
     return checkpoint
+
+
+def _take_prompt_form(adapters: Sequence[Path], folder: Path) -> None:
+    """Keep the form in which all the adapters were asked; the base's own is of another training."""
+    forms = {(each / PROMPT_FILE).read_bytes() if (each / PROMPT_FILE).is_file() else None for each in adapters}
+    if len(forms) == 1 and (form := forms.pop()) is not None:
+        (folder / PROMPT_FILE).write_bytes(form)
+    else:
+        (folder / PROMPT_FILE).unlink(missing_ok=True)
 
 
 def _write_end_tokens(folder: Path) -> list[str]:

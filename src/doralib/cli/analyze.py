@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from .console import console, print_json
-from .options import Alpha, Component, Json
+from .options import Alpha, Component, Json, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.measure import WeightMovement
@@ -30,6 +30,7 @@ def analyze_command(
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Singular values and intruder dimensions too; slow on large matrices.")
     ] = False,
+    revision: Revision = None,
     alpha: Alpha = None,
     component: Component = None,
     as_json: Json = False,
@@ -50,8 +51,7 @@ def analyze_command(
 
     if steps not in ("last", "all"):
         raise UsageError(f"--steps {steps}: is last or all")
-    if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):
-        raise UsageError(f"{', '.join(twice)}: two folders have this name, by which results are told apart; rename one")
+    tuned = _fetch_all(tuned, revision)
     check_writable(out, "--out", folder=True)
     import_stats()
     wanted = [name.strip() for name in (modules or "").split(",") if name.strip()]
@@ -80,6 +80,19 @@ def analyze_command(
 
         correlations = [asdict(each) for each in correlate(found)]
         print_json({"weights": [asdict(each) for each in found], "correlations": correlations})
+
+
+def _fetch_all(tuned: list[Path], revision: str | None) -> list[Path]:
+    """The folders of the tuned models, those of the hub too.
+
+    Raises:
+        UsageError: if two have one name.
+    """
+    from ..hub import add_revision, fetch_folder
+
+    if twice := sorted({path.name for path in tuned if [each.name for each in tuned].count(path.name) > 1}):
+        raise UsageError(f"{', '.join(twice)}: two folders have this name, by which results are told apart; rename one")
+    return [fetch_folder(add_revision(each, revision)) for each in tuned]
 
 
 def _table(movements: "list[WeightMovement]") -> Table:

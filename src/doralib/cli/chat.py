@@ -1,4 +1,7 @@
-"""A chat in the terminal: a line that begins with / is a command, everything else is said to the model."""
+"""A chat in the terminal: a line that begins with / is a command, everything else is said to the model.
+
+A model that was trained on single prompts is asked single questions, in the form of its training.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +14,7 @@ from torch import nn
 from ..adapters.adapt import disable, enable
 from ..adapters.multiple import set_adapter
 from ..data.encoding import chat_text, context_length, encode
+from ..data.prompt_form import PromptForm
 from ..disk import replacing
 from ..errors import UsageError, did_you_mean
 from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream
@@ -49,11 +53,14 @@ class Chat:
     """What the model is told before the conversation."""
     adapters: Mapping[str, "PreTrainedTokenizerBase"] = field(default_factory=dict)
     """Names of the model's adapters that can be switched to, each with its tokenizer."""
+    form: PromptForm | None = None
+    """Ask each question by itself in this form; None: a conversation, in the chat template."""
     messages: list[dict[str, str]] = field(default_factory=list)
-    """What was said since the last /reset."""
+    """What was said since the last /reset; of single questions the last."""
 
     def __post_init__(self) -> None:
-        chat_text(self.tokenizer, [{"role": "user", "content": ""}])
+        if self.form is None:
+            chat_text(self.tokenizer, [{"role": "user", "content": ""}])
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "this list"),
             "/reset": (self._reset, "forget the conversation"),
@@ -64,6 +71,9 @@ class Chat:
             ),
             "/save": (self._save, "FILE: add the conversation to a .jsonl file, as a row that `train` reads"),
         }
+        if self.form is not None:
+            # nothing is remembered
+            del self._commands["/reset"], self._commands["/save"], self._commands["/system"]
         if self.adapters:
             self._commands["/adapter"] = (self._switch, f"NAME: answer with {', '.join(self.adapters)} or {_BASE}")
 
@@ -71,6 +81,9 @@ class Chat:
         """Talk until /quit or the end of the input; returns the messages since the last /reset."""
         ends = describe_ends(self.model, self.tokenizer)
         self.write(f"/help shows the commands, /quit ends the chat; an answer ends at {ends}\n")
+        if self.form is not None:
+            asked = self.form.prompt or f"style {self.form.style}"
+            self.write(f"each question stands by itself, in the form of the training: {asked!r}\n")
         while (text := self._read_text()) is not None and text != "/quit":
             name, _, rest = text.partition(" ")
             if name in self._commands:
@@ -82,10 +95,10 @@ class Chat:
                 self._say(text)
         return self.messages
 
-    def _read_text(self) -> str | None:
+    def _read_text(self, shown: str = "> ") -> str | None:
         """What the user says, or None at the end; between two lines of three quotes a text of several lines."""
         try:
-            line = self.read("> ").strip()
+            line = self.read(shown).strip()
             if not line.startswith(_BLOCK):
                 return line
             lines = [line.removeprefix(_BLOCK)]
@@ -156,8 +169,10 @@ class Chat:
 
     def _say(self, text: str) -> None:
         """Answer, or forget the question where no answer comes."""
+        if self.form is not None:
+            self.messages = []
         self.messages.append({"role": "user", "content": text})
-        prompt = self._fit()
+        prompt = self._fit() if self.form is None else self._ask(self.form, text)
         answer = None if prompt is None else self._answer(prompt)
         self.write("\n")
         if answer is None:
@@ -184,6 +199,23 @@ class Chat:
             self.messages = kept
         return render()
 
+    def _ask(self, form: PromptForm, text: str) -> str | None:
+        """A single question in its form, of which the first field is given; None if it is too long, or not said."""
+        first, *others = form.fields
+        values = {first: text, **{name: self._read_text(f"{name}> ") for name in others}}
+        if not all(value is not None for value in values.values()):
+            return None
+        try:
+            prompt = form.render({name: str(value) for name, value in values.items()}, self.tokenizer)
+        except UsageError as error:
+            self.write(str(error))
+            return None
+        limit = context_length(self.model)
+        if limit is not None and len(encode(self.tokenizer, prompt)) + self.max_new_tokens > limit:
+            self.write(f"that is too long: the model takes {limit} tokens with the {self.max_new_tokens} of the answer")
+            return None
+        return prompt
+
     def _answer(self, prompt: str) -> str | None:
         """The answer, written as it comes; None if the user stopped it."""
         try:
@@ -193,7 +225,7 @@ class Chat:
                 prompt,
                 self.write,
                 max_new_tokens=self.max_new_tokens,
-                chat=True,
+                chat=self.form is None,
                 sampling=self.sampling,
             )
         except KeyboardInterrupt:
@@ -201,6 +233,6 @@ class Chat:
             return None
         if answer.cut:
             self.write(f"\n(cut after {self.max_new_tokens} tokens; /set max_new_tokens N allows more)")
-        elif not answer.text.strip():
-            self.write("(an empty answer: its first token was already an end)")
+        elif answer.empty:
+            self.write(f"(an empty answer: {answer.empty})")
         return answer.text

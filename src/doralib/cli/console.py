@@ -78,8 +78,10 @@ def set_volume(*, quiet: bool = False, verbose: bool = False, aside: bool = Fals
     console.stderr = aside
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("doralib").setLevel(level)
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if verbose and not logging.getLogger().handlers:
+        others = logging.StreamHandler()
+        others.addFilter(lambda record: not record.name.startswith("doralib"))
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[others])
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console, print_json
-from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Variant
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Revision, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -32,6 +32,7 @@ def convert_command(
         str | None, typer.Option("--from", help="Its format, where the file could be of several.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
@@ -47,6 +48,7 @@ def convert_command(
     """
     from ..checkpoints.convert import ConversionRequest
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
     shown: tuple[str, ...] = ()
     if texts:
@@ -56,7 +58,7 @@ def convert_command(
     given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
     done = convert_and_show(
         ConversionRequest(
-            adapter,
+            fetch_folder(add_revision(adapter, revision)),
             to,
             out,
             source,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
 from .console import bars, console, print_json
-from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -34,6 +34,7 @@ def eval_command(
         Path | None, typer.Option(help="Write results.json here, after each task; with --mt-bench a folder.")
     ] = None,
     base: Base = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
@@ -62,6 +63,7 @@ def eval_command(
     from ..checkpoints.load import load_model
     from ..disk import check_writable
     from ..formats.base import Hints
+    from ..hub import add_revision
 
     _check_together(
         {"--tasks": tasks, "--harness": harness, "--mt-bench": mt_bench},
@@ -75,6 +77,7 @@ def eval_command(
             "--yes": yes,
         },
     )
+    model = add_revision(model, revision)
     load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite))
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench

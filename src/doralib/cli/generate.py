@@ -1,29 +1,42 @@
 """`doralib generate`: one prompt, a file of prompts, or a chat."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
-from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
+
+if TYPE_CHECKING:
+    from ..data.prompt_form import PromptForm
+
+Values = Mapping[str, str]
 
 
 def generate_command(
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
-    chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the tokenizer's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
+    ] = None,
     base: Base = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="The longest answer.")] = 128,
-    system: Annotated[str, typer.Option(help="What a model is told before a chat.")] = "",
+    system: Annotated[str, typer.Option(help="What a model is told before a conversation.")] = "",
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 0,
@@ -37,20 +50,18 @@ def generate_command(
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
-    With neither --prompt nor --file: a chat.
+    What a run was trained on decides how it is asked. With no prompt at all: a chat.
     """
-    from ..adapters.inference import unchanged
-    from ..adapters.multiple import set_adapter
-    from ..checkpoints.load import load_model, load_named_adapters, load_own_tokenizer
-    from ..evaluation import generation
+    from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
     from ..evaluation.classifier import find_head_kind
+    from ..evaluation.generation import Sampling
     from ..formats.base import Hints
-    from .chat import Chat
+    from ..hub import add_revision
     from .prompt_file import read_prompts, write_answers
 
-    _check(prompt, file, out, system, adapter or [])
-    prompts = [prompt] if prompt is not None else read_prompts(file) if file else None
-    sampling = generation.Sampling(
+    fields = _read_fields(field or [])
+    _check(prompt, fields, file, out, adapter or [])
+    sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -60,43 +71,155 @@ def generate_command(
     )
     # on the standard output stand answers alone
     print_log(errors)
+    model, named = add_revision(model, revision), read_named_adapters(adapter or [])
+    forms = _find_forms(model, named, chat)
+    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
+    asked += read_prompts(file, next(iter(forms.values()))) if file else []
+    # before the model is loaded: a field that is missing costs nothing
+    complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
     loaded, tokenizer = load_model(
         model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
     )
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
-    names = load_named_adapters(loaded, adapter or [])
-    own = {name: load_own_tokenizer(loaded, path, lambda: tokenizer) for name, path in names.items()}
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    if prompts is None:
-        with unchanged(loaded):
-            tokenizer = next(iter(own.values()), tokenizer)
-            Chat(loaded, tokenizer, _reader(), _write, system=system, adapters=own, **options).run()
+    load_named_adapters(loaded, named)
+    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling)
+    if not asked:
+        asking.chat(system)
         return
-    for name in names or [""]:
-        if name:
-            set_adapter(loaded, name)
-        with unchanged(loaded):
-            theirs = own.get(name, tokenizer)
-            answers = generation.generate(loaded, theirs, prompts, batch_size=batch_size, chat=chat, **options)
-        if out is not None:
-            write_answers(out, prompts, answers)
+    for name, questions in complete.items():
+        answers = asking.answer(name, questions, batch_size)
+        if out is None:
+            for each in answers:
+                # a pipe gets the answer as it is
+                shown = show_controls(each) if sys.stdout.isatty() else each
+                print(f"{name}: {shown}" if len(named) > 1 else shown)
+        else:
+            write_answers(out, asked, answers)
             console.print(f"{len(answers)} answers written: {out}")
-            return
-        for answer in answers:
-            # a pipe gets the answer as it is
-            shown = show_controls(answer) if sys.stdout.isatty() else answer
-            print(f"{name}: {shown}" if len(names) > 1 else shown)
 
 
-def _check(prompt: str | None, file: Path | None, out: Path | None, system: str, adapters: list[str]) -> None:
+@dataclass(frozen=True)
+class _Asking:
+    """A loaded model, and in which form it, or each of its adapters, is asked."""
+
+    model: Any
+    tokenizer: Any
+    named: Mapping[str, Path]
+    """The places of its adapters."""
+    forms: "Mapping[str, PromptForm | None]"
+    max_new_tokens: int
+    sampling: Any
+
+    def chat(self, system: str) -> None:
+        """A conversation; or single questions, where the model was trained on those."""
+        from ..adapters.inference import unchanged
+        from .chat import Chat
+
+        form = next(iter(self.forms.values()))
+        own = {name: self._find_tokenizer(name) for name in self.named}
+        with unchanged(self.model):
+            Chat(
+                self.model,
+                next(iter(own.values()), self.tokenizer),
+                _reader(),
+                _write,
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                system=system,
+                adapters=own,
+                form=None if form is None or form.closed else form,
+            ).run()
+
+    def answer(self, name: str, questions: Sequence[Values], batch_size: int) -> list[str]:
+        """The answers of the model, or of its adapter of this name; an empty one is told of."""
+        from ..adapters.inference import unchanged
+        from ..adapters.multiple import set_adapter
+        from ..evaluation.generation import answer_texts
+
+        if name in self.named:
+            set_adapter(self.model, name)
+        form, tokenizer = self.forms[name], self._find_tokenizer(name)
+        texts = [form.render(values, tokenizer) if form else values["prompt"] for values in questions]
+        with unchanged(self.model):
+            answers = answer_texts(
+                self.model,
+                tokenizer,
+                texts,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=batch_size,
+                chat=form is not None and form.closed,
+                sampling=self.sampling,
+            )
+        for number, each in enumerate(answers, 1):
+            if each.empty:
+                errors.print(f"the answer to prompt {number} is empty: {each.empty}")
+        return [each.text for each in answers]
+
+    def _find_tokenizer(self, name: str) -> Any:
+        from ..checkpoints.load import load_own_tokenizer
+
+        if name not in self.named:
+            return self.tokenizer
+        return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":
+    """How each adapter of a model is asked, or the model itself: as was said, or else as in its training."""
+    from ..data.prompt_form import PromptForm, read_form
+
+    places: Mapping[str, Path | str] = named or {model: model}
+    if chat is None:
+        return {name: read_form(place) for name, place in places.items()}
+    return dict.fromkeys(places, PromptForm(style="chat", fields=("prompt",)) if chat else None)
+
+
+def _read_fields(given: Sequence[str]) -> dict[str, str]:
+    """The fields of one prompt.
+
+    Raises:
+        UsageError: if one is not NAME=TEXT, or is given twice.
+    """
+    pairs = [each.partition("=") for each in given]
+    if bad := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise UsageError(f"--field {bad[0]}: give a name and a text, NAME=TEXT")
+    names = [name for name, _, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"--field: {', '.join(twice)} is given twice")
+    return {name: text for name, _, text in pairs}
+
+
+def _complete(asked: "Sequence[Values]", form: "PromptForm | None", model: str, system: str) -> list[Values]:
+    """What is asked, by the fields of the form.
+
+    Raises:
+        UsageError: if a field is missing or there is none of that name, with what to type.
+    """
+    if form is None:
+        if system:
+            raise UsageError("--system is for a conversation; give --chat, or put it into the text of the prompt")
+        if other := next((name for values in asked for name in values if name != "prompt"), None):
+            raise UsageError(f"--field {other}: {model} does not say in which form it was trained; give a --prompt")
+        return list(asked)
+    if system and form.style not in ("chat", "alpaca"):
+        raise UsageError(f"--system: {model} was trained on prompts of style {form.style}, which have no such part")
+    found: list[Values] = []
+    for values in asked:
+        try:
+            found.append({**form.read(values), **({"system": system} if system else {})})
+        except UsageError as error:
+            typed = " ".join(f"--field {name}=TEXT" for name in form.fields)
+            raise UsageError(f"{model}: {error}\n  give {typed}, or the whole text as --prompt with --raw") from None
+    return found
+
+
+def _check(prompt: str | None, fields: Values, file: Path | None, out: Path | None, adapters: list[str]) -> None:
     """Check options that depend on each other."""
     from ..disk import check_writable
 
-    if prompt is not None and file is not None:
-        raise UsageError("--prompt and --file were both given: one of them")
-    if system and (prompt is not None or file is not None):
-        raise UsageError("--system is for a chat; put it into the text of a prompt")
+    given = {"--prompt": prompt is not None, "--field": bool(fields), "--file": file is not None}
+    if sum(given.values()) > 1:
+        raise UsageError(f"{' and '.join(name for name, is_given in given.items() if is_given)}: give one of them")
     if len(adapters) > 1 and out is not None:
         raise UsageError("--out is for one --adapter; several answer on the terminal")
     if out is not None:

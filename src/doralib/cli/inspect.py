@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import list_some
 from .console import console, print_json
-from .options import AllowNonfinite, Alpha, Component, Json
+from .options import AllowNonfinite, Alpha, Component, Json, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.movement import Movement
@@ -27,6 +27,7 @@ def inspect_command(
     base: Annotated[
         str | None, typer.Option(help="Also say how far lengths and directions moved from this model.")
     ] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
@@ -37,9 +38,10 @@ def inspect_command(
     Of any format: layers, ranks, scales, what had to be assumed, and how far it moved.
     """
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
-    given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
-    found = read_inspected(adapter, base, given)
+    adapter = fetch_folder(add_revision(adapter, revision))
+    found = read_inspected(adapter, base, Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
     if as_json:
         print_json(describe_inspected(found))
     else:

@@ -29,7 +29,9 @@ from .init import init_command
 from .inspect import inspect_command
 from .merge import merge_command
 from .options import Verb, VerifyingCommand, with_volume
+from .push import push_command
 from .recipes import recipes_command
+from .serve import serve_command
 from .targets import targets_command
 from .train import train_command
 
@@ -107,11 +109,20 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "generate": (
         generate_command,
         """
-        doralib generate runs/reviews --prompt 'Review: A gem.'
+        doralib generate runs/reviews --prompt 'A gem.'
+        doralib generate runs/alpaca --field instruction='Translate to French.' --field input='Good night.'
         doralib generate runs/talks
         """,
     ),
-    "merge": (merge_command, "doralib merge runs/reviews --out merged --verify"),
+    "merge": (
+        merge_command,
+        """
+        doralib merge runs/reviews --out merged --verify
+        doralib merge runs/reviews --out merged --for ollama
+        """,
+    ),
+    "serve": (serve_command, "doralib serve runs/reviews --port 8000"),
+    "push": (push_command, "doralib push runs/reviews --to OWNER/NAME"),
     "convert": (convert_command, "doralib convert runs/reviews --to mlx --out adapter-mlx"),
     "inspect": (
         inspect_command,
@@ -151,7 +162,9 @@ _EXTRAS = {
     **dict.fromkeys(("scipy", "optuna"), "compare"),
     "matplotlib": "plots",
     "lm_eval": "eval",
+    **dict.fromkeys(("fastapi", "uvicorn", "openai"), "serve"),
     "bitsandbytes": "quant",
+    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
 }
 """The extra that brings a package."""
 

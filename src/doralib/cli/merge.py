@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console, print_json
-from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Variant, VerifyingCommand
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Revision, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -27,6 +27,7 @@ def merge_command(
     weight: Annotated[
         list[float] | None, typer.Option(help="Once for each adapter, in their order: its share; else 1.")
     ] = None,
+    revision: Revision = None,
     alpha: Alpha = None,
     allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
@@ -36,13 +37,21 @@ def merge_command(
         list[str] | None,
         typer.Option(metavar="[logits|exact]", help="Compare logits on text, or every bit; or both."),
     ] = None,
+    server: Annotated[
+        str | None, typer.Option("--for", help="vllm, llama.cpp or ollama: make the folder ready for that server.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a checkpoint."""
+    from ..checkpoints.deploy import check_server, prepare_for
     from ..checkpoints.merge import Ingredient
     from ..formats.base import Hints
+    from ..hub import add_revision, fetch_folder
 
+    adapters = [fetch_folder(add_revision(each, revision)) for each in adapters]
+    if server is not None:
+        check_server(server)
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
     summary = merge_and_show(
         with_weights(adapters, weight or [], each),
@@ -54,6 +63,8 @@ def merge_command(
         overwrite=overwrite,
         variant=variant,
     )
+    for line in prepare_for(server, out) if server is not None else ():
+        console.print(line)
     if as_json:
         print_json(asdict(summary))
 

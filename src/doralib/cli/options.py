@@ -12,6 +12,7 @@ from .console import set_volume
 
 Model = Annotated[str, typer.Argument(help="A run, an adapter, a model folder, a .gguf file or a hub name.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it is not the one that the adapter names.")]
+Revision = Annotated[str | None, typer.Option(help="Of a hub name: its branch, tag or commit; or give NAME@REVISION.")]
 Alpha = Annotated[float | None, typer.Option(min=0, max=1e6, help="lora_alpha, for files that forget it.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite numbers in adapter and base as they are.")

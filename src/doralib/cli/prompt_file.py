@@ -1,18 +1,21 @@
 """Files of prompts for `doralib generate`, and of the answers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..disk import replacing
 from ..documents import decode_json
 from ..errors import DoraError, UsageError
 from ..files import find_file, read_json, read_text
 
+if TYPE_CHECKING:
+    from ..data.prompt_form import PromptForm
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a file: lines of a .txt, or the key `prompt` of the rows of a .json or .jsonl.
+
+def read_prompts(path: str | Path, form: "PromptForm | None" = None) -> list[dict[str, str]]:
+    """The prompts in a file: lines of a .txt, or of the rows of a .json or .jsonl the fields of the form, or `prompt`.
 
     Raises:
         UsageError: if there is no such file, it holds no prompt, or a row has none.
@@ -20,15 +23,16 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = find_file(path)
     if path.suffix == ".txt":
-        prompts = [line for line in read_text(path).splitlines() if line.strip()]
+        prompts = [{"prompt": line} for line in read_text(path).splitlines() if line.strip()]
     elif path.suffix in {".json", ".jsonl"}:
         rows = read_json(path, object) if path.suffix == ".json" else _json_lines(path)
         if not isinstance(rows, list):
             raise UsageError(f"{path} must hold a list of objects with the key `prompt`")
-        bad = [i for i, row in enumerate(rows, 1) if not (isinstance(row, dict) and isinstance(row.get("prompt"), str))]
-        if bad:
-            raise UsageError(f"{path}: {len(bad)} of {len(rows)} rows, first row {bad[0]}, have no text under `prompt`")
-        prompts = [row["prompt"] for row in rows]
+        found = [_pick(row, form) if isinstance(row, dict) else None for row in rows]
+        if bad := [i for i, values in enumerate(found, 1) if values is None]:
+            keys = " and ".join(f"`{name}`" for name in (form.fields if form else ("prompt",)))
+            raise UsageError(f"{path}: {len(bad)} of {len(rows)} rows, first row {bad[0]}, have no text under {keys}")
+        prompts = [values for values in found if values is not None]
     else:
         raise UsageError(f"{path}: prompts are read from .txt (one a line), .json or .jsonl (key `prompt`)")
     if not prompts:
@@ -36,10 +40,16 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def write_answers(path: str | Path, prompts: Sequence[str], outputs: Sequence[str]) -> None:
+def _pick(row: Mapping[str, Any], form: "PromptForm | None") -> dict[str, str] | None:
+    if form is not None:
+        return form.pick(row)
+    return {"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else None
+
+
+def write_answers(path: str | Path, prompts: Sequence[Mapping[str, str]], outputs: Sequence[str]) -> None:
     """Write one JSON object a line, `{"prompt": ..., "output": ...}`, whole or not at all."""
     lines = [
-        json.dumps({"prompt": prompt, "output": output}, ensure_ascii=False) + "\n"
+        json.dumps({**prompt, "output": output}, ensure_ascii=False) + "\n"
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
     with replacing(path) as part:

@@ -8,11 +8,12 @@ import typer
 from rich.table import Column, Table
 
 from .console import console, print_json
-from .options import Json
+from .options import Json, Revision
 
 
 def targets_command(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hub name.")],
+    revision: Revision = None,
     every: Annotated[bool, typer.Option("--every", help="Every layer, not one line a kind.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Run a few tokens and name the layers that would be adapted in vain.")
@@ -20,6 +21,9 @@ def targets_command(
     as_json: Json = False,
 ) -> None:
     """List the layers that can be adapted."""
+    from ..hub import add_revision
+
+    model = add_revision(model, revision)
     if as_json:
         print_json(describe_layers(model))
         return

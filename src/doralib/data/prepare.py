@@ -132,3 +132,5 @@ class Sample:
 
     prompt: str
     expected: str
+    given: Mapping[str, str] = field(default_factory=dict)
+    """What the row has in the fields that the prompt is made of."""

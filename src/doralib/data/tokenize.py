@@ -13,6 +13,7 @@ from ..recipe import DataSettings
 from .detect import find_style, look_at
 from .labels import label_rows
 from .prepare import IGNORED, BadRow, PreparedRows, RenderedRow, RowNumber, RowReport, Sample
+from .prompt_form import make_form
 from .prompts import render_row
 from .rows import RawRows, as_written
 from .token_cache import find_kept_tokens, hash_job, keep_tokens
@@ -78,6 +79,7 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
     found: list[Sample] = []
     rows = as_written(raw.validation if raw.validation is not None else raw.train)
     settings = find_style(settings, rows.column_names, look_at(rows), "the data")
+    form = make_form(settings)
     for row in rows:
         if len(found) == count:
             break
@@ -87,7 +89,7 @@ def find_samples(raw: RawRows, settings: DataSettings, tokenizer: Tokenizer, cou
             continue
         start, end = whole.learned[-1] if whole.learned else (0, 0)
         if start and len(tokenizer(whole.text, verbose=False)["input_ids"]) <= settings.max_length:
-            found.append(Sample(whole.text[:start], whole.text[start:end]))
+            found.append(Sample(whole.text[:start], whole.text[start:end], form.take(row) if form else {}))
     return found
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
-from ..progress import Tick
+from ..progress import Tick, log_progress
 from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
-from .generation import Sampling, continuations, evaluation_mode, stop_at_turn_end, tell_ends
+from .generation import Sampling, answer_each, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import (
     Score,
@@ -99,7 +99,8 @@ def evaluate(
 
     The model is a causal language model of `transformers`, adapted or not; every module gets its mode back. The batch
     size changes no result beyond rounding, ``limit`` takes the first rows of each task alone, ``seed`` is that of the
-    bootstrap, and ``tick`` gets each step forward by the name of the task, whose total is 1.
+    bootstrap, and ``tick`` gets each step forward by the name of the task, whose total is 1; without it a log line now
+    and then says how far it is.
 
     Raises:
         UsageError: if data, columns or labels do not fit, for all tasks at once.
@@ -109,9 +110,10 @@ def evaluate(
     if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
         tell_ends(model, tokenizer)
     results = {}
+    tick = tick or log_progress()
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
-            advance = lambda share, name=task.name: tick(name, share, 1.0) if tick else None
+            advance = lambda share, name=task.name: tick(name, share, 1.0)
             scorer = _Scorer(model, tokenizer, batch_size, seed, advance)
             results[task.name] = _result(task, examples[task.name], scorer)
             advance(1.0)
@@ -130,7 +132,8 @@ def score_labels(
     """The result of a model with a head on rows of words, or of one text, and their labels."""
     start = time.perf_counter()
     labels = list_labels(model)
-    advance = lambda share: tick(name, share, 1.0) if tick else None
+    tick = tick or log_progress()
+    advance = lambda share: tick(name, share, 1.0)
     by_word = find_head_kind(model) == "tokens"
     with evaluation_mode(model), unchanged(model):
         if by_word:
@@ -260,7 +263,7 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
         cut = sum(len(tokens) > room for tokens in prompts)
         prompts = [tokens[-room:] for tokens in prompts]
     sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
-    texts = continuations(
+    answers = answer_each(
         scorer.model,
         scorer.tokenizer,
         prompts,
@@ -269,6 +272,7 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
         sampling=stop_at_turn_end(sampling, scorer.tokenizer) if task.chat else sampling,
         tick=lambda done: scorer.tick(done / len(examples)),
     )
+    texts = [answer.text for answer in answers]
     said = [task.predicted(text) for text in texts]
     right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
     return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, texts, cut)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ class Answer(NamedTuple):
     text: str
     cut: bool
     """Whether it would have gone on."""
+    empty: str = ""
+    """Why there is no text in it, where there is none."""
 
 
 _AS_IT_IS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -81,10 +83,26 @@ def generate(
     Raises:
         UsageError: if a prompt and its answer are longer than the model takes, or it holds tokens that the model lacks.
     """
+    texts = [user_text(tokenizer, prompt) if chat else prompt for prompt in prompts]
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "sampling": sampling}
+    return [answer.text for answer in answer_texts(model, tokenizer, texts, chat=chat, **given)]
+
+
+def answer_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    chat: bool = False,
+    sampling: Sampling = GREEDY,
+) -> list[Answer]:
+    """As `generate`, for texts that with ``chat`` are in the chat template already; and how each answer ended."""
     if chat:
         tell_ends(model, tokenizer)
         sampling = stop_at_turn_end(sampling, tokenizer)
-    tokens = [encode(tokenizer, user_text(tokenizer, text) if chat else text, chat=chat) for text in prompts]
+    tokens = [encode(tokenizer, text, chat=chat) for text in texts]
     limit = context_length(model)
     if limit is not None and (long := [i for i, ids in enumerate(tokens) if len(ids) + max_new_tokens > limit]):
         raise UsageError(
@@ -92,7 +110,7 @@ def generate(
             f"are too long: the model takes {limit} with the {max_new_tokens} new ones; "
             "shorten them or lower max_new_tokens"
         )
-    return continuations(
+    return answer_each(
         model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling
     )
 
@@ -114,7 +132,7 @@ def describe_ends(model: nn.Module, tokenizer: Tokenizer) -> str:
     return name_ends(tokens, find_turn_end(tokenizer), tokenizer) or "max_new_tokens alone"
 
 
-def continuations(
+def answer_each(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -123,8 +141,8 @@ def continuations(
     batch_size: int,
     sampling: Sampling = GREEDY,
     tick: Callable[[int], None] = lambda _: None,
-) -> list[str]:
-    """The text that follows each tokenized prompt, all short enough for the model.
+) -> list[Answer]:
+    """The answer to each tokenized prompt, all short enough for the model.
 
     An empty prompt begins with the first token of any text. ``tick`` is called with the number of prompts done since
     its last call.
@@ -138,15 +156,15 @@ def continuations(
         raise UsageError("prompts are sorted into batches here, so adapter_rows cannot follow; call model.generate")
     # longest first: prompts of like length share a batch, and a batch too large for the memory fails at once
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    texts = [""] * len(prompts)
+    found = [Answer("", cut=False)] * len(prompts)
     with evaluation_mode(model), _seeded(model, sampling.seed):
         for begin in range(0, len(order), batch_size):
             here = order[begin : begin + batch_size]
             rows = [list(prompts[i]) or [first_token(tokenizer)] for i in here]
-            for i, text in zip(here, _continue(model, tokenizer, rows, max_new_tokens, sampling), strict=True):
-                texts[i] = text
+            for i, answer in zip(here, _continue(model, tokenizer, rows, max_new_tokens, sampling), strict=True):
+                found[i] = answer
             tick(len(here))
-    return texts
+    return found
 
 
 def stream(
@@ -168,10 +186,7 @@ def stream(
     check_ids(model, tokenizer, [row], "the prompt")
     sampling = stop_at_turn_end(sampling, tokenizer) if chat else sampling
     with evaluation_mode(model), _seeded(model, sampling.seed):
-        written = _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
-    ended = pieces.tokens[-1:] and pieces.tokens[-1] in find_end_tokens(_own_end(model), tokenizer)
-    stopped = any(stop in tokenizer.decode(pieces.tokens, **_AS_IT_IS) for stop in sampling.stop)
-    return Answer(written, len(pieces.tokens) >= max_new_tokens and not ended and not stopped)
+        return _continue(model, tokenizer, [row], max_new_tokens, sampling, streamer=pieces)[0]
 
 
 @contextlib.contextmanager
@@ -193,12 +208,6 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
-        self.tokens: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.tokens += value.flatten().tolist()
-        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         if text:
@@ -226,8 +235,8 @@ def _continue(
     max_new_tokens: int,
     sampling: Sampling,
     streamer: TextStreamer | None = None,
-) -> list[str]:
-    """The new text of one batch, padded at the left."""
+) -> list[Answer]:
+    """The answers of one batch, padded at the left."""
     width, pad = max(map(len, rows)), pad_token(tokenizer, model)
     device = next(model.parameters()).device
     ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
@@ -240,8 +249,25 @@ def _continue(
         stopping_criteria=StoppingCriteriaList(stops),
         streamer=streamer,
     )
-    texts = tokenizer.batch_decode(out_BT[:, width:], **_AS_IT_IS)
-    return [text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=None)] for text in texts]
+    ends = find_end_tokens(_own_end(model), tokenizer)
+    return [_read_answer(tokenizer, ids, max_new_tokens, ends, sampling.stop) for ids in out_BT[:, width:].tolist()]
+
+
+def _read_answer(
+    tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, ends: Collection[int], stops: Sequence[str]
+) -> Answer:
+    """New tokens as text, up to the first stop; whether the length cut it, or why nothing is in it."""
+    whole = tokenizer.decode(ids, **_AS_IT_IS)
+    found = {whole.find(stop): stop for stop in reversed(stops) if stop in whole}
+    text, end = whole[: min(found, default=None)], next((token for token in ids if token in ends), None)
+    empty = ""
+    if not text.strip():
+        empty = "it wrote blanks and special tokens alone"
+        if found:
+            empty = f"it began with {found[min(found)]!r}, which ends an answer"
+        elif ids and ids[0] == end:
+            empty = f"its first token was an end, {tokenizer.convert_ids_to_tokens(end)!r}"
+    return Answer(text, len(ids) >= max_new_tokens and end is None and not found, empty)
 
 
 def _own_end(model: nn.Module) -> Any:

@@ -75,6 +75,19 @@ def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
     return _score(hits / rows, drawn_S)
 
 
+def compare_answers(before: str, after: str, seed: int) -> Score:
+    """How much larger the share of right answers is after than before, on the same rows.
+
+    Each is a 1 for a right answer and a 0 for another, in the rows' order. Rows are drawn in pairs, so what makes a row
+    hard for both is not in the interval.
+    """
+    steps = (-1, 0, 1)
+    gained = [int(now) - int(was) for was, now in zip(before, after, strict=True)]
+    counts = np.array([gained.count(step) for step in steps])
+    drawn_S = np.random.default_rng(seed).multinomial(len(gained), counts / len(gained), size=RESAMPLES) @ steps
+    return _score(sum(gained) / len(gained), drawn_S / len(gained))
+
+
 def perplexity_scores(
     loss_N: Sequence[float], tokens_N: Sequence[int], bytes_N: Sequence[int], seed: int
 ) -> dict[str, Score]:

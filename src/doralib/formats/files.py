@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import disk, files
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError
+from ..hub import add_revision, is_hub_name
 from . import detect_format, explain_mismatch, find_format
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .leftovers import remove_leftovers
@@ -82,7 +83,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def find_base_name(path: Path) -> str | None:
-    """The base model that the settings beside an adapter name; the adapter itself is not read.
+    """The base model that the settings beside an adapter name, one of the hub with its revision; no tensor is read.
 
     Raises:
         UsageError: if there is no adapter.
@@ -91,7 +92,8 @@ def find_base_name(path: Path) -> str | None:
     # beside a file of another name they may be another adapter's
     settings = _read_beside(file, SETTINGS_FILE) if file.name in _NAMES else {}
     named = settings.get("base_model_name_or_path") or settings.get("model")  # the latter is MLX's
-    return str(named) if named else None
+    revision = settings.get("revision") if named and is_hub_name(str(named)) and "@" not in str(named) else None
+    return add_revision(str(named), revision) if named else None
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import DoraConfig, fits_whole
 from ..errors import DoraError, raise_problems
+from ..hub import split_revision
 from ..peft_settings import LORA, SHARED, VERA, take_shared
 from ..state import MAGNITUDE, AdapterState, FusedValues, LayerAdapter, RowValues
 from . import peft_experts as experts
@@ -207,10 +208,12 @@ def to_peft(
     tokens = {name.removesuffix(".weight"): rows.index_N.tolist() for name, rows in state.rows.items()}
     settings: dict[str, Any] = {field: getattr(config, field) for field in SHARED}
     settings |= _make_patterns(config, state)
+    named, revision = split_revision(state.base_model or "")
     settings |= {
         "peft_type": "LORA",
         "use_dora": config.method == "dora",
-        "base_model_name_or_path": state.base_model,
+        "base_model_name_or_path": named or None,
+        **({"revision": revision} if revision else {}),
         "inference_mode": True,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

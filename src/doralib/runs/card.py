@@ -1,5 +1,6 @@
 """The model card of a run, README.md: what was trained on what, its scores, how to load it. The hub shows it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
+from .use import generate_command
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -22,14 +24,29 @@ def write_card(run: Path) -> Path:
         DoraError: if there is no such folder.
     """
     record = read_run(run)
-    whole = record.summary.get("method") == "full"
-    path = (run / "model" if whole else run) / "README.md"
-    data = _describe(record, whole=whole)
-    parts = ["---\n" + data.to_yaml() + "\n---", f"# {_name(record)}", _sentence(record), _scores(record)]
-    parts += [_use(record, whole=whole), _settings(record)]
+    path = (run / "model" if _is_whole(record) else run) / "README.md"
     with replacing(path) as part:
-        part.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+        part.write_text(make_card(record), encoding="utf-8")
     return path
+
+
+def make_card(record: RunRecord, place: str | None = None, base: str | None = None) -> str:
+    """The text of the card.
+
+    Args:
+        place: The run's name on the hub, by which it is loaded there.
+        base: The base's name on the hub, where it is not the one that the run says.
+    """
+    if base:
+        record = replace(record, summary={**record.summary, "base_model": base})
+    name, data = place or _name(record), _describe(record, whole=_is_whole(record))
+    parts = ["---\n" + data.to_yaml() + "\n---", f"# {name.rpartition('/')[2]}", _sentence(record), _scores(record)]
+    parts += [_use(record, name, whole=_is_whole(record), on_hub=place is not None), _settings(record)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _is_whole(record: RunRecord) -> bool:
+    return record.summary.get("method") == "full"
 
 
 def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
@@ -93,13 +110,15 @@ def _scores(record: RunRecord) -> str:
     return "\n".join(["## Scores\n", head, *lines, "\nIn brackets: 95 % bootstrap intervals."])
 
 
-def _use(record: RunRecord, *, whole: bool) -> str:
-    place, base = _name(record), _base(record)
+def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
+    # what is on the hub names its base there
+    named = "" if on_hub else f" --base {_base(record)}"
     if whole:
         code = (
             f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
         )
         return f"## Use\n\n```python\n{code}\n```"
+    asked, new_line = generate_command(record, place), "\n"
     return f"""## Use
 
 With PEFT:
@@ -113,8 +132,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("{place}")
 With doralib, which also merges it into a model that every server loads:
 
 ```console
-doralib generate {place} --base {base}
-doralib merge {place} --base {base} --out merged
+{f"{asked}{named}{new_line}" if asked else ""}doralib merge {place}{named} --out merged
 vllm serve merged
 ```"""
 

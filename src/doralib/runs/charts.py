@@ -75,6 +75,16 @@ def number_text(value: float) -> str:
     return f"{value:.4g}"
 
 
+def time_text(seconds: float) -> str:
+    """E.g. ``3 min 12 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def _draw(series: Series, x: _Scale, y: _Scale) -> Markup:
     smooth = series.smooth and len(series.points) >= _SMOOTH_FROM
     lines = [el("polyline", class_=f"l {series.color}{' faint' * smooth}", points=_path(series.points, x, y))]

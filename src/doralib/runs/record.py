@@ -9,6 +9,7 @@ from typing import Any
 from ..documents import decode_json
 from ..errors import DoraError
 from ..files import read_json, read_yaml
+from ..recipe import PROMPT_FILE
 from .folder import RunFolder
 
 Values = dict[str, Any]
@@ -35,10 +36,14 @@ class RunRecord:
     summary: Values
     results: dict[str, dict[str, Values]]
     """``before`` and ``after`` to task to TaskResult."""
+    changes: dict[str, Values]
+    """Task to metric to the mean change of its rows, with its interval."""
     samples: list[Values]
     survey: Values
     """What the rows are like; older runs and other kinds of data have none."""
     environment: Values
+    form: Values
+    """How the model is asked; empty for what gives no text."""
     train: list[Values]
     """The lines of metrics.jsonl of kind train, by step; of a step written twice the later one."""
     evals: list[Values]
@@ -66,20 +71,38 @@ def read_run(run: Path) -> RunRecord:
     notes: list[str] = []
     folder = RunFolder(run)
     metrics = _read_metrics(folder.metrics, notes)
-    results = _read(folder.results, dict, notes)
+    config = _read(folder.config, dict, notes, read_yaml)
+    results = _read(folder.results, dict, notes) if folder.results.exists() or _is_scored(config) else {}
     samples = _read(folder.samples, list, notes, partial(read_json, root=list))
     return RunRecord(
         path=run,
-        config=_read(folder.config, dict, notes, read_yaml),
+        config=config,
         summary=_read(folder.summary, dict, notes),
         results={when: _tasks(results.get(when)) for when in ("before", "after")},
+        changes=_tasks(results.get("change")),
         samples=[sample for sample in samples if isinstance(sample, dict)],
         survey=_read(folder.survey, dict, notes) if folder.survey.exists() else {},
         environment=_read(folder.environment, dict, notes),
+        form=_read_form(folder, notes),
         train=_by_step(metrics, "train"),
         evals=_by_step(metrics, "eval"),
         notes=tuple(notes),
     )
+
+
+def _is_scored(config: Values) -> bool:
+    """Whether results belong to the run: tasks were asked for, or a head gives labels, or nobody knows."""
+    evaluation, model = config.get("eval"), config.get("model")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    kind = model.get("kind") if isinstance(model, dict) else None
+    return not config or bool(tasks) or kind in ("classify", "tokens")
+
+
+def _read_form(folder: RunFolder, notes: list[str]) -> Values:
+    file = next(
+        (each / PROMPT_FILE for each in (folder.path, folder.path / "model") if (each / PROMPT_FILE).exists()), None
+    )
+    return _read(file, dict, notes) if file else {}
 
 
 def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:

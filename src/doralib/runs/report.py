@@ -1,17 +1,17 @@
 """One page for one run: what was trained, how it went, its worth, how to use it. Opens anywhere, needs nothing."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from . import plots
-from .charts import Series, line_chart, number_text
+from .charts import Series, line_chart, number_text, time_text
 from .markup import Child, Markup, el, html_table
 from .page import write_page
 from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
 from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
+from .use import list_commands
 
 _STATUS = {
     "finished": ("finished", "good"),
@@ -87,7 +87,7 @@ def _tiles(record: RunRecord) -> Markup | None:
     share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
-        "time": _time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
+        "time": time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
         "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
         "parameters trained": _count_text(trained) + share if trained and _is_number(trained) else None,
         "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
@@ -143,11 +143,9 @@ def _sample(sample: dict[str, Any]) -> Markup:
 
 def _use_section(record: RunRecord) -> Markup | None:
     """Commands and code with this run's own paths in them."""
-    base = record.summary.get("base_model")
-    if not base:
+    if not record.summary.get("base_model"):
         return None
-    parts = _full(record) if record.summary.get("method") == "full" else _adapter(record, str(base))
-    content = [each for title, code in parts.items() for each in (el("h3", title), el("pre", code))]
+    content = [each for title, code in list_commands(record).items() for each in (el("h3", title), el("pre", code))]
     return _section("Use it", "", *content)
 
 
@@ -216,56 +214,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _time_text(seconds: float) -> str:
-    """E.g. ``3 min 12 s``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def _count_text(count: float) -> str:
     for size, unit in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:,}"
-
-
-def _adapter(record: RunRecord, base: str) -> dict[str, str]:
-    run, quoted = shlex.quote(str(record.path)), shlex.quote(base)
-    return {
-        "Try it": f"doralib generate {run}\n{_eval(record, run)}",
-        "Merge it into a checkpoint of its own": f"doralib merge {run} --base {quoted} --out {run}-merged --verify",
-        "Load it in Python": f"from doralib import load_model\n\nmodel, tokenizer = load_model({str(record.path)!r})",
-        "Load it in PEFT": _peft(record.path, base),
-    }
-
-
-def _full(record: RunRecord) -> dict[str, str]:
-    model, run = record.path / "model", shlex.quote(str(record.path))
-    return {
-        "Try it": f"doralib generate {run}\n{_eval(record, run)}",
-        "Load it in transformers": f"from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(model)!r})",
-    }
-
-
-def _eval(record: RunRecord, run: str) -> str:
-    tasks = _find_setting(record.config, "eval", "tasks")
-    names = ",".join(str(task) for task in tasks) if tasks else "TASK.yaml"
-    return f"doralib eval {run} --tasks {shlex.quote(names)}"
-
-
-def _peft(run: Path, base: str) -> str:
-    where, more = repr(base), ""
-    if base.endswith(".gguf"):
-        where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
-    return (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({where}{more})\n"
-        f"model = PeftModel.from_pretrained(model, {str(run)!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({where}{more})"
-    )

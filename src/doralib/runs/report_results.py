@@ -23,6 +23,8 @@ class _Change:
     metric: str
     before: MetricValue | None
     after: MetricValue | None
+    paired: MetricValue | None = None
+    """The mean change of the rows, with its interval."""
 
     @property
     def difference(self) -> float | None:
@@ -30,8 +32,8 @@ class _Change:
 
     @property
     def color(self) -> str | None:
-        """Green where it got better, red where worse."""
-        if not self.difference:
+        """Green where it got better, red where worse; neither where the rows alone may have made the change."""
+        if not self.difference or (self.paired and self.paired.low <= 0 <= self.paired.high):
             return None
         better = (self.difference < 0) if self.metric in _LOWER_IS_BETTER else (self.difference > 0)
         return "good" if better else "bad"
@@ -45,7 +47,7 @@ def results_section(record: RunRecord) -> Markup | None:
     first = {change.task: change for change in reversed(changes)}
     drawn = [first[task] for task in dict.fromkeys(change.task for change in changes)]
     shares = [change for change in drawn if change.metric in _SHARES]
-    intro = "Lines, and the small figures, are 95 % bootstrap intervals."
+    intro = "Lines, and the small figures, are 95 % bootstrap intervals; that of a change is paired, row by row."
     if not record.results["before"]:
         intro = f"The model was not scored before training. {intro}"
     return el("section", el("h2", "Results"), el("p", intro), _picture(shares), _table(changes))
@@ -91,7 +93,10 @@ def _changes(record: RunRecord) -> list[_Change]:
         metrics = [each for each in (new.get("metrics"), old.get("metrics")) if isinstance(each, dict)]
         n = new.get("n", old.get("n"))
         values = [(name, read_metric(old, name), read_metric(new, name)) for name in dict.fromkeys(chain(*metrics))]
-        found += [_Change(task, n, name, was, now) for name, was, now in values if was or now]
+        paired = {"metrics": record.changes.get(task, {})}
+        found += [
+            _Change(task, n, name, was, now, read_metric(paired, name)) for name, was, now in values if was or now
+        ]
     return found
 
 
@@ -137,7 +142,14 @@ def _table(changes: Sequence[_Change]) -> Markup:
     for change in changes:
         task = [change.task, change.n] if change.task != previous else ["", ""]
         values = [_cell(change.metric, change.before), _cell(change.metric, change.after)]
-        rows.append([*task, change.metric.replace("_", " "), *values, _difference(change, "span") or "-"])
+        rows.append(
+            [
+                *task,
+                change.metric.replace("_", " "),
+                *values,
+                join(_difference(change, "span") or "-", _interval(change)),
+            ]
+        )
         previous = change.task
     head: list[Child] = ["task", "rows", "metric", "before", "after", "change"]
     return html_table(head, rows, "results", numbers=frozenset({1, 3, 4, 5}))
@@ -158,6 +170,14 @@ def _difference(change: _Change, tag: str) -> Markup | None:
     text = f"{100 * change.difference:+.1f}" if share else f"{change.difference:+.3f}"
     unit = el("span", " points", class_="unit") if share else None
     return el(tag, text.replace("-", "\N{MINUS SIGN}"), unit, class_=change.color)
+
+
+def _interval(change: _Change) -> Markup | None:
+    """The interval of a change, of shares in points."""
+    if change.paired is None:
+        return None
+    low, high = (f"{100 * end:+.1f}".replace("-", "\N{MINUS SIGN}") for end in (change.paired.low, change.paired.high))
+    return el("small", f"{low} to {high}")
 
 
 def _text(metric: str, value: float) -> str:

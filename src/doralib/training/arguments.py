@@ -118,8 +118,6 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     patient = given.pop("early_stopping_patience", None) is not None
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [given["report_to"]]
-    if "report_to" in given:
-        given["report_to"] = [name for name in given["report_to"] if name != "tensorboard"] or ["none"]
     kind = recipe.objective.kind
     cls = find_class(kind)
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -150,12 +148,6 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
             "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/distributed.md)"
         )
     return made
-
-
-def wants_tensorboard(recipe: Recipe) -> bool:
-    """Whether `report_to` names it."""
-    report_to = recipe.training.get("report_to")
-    return report_to in ("tensorboard", "all") or (isinstance(report_to, list) and "tensorboard" in report_to)
 
 
 def _evaluation(given: Mapping[str, Any], recipe: Recipe, patient: bool) -> dict[str, Any]:

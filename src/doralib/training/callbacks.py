@@ -133,32 +133,6 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         log.info("stopping after this step, with a checkpoint; once more to stop at once")
 
 
-class Tensorboard(TrainerCallback):  # type: ignore[misc]
-    """The metrics as TensorBoard events, in a folder of the run."""
-
-    def __init__(self, folder: Path) -> None:
-        # an optional extra, wanted only by recipes that say report_to: tensorboard
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-
-        self._make = lambda step: SummaryWriter(str(folder), purge_step=step or None)
-        self.writer: Any = None
-
-    def on_train_begin(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.writer = self._make(state.global_step + 1 if state.global_step else 0)
-
-    def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, Any], **___: Any) -> None:
-        for name, value in logs.items():
-            if isinstance(value, (int, float)) and self.writer is not None:
-                where = name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}"
-                self.writer.add_scalar(where, value, state.global_step)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
 def _is_measured(name: str) -> bool:
     """Whether an objective measured it, and no clock did."""
     return name not in _UNTOLD and ("/" in name or name in ("reward", "reward_std", "kl", "entropy", "nll_loss"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from .. import disk, files
 from ..adapters.adapt import adapt, disabled
@@ -20,10 +21,12 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules
 from ..config import DoraConfig
+from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import TaskResult, evaluate
+from ..evaluation.metrics import Score, compare_answers
 from ..evaluation.task import Task, read_examples
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick
@@ -31,9 +34,11 @@ from ..recipe import Recipe
 from ..runs import checkpointing
 from ..runs.card import write_card
 from ..runs.folder import RunFolder
+from ..runs.record import read_run
 from ..runs.report import write_report
-from .arguments import has_own_order, make_arguments, wants_tensorboard
-from .callbacks import MetricsFile, StepLog, StopOnSignal, Tensorboard
+from ..runs.use import closing_lines
+from .arguments import has_own_order, make_arguments
+from .callbacks import MetricsFile, StepLog, StopOnSignal
 from .distributed import is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
@@ -88,7 +93,7 @@ class _Job:
     tick: Tick | None
 
     def collate(self) -> Collate | None:
-        """What makes batches; packed rows are tried on the model."""
+        """What makes batches, None: the trainer; packed rows are tried on the model."""
         return self.plan.modality.collate(self.model, self.processor, self.data)
 
 
@@ -110,7 +115,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
     run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick)
     if is_main():
         write_card(run)
-        log.info(f"report: {write_report(run)}")
+        log.info(closing_lines(read_run(run), write_report(run)))
     return run
 
 
@@ -371,11 +376,26 @@ def _score(job: _Job, when: str) -> None:
             seed=job.plan.recipe.seed,
             tick=job.tick,
         )
+    change = _compare_to_before(results.get("before", {}), found, job.plan.recipe.seed) if when == "after" else {}
     if is_main():
-        files.write_json(run.results, {**results, when: {name: result.to_json() for name, result in found.items()}})
+        scored = {name: result.to_json() for name, result in found.items()}
+        told = {name: {"accuracy": asdict(score)} for name, score in change.items()}
+        files.write_json(run.results, {**results, when: scored, **({"change": told} if told else {})})
     for name, result in found.items():
         scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())
+        if name in change:
+            scores += f"; accuracy {change[name].value:+.3f} ({change[name].low:+.3f} to {change[name].high:+.3f})"
         log.info(f"  {name}: {scores}")
+
+
+def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], seed: int) -> dict[str, Score]:
+    """How much more was right than before, for the tasks whose rows are the same."""
+    rows = {name: before.get(name, {}).get("right", "") for name in after}
+    return {
+        name: compare_answers(rows[name], result.right, seed)
+        for name, result in after.items()
+        if result.right and "accuracy" in result.metrics and len(rows[name]) == len(result.right)
+    }
 
 
 def _sample(job: _Job, when: str) -> None:
@@ -396,9 +416,12 @@ def _train(job: _Job) -> None:
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
     ]
-    for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *_optional_callbacks(plan)):
+    patience = plan.recipe.training.get("early_stopping_patience")
+    more = [EarlyStoppingCallback(int(patience))] if patience is not None else []
+    for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *more):
         trainer.add_callback(callback)
     checkpoint = checkpointing.find_sound(plan.run.checkpoints) if plan.resume else None
+    _place_tensorboard(plan.run, trainer, checkpointing.step_of(checkpoint) if checkpoint else 0)
     if is_main():
         metrics.cut_after(checkpointing.step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
@@ -424,6 +447,16 @@ def _train(job: _Job) -> None:
     _save_trained(job, trainer)
 
 
+def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> None:
+    """Let the events, where they are asked for, go into the run's folder; those after a resumed step are gone."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and is_main():
+            # the class that transformers found: torch's, or that of tensorboardX
+            callback.tb_writer = callback._SummaryWriter(
+                str(run.path / "tensorboard"), purge_step=begun + 1 if begun else None
+            )
+
+
 def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
@@ -434,13 +467,6 @@ def _make_trainer(job: _Job) -> AdapterTrainer:
 
     rewards: dict[str, Any] = {"reward_funcs": find_rewards(objective.rewards)} if objective.rewards else {}
     return TRAINERS[objective.kind](*given, **rewards)
-
-
-def _optional_callbacks(plan: _Plan) -> list[Any]:
-    """Callbacks that the recipe asks for."""
-    patience = plan.recipe.training.get("early_stopping_patience")
-    board = [Tensorboard(plan.run.path / "tensorboard")] if wants_tensorboard(plan.recipe) else []
-    return board + ([EarlyStoppingCallback(int(patience))] if patience is not None else [])
 
 
 def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
@@ -483,11 +509,15 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
         job.processor.save_pretrained(run.path)
         if (head := getattr(job.plan.modality, "head", None)) is not None:
             write_labels(run.path, head)
+        if job.data.form is not None:
+            write_form(run.path, job.data.form)
         save_adapter(job.model, run.path)
         return
     with disk.replacing(run.path / "model") as part:
         job.model.save_pretrained(part)
         job.processor.save_pretrained(part)
+        if job.data.form is not None:
+            write_form(part, job.data.form)
         run.list_as_written(f"model/{file.relative_to(part).as_posix()}" for file in part.rglob("*") if file.is_file())
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
 from ..data.prepare import PreparedRows, Row, Sample
+from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
 from ..evaluation.evaluate import TaskResult
 from ..progress import Tick
@@ -30,6 +31,8 @@ class Prepared:
     """The first row for a person, with what is learned of it marked."""
     survey: Mapping[str, Any] | None = None
     """What the rows are like, for the report: see `data.survey`."""
+    form: PromptForm | None = None
+    """How the model is asked, if it answers."""
 
 
 class Modality(Protocol):

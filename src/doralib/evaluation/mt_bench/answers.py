@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...data.encoding import chat_text, context_length, encode
 from ...errors import UsageError
-from ..generation import Sampling, continuations
+from ..generation import Sampling, answer_each
 from .questions import Question, append_line, read_done
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -65,7 +65,7 @@ def _answer(answering: Answering, question: Question) -> list[str]:
                 f"question {question.id}: its conversation has {len(prompt)} tokens and the model takes {limit}; "
                 "set a smaller --max-new-tokens"
             )
-        (text,) = continuations(model, tokenizer, [prompt], max_new_tokens=room, batch_size=1, sampling=sampling)
-        answers.append(text.strip())
+        (answer,) = answer_each(model, tokenizer, [prompt], max_new_tokens=room, batch_size=1, sampling=sampling)
+        answers.append(answer.text.strip())
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers

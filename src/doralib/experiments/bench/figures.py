@@ -1,13 +1,27 @@
 """Bar charts of a report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...disk import replacing
 from ...runs.plots import new_figure
+from .subjects import SUBJECTS
 from .tables import Bars
 
-_COLORS = ("#8a94a3", "#c2560c", "#e0a458", "#2563c9", "#0f8a6c", "#7a4fbf", "#b83280", "#4b5563", "#65a30d")
+_PALETTE = (
+    "#6b7480",
+    "#8a94a3",
+    "#c2560c",
+    "#e0a458",
+    "#2563c9",
+    "#0f8a6c",
+    "#7a4fbf",
+    "#b83280",
+    "#4b5563",
+    "#65a30d",
+)
+_COLORS = dict(zip(SUBJECTS, _PALETTE, strict=True))
 
 
 def write_bars(bars: Bars, path: Path) -> Path:
@@ -16,8 +30,7 @@ def write_bars(bars: Bars, path: Path) -> Path:
     Raises:
         UsageError: if matplotlib is not installed.
     """
-    labels = list(dict.fromkeys(bar.label for group in bars.groups.values() for bar in group))
-    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
+    colors = choose_colors([bar.label for group in bars.groups.values() for bar in group])
     num_bars = sum(len(group) + 1 for group in bars.groups.values())
     figure = new_figure(width=7.5, height=1.4 + 0.24 * num_bars)
     axes = figure.add_subplot()
@@ -29,6 +42,12 @@ def write_bars(bars: Bars, path: Path) -> Path:
     with replacing(path) as part:
         figure.savefig(part, format="png")
     return path
+
+
+def choose_colors(labels: Sequence[str]) -> dict[str, str]:
+    """A subject's own color, the same in every figure; what is no subject takes the palette's in turn."""
+    others = [label for label in dict.fromkeys(labels) if label not in _COLORS]
+    return {**_COLORS, **{label: _PALETTE[i % len(_PALETTE)] for i, label in enumerate(others)}}
 
 
 def _draw(axes: Any, bars: Bars, colors: dict[str, str]) -> None:

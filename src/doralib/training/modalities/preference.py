@@ -13,10 +13,11 @@ from ...data.detect import look_at
 from ...data.encoding import check_ids, encode, pad_token
 from ...data.preferences import AnswerForm, find_form, prepare_judged, prepare_pairs, prepare_prompts
 from ...data.prepare import PreparedRows, Sample
+from ...data.prompt_form import make_form
 from ...data.rows import RawRows, read_both
 from ...data.survey import LEFT, RIGHT
 from ...errors import DoraError, UsageError, collecting, raise_all
-from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...evaluation.generation import GREEDY, answer_each, describe_ends, stop_at_turn_end
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings, ObjectiveSettings
 from ..modality import Collate, Prepared
@@ -45,7 +46,8 @@ class Preference:
         """The rows, with all columns that the objective and its reward functions read."""
         rows, kind = read_both(settings, seed), self.objective.kind
         problems: list[DoraError] = []
-        parts = [(rows.validation, str(settings.validation)), (rows.train, settings.sources()[0].path)]
+        named = ", ".join(source.path for source in settings.sources())
+        parts = [(rows.validation, str(settings.validation)), (rows.train, named)]
         for part, source in parts:
             if part is None:
                 continue
@@ -66,7 +68,7 @@ class Preference:
         settings: DataSettings,
         model: nn.Module,
         processor: Any,
-        tick: Tick | None = None,  # noqa: ARG002
+        tick: Tick | None = None,  # noqa: ARG002  the rows are few enough
     ) -> Prepared:
         """Tokens of the answers, and of the prompts."""
         if self.form.style == "chat" and not processor.chat_template:
@@ -86,7 +88,8 @@ class Preference:
                 **self._describe_rewards(),
             }
         told["an answer ends at"] = describe_ends(model, processor)
-        return Prepared(train, validation, samples[:_SAMPLES], told, self._show(train.rows[0], processor))
+        form = make_form(settings.model_copy(update={"style": self.form.style, "prompt": self.form.prompt}))
+        return Prepared(train, validation, samples[:_SAMPLES], told, self._show(train.rows[0], processor), form=form)
 
     def _make(
         self, rows: datasets.Dataset, numbers: Any, settings: DataSettings, model: Any, processor: Any
@@ -128,6 +131,7 @@ class Preference:
         closed = self.form.style == "chat"
         prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
         sampling = stop_at_turn_end(GREEDY, processor) if closed else GREEDY
-        return continuations(
+        answers = answer_each(
             model, processor, prompts, max_new_tokens=_SAMPLE_TOKENS, batch_size=_SAMPLES, sampling=sampling
         )
+        return [answer.text for answer in answers]

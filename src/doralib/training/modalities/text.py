@@ -16,13 +16,14 @@ from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.isolation import choose_layout
 from ...data.packing import is_packed, pack_rows
 from ...data.prepare import PreparedRows
+from ...data.prompt_form import make_form
 from ...data.prompts import STYLES, explain_glue
 from ...data.rows import RawRows, read_sets
 from ...data.survey import mark_learned, survey_rows
 from ...data.tokenize import find_samples, join_prepared, tokenize_rows
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.evaluate import encode_prompts
-from ...evaluation.generation import GREEDY, continuations, describe_ends, stop_at_turn_end
+from ...evaluation.generation import GREEDY, answer_each, describe_ends, stop_at_turn_end
 from ...evaluation.task import Task, read_examples
 from ...progress import Tick
 from ...recipe import DataSettings, DataSource, ModelSettings
@@ -94,7 +95,7 @@ def prepare(
     first_set, own = list_sets(rows, made.settings)[0]
     found = find_samples(first_set, own, processor, _SAMPLES)
     first = mark_learned(made.train.rows[0], processor)
-    return Prepared(train, made.validation, found, told, first, survey(made, processor))
+    return Prepared(train, made.validation, found, told, first, survey(made, processor), make_form(own))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
     longest = max(len(encode(processor, sample["expected"], chat=True)) for sample in asked)
     prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
     room = (context_length(model) or math.inf) - max(map(len, prompts))
-    return continuations(
+    answers = answer_each(
         model,
         processor,
         prompts,
@@ -184,6 +185,7 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
         batch_size=_SAMPLES,
         sampling=stop_at_turn_end(GREEDY, processor) if closed else GREEDY,
     )
+    return [answer.text for answer in answers]
 
 
 def within(settings: DataSettings, model: Any) -> DataSettings:

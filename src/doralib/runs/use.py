@@ -1,0 +1,85 @@
+"""How a run is used: commands and code with its own paths in them, and what its training ends with."""
+
+import shlex
+from pathlib import Path
+
+from .charts import number_text, time_text
+from .record import RunRecord, Values, numbers
+
+_SHOWN = 80  # characters of an example
+
+
+def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]:
+    """What can be typed or run, by what it is for; nothing that would fail on this run.
+
+    Args:
+        place: Another name of the run, such as that on the hub.
+    """
+    run, whole = shlex.quote(place or str(record.path)), record.summary.get("method") == "full"
+    typed = [line for line in (generate_command(record, place), None if place else _eval_command(record, run)) if line]
+    found = {"Try it": "\n".join(typed)} if typed else {}
+    name = place or str(record.path)
+    if not whole:
+        merged = "merged" if place else shlex.quote(f"{record.path}-merged")
+        found["Merge it into a checkpoint of its own"] = f"doralib merge {run} --out {merged} --verify"
+    found["Load it in Python"] = f"from doralib import load_model\n\nmodel, tokenizer = load_model({name!r})"
+    if record.form and not whole:
+        # PEFT needs to be told of a head, and of what else is no language model
+        found["Load it in PEFT"] = _peft_code(record, name)
+    return found
+
+
+def generate_command(record: RunRecord, place: str | None = None) -> str | None:
+    """The command that asks a run something in the form of its training; None for what gives no text."""
+    if not record.form:
+        return None
+    command = f"doralib generate {shlex.quote(place or str(record.path))}"
+    if record.form.get("style") == "chat":
+        return command
+    fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
+    given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
+    # rows of the training are for those alone who have the run
+    texts = {name: _shorten(str(given.get(name, ""))) if place is None else "" for name in fields}
+    if len(fields) == 1:
+        return f"{command} --prompt {shlex.quote(texts[fields[0]] or 'TEXT')}"
+    typed = [f"{name}={text or 'TEXT'}" for name, text in texts.items()]
+    return " ".join([command, *(f"--field {shlex.quote(each)}" for each in typed)])
+
+
+def closing_lines(record: RunRecord, report: Path) -> dict[str, str]:
+    """How a training came out, in a few lines: its time and loss, the page, and what to type next."""
+    losses = {"loss": numbers(record.train, "loss"), "validation loss": numbers(record.evals, "eval_loss")}
+    last = [f"{name} {number_text(points[-1][1])}" for name, points in losses.items() if points]
+    seconds, commands = record.summary.get("seconds"), list_commands(record)
+    time = f" in {time_text(seconds)}" if isinstance(seconds, int | float) else ""
+    told = commands.get("Try it") or commands.get("Merge it into a checkpoint of its own") or ""
+    return {
+        "trained": ", ".join([f"{record.summary.get('steps', 0):,} steps{time}", *last]),
+        "report": str(report),
+        **({"next": told.splitlines()[0]} if told else {}),
+    }
+
+
+def _eval_command(record: RunRecord, run: str) -> str | None:
+    tasks = (record.config.get("eval") or {}).get("tasks") if isinstance(record.config.get("eval"), dict) else None
+    return f"doralib eval {run} --tasks {shlex.quote(','.join(map(str, tasks)))}" if tasks else None
+
+
+def _shorten(text: str) -> str:
+    """The first line, up to a blank where it is long."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= _SHOWN else line[:_SHOWN].rpartition(" ")[0] or line[:_SHOWN]
+
+
+def _peft_code(record: RunRecord, run: str) -> str:
+    base = str(record.summary.get("base_model"))
+    where, more = repr(base), ""
+    if base.endswith(".gguf"):
+        where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({where}{more})\n"
+        f"model = PeftModel.from_pretrained(model, {run!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({run!r})"
+    )
