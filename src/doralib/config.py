@@ -230,7 +230,7 @@ class DoraConfig(Checked):
         ]
         names = [(field, getattr(self, field)) for field in ("target_modules", "exclude_modules", "magnitude_modules")]
         patterns += [(field, pattern) for field, pattern in names if isinstance(pattern, str)]
-        return [f"{field}: {why}" for field, pattern in patterns if (why := _explain_regex(pattern))]
+        return [f"{field}: {why}" for field, pattern in patterns if (why := explain_regex(pattern))]
 
     def _find_bank_problems(self) -> list[str]:
         """What does not go with random matrices that all layers share."""
@@ -320,10 +320,26 @@ def fits_whole(pattern: str, name: str) -> bool:
     try:
         return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
     except TimeoutError:
-        raise UsageError(
-            f"the regular expression {pattern[:80]!r} takes longer than {_SECONDS} s with {name!r}: it repeats what "
-            "repeats already; name the layers plainly"
-        ) from None
+        raise UsageError(f"{_explain_trap(pattern, name)}; name the layers plainly") from None
+
+
+def search_text(pattern: str, text: str, *, ignore_case: bool) -> Any:
+    """The first place where a regular expression fits a text, as `re.search` gives it.
+
+    Raises:
+        UsageError: if it takes so long that it is a trap.
+    """
+    try:
+        return regex.search(pattern, text, flags=regex.IGNORECASE if ignore_case else 0, timeout=_SECONDS)
+    except TimeoutError:
+        raise UsageError(f"{_explain_trap(pattern, text)}; write it simpler") from None
+
+
+def _explain_trap(pattern: str, text: str) -> str:
+    return (
+        f"the regular expression {pattern[:80]!r} takes longer than {_SECONDS} s with {text[:80]!r}: it repeats what "
+        "repeats already"
+    )
 
 
 def _find_by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
@@ -334,7 +350,8 @@ def _find_by_pattern(patterns: Mapping[str, Value], layer: str, otherwise: Value
     return otherwise
 
 
-def _explain_regex(pattern: str) -> str:
+def explain_regex(pattern: str) -> str:
+    """Why a text is no regular expression; empty if it is one."""
     try:
         re.compile(pattern)
         regex.compile(pattern)

@@ -59,6 +59,8 @@ def replacing(path: str | Path, need: int = 0) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     if any(place.name in _in_use for place in (final, *final.parents)):
         # inside what appears as a whole, or not at all
+        if need > free_bytes(final.parent):
+            raise DoraError(_explain_disk_full(final, need))
         yield final
         return
     _sweep(final)

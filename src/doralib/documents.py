@@ -27,7 +27,7 @@ def decode_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, parse_int=_read_whole)
     except RecursionError:
-        raise ValueError(_explain_depth()) from None
+        raise ValueError(explain_depth()) from None
     _check_values(value)
     return value
 
@@ -49,13 +49,32 @@ def decode_yaml(text: str) -> Any:
         _count_nodes(node, {}, 0)
         value = loader.construct_document(node)
     except RecursionError:
-        raise ValueError(_explain_depth()) from None
+        raise ValueError(explain_depth()) from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     except _MISFITS as error:
         raise ValueError(f"a value is not what it is written as ({error})") from None
     _check_values(value)
     return value
+
+
+def check_depth(text: str, value: Any) -> None:
+    """Check that a value is nested no deeper than 100 levels.
+
+    Args:
+        text: the JSON that it was read from, whose brackets clear most values at once.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if text.count("[") + text.count("{") <= _DEEPEST:
+        return
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for one in inside for each in one]
+    if level:
+        raise ValueError(explain_depth())
 
 
 def _read_whole(digits: str) -> int:
@@ -81,13 +100,13 @@ def _check_values(value: Any) -> None:
             elif isinstance(each, int) and each.bit_length() > 4 * _MOST_DIGITS:
                 raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
         level = below
-    raise ValueError(_explain_depth())
+    raise ValueError(explain_depth())
 
 
 def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
     """The number of values that a node stands for, its aliases written out."""
     if depth > _DEEPEST:
-        raise ValueError(_explain_depth())
+        raise ValueError(explain_depth())
     if not isinstance(node.value, list):
         return 1
     if (known := counts.get(id(node))) is not None:
@@ -105,5 +124,6 @@ def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
     return total
 
 
-def _explain_depth() -> str:
+def explain_depth() -> str:
+    """Why a document is not read."""
     return f"it is nested deeper than {_DEEPEST} levels"

@@ -63,6 +63,22 @@ def row_blocks(num_rows: int, row_length: int, elements: int | None = None) -> I
 
 
 @torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    # least and largest in one pass without a copy; NaN comes through. Numbers of one byte have no order of their own
+    ends = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return all(math.isfinite(end.item()) for end in ends)
+
+
+def explain_nonfinite(tensor: Tensor) -> str:
+    """How many numbers of a tensor are none, in words."""
+    wrong = int((~(tensor.float() if tensor.itemsize == 1 else tensor).isfinite()).sum())
+    return f"{wrong:,} of {tensor.numel():,} numbers are NaN or infinite"
+
+
+@torch.no_grad()
 def row_norm_sq(W_OI: Rows) -> Tensor:
     """Squared length of each output row, (O,), in `sum_dtype`; no float copy of W is made."""
     dtype = sum_dtype(W_OI.dtype)

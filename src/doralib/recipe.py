@@ -36,6 +36,8 @@ class ModelSettings(Checked):
     """eager, sdpa, flash_attention_2 ...; null: transformers' choice."""
     trust_remote_code: bool = False
     """Run the code that comes with a model."""
+    allow_nonfinite: bool = False
+    """Take a model whose weights hold NaN or infinite numbers."""
     new_tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary; their rows of the embedding, and of the head, are trained beside the adapter."""
 

@@ -179,6 +179,8 @@ def test_what_four_bits_swallow_is_said_and_fails_verification(bases, even_llama
     options = {"dtype": None, "verify": ("logits",), "overwrite": False}
     with pytest.raises(DoraError, match="does not answer as the adapted one"):
         merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
     told = " ".join(capsys.readouterr().out.split())
     assert "lost most of what the adapters do; merge with --dtype bfloat16" in told
     merge_and_show([Ingredient(tmp_path / "small")], str(base), tmp_path / "dense", **options | {"dtype": "float32"})

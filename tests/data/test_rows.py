@@ -248,3 +248,34 @@ def test_a_place_holder_of_git_lfs_says_what_it_is(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 134\n"
     with pytest.raises(DoraError, match=r"a\.jsonl cannot be read: it is the place holder .* `git lfs pull`"):
         read(tmp_path, "a.jsonl", pointer)
+
+
+def test_a_large_file_of_lines_is_read_as_a_small_one(tmp_path, monkeypatch):
+    """Piece by piece into a mapped file: the same values and types, where pieces differ too."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"é {i}", "n": i, "late": None} for i in range(40)]
+    rows += [
+        {"text": "b", "n": 1.5, "turns": [{"role": "user"}], "late": 10**30},
+        {"n": None, "text": "\u2028", "z": "x"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    small = read_dataset(str(path), "data.train")
+    monkeypatch.setattr("doralib.data.tables.LARGE", 0)
+    monkeypatch.setattr("doralib.data.large_rows._PIECE", 100)
+    monkeypatch.setattr("doralib.data.tables._read_json", lambda *_: pytest.fail("it was read at once"))
+    for _ in range(2):  # the second time from the file that stands in the cache
+        large = read_dataset(str(path), "data.train")
+        assert large.column_names == small.column_names
+        assert [str(large[i]) for i in range(len(rows))] == [str(small[i]) for i in range(len(rows))]
+        assert large.features == small.features
+    assert len(list((tmp_path / "cache").rglob("rows.arrow"))) == 1
+    assert large.cache_files
+    monkeypatch.undo()
+    monkeypatch.setattr("doralib.data.tables.LARGE", 0)
+    for text, why in (('{"a": 1}\n[1]\n', "line 2 is no object"), ('{"a": 1}\n{"a": \n', "line 2 is not JSON")):
+        path.write_text(text)
+        with pytest.raises(DoraError, match=why):
+            read_dataset(str(path), "data.train")
+    path.write_text('{"a":\n 1}\n{"a": 2}\n')
+    assert read_dataset(str(path), "data.train")["a"][:] == [1, 2]

@@ -98,7 +98,7 @@ def damage_json_lines(path: Path, draw: random.Random) -> None:
         i = draw.randrange(len(lines))
         try:
             lines[i] = json.dumps(damage_value(json.loads(lines[i]), draw))
-        except ValueError:
+        except (ValueError, RecursionError):  # a line that was harmed before
             lines[i] = draw.choice(("", "null", DEEP, "{"))
         if draw.random() < 0.1:
             lines[i] = draw.choice((DEEP, "9" * 5000, '{"a": "\\ud800"}', "\x1b[2J"))

@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import io
 import logging
+import math
 import os
 import random
 import signal
@@ -18,7 +19,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,11 +81,14 @@ def try_once(kind: Kind, world: Path, seed: str) -> tuple[str, str]:
     return "read", ""
 
 
-def run_cases(count: int, seed: int, only: str = "", minutes: float = 1e9) -> tuple[Counter, list[str]]:
+def run_cases(
+    count: int, seed: int, only: str = "", minutes: float = math.inf, tell: Callable[[str], None] = str
+) -> tuple[Counter, list[str]]:
     """Try cases of each kind by its share; how each ended, and a line for each failure.
 
     Args:
         count: cases of a kind whose share is 1.
+        tell: called with each failure at once.
     """
     logging.disable(logging.CRITICAL)
     end = time.monotonic() + 60 * minutes
@@ -103,6 +108,7 @@ def run_cases(count: int, seed: int, only: str = "", minutes: float = 1e9) -> tu
                     counts[kind.name, how] += 1
                     if why:
                         failures.append(f"{case}: {how}\n{why}")
+                        tell(failures[-1])
     logging.disable(logging.NOTSET)
     return counts, failures
 
@@ -114,6 +120,8 @@ def write_table(counts: Counter) -> str:
     for name in dict.fromkeys(name for name, _ in counts):
         found = [counts[name, how] for how in ends]
         lines.append(f"| {name} | {sum(found):,} | {' | '.join(f'{n:,}' for n in found)} |")
+    sums = [sum(n for (_, how), n in counts.items() if how == end) for end in ends]
+    lines.append(f"| all | {sum(sums):,} | {' | '.join(f'{n:,}' for n in sums)} |")
     return "\n".join(lines)
 
 
@@ -123,15 +131,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=250, help="cases of the slowest kind; others have up to 20 times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the kinds' names")
-    parser.add_argument("--minutes", type=float, default=1e9, help="no case begins later")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no case begins later")
     parser.add_argument("--page", type=Path, help="write the table into this page")
     asked = parser.parse_args()
-    counts, failures = run_cases(asked.count, asked.seed, asked.only, asked.minutes)
+    tell = partial(print, flush=True)
+    counts, failures = run_cases(asked.count, asked.seed, asked.only, asked.minutes, tell)
     table = write_table(counts)
-    print("\n".join([*failures, table]))  # noqa: T201
+    tell(table)
     if asked.page:
         head, _, rest = asked.page.read_text(encoding="utf-8").partition(BEGIN)
-        text = f"On {time.strftime('%Y-%m-%d')}, seed {asked.seed}, at most {SECONDS} seconds a case:\n\n{table}"
+        part = "" if asked.minutes == math.inf else f", as many as began within {asked.minutes:g} minutes"
+        machine = f"{os.cpu_count()} cores, seed {asked.seed}"
+        text = f"On {time.strftime('%Y-%m-%d')}, {machine}, at most {SECONDS} seconds a case{part}:\n\n{table}"
         asked.page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return int(bool(failures))
 

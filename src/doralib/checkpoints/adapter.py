@@ -33,7 +33,7 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
     """Read the adapter of one model, with the names inside that model; also the name of its format.
 
     Args:
-        asked: the user's alpha and component.
+        asked: the user's alpha and component, and what is allowed.
         base: what `describe_base` says of the base.
 
     Raises:
@@ -41,7 +41,12 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
             has to be given.
         DoraError: if it is damaged, of no known format, or holds anything that would have to be dropped.
     """
-    hints = replace(base, alpha=asked.alpha, component=asked.component or base.component)
+    hints = replace(
+        base,
+        alpha=asked.alpha,
+        component=asked.component or base.component,
+        allow_nonfinite=asked.allow_nonfinite,
+    )
     form, adapter = read_any_format(path, hints)
     if not (adapter.state.layers or adapter.state.extra or adapter.state.rows):
         raise UsageError(f"the adapter in {path} is empty")

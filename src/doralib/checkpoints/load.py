@@ -32,6 +32,7 @@ from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
+from ..functional import explain_nonfinite, is_finite
 from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_local, split_revision
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
@@ -216,22 +217,24 @@ def load_model(
             adapter or a model.
         base: the model that an adapter goes on, where it is not the one that the adapter names.
         dtype: of the base's weights: float32, bfloat16 or float16; auto: as stored. An adapter's own are float32.
-        given: alpha and component, which an adapter's file may not say.
+        given: alpha and component, which an adapter's file may not say; and whether NaN is taken.
         revision: a branch, tag or commit, where ``path`` is a hub name.
 
     Raises:
-        UsageError: if there is nothing of that name, or an adapter names no base and none is given.
+        UsageError: if there is nothing of that name, an adapter names no base and none is given, or base or alpha is
+            given for a model.
         DoraError: if a file is damaged, or the adapter does not fit the base.
     """
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
+    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
         named = base or find_base_name(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, **quantized)
+        settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
         with nullcontext() if base else telling_places(folder, where):
             model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
@@ -240,9 +243,12 @@ def load_model(
         if head is None:
             set_end_tokens(model, tokenizer)
         return model.eval(), tokenizer
+    said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
+    if unread := [option for option, value in said.items() if value is not None]:
+        raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
-    settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype)
+    settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     model, tokenizer = load_base(settings) if read_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
 
@@ -297,7 +303,23 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
         loaded = auto.from_pretrained(where, **options, **for_model, **more)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.doralib_revision = options["revision"]
+    if not settings.allow_nonfinite:
+        _check_finite(settings.path, model)
     return loaded
+
+
+def _check_finite(path: str, model: nn.Module) -> None:
+    """Check that the weights are numbers; quantized ones are not looked at.
+
+    Raises:
+        DoraError: naming those that are NaN or infinite.
+    """
+    plain = {name: p for name, p in model.named_parameters() if type(p) is nn.Parameter and not p.is_meta}
+    if wrong := [f"{name}: {explain_nonfinite(p)}" for name, p in plain.items() if not is_finite(p)]:
+        raise DoraError(
+            f"model: {path} is damaged:\n  {list_some(wrong, 5, chr(10) + '  ')}\n"
+            "download it again, or take it as it is with --allow-nonfinite (in a recipe: model.allow_nonfinite: true)"
+        )
 
 
 def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:

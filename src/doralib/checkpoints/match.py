@@ -138,7 +138,7 @@ def match_adapter(
     problems += [explain_apart(tie)] if tie and apart and not untie else []
     problems += _explain_missing(missing, stored, config)
     problems += _find_misfits(layers, whole, sized)
-    problems += _find_not_finite(layers, {**whole, **head}) + find_bad_rows(rows, sized)
+    problems += find_bad_rows(rows, sized)
     if len(values) == len(state.extra):
         embeddings = [*whole, *(name for name in layers if layers[name].kind.endswith("embedding"))]
         problems += find_untied(embeddings, stored, config)
@@ -239,16 +239,6 @@ def _fits(adapter: LayerAdapter, shape: tuple[int, ...]) -> bool:
         return shape == adapter.shape
     # stored (in, out / groups, taps...)
     return len(shape) > 2 and shape[0] % I == 0 and shape == (shape[0], O // (shape[0] // I), *taps)
-
-
-def _find_not_finite(layers: Mapping[str, LayerAdapter], values: Mapping[str, Tensor]) -> list[str]:
-    tensors = {name: tuple(adapter.tensors().values()) for name, adapter in layers.items()}
-    tensors |= {name: (value,) for name, value in values.items()}
-    return [
-        f"{name}: the adapter holds NaN or infinite numbers; merge an earlier checkpoint of the run"
-        for name, each in tensors.items()
-        if not all(bool(tensor.isfinite().all()) for tensor in each)
-    ]
 
 
 def _find_transposed(

@@ -157,10 +157,11 @@ def merge_checkpoint(
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else list(adapters)
     code = _find_code(dtype)
     checkpoint = open_checkpoint(base, ingredients)
-    _check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
+    check_out(out, checkpoint.folder, [each.path for each in ingredients], overwrite)
     _check_dtype_change(checkpoint, dtype)
     merged, changes, notes, starts = _collect_changes(ingredients, checkpoint, untie=untie)
     plan = _add_new(_make_plan(changes, checkpoint, code), starts, checkpoint)
+    plan = replace(plan, allow_nonfinite=any(each.given.allow_nonfinite for each in ingredients))
     need = sum(plan_file(shard, plan, Path(out)).nbytes for shard in checkpoint.shards)
     with replacing(out, need) as part:
         part.mkdir()
@@ -213,6 +214,8 @@ def plan_again(
     checkpoint = open_checkpoint(base, ingredients)
     _, changes, _, starts = _collect_changes(ingredients, checkpoint, untie=untie)
     plan = _add_new(_make_plan(changes, checkpoint, _find_code(dtype)), starts, checkpoint)
+    # the merge has looked at every number already
+    plan = replace(plan, allow_nonfinite=True)
     return [plan_file(shard, plan, merged) for shard in checkpoint.shards], plan
 
 
@@ -408,7 +411,7 @@ def _find_code(dtype: str | None) -> str | None:
     return CODES[DTYPE_NAMES[dtype]]
 
 
-def _check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) -> None:
+def check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) -> None:
     """Refuse every place where writing would destroy something that is not a model to be overwritten."""
     final, base = Path(out).resolve(), base.resolve()
     for what, source in [("base", base), *(("adapter", adapter.resolve()) for adapter in adapters)]:

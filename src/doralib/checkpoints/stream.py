@@ -1,7 +1,6 @@
 """Write a merged checkpoint tensor by tensor: what changes is computed, the rest is copied."""
 
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DoraError
 from ..files import read_json, write_json
-from ..functional import combined, merge_weight, merged_change, row_blocks, sum_dtype, swapped_channels
+from ..functional import combined, is_finite, merge_weight, merged_change, row_blocks, sum_dtype, swapped_channels
 from ..quantization.error import QuantizationCost
 from ..state import LayerAdapter, RowValues
 from .match import view_as_rows
@@ -116,27 +115,31 @@ class Sink:
     """Takes a file, a place, a number of bytes, and the file and the place where they go."""
 
 
+_Check = Callable[[str, Callable[[], Tensor], Tensor], None]
+"""Takes a tensor's name, what gives a block of it before the change, and the block after it."""
+
+
 def write_quantized(
-    layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], code: str | None, sink: Sink
+    layer: QuantizedWeight, changes: Sequence[TensorChange], outs: Mapping[str, Slot], plan: "Plan", sink: Sink
 ) -> QuantizationCost | None:
     """Write one layer with every change, and say what quantizing it again cost.
 
     Args:
         outs: The places of its tensors in the output, by their names in the base.
-        code: The dtype of the dense weight; None: it is quantized again.
+        plan: Whether it is made dense, and whether NaN passes.
     """
     parts = layer.read()
     W = layer.rows(parts)
     merged = ((rows, apply_changes(W[rows], changes, rows, layer.shape)) for rows in row_blocks(*layer.shape))
-    if code:
+    if plan.code:
         out = outs[next(iter(layer.slots))]
         for rows, block in merged:
-            _check_finite(layer.name, W[rows], block)
-            sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, code))
+            plan.check(layer.name, partial(W.__getitem__, rows), block)
+            sink.put(out.file, out.start + rows.start * out.row_bytes, cast_to(layer.name, block, plan.code))
         return None
     V_OI = torch.empty(layer.shape, dtype=sum_dtype(W.dtype))
     for rows, block in merged:
-        _check_finite(layer.name, W[rows], block)
+        plan.check(layer.name, partial(W.__getitem__, rows), block)
         V_OI[rows] = block
     made = layer.quantize_again(parts, V_OI)
     for name in layer.slots:
@@ -167,6 +170,13 @@ class Plan:
     """New tensors, by the base's tensors that they start as."""
     dropped: frozenset[str] = frozenset()
     """The base's tensors that are left out."""
+    allow_nonfinite: bool = False
+    """Write NaN and infinite numbers too."""
+
+    @property
+    def check(self) -> _Check:
+        """What looks at each block that is written."""
+        return _ignore if self.allow_nonfinite else _check_finite
 
     def plan_new(self, slot: Slot, name: str) -> Slot:
         """A dense tensor of this name as it will be, made of this one."""
@@ -275,7 +285,7 @@ def stream_weights(
 ) -> tuple[QuantizationCost, ...]:
     """Make all tensors by independent blocks and hand them on; returns what quantizing again cost."""
     total = sum(file.nbytes for file in files)
-    jobs = [job for file in files for job in _make_jobs(file.pieces, sink)]
+    jobs = [job for file in files for job in _make_jobs(file.pieces, sink, plan.check)]
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS)
     done = 0
@@ -291,14 +301,14 @@ def stream_weights(
     outs = {name: out for file in files for name, out in file.quantized.items()}
     errors = []
     for layer in {layer.name: layer for layer in plan.quantized.values()}.values():
-        error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan.code, sink)
+        error = write_quantized(layer, plan.changes.get(layer.name, ()), outs, plan, sink)
         errors.extend([error] if error else [])
         done += sum(outs[name].nbytes for name in layer.slots if name in outs)
         progress(done, total)
     return tuple(errors)
 
 
-def _make_jobs(pieces: Sequence[_Piece | None], sink: Sink) -> Iterator[Callable[[], int]]:
+def _make_jobs(pieces: Sequence[_Piece | None], sink: Sink, check: _Check) -> Iterator[Callable[[], int]]:
     """Calls that make one block each and return its size in bytes; neighbors that stay as they are go together."""
     for untouched, group in itertools.groupby(pieces, key=lambda piece: piece is not None and piece.untouched):
         run = [piece for piece in group if piece]
@@ -306,9 +316,11 @@ def _make_jobs(pieces: Sequence[_Piece | None], sink: Sink) -> Iterator[Callable
             first, count = run[0], sum(piece.out.nbytes for piece in run)
             for offset in range(0, count, _COPY_BYTES):
                 yield partial(_copy, sink, first, offset, min(_COPY_BYTES, count - offset))
+            # beside the copy, while the file is at hand
+            yield from (partial(_look, check, piece.slot, rows) for piece in run for rows in piece.blocks)
             continue
         for piece in run:
-            yield from (partial(_write, sink, piece, rows) for rows in piece.blocks)
+            yield from (partial(_write, sink, check, piece, rows) for rows in piece.blocks)
 
 
 def _copy(sink: Sink, piece: _Piece, offset: int, count: int) -> int:
@@ -316,32 +328,43 @@ def _copy(sink: Sink, piece: _Piece, offset: int, count: int) -> int:
     return count
 
 
-def _write(sink: Sink, piece: _Piece, rows: slice) -> int:
+def _look(check: _Check, slot: Slot, rows: slice) -> int:
+    if check is not _ignore and DTYPES[slot.code].is_floating_point:
+        block = read_rows(slot, rows)
+        check(slot.name, lambda: block, block)
+    return 0
+
+
+def _write(sink: Sink, check: _Check, piece: _Piece, rows: slice) -> int:
     start = piece.start
     read = read_rows(piece.slot, rows) if start is None else start[rows].to(DTYPES[piece.slot.code])
     block = apply_changes(read, piece.changes, rows, piece.out.shape)
-    if piece.changes:
-        _check_finite(piece.out.name, read, block)
+    check(piece.out.name, lambda: read, block)
     cast = cast_to(piece.out.name, block, piece.out.code)
     first, _, _ = rows.indices(piece.out.matrix[0])
     sink.put(piece.out.file, piece.out.start + first * piece.out.row_bytes, cast)
     return cast.nbytes
 
 
-def _check_finite(name: str, before: Tensor, merged: Tensor) -> None:
-    """Check that a merged block holds numbers.
+def _check_finite(name: str, before: Callable[[], Tensor], merged: Tensor) -> None:
+    """Check that a block of the output holds numbers.
 
     Raises:
         DoraError: if one is NaN or infinite, with whose they are.
     """
-    # a sum is one pass without a copy; where it is too large itself, every number is looked at
-    if math.isfinite(merged.sum(dtype=torch.float32).item()) or bool(merged.isfinite().all()):
+    if is_finite(merged):
         return
-    if bool(before.float().isfinite().all()):
+    if is_finite(before()):
         why = "the adapter's numbers, its alpha or its weight are too large"
     else:
         why = "the base holds such numbers there; download it again, or mend it first"
-    raise DoraError(f"{name}: merged, it holds NaN or infinite numbers: {why}; nothing was written")
+    raise DoraError(
+        f"{name}: merged, it holds NaN or infinite numbers: {why} (or pass --allow-nonfinite); nothing was written"
+    )
+
+
+def _ignore(_name: str, _before: Callable[[], Tensor], _merged: Tensor) -> None:
+    """Let everything pass."""
 
 
 def write_companions(

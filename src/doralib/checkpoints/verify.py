@@ -104,6 +104,8 @@ def verify_merge(
     model, _ = load_model(str(merged), dtype="float32")
     dequantize(model, torch.float32)
     got = compute_logits(model, inputs)
+    del model
+    gc.collect()  # a folder whose files are mapped cannot be renamed everywhere
     return Verification(
         tokens=len(want),
         max_abs=(got - want).abs().max().item(),

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .console import console, print_json
-from .options import Alpha, Component, Json, Overwrite, Revision, Variant
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Revision, Variant
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import Conversion, ConversionRequest
@@ -34,6 +34,7 @@ def convert_command(
     base: Annotated[str | None, typer.Option(help="The base model, where its names or weights are needed.")] = None,
     revision: Revision = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
     variant: Variant = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the nearest LoRA (lora, gguf, --for).")] = None,
@@ -54,7 +55,7 @@ def convert_command(
         from ..checkpoints.verify import TEXTS
 
         shown = TEXTS
-    given = Hints(alpha=alpha, component=component)
+    given = Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite)
     done = convert_and_show(
         ConversionRequest(
             fetch_folder(add_revision(adapter, revision)),

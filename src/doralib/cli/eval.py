@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
 from .console import bars, console, print_json
-from .options import Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -37,6 +37,7 @@ def eval_command(
     base: Base = None,
     revision: Revision = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
     batch_size: Batch = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")] = None,
@@ -56,7 +57,7 @@ def eval_command(
     against: Annotated[
         Path | None, typer.Option(help="Another model's answer file: judge in pairs, in both orders.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer of MT-Bench.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Of one answer of MT-Bench.")] = 1024,
     yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +80,7 @@ def eval_command(
         },
     )
     model = add_revision(model, revision)
-    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite))
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
-from .options import Alpha, Base, Batch, Dtype, Model, Revision, Seed
+from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
     from ..data.prompt_form import PromptForm
@@ -33,8 +33,9 @@ def generate_command(
     base: Base = None,
     revision: Revision = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="The longest answer.")] = 128,
     system: Annotated[str, typer.Option(help="What a model is told before a conversation.")] = "",
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -76,7 +77,9 @@ def generate_command(
     asked += read_prompts(file, next(iter(forms.values()))) if file else []
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha))
+    loaded, tokenizer = load_model(
+        model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    )
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     load_named_adapters(loaded, named)

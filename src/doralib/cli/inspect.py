@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..errors import list_some
 from .console import console, print_json
-from .options import Alpha, Component, Json, Revision
+from .options import AllowNonfinite, Alpha, Component, Json, Revision
 
 if TYPE_CHECKING:
     from ..experiments.analyze.movement import Movement
@@ -29,6 +29,7 @@ def inspect_command(
     ] = None,
     revision: Revision = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +41,7 @@ def inspect_command(
     from ..hub import add_revision, fetch_folder
 
     adapter = fetch_folder(add_revision(adapter, revision))
-    found = read_inspected(adapter, base, Hints(alpha=alpha, component=component))
+    found = read_inspected(adapter, base, Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
     if as_json:
         print_json(describe_inspected(found))
     else:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console, print_json
-from .options import Alpha, Component, Json, Overwrite, Revision, Variant, VerifyingCommand
+from .options import AllowNonfinite, Alpha, Component, Json, Overwrite, Revision, Variant, VerifyingCommand
 
 if TYPE_CHECKING:
     from ..checkpoints.merge import Ingredient, MergeSummary
@@ -29,6 +29,7 @@ def merge_command(
     ] = None,
     revision: Revision = None,
     alpha: Alpha = None,
+    allow_nonfinite: AllowNonfinite = False,
     component: Component = None,
     variant: Variant = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied output head a tensor of its own.")] = False,
@@ -51,7 +52,7 @@ def merge_command(
     adapters = [fetch_folder(add_revision(each, revision)) for each in adapters]
     if server is not None:
         check_server(server)
-    each = Ingredient(Path(), given=Hints(alpha=alpha, component=component))
+    each = Ingredient(Path(), given=Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
     summary = merge_and_show(
         with_weights(adapters, weight or [], each),
         base,
@@ -82,15 +83,17 @@ def merge_and_show(
     """Merge, print the summary, and check it.
 
     Args:
-        verify: ``logits`` compares those of merged and adapted on real text, ``exact`` makes every bit again.
+        verify: ``logits`` compares those of merged and adapted on real text, ``exact`` makes every bit again; what
+            fails leaves nothing at ``out``, or the model that stood there.
 
     Raises:
         UsageError: if an adapter is not there, or no base is named.
         DoraError: if the merged model does not answer as the adapted one does, or a bit of it is not what it should be.
     """
-    from ..checkpoints.merge import merge_checkpoint
+    from ..checkpoints.merge import check_out, merge_checkpoint
     from ..checkpoints.replay import verify_bits
     from ..checkpoints.safetensors import find_variant
+    from ..disk import replacing
 
     if unknown := [each for each in verify if each not in VerifyingCommand.choices]:
         raise UsageError(f"--verify {unknown[0]}: give {' or '.join(VerifyingCommand.choices)}")
@@ -99,30 +102,33 @@ def merge_and_show(
     with ExitStack() as stack:
         folder = _open_base(adapters, base, out, stack)
         folder = find_variant(folder, variant) if variant else folder
+        check_out(out, folder if folder.is_dir() else folder.parent, [each.path for each in adapters], overwrite)
+        # it takes its name once it is verified: until then what stands there stays
+        part = stack.enter_context(replacing(out))
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("merging", total=None)
             summary = merge_checkpoint(
                 adapters,
                 folder,
-                out,
+                part,
                 dtype=dtype,
                 untie=untie,
-                overwrite=overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
+        summary = replace(summary, out=out)
         console.print(summary.text())
         if "exact" in verify:
-            replay = verify_bits(out, adapters, folder, dtype, untie=untie)
+            replay = verify_bits(part, adapters, folder, dtype, untie=untie)
             console.print(replay.text())
             if not replay.passed:
-                raise DoraError(f"{out}: the merged model is not bit for bit what its base and adapters make")
+                raise DoraError(f"it is not bit for bit what base and adapters make; {out} was not written")
         if "logits" in verify:
             from ..checkpoints.verify import verify_merge
 
-            check = verify_merge(out, adapters, folder, costs=summary.requantised)
+            check = verify_merge(part, adapters, folder, costs=summary.requantised)
             console.print(check.text())
             if not check.passed:
-                raise DoraError(f"{out}: the merged model does not answer as the adapted one does")
+                raise DoraError(f"it does not answer as the adapted one does; {out} was not written")
     return summary
 
 

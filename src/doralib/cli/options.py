@@ -14,12 +14,15 @@ Model = Annotated[str, typer.Argument(help="A run, an adapter, a model folder, a
 Base = Annotated[str | None, typer.Option(help="The base model, where it is not the one that the adapter names.")]
 Revision = Annotated[str | None, typer.Option(help="Of a hub name: its branch, tag or commit; or give NAME@REVISION.")]
 Alpha = Annotated[float | None, typer.Option(min=0, max=1e6, help="lora_alpha, for files that forget it.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite numbers in adapter and base as they are.")
+]
 Component = Annotated[str | None, typer.Option(help="The part of a pipeline, e.g. unet.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Variant = Annotated[str | None, typer.Option(help="Of several weights in the base's folder: fp16, ema, ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to the standard error.")]
-Batch = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
+Batch = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Examples at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is drawn.")]
 
 

@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from ..documents import check_depth, explain_depth
 from ..errors import UsageError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SMALL = re.compile(r"-?[1-9]\d{0,17}|0")
 _MOST_DIGITS = 4300
 """Python makes no number of more."""
+
+_SHORTEST_DEEP = 200
+"""Characters: a shorter text cannot be nested too deep."""
 
 _TABLES = {"data", "rows", "examples", "records", "items", "samples", "instances"}
 """Names under which a file keeps its rows, beside others for what it says of itself."""
@@ -49,9 +53,14 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text; its numbers print as they are written.
 
     Raises:
-        ValueError: if it is not JSON.
+        ValueError: if it is not JSON, or nested too deep.
     """
-    return _DECODER.decode(text)
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(explain_depth()) from None
+    check_depth(text, value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,13 @@ def _skip_comma(text: str, at: int, closing: str) -> int:
 
 def _end(text: str, start: int) -> int:
     """Where the JSON value that begins here ends."""
-    return _DECODER.raw_decode(text, start)[1]
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(explain_depth()) from None
+    if end - start > _SHORTEST_DEEP:
+        check_depth(text[start:end], value)
+    return end
 
 
 def _skip(text: str, at: int) -> int:

@@ -15,10 +15,11 @@ from ..errors import DoraError, UsageError
 from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
 from .json_rows import ParseColumns
+from .large_rows import read_large_rows
 from .prepare import RowNumber
 from .problems import make_problems
 from .sources import is_problems, is_saved_dataset, list_files, match_hub
-from .tables import RowTable, forget, is_parquet, read_table
+from .tables import RowTable, forget, is_large, is_parquet, read_table
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def _read(
     files = list_files(source, setting, split)
     if not files:
         rows = make_problems(source, setting) if is_problems(source) else _read_hub(source, setting, split)
+    elif is_large(files) and (found := read_large_rows(files[0], setting)) is not None:
+        rows = found
     elif not any(map(is_parquet, files)):
         table = read_table(files, setting, split, documents)
         return _from_table(table), table.numbers

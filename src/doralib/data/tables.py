@@ -6,17 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DoraError, UsageError
 from .csv_rows import read_columns
 from .detect import LOOKED_AT
-from .json_rows import ParseColumns, find_type, split_columns
+from .json_rows import ParseColumns, find_type, parse_json, split_columns
 from .prepare import RowNumber
 from .sources import READERS, find_ending, list_files, open_text
 
 log = logging.getLogger(__name__)
+
+LARGE = 64 << 20
+"""Bytes: a smaller file is read at once."""
 
 Columns = dict[str, list[str | None]]
 
@@ -46,6 +50,24 @@ def is_parquet(path: Path) -> bool:
     return find_ending(path) == ".parquet"
 
 
+def is_large(files: Sequence[Path]) -> bool:
+    """Whether it is one JSONL file that is better not held in memory."""
+    lone = files[0] if len(files) == 1 else None
+    by_lines = lone is not None and READERS[find_ending(lone)] == "json" and find_ending(lone) != ".json"
+    return lone is not None and by_lines and lone.stat().st_size > LARGE
+
+
+def _read_large_head(path: Path, setting: str) -> dict[str, list[Any]] | None:
+    """The first values of each column; None where they do not stand a row a line."""
+    with open_text(path, setting) as file:
+        text = "".join(islice(file, LOOKED_AT))
+    try:
+        columns = split_columns(text, "", setting, by_lines=True)
+    except ValueError:
+        return None
+    return ParseColumns(frozenset(columns))(columns)
+
+
 def read_head(source: str, setting: str, split: str, documents: str | None) -> dict[str, list[Any]] | None:
     """The first values of each column of a source; None where only `datasets` can tell.
 
@@ -56,6 +78,8 @@ def read_head(source: str, setting: str, split: str, documents: str | None) -> d
     files = list_files(source, setting, split)
     if not files:
         return None
+    if is_large(files) and (head := _read_large_head(files[0], setting)):
+        return head
     if not any(map(is_parquet, files)):
         return read_table(files, setting, split, documents).read_head()
     import pyarrow  # noqa: PLC0415  see above
@@ -176,11 +200,13 @@ def _bad_line(text: str, *, lines: bool) -> str:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             if lines and not isinstance(found, dict):
                 return f"line {number} is no object with columns, {{...}}, but {line.strip():.40}"
         except json.JSONDecodeError as error:
             where = number if lines else error.lineno
             end = "; the file ends there, so it may be cut short" if where >= len(there) else ""
             return f"line {where} is not JSON: {error.msg}{end}"
+        except ValueError as error:
+            return f"line {number}: {error}"
     return ""

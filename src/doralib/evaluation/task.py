@@ -1,6 +1,5 @@
 """What a model is scored on: a table of kinds of task, and examples made from rows."""
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..config import Checked
+from ..config import Checked, explain_regex, search_text
 from ..data.prepare import Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
@@ -185,17 +184,15 @@ class RegexTask(GenerationTask):
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+        if why := explain_regex(self.pattern):
+            raise ValueError(f"pattern: {why}")
         return self
 
     def predicted(self, text: str) -> str:
-        found = re.search(self.pattern, self.counted(text), re.IGNORECASE if self.lowercase else 0)
+        found = search_text(self.pattern, self.counted(text), ignore_case=self.lowercase)
         if found is None:
             return ""
-        return self.normal((found[1] if found.re.groups else found[0]) or "")
+        return self.normal((found[1] if found.groups() else found[0]) or "")
 
 
 class NumberTask(GenerationTask):

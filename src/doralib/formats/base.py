@@ -30,7 +30,7 @@ class RawAdapter:
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file may not say: alpha and component come from the user, all else from the base model."""
+    """What a file may not say, and what is allowed: the user's alpha and component, all else from the base model."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the base model's weights by module name; a pipeline's under ``unet.``, ``text_encoder.`` and so on."""
@@ -44,6 +44,8 @@ class Hints:
     """The part of a pipeline that the adapter belongs to, e.g. ``unet``."""
     lengths: Callable[[AdapterState], Mapping[str, Tensor]] | None = None
     """Reads the base model's weights: the length of each row of W + s B A by layer, (O,)."""
+    allow_nonfinite: bool = False
+    """Take NaN and infinite numbers, in the adapter and in the base, as they are."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
         raise UsageError(f"--alpha {hints.alpha:g}: lora_alpha is a number above 0")
     file = find_adapter_file(Path(path))
     raw = remove_leftovers(read_raw_adapter(file))
-    check_tensors(str(file), raw.tensors)
+    check_tensors(str(file), raw.tensors, allow_nonfinite=hints.allow_nonfinite)
     form = find_format(named) if named else detect_format(raw)
     try:
         adapter = form.read(raw, hints)

@@ -26,11 +26,11 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
     """
     kind = raw.settings.get("fine_tune_type", "lora")
     parameters = raw.settings.get("lora_parameters") or {}
-    scale = parameters.get("scale")
     if not isinstance(parameters, dict) or not all(
         isinstance(parameters.get(key), int | float | None) for key in ("scale", "dropout")
     ):
         raise DoraError(f"lora_parameters of adapter_config.json should be numbers by name, found {parameters!r:.80}")
+    scale = parameters.get("scale")
     problems = [] if kind in ("dora", "lora") else [f"fine_tune_type is {kind!r}, which is no adapter"]
     if scale is None and hints.alpha is None:
         problems.append("adapter_config.json says no lora_parameters.scale; give --alpha (scale x rank)")

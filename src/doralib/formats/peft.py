@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DoraConfig
+from ..config import DoraConfig, fits_whole
 from ..errors import DoraError, raise_problems
 from ..hub import split_revision
 from ..peft_settings import LORA, SHARED, VERA, take_shared
@@ -357,8 +357,8 @@ def _make_target_modules(config: DoraConfig, state: AdapterState, modules: Colle
     adapted = {name for name, layer in state.layers.items() if layer.kind != "experts"}
     targets = config.target_modules
     if isinstance(targets, str) and targets != "all-linear":
-        if not modules or {name for name in modules if re.fullmatch(targets, name)} == adapted:
-            alone = [re.escape(name) for name in sorted(adapted) if not re.fullmatch(targets, name)]
+        if not modules or {name for name in modules if fits_whole(targets, name)} == adapted:
+            alone = [re.escape(name) for name in sorted(adapted) if not fits_whole(targets, name)]
             return "|".join([f"(?:{targets})", *alone]) if alone else targets
         targets = None
     if not isinstance(targets, tuple):

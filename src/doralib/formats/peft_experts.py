@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from ..config import DoraConfig
+from ..config import DoraConfig, fits_whole
 from ..errors import DoraError
 from ..state import MAGNITUDE, ExpertsValues, LayerAdapter
 from .tensors import check_complete
@@ -100,5 +100,5 @@ def _is_named(name: str, targets: Collection[str]) -> bool:
 def _is_module(name: str, config: DoraConfig) -> bool:
     targets = config.target_modules
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return fits_whole(targets, name)
     return _is_named(name, targets or ())

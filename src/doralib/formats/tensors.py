@@ -11,32 +11,32 @@ from torch import Tensor
 
 from ..config import DoraConfig
 from ..errors import DoraError, UsageError, list_some, raise_problems
+from ..functional import explain_nonfinite, is_finite
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Hints, ParsedAdapter
 
 _MOST_ALPHA = 1e6
 
 
-def check_tensors(title: str, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(title: str, tensors: Mapping[str, Tensor], *, allow_nonfinite: bool = False) -> None:
     """Check that each tensor is dense and of finite floating-point numbers; a count, such as an alpha, may be whole.
 
     Raises:
         DoraError: listing all that are not.
     """
-    raise_problems(title, [f"{name}: {why}" for name, tensor in tensors.items() if (why := _explain_unfit(tensor))])
+    unfit = {name: _explain_unfit(tensor, allow_nonfinite=allow_nonfinite) for name, tensor in tensors.items()}
+    raise_problems(title, [f"{name}: {why}" for name, why in unfit.items() if why])
 
 
-def _explain_unfit(tensor: Tensor) -> str:
+def _explain_unfit(tensor: Tensor, *, allow_nonfinite: bool) -> str:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return "is no dense tensor of numbers; save it dense"
     if not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")
         return f"{tuple(tensor.shape)} holds {kind}, and an adapter is floating-point numbers" if tensor.dim() else ""
-    # numbers of one byte have no test of their own
-    wrong = ~(tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
-    if not bool(wrong.any()):
+    if allow_nonfinite or is_finite(tensor):
         return ""
-    return f"{int(wrong.sum()):,} of {tensor.numel():,} numbers are NaN or infinite; take an earlier checkpoint"
+    return f"{explain_nonfinite(tensor)}; take an earlier checkpoint, or pass --allow-nonfinite"
 
 
 def check_factors(**factors: Tensor) -> None:

@@ -1,0 +1,90 @@
+"""Numbers that no run can hold are refused before anything is loaded, and options that nothing would read."""
+
+import pytest
+
+from doralib.data.templates import columns_in, fill_template
+
+RECIPE = """
+model: {path: MODEL}
+data: {train: rows.jsonl, prompt: "{text}", target: " {text}"}
+adapter: {r: 2, target_modules: [q_proj]}
+training: {max_steps: 1, per_device_train_batch_size: 2}
+out: run
+"""
+LONG = "9" * 20
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, tiny_llama_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 4)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(tiny_llama_folder)))
+    return "r.yaml"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["adapter.r=1000000000", "adapter.lora_alpha=1.0e30", "adapter.loraplus_lr_ratio=1.0e300"],
+        [f"adapter.r={LONG}", "adapter.lora_alpha=.inf", "adapter.magnitude_lr_ratio=.nan"],
+        [f"seed={LONG}", "adapter.rank_pattern={q: 1000000000}", "adapter.alpha_pattern={q: 1.0e39}"],
+        [f"data.max_length={LONG}", f"data.limit={LONG}", f"eval.limit={LONG}", f"eval.batch_size={LONG}"],
+        ["training.learning_rate=1.0e300", f"training.per_device_train_batch_size={LONG}"],
+        [f"training.max_steps={LONG}", f"training.gradient_accumulation_steps={LONG}"],
+        ["training.learning_rate=.inf", "training.weight_decay=.nan", "training.max_grad_norm=.inf"],
+    ],
+)
+def test_settings_beyond_what_a_run_can_hold(run, recipe, tmp_path, settings):
+    status, _, err = run("train", recipe, *settings)
+    assert status == 2, err
+    for setting in settings:
+        assert setting.partition("=")[0] in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_on_a_cpu(run, recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, err = run("train", recipe, "training.fp16=true")
+    assert status == 2
+    assert "training.fp16 needs a GPU" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--temperature", value] for value in ("inf", "nan", "1e-45", "-1", "1e300")),
+        *(["--seed", value] for value in ("-1", LONG)),
+        *(["--alpha", value] for value in ("inf", "nan", "1e39", "0")),
+        *(["--repetition-penalty", value] for value in ("0", "inf", "nan")),
+        *(
+            ["--top-p", "nan"],
+            ["--top-k", LONG],
+            ["--min-p", "nan"],
+            ["--batch-size", LONG],
+            ["--max-new-tokens", LONG],
+        ),
+    ],
+)
+def test_numbers_on_the_command_line(run, tiny_llama_folder, options):
+    status, _, err = run("generate", tiny_llama_folder, "--prompt", "a", *options)
+    assert status == 2, err
+    assert options[0].lstrip("-").replace("-", "_") in err.replace("-", "_")
+
+
+@pytest.mark.parametrize("options", [["--base", "other"], ["--alpha", "3"], ["--base", "other", "--alpha", "3"]])
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["eval", "--tasks", "t.yaml"]])
+def test_what_only_adapters_have_is_refused_with_a_model(run, recipe, tmp_path, tiny_llama_folder, verb, options):
+    (tmp_path / "t.yaml").write_text("{kind: perplexity, name: p, data: rows.jsonl, text: text}")
+    status, _, err = run(verb[0], tiny_llama_folder, *verb[1:], *options)
+    assert status == 2
+    assert f"{', '.join(options[::2])}: {tiny_llama_folder} is a model and no adapter" in err
+
+
+def test_a_template_names_columns_and_never_reaches_into_values():
+    # what str.format would answer with an attribute is a column of that name, which no row has
+    for reach in ("text.__class__", "text.__class__.__mro__[1]", "text[0]", "0.__init__.__globals__"):
+        assert columns_in(f"a {{{reach}}}") == [reach]
+        with pytest.raises(KeyError):
+            fill_template(f"a {{{reach}}}", {"text": "b"})
+        assert fill_template(f"a {{{reach}}}", {reach: "c"}) == "a c"
+    assert fill_template("{text}", {"text": "{text.__class__} {0}"}) == "{text.__class__} {0}"
