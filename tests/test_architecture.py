@@ -167,6 +167,7 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
     for verb in (
         "train",
+        "plan",
         "data",
         "eval",
         "generate",

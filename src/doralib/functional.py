@@ -8,6 +8,7 @@ N rows of an input. Source: arXiv 2402.09353, equations 5 and 11; s = lora_alpha
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +48,11 @@ class Rows(Protocol):
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, norms and gains over tensors of this dtype: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[object]:
+    """A context in which products near this tensor keep their dtype; the meta device has no autocast to switch off."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 def row_blocks(num_rows: int, row_length: int, elements: int | None = None) -> Iterator[slice]:

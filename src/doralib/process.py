@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Windows syncs no folders, keeps what is mapped from being replaced, and takes signal 0 for Ctrl-C
 ON_WINDOWS = os.name == "nt"
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 def is_alive(pid: int) -> bool:
@@ -41,8 +42,26 @@ def read_peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def read_resident_memory() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import psutil  # noqa: PLC0415  accelerate brings it
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
 def read_machine_memory() -> int | None:
-    """Bytes of memory that the machine has; None where the system does not tell."""
+    """Bytes of memory that the machine has, or its container may use; None where the system does not tell."""
+    if _CONTAINER.is_file() and (told := _CONTAINER.read_text(encoding="ascii").strip()).isdecimal():
+        return min(int(told), _read_installed_memory() or int(told))
+    return _read_installed_memory()
+
+
+def _read_installed_memory() -> int | None:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

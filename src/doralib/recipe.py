@@ -11,6 +11,9 @@ from .config import Checked, DoraConfig
 PROMPT_FILE = "doralib_prompt.json"
 """Says, beside what was trained, in which form it was asked."""
 
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
+"""What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
+
 
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
@@ -22,8 +25,11 @@ class ModelSettings(Checked):
     auto: as a local model's config.json names its class, else causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
-    quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """Quantize the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantized too."""
+    quantization: Quantization | None = None
+    """Quantize the frozen weights while loading, by bitsandbytes or torchao; null: as stored, which may be quantized
+    too."""
+    double_quantization: bool = True
+    """With nf4 and fp4: quantize the scales too, which saves 0.4 bits a weight."""
     revision: str | None = None
     """A branch, tag or commit on the hub."""
     attn_implementation: str | None = None
@@ -58,7 +64,7 @@ class DataSettings(Checked):
 
     train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
     """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
-    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv].
+    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
     `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
@@ -130,6 +136,16 @@ class EvalSettings(Checked):
     """Examples at a time."""
 
 
+class DistributedSettings(Checked):
+    """How several processes (torchrun, accelerate launch) share a run; one process takes no notice of it."""
+
+    strategy: Literal["launcher", "ddp", "fsdp2", "zero2", "zero3"] = "launcher"
+    """launcher: as the launcher's own settings say, else ddp; ddp: each process holds the model; fsdp2, zero3: each
+    holds a share of it; zero2: of gradients and optimizer alone. zero2 and zero3 are DeepSpeed's, and planned only."""
+    cpu_offload: bool = False
+    """fsdp2: keep the shares in the CPU's memory."""
+
+
 class Recipe(Checked):
     """One fine-tuning job, complete; the keys of a recipe file."""
 
@@ -141,6 +157,7 @@ class Recipe(Checked):
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them. With
     another objective than sft those of TRL's arguments, such as beta."""
     eval: EvalSettings = EvalSettings()
+    distributed: DistributedSettings = DistributedSettings()
     out: str = Field(min_length=1)
     """The run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)

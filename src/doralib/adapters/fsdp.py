@@ -11,9 +11,11 @@ from ..state import AdapterState, map_tensors
 
 def gather(state: AdapterState) -> AdapterState:
     """The adapter with every tensor whole; every process takes part where one is shared out, and gets it."""
-    layers = {name: replace(layer, values=map_tensors(layer.values, _whole)) for name, layer in state.layers.items()}
-    rows = {name: replace(each, rows_ND=_whole(each.rows_ND)) for name, each in state.rows.items()}
-    extra, resized = ({name: _whole(t) for name, t in each.items()} for each in (state.extra, state.resized))
+    layers = {
+        name: replace(layer, values=map_tensors(layer.values, whole_tensor)) for name, layer in state.layers.items()
+    }
+    rows = {name: replace(each, rows_ND=whole_tensor(each.rows_ND)) for name, each in state.rows.items()}
+    extra, resized = ({name: whole_tensor(t) for name, t in each.items()} for each in (state.extra, state.resized))
     return replace(state, layers=layers, extra=extra, rows=rows, resized=resized)
 
 
@@ -51,7 +53,8 @@ def as_placed(value: Tensor, place: Tensor) -> Tensor:
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
-def _whole(t: Tensor) -> Tensor:
+def whole_tensor(t: Tensor) -> Tensor:
+    """A tensor that may be shared out, whole; every process takes part."""
     return t.full_tensor() if _is_shared_out(t) else t  # type: ignore[attr-defined]
 
 

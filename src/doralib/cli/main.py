@@ -29,6 +29,7 @@ from .init import init_command
 from .inspect import inspect_command
 from .merge import merge_command
 from .options import Verb, VerifyingCommand, with_volume
+from .plan import plan_command
 from .push import push_command
 from .recipes import recipes_command
 from .serve import serve_command
@@ -76,6 +77,13 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
         doralib train recipe.yaml
         doralib train recipe.yaml adapter.r=32 'data.target= {label}' out=runs/r32
         doralib train recipe.yaml --resume
+        """,
+    ),
+    "plan": (
+        plan_command,
+        """
+        doralib plan recipe.yaml
+        doralib plan recipe.yaml model.quantization=nf4 --gpus 2 --gpu-memory 24
         """,
     ),
     "check": (

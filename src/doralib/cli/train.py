@@ -33,6 +33,9 @@ def train_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run that stands there; start again.")
     ] = False,
+    memory_check: Annotated[
+        bool, typer.Option("--memory-check/--no-memory-check", help="Refuse a run that does not fit into the memory.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do what `doralib check` does, with these options, and stop.")
     ] = False,
@@ -67,7 +70,7 @@ def train_command(
     from ..training import job
 
     with bars() as tick:
-        run = job.train(chosen, resume=resume, overwrite=overwrite, tick=tick)
+        run = job.train(chosen, resume=resume, overwrite=overwrite, tick=tick, check_memory=memory_check)
     if as_json:
         from ..files import read_json
 

@@ -84,12 +84,12 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def is_problems(source: str) -> bool:
-    """Whether a name of data is ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
+    """Whether rows are made by reasoning-gym: ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
     return source.startswith("reasoning-gym:")
 
 
 def list_files(source: str, setting: str, split: str = "train") -> list[Path]:
-    """The files of rows that a source names, in the order of their names; none where it could be a name of the hub.
+    """The files of rows that a source names, in the order of their names; none of what could be a hub name, or is made.
 
     A folder stands for the files in it, at any depth, whose kind is known; where their names say splits, for those of
     this split.

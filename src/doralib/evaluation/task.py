@@ -13,6 +13,7 @@ from ..config import Checked
 from ..data.prepare import Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
+from .numbers import read_number
 
 _SHOWN = 12
 
@@ -197,6 +198,22 @@ class RegexTask(GenerationTask):
         return self.normal((found[1] if found.re.groups else found[0]) or "")
 
 
+class NumberTask(GenerationTask):
+    """The last number in the generated text must be the last one in the answer: see `read_number`."""
+
+    kind: Literal["number"] = "number"
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        answers = [plain_text(_value(self.answer, row)) for row in rows]
+        numbers = [self.predicted(answer) for answer in answers]
+        without = Counter(answer for answer, number in zip(answers, numbers, strict=True) if not number)
+        _check_answers(self.name, len(rows), without, "a text with a number")
+        return [Example(fill(self.prompt, row), number) for row, number in zip(rows, numbers, strict=True)]
+
+    def predicted(self, text: str) -> str:
+        return read_number(self.counted(text))
+
+
 class PerplexityTask(Task):
     """How well the model foresees a text."""
 
@@ -221,6 +238,7 @@ KINDS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "exact_match": ExactMatchTask,
     "regex": RegexTask,
+    "number": NumberTask,
     "perplexity": PerplexityTask,
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import gain, merge_weight, row_blocks, sum_dtype
+from ..functional import gain, merge_weight, row_blocks, sum_dtype, without_autocast
 
 
 def adapted_weights(
@@ -23,7 +23,7 @@ def adapted_weights(
         detach_norm: Whether the norm is a constant of the backward pass.
     """
     # autocast would run the products of float32 sums in half precision
-    with torch.autocast(W_EOI.device.type, enabled=False):
+    with without_autocast(W_EOI):
         weights: Tensor = _AdaptedWeights.apply(W_EOI, a_ERI, b_EOR, m_EO, s, detach_norm)
     return weights
 

@@ -144,7 +144,7 @@ def renew_norms(requests: Sequence[Request]) -> list[Norm]:
     made: dict[int, Norm] = {}
     for batch in batches.values():
         # autocast would run the products of float32 sums in half precision
-        with torch.autocast(requests[batch[0]].b_OR.device.type, enabled=False):
+        with F.without_autocast(requests[batch[0]].b_OR):
             made.update(zip(batch, _make_norm_batch([requests[i] for i in batch]), strict=True))
     for i, request in enumerate(requests):
         request.cache.last_norm = made[i]

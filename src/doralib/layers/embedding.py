@@ -74,7 +74,7 @@ class DoraTokenEmbedding(DoraEmbedding):
 
     def around(self, y: Tensor, tokens: Tensor) -> Tensor:
         # autocast would take the lengths in half precision
-        with torch.autocast(y.device.type, enabled=False):
+        with F.without_autocast(y):
             A, B = self.factors.pair(self)
             look_up = partial(nnf.embedding, tokens, padding_idx=self.padding_idx)
             assert self.lora_magnitude_vector is not None

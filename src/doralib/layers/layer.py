@@ -1,7 +1,7 @@
 """An adapted layer: it has a frozen base, factors (A and B, or what they follow from) and lengths m."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,11 @@ class DoraLayer(Part, AdapterLayer):
         """As `Masters`; what is kept of the frozen weight is made anew."""
         self.factors.forget()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # also into shards of a weight, of which its whole shows nothing
+        self.factors.forget()
+        super()._load_from_state_dict(*args)
 
     def _draw_dropout(self, x: Tensor) -> Dropout | None:
         return draw(x, self.dropout, exact=self.exact_dropout) if self.training and self.dropout else None

@@ -241,4 +241,5 @@ def autocast(x: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has for x's device; None where it is off."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None

@@ -31,6 +31,10 @@ _WRITTEN = (
 )
 """Every file that a run may write, but for those of a whole model, which it lists when it has them."""
 
+# how a step's rows are shared out may differ: that there are as many is checked against the checkpoint
+_SHARES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_MAY_DIFFER = ("out", *(f"training.{name}" for name in _SHARES))
+
 _PACKAGES = ("doralib", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "peft")
 
 
@@ -146,7 +150,7 @@ class RunFolder:
 
     def _check_resume(self, recipe: Recipe, data: Mapping[str, str]) -> None:
         other = sorted(_differences(files.read_yaml(self.config), recipe.model_dump(mode="json")))
-        other = [key for key in other if not key.startswith("eval.") and key != "out"]
+        other = [key for key in other if not key.startswith(("eval.", "distributed")) and key not in _MAY_DIFFER]
         if other:
             raise UsageError(
                 f"--resume goes on with the same settings, and these differ from {self.config}: {', '.join(other)}; "

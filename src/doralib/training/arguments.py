@@ -130,6 +130,7 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     }
     cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     values = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, **values}
+    _check_strategy(recipe)
     own = {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed, "disable_tqdm": True}
     own |= {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
     own |= {"train_sampling_strategy": "sequential"} if has_own_order(kind) else {}
@@ -142,12 +143,24 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
             reporter()  # says what is not installed
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"training: {error}") from None
-    if made.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise UsageError(
-            "training: FSDP was asked for, and doralib train keeps the whole model in each process: launch it as DDP "
-            "(accelerate launch --multi_gpu, torchrun), or shard the model in a loop of your own (docs/distributed.md)"
-        )
+    if made.fsdp:
+        raise UsageError("training.fsdp: say it as distributed.strategy: fsdp2 (docs/distributed.md)")
     return made
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    """Check that several processes can share a run as the recipe says.
+
+    Raises:
+        UsageError: for DeepSpeed: it keeps gradients and weights where no part of a run would find them.
+    """
+    strategy, processes = recipe.distributed.strategy, int(os.environ.get("WORLD_SIZE", "1"))
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+    if processes > 1 and (strategy in ("zero2", "zero3") or launched):
+        raise UsageError(
+            "distributed.strategy: doralib train does not run under DeepSpeed yet; fsdp2 shares out the same weights, "
+            "gradients and optimizer (docs/distributed.md)"
+        )
 
 
 def _evaluation(given: Mapping[str, Any], recipe: Recipe, patient: bool) -> dict[str, Any]:

@@ -15,6 +15,12 @@ def is_main() -> bool:
     return not is_distributed() or distributed.get_rank() == 0
 
 
+def is_lost_process(error: Exception) -> bool:
+    """Whether an error says that another process cannot be reached."""
+    said = str(error).lower()
+    return is_distributed() and any(word in said for word in ("connection", "peer", "nccl", "socket", "timed out"))
+
+
 def wait_for_all() -> None:
     """Wait until every process has come here."""
     if is_distributed():

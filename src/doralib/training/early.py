@@ -17,16 +17,14 @@ def check_early(recipe: Recipe) -> None:
         DoraError: with all that is wrong; a UsageError if one of them is.
     """
     problems: list[DoraError] = []
-    if recipe.objective.kind != "sft":
-        # its rows and settings are checked with TRL, whose import takes seconds
-        load_tasks(recipe.eval.tasks)
-        return
-    if fields := list_fields():
+    trl = recipe.objective.kind != "sft"  # has more fields, and columns of its own, which are looked at later
+    if not trl and (fields := list_fields()):
         problems += map(UsageError, find_unknown(recipe.training, fields))
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
-    problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
+    if not trl:
+        kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
+        problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 
 

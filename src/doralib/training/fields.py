@@ -73,9 +73,9 @@ def find_unknown(
     training: Mapping[str, Any],
     fields: Collection[str],
     owned: Mapping[str, str] = OWNED,
-    name: str = "TrainingArguments",
+    title: str = "TrainingArguments",
 ) -> list[str]:
-    """A line for each key that a recipe may not set, or that is none of these fields of a class."""
+    """A line for each key that a recipe may not set (`owned`, with the reason), or that is none of these fields."""
     known = set(fields) - owned.keys() | EXTRA.keys()
     problems = []
     for key in training:
@@ -83,5 +83,5 @@ def find_unknown(
             problems.append(f"training.{key} cannot be set: {owned[key]}")
         elif key not in known:
             hint = in_our_words(key, known, Recipe.model_fields) or did_you_mean(key, known)
-            problems.append(f"training.{key}: {name} has no such field{hint}")
+            problems.append(f"training.{key}: {title} has no such field{hint}")
     return problems

@@ -15,11 +15,12 @@ from transformers.integrations import TensorBoardCallback
 
 from .. import disk, files
 from ..adapters.adapt import adapt, disabled
+from ..adapters.fsdp import whole_tensor
 from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
-from ..checkpoints.load import Loaded, find_head_modules
+from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
@@ -39,13 +40,15 @@ from ..runs.report import write_report
 from ..runs.use import closing_lines
 from .arguments import has_own_order, make_arguments
 from .callbacks import MetricsFile, StepLog, StopOnSignal
-from .distributed import is_main, wait_for_all
+from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
 from .outlook import Outlook, estimate_memory
+from .plan.estimate import check_fits, estimate_run
 from .rewards import find_rewards
 from .sampler import measure_padding
+from .sharding import is_shared_out, share_out, take_over_launcher
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
@@ -97,7 +100,14 @@ class _Job:
         return self.plan.modality.collate(self.model, self.processor, self.data)
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tick: Tick | None = None,
+    check_memory: bool = True,
+) -> Path:
     """Fine-tune as the recipe says; returns the run folder. How it goes is logged, at the level INFO.
 
     Args:
@@ -105,6 +115,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
         resume: Go on from the newest whole checkpoint of the run that stands at `out`.
         overwrite: Delete the run that stands there; only once model and data are loaded.
         tick: Gets each step of training and scoring; losses too, which are logged where nobody draws them.
+        check_memory: Refuse a run that cannot fit into the device's memory, by `estimate_run`.
 
     Raises:
         UsageError: before the model is loaded, for everything in the recipe that cannot be, all at once; after, for
@@ -112,21 +123,29 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick
         LossNotFinite: if the loss became NaN; the checkpoints before it stay.
         Interrupted: after Ctrl-C, once a checkpoint is saved.
     """
-    run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick)
+    run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick, check_memory=check_memory)
     if is_main():
         write_card(run)
         log.info(closing_lines(read_run(run), write_report(run)))
     return run
 
 
-def fine_tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, tick: Tick | None = None) -> Path:
+def fine_tune(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tick: Tick | None = None,
+    check_memory: bool = True,
+) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
-    recipe = recipe.with_whole_path()
+    recipe = take_over_launcher(recipe.with_whole_path())
     plan = _check(recipe, resume=resume, overwrite=overwrite)
     if not is_main():
         # the first process speaks for all
         logging.getLogger("doralib").setLevel(logging.WARNING)
         tick = None
+    _tell_memory(plan, check=check_memory)
     job = _load(plan, tick)
     # the others may still be checking what stands there
     wait_for_all()
@@ -173,6 +192,25 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
     raise_all(problems)
     recipe = recipe.model_copy(update={"data": rows.settings or recipe.data})
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
+
+
+def _tell_memory(plan: _Plan, *, check: bool) -> None:
+    """Log what the run will take of its device.
+
+    Raises:
+        UsageError: if the device has less, and that is to be checked.
+    """
+    try:
+        found = estimate_run(plan.recipe, calibrate=False)
+        if found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
+            # with every row as long as it may be; how long are they?
+            found = estimate_run(plan.recipe, rows=plan.rows, calibrate=False)
+    except Exception as error:  # noqa: BLE001  a model that cannot be built without its values may train all the same
+        log.debug(f"memory: not estimated, {type(error).__name__}: {error}")
+        return
+    log.info(f"memory: {found.summary()}")
+    if check:
+        check_fits(found)
 
 
 def look_ahead(
@@ -234,7 +272,8 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     settings = recipe.model
     if plan.resume and trained.is_dir() and not empty:
         settings = settings.model_copy(update={"path": str(trained)})
-    model, processor = plan.modality.load(settings, empty=empty)
+    with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
+        model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
     config = add_new_tokens(model, processor, recipe)
     config = _train_head(config, find_head_modules(model))
@@ -245,7 +284,10 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
         load_adapter(model, plan.run.path)
     else:
         adapt(model, config)
-    model.to(plan.args.device)
+    if is_shared_out(recipe):
+        share_out(model, recipe, plan.args.device)
+    else:
+        model.to(plan.args.device)
     return model, processor
 
 
@@ -428,7 +470,7 @@ def _train(job: _Job) -> None:
         log.info(f"going on from {checkpoint}")
     status = "interrupted"
     try:
-        with stop.listen(), _explain_write_errors(plan):
+        with stop.listen(), _explain_write_errors(plan), _explain_lost_processes(plan):
             _run(trainer, checkpoint)
         status = "interrupted" if stop.caught is not None and _unfinished(trainer) else "finished"
     except LossNotFinite:
@@ -494,6 +536,20 @@ def _explain_write_errors(plan: _Plan) -> Iterator[None]:
         raise DoraError(f"training stopped, a file could not be written: {why}; {go_on}") from error
 
 
+@contextmanager
+def _explain_lost_processes(plan: _Plan) -> Iterator[None]:
+    """Say what an error of the network between processes means: that another one has ended."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, DoraError) or not is_lost_process(error):
+            raise
+        last = checkpointing.find_newest(plan.run.checkpoints)
+        go_on = f"--resume goes on from {last}" if last else "no checkpoint had been written yet"
+        why = str(error).strip().splitlines()[0]
+        raise DoraError(f"training stopped, another process of this run has ended: {why}; {go_on}") from error
+
+
 def _unfinished(trainer: AdapterTrainer) -> bool:
     return bool(trainer.state.global_step < trainer.state.max_steps)
 
@@ -501,20 +557,24 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
 def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
-    if not is_main():
-        return
     _write_summary(job, trainer, "finished")
     if job.plan.recipe.adapter.method != "full":
-        # first: the adapter's file marks the training as over
-        job.processor.save_pretrained(run.path)
-        if (head := getattr(job.plan.modality, "head", None)) is not None:
-            write_labels(run.path, head)
-        if job.data.form is not None:
-            write_form(run.path, job.data.form)
-        save_adapter(job.model, run.path)
+        if is_main():
+            # first: the adapter's file marks the training as over
+            job.processor.save_pretrained(run.path)
+            if (head := getattr(job.plan.modality, "head", None)) is not None:
+                write_labels(run.path, head)
+            if job.data.form is not None:
+                write_form(run.path, job.data.form)
+        # a model that is shared out is gathered by all, and written by the first
+        if is_main() or trainer.shared_out:
+            save_adapter(job.model, run.path)
+        return
+    state = {name: whole_tensor(t) for name, t in job.model.state_dict().items()} if trainer.shared_out else None
+    if not is_main():
         return
     with disk.replacing(run.path / "model") as part:
-        job.model.save_pretrained(part)
+        job.model.save_pretrained(part, state_dict=state)
         job.processor.save_pretrained(part)
         if job.data.form is not None:
             write_form(part, job.data.form)

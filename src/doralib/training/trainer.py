@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import files
 from ..adapters.audit import audit
+from ..adapters.fsdp import as_placed, is_sharded, whole_tensor
 from ..adapters.param_groups import learning_rates
 from ..adapters.save import save_adapter
 from ..config import DoraConfig
@@ -31,6 +34,7 @@ from .distributed import is_main, wait_for_all
 from .meter import Meter
 from .modality import Collate, Prepared
 from .sampler import SeededSampler
+from .sharding import gather_optimizer, scatter_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +77,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.resumed_from: Path | None = None
         self._lengths: list[int] = data.train.rows["length"][:]
         self._staging: Path | None = None
-        with _mark_as_adapted(model):
+        self.shared_out = is_sharded(model)
+        with _mark_as_adapted(model), _mark_as_shared_out(model, args) if self.shared_out else nullcontext():
             super().__init__(
                 model=model,
                 args=args,
@@ -88,7 +93,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
     def train(self, resume_from_checkpoint: Path | None = None) -> Any:
         """Train to the end, from the start or from a whole checkpoint."""
         self.resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint is not None:
+            self._check_rows(files.read_json(resume_from_checkpoint / _METER).get("rows_per_step"))
         return super().train(None if resume_from_checkpoint is None else str(resume_from_checkpoint))
+
+    def _check_rows(self, before: int | None) -> None:
+        """Check that a step has the rows that it had; how many processes share them does not matter.
+
+        Raises:
+            UsageError: if not.
+        """
+        if before not in (None, self._rows_per_step):
+            raise UsageError(
+                f"--resume: a step had {before} rows, and has {self._rows_per_step} now ({self.args.train_batch_size} "
+                f"rows, {self.args.gradient_accumulation_steps} batches, {self.args.world_size} processes); change "
+                "training.per_device_train_batch_size or training.gradient_accumulation_steps so that it has as many"
+            )
 
     def load_if_done(self, checkpoint: Path | None) -> bool:
         """Whether no step comes after the checkpoint; then its weights are taken, or the best ones if they are wanted.
@@ -153,7 +173,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             LossNotFinite: if one is not.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+        if self.accelerator.scaler is None and not torch.isfinite(whole_tensor(torch.nn.utils.get_total_norm(grads))):
             raise self._not_finite("the gradient became NaN or infinite")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -192,8 +212,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         if args.train_sampling_strategy not in ("group_by_length", "random"):
             return super()._get_train_sampler(train_dataset)
         grouped = args.train_sampling_strategy == "group_by_length"
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = SeededSampler(self._lengths, batch if grouped else None, args.data_seed or args.seed)
+        self.sampler = SeededSampler(
+            self._lengths, self._rows_per_step if grouped else None, args.data_seed or args.seed
+        )
         return self.sampler
 
     def _early_stoppings(self) -> list[EarlyStoppingCallback]:
@@ -258,8 +279,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.state.best_model_checkpoint = self._name_best(final)
         files.write_json(part / _METER, self._count(float(self._tr_loss)))
 
+    @property
+    def _rows_per_step(self) -> int:
+        args = self.args
+        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
     def _count(self, loss_since_log: float) -> dict[str, Any]:
-        return {**self.meter.state(loss_since_log, self._globalstep_last_logged), "unlogged": self.unlogged()}
+        counted = self.meter.state(loss_since_log, self._globalstep_last_logged)
+        return {**counted, "unlogged": self.unlogged(), "rows_per_step": self._rows_per_step}
 
     def take_up_unlogged(self, measured: dict[str, list[float]]) -> None:
         """Go on with what a checkpoint has of `unlogged`."""
@@ -269,11 +296,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return {}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not (is_main() or self.shared_out):
+            return
         source = dict(self.model.named_parameters()) if state_dict is None else state_dict
         folder = Path(output_dir or self.args.output_dir)
-        files.write_tensors(
-            folder / _WEIGHTS, {name: source[name] for name in sorted(_checkpoint_parameters(self.model))}
-        )
+        # shared out, every process comes here and takes part, and the first one writes
+        tensors = {name: whole_tensor(source[name].detach()) for name in sorted(_checkpoint_parameters(self.model))}
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_tensors(folder / _WEIGHTS, tensors)
         if self.adapter.method != "full":
             save_adapter(self.model, folder)  # so that an earlier state can be scored, merged and converted
 
@@ -292,7 +323,24 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             )
         with torch.no_grad():
             for name, p in into.items():
-                p.copy_(tensors[name])
+                p.copy_(as_placed(tensors[name], p))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shared_out:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gather_optimizer(self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.shared_out or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+        scatter_optimizer(self.optimizer.optimizer, load(Path(checkpoint) / OPTIMIZER_NAME))
+        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
 
     def _load_best_model(self) -> None:
         best = self._best_checkpoint()
@@ -318,7 +366,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return sound[step]
 
     def _check_weights(self) -> None:
-        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
         if bad:
             raise self._not_finite(f"{len(bad)} weights, first {bad[0]!r}, hold NaN or infinite values,")
 
@@ -349,6 +397,27 @@ def _mark_as_adapted(model: Any) -> Iterator[None]:
         yield
     finally:
         del model._hf_peft_config_loaded
+
+
+@contextmanager
+def _mark_as_shared_out(model: Any, args: TrainingArguments) -> Iterator[None]:
+    """Give a model the mark of those that transformers shares out, inside the block.
+
+    Trainer then leaves it where it is and wraps nothing. It could not save such an optimizer, and ours can.
+    """
+    model._is_distributed_loading_by_transformers, saves = True, args.save_only_model
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        model._is_distributed_loading_by_transformers = False
+        args.save_only_model = saves
+
+
+def _is_finite(p: Tensor) -> bool:
+    """Whether all of a parameter is, or this process's part of it."""
+    local: Callable[[], Tensor] | None = getattr(p, "to_local", None)
+    return bool(torch.isfinite(p if local is None else local()).all())
 
 
 def _checkpoint_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

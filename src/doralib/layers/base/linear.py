@@ -1,6 +1,7 @@
 """Frozen linear layers whose weight is a plain tensor; every other base answers the same questions."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ...kernels.dispatch import on_gpu
+from .memory import Memory
 
 
 class Dense:
@@ -17,6 +19,7 @@ class Dense:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._memory = Memory()
 
     @property
     def W_OI(self) -> Tensor:
@@ -58,11 +61,15 @@ class Dense:
     def key(self) -> tuple[Any, ...]:
         """Differs once the weight has been changed, replaced or moved; `.data` writes to it are not seen."""
         W = self._weight
-        return (W.data_ptr() if not W.is_meta else 0, version(W), W.dtype, W.device)
+        return (self._memory.number(W), version(W), W.dtype, W.device)
 
     def triton_weight(self) -> Tensor | None:
         """The weight, where Triton's kernels take it."""
         return self.W_OI if on_gpu(self.W_OI) else None
+
+    def find_maker(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:  # noqa: ARG002
+        """What makes the weight dense for one product with inputs of this dtype; None where none is to be made."""
+        return None
 
     def row_norm_sq(self) -> Tensor:
         return F.row_norm_sq(self.rows)

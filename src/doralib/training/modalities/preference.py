@@ -46,8 +46,7 @@ class Preference:
         """The rows, with all columns that the objective and its reward functions read."""
         rows, kind = read_both(settings, seed), self.objective.kind
         problems: list[DoraError] = []
-        named = ", ".join(source.path for source in settings.sources())
-        parts = [(rows.validation, str(settings.validation)), (rows.train, named)]
+        parts = [(rows.validation, str(settings.validation)), (rows.train, settings.sources()[0].path)]
         for part, source in parts:
             if part is None:
                 continue
@@ -68,7 +67,7 @@ class Preference:
         settings: DataSettings,
         model: nn.Module,
         processor: Any,
-        tick: Tick | None = None,  # noqa: ARG002  the rows are few enough
+        tick: Tick | None = None,  # noqa: ARG002
     ) -> Prepared:
         """Tokens of the answers, and of the prompts."""
         if self.form.style == "chat" and not processor.chat_template:

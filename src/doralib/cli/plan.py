@@ -1,0 +1,78 @@
+"""`doralib plan`."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from ..errors import DoraError, check_given_once
+from .console import console
+
+if TYPE_CHECKING:
+    from ..data.rows import RawRows
+    from ..recipe import Recipe
+    from ..training.plan.estimate import Estimate
+
+
+def plan_command(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a packaged recipe (`doralib recipes`).")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings given again, e.g. adapter.r=8")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs instead of this device.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=0, help="GiB of each GPU, e.g. 24.")] = None,
+    calibration: Annotated[bool, typer.Option(help="Time a few small steps on this device.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Tell memory and time of RECIPE beforehand.
+
+    From the model's config.json: its weights are not read, and the data only where they are at hand.
+    """
+    from ..training.plan.estimate import estimate_run
+    from ..training.recipe_file import read_recipe
+
+    check_given_once(changes or [])
+    chosen = read_recipe(recipe, changes or [])
+    rows, told = _read_rows(chosen)
+    found = estimate_run(chosen, gpus=gpus, gpu_memory=gpu_memory, rows=rows, calibrate=calibration)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    _show(found, told)
+
+
+def _read_rows(recipe: "Recipe") -> "tuple[RawRows | None, str]":
+    from ..training.modalities import choose_modality
+
+    try:
+        return choose_modality(recipe).check_rows(recipe.data, recipe.seed), ""
+    except (DoraError, OSError) as error:
+        return None, f"the data were not read: {str(error).splitlines()[0]}"
+
+
+def _show(found: "Estimate", told: str) -> None:
+    from ..training.plan.estimate import in_gib
+
+    if told:
+        console.print(told)
+    table = Table(Column("part", no_wrap=True), Column("GiB", justify="right", no_wrap=True), "how")
+    for part in found.parts:
+        table.add_row(*map(Text, (part.name, f"{part.bytes / 2**30:.3f}", part.how)))
+    table.add_section()
+    table.add_row("together", f"{found.peak_bytes / 2**30:.3f}", "at most, in each process")
+    console.print(table)
+    processes = "" if found.processes == 1 else f", {found.processes} processes, {found.strategy}"
+    console.print(f"device: {found.device}{processes}; batch: {found.rows} rows a process; {found.lengths.told}")
+    if found.seconds_per_step is None:
+        console.print(f"time: {found.seconds_how}")
+    else:
+        console.print(f"time: {found.seconds_per_step:.3g} seconds a step ({found.seconds_how})")
+    if found.limit_bytes is not None:
+        verdict = "fits" if found.fits else "does not fit"
+        console.print(
+            f"{verdict} in {in_gib(found.limit_bytes)}; the largest batch that does: {found.largest_rows} rows"
+        )
+    for line in found.advice:
+        console.print(f"  {line}")
