@@ -11,6 +11,9 @@ from .config import Checked, DoraConfig
 PROMPT_FILE = "doralib_prompt.json"
 """Says, beside what was trained, in which form it was asked."""
 
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
+"""What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
+
 
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
@@ -22,8 +25,11 @@ class ModelSettings(Checked):
     auto: as a local model's config.json names its class, else causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
-    quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """Quantize the frozen weights while loading, by bitsandbytes; null: as stored, which may be quantized too."""
+    quantization: Quantization | None = None
+    """Quantize the frozen weights while loading, by bitsandbytes or torchao; null: as stored, which may be quantized
+    too."""
+    double_quantization: bool = True
+    """With nf4 and fp4: quantize the scales too, which saves 0.4 bits a weight."""
     revision: str | None = None
     """A branch, tag or commit on the hub."""
     attn_implementation: str | None = None

@@ -241,3 +241,10 @@ def test_rows_of_json_can_be_chosen_and_copied(tmp_path):
     assert str(pickle.loads(pickle.dumps(rows[0]["a"]))) == "1.0"
     assert rows.select([1])[0] == {"a": [2.5]}
     assert isinstance(rows, datasets.Dataset)
+
+
+def test_a_place_holder_of_git_lfs_says_what_it_is(tmp_path):
+    """As most of FinLoRA's data are after a plain `git clone`."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 134\n"
+    with pytest.raises(DoraError, match=r"a\.jsonl cannot be read: it is the place holder .* `git lfs pull`"):
+        read(tmp_path, "a.jsonl", pointer)

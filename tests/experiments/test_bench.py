@@ -480,6 +480,32 @@ def test_memory(tmp_path):
     assert {goal["goal"] for goal in value["goals"]} == {1.1}
 
 
+def test_qdora(tmp_path, monkeypatch, even_llama_folder):
+    """All subjects on one NF4 base: fresh adapters change nothing, so they begin with the same loss."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    monkeypatch.setattr(memory, "_in_a_process", memory.measure_subject)
+    options = {"model": str(even_llama_folder), "tokens": "1x8", "dtype": "float32", "checkpointing": "off", "r": 2}
+    run_bench("qdora", tmp_path, rounds=2, warmup=0, processes=1, **options)
+    value = written(tmp_path, "qdora")
+    timed, held = value["cases"]
+    losses = timed["first_losses"]
+    assert set(losses) == {"frozen", "peft-lora", "peft-dora", "ours-lora", "ours-dora"}
+    assert list(losses.values()) == pytest.approx([losses["frozen"]] * 5, rel=1e-5)
+    assert (timed["settings"]["quantization"], held["settings"]["quantization"]) == ("nf4", "nf4")
+    # the weights of the layers in 4 bits
+    plain, _ = base_model(str(even_llama_folder), None, "float32")
+    assert held["runs"]["frozen"][0]["model_bytes"] < 0.6 * sum(p.nbytes for p in plain.parameters())
+    pair = "ours-dora / peft-lora"
+    assert {goal["what"].rpartition(": ")[2] for goal in value["goals"]} == {pair}
+    assert {goal["goal"] for goal in value["goals"]} == {1.05}
+    assert [goal["measured"] for goal in value["goals"]][:2] == [
+        timed["ratios"][pair]["median"],
+        held["ratios"]["total_bytes"][pair]["median"],
+    ]
+    with pytest.raises(UsageError, match="nf4"):
+        run_bench("qdora", tmp_path, quantization="int3")
+
+
 def test_the_demos_model_is_the_default(tmp_path, monkeypatch, tiny_llama_folder):
     monkeypatch.setattr(workload, "DEMO_MODEL", tiny_llama_folder)
     _, described = base_model(None, None, "float32")

@@ -8,6 +8,7 @@ import reference
 import torch
 from adapted import move
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from doralib import functional as F
 from doralib.config import DoraConfig
@@ -357,3 +358,48 @@ def test_a_copied_layer_is_its_own(storage):
     x = torch.randn(N, I)
     assert torch.equal(twin(x), layer(x))
     assert twin.base.storage.module is twin.base_layer
+
+
+class CountDequantizing(TorchDispatchMode):
+    """How often bitsandbytes makes a 4-bit weight dense, by itself or on the way of its own product."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("bitsandbytes::dequantize_4bit", "bitsandbytes::gemm_4bit")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["adapter", "exact"])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_step_dequantizes_once_forward_and_once_backward_and_never_for_the_norm(mode, method, detach):
+    layer = make("nf4 double", method=method, dropout_mode=mode, lora_dropout=0.3, detach_norm=detach)
+    x = torch.randn(2, N, I, requires_grad=True)
+    layer(x).sum().backward()
+    for _ in range(2):
+        with torch.no_grad():
+            for p in filter(lambda p: p.requires_grad, layer.parameters()):
+                p.add_(torch.randn_like(p) * 0.01)
+        with CountDequantizing() as forward:
+            loss = layer(x).square().sum()
+        assert forward.count == 1
+        with CountDequantizing() as backward:
+            loss.backward()
+        # the norm's own gradient asks for two more products with the weight
+        assert backward.count == 1 + 2 * (method == "dora" and not detach)
+        with torch.no_grad(), CountDequantizing() as evaluation:
+            layer.eval()(x)
+        assert evaluation.count == 1
+        layer.train()
+
+
+def test_nothing_dense_is_kept_for_the_backward_pass():
+    layer, x = make("nf4"), torch.randn(2, N, I, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        layer(x)
+    assert kept
+    assert (O, I) not in kept

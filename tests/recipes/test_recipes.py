@@ -223,7 +223,7 @@ def test_discrepancies_are_said():
 
 
 def test_small_recipes_name_their_own_data():
-    names = [name for name in RECIPES if "smollm2" in name]
+    names = [name for name in RECIPES if name.startswith("commonsense/smollm2")]
     assert len(names) == 12
     for name in names:
         recipe = read_recipe(name, [])

@@ -10,6 +10,7 @@ from ..config import DoraConfig, matches
 from ..errors import UsageError, did_you_mean
 from ..kernels.cache import Group
 from ..layers.base.linear import Dense
+from ..layers.base.opaque import Opaque
 from ..layers.convolution import DoraConv
 from ..layers.embedding import DoraEmbedding, DoraTokenEmbedding
 from ..layers.experts import AdaptedExperts
@@ -183,7 +184,8 @@ def _make_layers(found: Scan, config: DoraConfig, targets: Targets) -> dict[str,
     alone = choose_magnitudes(found, config)
     bank = bank_for(list(bases.values()), config)
     adapted = {name: _make_layer(base, name, config, bank, alone=name in alone) for name, base in bases.items()}
-    Group(layer.cache for layer in adapted.values())
+    # a quantized weight is dense during its own layer's call alone
+    Group(layer.cache for layer in adapted.values() if not isinstance(layer.base, Opaque))
     layers: dict[str, AdapterLayer] = {**adapted}
     for holder in holders:
         inside = [name for name in parameters if name.rpartition(".")[0] == holder]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import files
 from ..errors import DoraError, UsageError
 from ..layers.base.linear import Dense
-from ..layers.base.opaque import Quantized
+from ..layers.base.opaque import Opaque, Quantized
 from ..layers.base.registry import open_base
 from ..layers.layer import DoraLayer
 from ..layers.wrapper import Place, base_module
@@ -46,11 +46,13 @@ class Merging:
         layer = place.adapter_layer(self.active)
         if layer is None:
             return base_module(place)
-        if not (isinstance(layer, DoraLayer) and isinstance(layer.base, Quantized)):
+        if not (isinstance(layer, DoraLayer) and isinstance(layer.base, Opaque)):
+            return layer.merged()
+        if self.dtype is not None:
+            return plain_layer(layer.base, layer.merged_weight(), self.dtype)
+        if not isinstance(layer.base, Quantized):
             return layer.merged()
         V_OI = layer.merged_weight()
-        if self.dtype is not None:
-            return plain_layer(layer.base, V_OI, self.dtype)
         module = layer.base.with_weight(V_OI)
         again = open_base(module)
         assert isinstance(again, Quantized)
@@ -80,7 +82,7 @@ def merge_report(model: nn.Module) -> list[QuantizationCost]:
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put a plain layer in the place of every quantized one that is known, and forget that the model was quantized.
+    """Put a plain layer in the place of every one that hides its weight, and forget that the model was quantized.
 
     Args:
         dtype: By default the model's own.
@@ -88,10 +90,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or plain_dtype(model)
     for name, module in list(model.named_modules()):
         base = open_base(module)
-        if isinstance(base, Quantized):
+        if isinstance(base, Opaque) and base.hides_weight:
             set_module(model, name, plain_layer(base, base.W_OI, dtype).train(module.training))
-    if any(isinstance(open_base(module), Quantized) for module in model.modules()):
-        return
     _unmark(model)
 
 

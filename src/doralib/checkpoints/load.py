@@ -1,6 +1,5 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
-import importlib.util
 import logging
 import sys
 import warnings
@@ -18,7 +17,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -39,6 +37,7 @@ from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
 from .kind import find_kind, read_kind
+from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 
 log = logging.getLogger(__name__)
@@ -230,9 +229,9 @@ def load_model(
         named = base or find_base_name(folder)
         if not named:
             raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantization = None if base else _read_quantization(folder)
+        quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, quantization=quantization)
+        settings = ModelSettings(path=where, dtype=dtype, **quantized)
         with nullcontext() if base else telling_places(folder, where):
             model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
@@ -290,11 +289,11 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
     if not sys.stderr.isatty():
         disable_progress_bar()  # bars of transformers are for a terminal
     for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
-    if settings.quantization:
-        for_model["quantization_config"] = _make_quantization(settings)
     if _on_cpu.get():
         for_model["device_map"] = {"": "cpu"}
     with _explaining(settings.path):
+        if (quantization := choose_quantization(settings, where, options)) is not None:
+            for_model["quantization_config"] = quantization
         loaded = auto.from_pretrained(where, **options, **for_model, **more)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.doralib_revision = options["revision"]
@@ -313,23 +312,14 @@ def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
         warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
 
 
-def _make_quantization(settings: ModelSettings) -> BitsAndBytesConfig:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"model.quantization: {settings.quantization!r} needs bitsandbytes: pip install bitsandbytes")
-    if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    kind = {"bnb_4bit_quant_type": settings.quantization, "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
-
-
-def _read_quantization(run: Path) -> Any:
+def _read_quantization(run: Path) -> dict[str, Any]:
     """How the base of a run was quantized, by its recipe."""
     if not (run / "config.yaml").is_file():
-        return None
+        return {}
     recipe = read_yaml(run / "config.yaml")
     model = recipe.get("model") if isinstance(recipe, dict) else None
-    return model.get("quantization") if isinstance(model, dict) else None
+    said = model if isinstance(model, dict) else {}
+    return {key: said[key] for key in ("quantization", "double_quantization") if key in said}
 
 
 def read_named_adapters(named: Sequence[str]) -> dict[str, Path]:
@@ -390,6 +380,8 @@ def _explaining(path: str) -> Iterator[None]:
     """Name the model in what its files raise: safetensors and tokenizers have bare classes of their own."""
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
         raise _explain(path, error) from error
 
@@ -400,7 +392,7 @@ def _first_line(error: Exception) -> str:
 
 def _explain(path: str, error: Exception) -> DoraError:
     first = _first_line(error)
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError | NotImplementedError):
         return DoraError(f"model: {path} cannot be loaded as asked: {first}")
     if Path(path).exists():
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def bench_command(
     name: Annotated[
         str,
-        typer.Argument(help="step, layer, memory, rank, generate, adapt, accelerate, profile, merge or all."),
+        typer.Argument(help="step, layer, memory, qdora, rank, generate, adapt, accelerate, profile, merge or all."),
     ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. rounds=5")] = None,
     out: Annotated[Path, typer.Option(help="NAME.json, NAME.md and NAME.png go here.")] = Path("benchmarks/results"),

@@ -1,6 +1,6 @@
 """`doralib eval`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from .options import Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
+    from ..families import Variant
 
 COMMONSENSE = {"boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"}
 """The tasks whose average the paper prints."""
@@ -42,7 +43,8 @@ def eval_command(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out the tasks that --out has already.")] = False,
     published: Annotated[
-        str | None, typer.Option(help="A packaged recipe, whose published scores are shown beside.")
+        str | None,
+        typer.Option(help="A packaged recipe, or how names begin: their published scores are shown beside."),
     ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for rows of a local file.")
@@ -98,8 +100,7 @@ def eval_command(
     settings = {"model": model, "base": base, "alpha": alpha, "dtype": dtype, "limit": limit, "seed": seed}
     results = _score(tasks, load, settings, out, batch_size=batch_size, resume=resume)
     console.print(results_table(results, title=model))
-    if beside is not None:
-        console.print(published_table(results, beside, title=f"{model}, and {published} as published"))
+    _show_published(results, beside, title=f"{model}, and {published} as published")
     for name, result in results.items():
         console.print(wrong_answers(name, result))
     if out is not None:
@@ -185,45 +186,78 @@ def _score(
     return {task.name: results[task.name] for task in chosen}
 
 
-def _find_published(recipe: str | None) -> "Mapping[str, float] | None":
-    if recipe is None:
-        return None
+def _find_published(name: str | None) -> "list[Variant]":
+    """The packaged recipes of this name, or whose names begin so, that have a published result."""
+    if name is None:
+        return []
     from ..training.recipe_file import packaged_recipes
 
     known = packaged_recipes()
-    if recipe not in known:
-        raise UsageError(f"--published: there is no packaged recipe {recipe!r}{did_you_mean(recipe, known)}")
-    scores = known[recipe].published
-    if not scores:
+    found = [known[name]] if name in known else [each for each in known.values() if each.name.startswith(name)]
+    if not found:
+        raise UsageError(f"--published: there is no packaged recipe {name!r}{did_you_mean(name, known)}")
+    scored = [each for each in found if each.published]
+    if not scored:
         having = ", ".join(each.name for each in known.values() if each.published)
-        raise UsageError(f"--published: no result of {recipe} was published; there are those of {having}")
-    return scores
+        raise UsageError(f"--published: no result of {name} was published; there are those of {having}")
+    return scored
 
 
-def published_table(results: Mapping[str, "TaskResult"], published: Mapping[str, float], title: str) -> Table:
-    """Accuracy in per cent beside the published one, a line for each task, and the average of the tasks they share."""
+def _show_published(results: Mapping[str, "TaskResult"], beside: "Sequence[Variant]", title: str) -> None:
+    if beside:
+        console.print(published_table(results, beside, title=title))
+    for note in dict.fromkeys(note for each in beside for note in each.notes):
+        console.print(Text(f"note: {note}"))
+
+
+def published_table(results: Mapping[str, "TaskResult"], beside: "Sequence[Variant]", title: str) -> Table:
+    """Each score beside the published ones, and the average of the accuracies that both have."""
     table = Table(title=title)
-    for name, justify in (("Task", "left"), ("Here", "right"), ("Published", "right"), ("Difference", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    # boolq, boolq-clean and boolq-likelihood are one data set
-    here = {
-        name.removesuffix("-likelihood").removesuffix("-clean"): 100 * result.metrics["accuracy"].value
-        for name, result in results.items()
-        if "accuracy" in result.metrics
-    }
-    for name, value in here.items():
-        table.add_row(name, f"{value:.1f}", *_compare(value, published.get(name)))
-    if here.keys() == COMMONSENSE and "average" in published:
-        mean = sum(here.values()) / len(here)
-        table.add_row("average", f"{mean:.1f}", *_compare(mean, published["average"]))
-    elif len(both := [name for name in here if name in published]) > 1:
-        means = [sum(scores[name] for name in both) / len(both) for scores in (here, published)]
-        table.add_row(f"average of these {len(both)}", f"{means[0]:.1f}", *_compare(*means))
+    alone = len(beside) == 1
+    others = ("Published", "Difference") if alone else [each.name.rpartition("/")[2] for each in beside]
+    for name in ("Task", "Here", *others):
+        table.add_column(name, justify="left" if name == "Task" else "right")
+    rows = {name: row for result in results.values() for name, row in _comparable_scores(result).items()}
+    average, here = _average(rows, beside)
+    for name, (value, digits) in {**rows, **({average: (here, 1)} if average else {})}.items():
+        found = [_published_score(each, name, list(rows)) for each in beside]
+        shown = ["" if score is None else f"{score:.{digits}f}" for score in found]
+        shown += ["" if found[0] is None else f"{value - found[0]:+.{digits}f}"] if alone else []
+        table.add_row(name, f"{value:.{digits}f}", *shown)
     return table
 
 
-def _compare(here: float, published: float | None) -> tuple[str, str]:
-    return ("", "") if published is None else (f"{published:.1f}", f"{here - published:+.1f}")
+def _comparable_scores(result: "TaskResult") -> dict[str, tuple[float, int]]:
+    """Values and digits by the name of the score in the recipes: TASK in per cent, TASK F1, TASK BERTScore."""
+    # boolq, boolq-clean and boolq-likelihood are one data set
+    task = result.task.removesuffix("-likelihood").removesuffix("-clean").rpartition("/")[2]
+    kinds = {"accuracy": ("", 100, 1), "weighted_f1": (" F1", 1, 3), "bertscore_f1": (" BERTScore", 1, 3)}
+    return {
+        f"{task}{name}": (factor * result.metrics[metric].value, digits)
+        for metric, (name, factor, digits) in kinds.items()
+        if metric in result.metrics
+    }
+
+
+def _average(rows: Mapping[str, tuple[float, int]], beside: "Sequence[Variant]") -> tuple[str, float]:
+    """What an average is of, and its value here; empty where there is nothing to average."""
+    whole = rows.keys() == COMMONSENSE and all("average" in (each.published or {}) for each in beside)
+    names = [name for name in rows if whole or _is_in_average(name, beside)]
+    told = "average" if whole else f"average of these {len(names)}" if len(names) > 1 else ""
+    return told, sum(rows[name][0] for name in names) / max(len(names), 1)
+
+
+def _is_in_average(name: str, beside: "Sequence[Variant]") -> bool:
+    return " " not in name and all(name in (each.published or {}) for each in beside)
+
+
+def _published_score(recipe: "Variant", name: str, rows: Sequence[str]) -> float | None:
+    """A score of a recipe, or the average of those that are shown."""
+    published = recipe.published or {}
+    if not name.startswith("average of"):
+        return published.get(name)
+    shared = [row for row in rows if " " not in row and row in published]
+    return sum(published[row] for row in shared) / len(shared)
 
 
 def results_table(results: Mapping[str, "TaskResult"], title: str) -> Table:
@@ -261,4 +295,4 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
 
 def _score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
-    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1", "token_f1"} else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1", "weighted_f1", "token_f1"} else f"{value:.3f}"

@@ -52,7 +52,12 @@ app = typer.Typer(
 )
 
 # transformers imports these where they are installed, and each tells of kernels that it has no GPU for
-_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+_TALKATIVE = (
+    "torchao",
+    "torch.utils._pytree",
+    "bitsandbytes.backends.cpu.ops",
+    "bitsandbytes.autograd._functions",  # a line for each product of an int8 base
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -172,7 +177,8 @@ _EXTRAS = {
     "lm_eval": "eval",
     **dict.fromkeys(("fastapi", "uvicorn", "openai"), "serve"),
     "bitsandbytes": "quant",
-    **dict.fromkeys(("trl", "reasoning_gym"), "rl"),
+    "trl": "rl",
+    "reasoning_gym": "problems",
 }
 """The extra that brings a package."""
 

@@ -47,7 +47,7 @@ def _read_rows(recipe: "Recipe") -> "tuple[RawRows | None, str]":
     from ..training.modalities import choose_modality
 
     try:
-        return choose_modality(recipe.model).check_rows(recipe.data, recipe.seed), ""
+        return choose_modality(recipe).check_rows(recipe.data, recipe.seed), ""
     except (DoraError, OSError) as error:
         return None, f"the data were not read: {str(error).splitlines()[0]}"
 

@@ -1,6 +1,7 @@
 """`doralib train`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,6 +9,9 @@ from ..errors import check_given_once
 from .console import bars, console, print_json
 from .options import Json
 from .recipe import Changes, Name, read_checked
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 
 def _show_settings(wanted: bool) -> None:
@@ -52,16 +56,23 @@ def train_command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the complete recipe as YAML, checked, and stop.")
     ] = False,
+    finlora: Annotated[
+        Path | None, typer.Option(help="FinLoRA's finetune_configs.json; RECIPE is then the name of one of its runs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model as RECIPE says."""
-    if print_config:
+    if finlora is not None:
+        chosen = _read_finlora(finlora, recipe, changes or [], alone=print_config, quiet=as_json)
+    elif print_config:
         from ..training.recipe_file import read_recipe
 
         check_given_once(changes or [])
         print(read_recipe(recipe, changes or []).to_yaml(), end="")
+    else:
+        chosen = read_checked(recipe, changes)
+    if print_config:
         return
-    chosen = read_checked(recipe, changes)
     if dry_run:
         from .check import check_and_show
 
@@ -76,3 +87,17 @@ def train_command(
 
         found = {name: run / f"{name}.json" for name in ("summary", "results")}
         print_json({"run": str(run), **{name: read_json(file) for name, file in found.items() if file.is_file()}})
+
+
+def _read_finlora(file: Path, name: str, changes: list[str], *, alone: bool, quiet: bool) -> "Recipe":
+    """The recipe that an entry of FinLoRA's file becomes, printed under what differs; alone: not to be run."""
+    from ..training.early import check_early
+    from ..training.finlora import read_finlora
+
+    check_given_once(changes)
+    recipe, notes = read_finlora(file, name, changes)
+    if alone or not quiet:
+        print("".join(f"# {note}\n" for note in notes) + recipe.to_yaml(), end="", flush=True)
+    if not alone:
+        check_early(recipe)
+    return recipe

@@ -78,14 +78,14 @@ def match_hub(source: str) -> re.Match[str] | None:
     return _HUB_NAME.fullmatch(source)
 
 
-def is_problems(source: str) -> bool:
-    """Whether rows are made by reasoning-gym: ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
-    return source.startswith("reasoning-gym:")
-
-
 def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets` wrote this folder (`save_to_disk`)."""
     return path.is_dir() and any((path / name).is_file() for name in _SAVED)
+
+
+def is_problems(source: str) -> bool:
+    """Whether rows are made by reasoning-gym: ``reasoning-gym:TASK`` or ``reasoning-gym:TASK?setting=value&...``."""
+    return source.startswith("reasoning-gym:")
 
 
 def list_files(source: str, setting: str, split: str = "train") -> list[Path]:

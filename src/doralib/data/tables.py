@@ -169,6 +169,8 @@ def _read_json(text: str, path: Path, where: str, split: str) -> Columns:
 
 def _bad_line(text: str, *, lines: bool) -> str:
     """Where a JSON text breaks, by its lines or as a whole; empty if it does not."""
+    if text.startswith("version https://git-lfs"):
+        return "it is the place holder that Git LFS leaves; `git lfs pull` fetches the file itself"
     there = text.splitlines()
     for number, line in enumerate(there, 1) if lines else [(1, text)]:
         if not line.strip():

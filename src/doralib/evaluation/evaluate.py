@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
+from .bertscore import load_encoder
 from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
 from .generation import Sampling, answer_each, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
@@ -22,10 +23,22 @@ from .metrics import (
     accuracy_score,
     classification_scores,
     confusion_counts,
+    label_scores,
+    mean_score,
     perplexity_scores,
     tag_score,
 )
-from .task import ChoiceTask, ClassificationTask, Example, GenerationTask, PerplexityTask, Task, read_examples
+from .task import (
+    BertScoreTask,
+    ChoiceTask,
+    ClassificationTask,
+    Example,
+    FirstLabelTask,
+    GenerationTask,
+    PerplexityTask,
+    Task,
+    read_examples,
+)
 
 _WRONG_KEPT = 20
 
@@ -83,6 +96,8 @@ class _Outcome:
     """The generated texts that the answers were found in."""
     cut: int = 0
     confusion: Mapping[str, Any] | None = None
+    asked: Sequence[Example] = ()
+    """The answers that were wanted, where an example has several; empty: one of each example."""
 
 
 def evaluate(
@@ -193,8 +208,9 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
         )
     outcome = run(task, examples, scorer)
+    asked = outcome.asked or examples
     wrong = [
-        {"prompt": examples[i].prompt, "expected": examples[i].answer, "predicted": outcome.said[i]}
+        {"prompt": asked[i].prompt, "expected": asked[i].answer, "predicted": outcome.said[i]}
         | ({"output": outcome.outputs[i]} if outcome.outputs else {})
         for i, right in enumerate(outcome.right)
         if not right
@@ -202,7 +218,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     return TaskResult(
         task=task.name,
         kind=task.kind,
-        n=len(examples),
+        n=len(asked),
         metrics=outcome.metrics,
         confusion=outcome.confusion,
         wrong=tuple(wrong[:_WRONG_KEPT]),
@@ -251,6 +267,44 @@ def _ask_head(task: ClassificationTask, examples: Sequence[Example], scorer: _Sc
 
 
 def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
+    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, texts, cut)
+
+
+def _run_first_label(task: FirstLabelTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    asked, written = [], []
+    for example, text in zip(examples, texts, strict=True):
+        answers = task.divide(example.answer)
+        # of several answers, those too many do not count and those missing are wrong
+        parts = task.divide(task.counted(text).strip())
+        asked += [replace(example, answer=answer) for answer in answers]
+        written += [*parts, *[""] * len(answers)][: len(answers)]
+    known = {task.normal(label) for label in task.labels or [example.answer for example in asked]}
+    labels = [task.find_label(text, known) for text in written]
+    right = [label == task.normal(example.answer) for label, example in zip(labels, asked, strict=True)]
+    # FinLoRA's F1 takes a wrong text whole: "negative ." is no "negative" that was said wrongly
+    said = [example.answer if yes else text for example, text, yes in zip(asked, written, right, strict=True)]
+    metrics = label_scores([example.answer for example in asked], said, scorer.seed)
+    return _Outcome(metrics, labels, right, written, cut, asked=asked)
+
+
+def _run_bertscore(task: BertScoreTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    # first, so that nothing is generated in vain
+    encoder = load_encoder(task.scorer, task.scorer_layer, f"task {task.name}: scorer")
+    texts, cut = _answer(task, examples, scorer)
+    found = encoder.compare([task.predicted(text) for text in texts], [example.answer for example in examples])
+    metrics = {
+        f"bertscore_{name}": mean_score([getattr(each, name) for each in found], scorer.seed)
+        for name in ("f1", "precision", "recall")
+    }
+    return _Outcome(metrics, cut=cut)
+
+
+def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> tuple[list[str], int]:
+    """What the model writes after each prompt, and how many prompts were cut."""
     prompts = encode_prompts(task, examples, scorer.tokenizer)
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
@@ -272,10 +326,7 @@ def _run_generation(task: GenerationTask, examples: Sequence[Example], scorer: _
         sampling=stop_at_turn_end(sampling, scorer.tokenizer) if task.chat else sampling,
         tick=lambda done: scorer.tick(done / len(examples)),
     )
-    texts = [answer.text for answer in answers]
-    said = [task.predicted(text) for text in texts]
-    right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
-    return _Outcome({"accuracy": accuracy_score(right, scorer.seed)}, said, right, texts, cut)
+    return [answer.text for answer in answers], cut
 
 
 def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
@@ -294,6 +345,8 @@ def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _
 _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] = {
     ChoiceTask: _run_choice,
     ClassificationTask: _run_classification,
+    FirstLabelTask: _run_first_label,
+    BertScoreTask: _run_bertscore,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
 }

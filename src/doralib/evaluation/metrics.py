@@ -75,6 +75,35 @@ def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
     return _score(hits / rows, drawn_S)
 
 
+def weighted_f1(truth_N: Counts, said_N: Counts) -> float:
+    """Mean F1 of the true labels, each by how often it is true; what was said may be none of them."""
+    num_labels = int(max(truth_N.max(), said_N.max())) + 1
+    support_L, given_L = np.bincount(truth_N, minlength=num_labels), np.bincount(said_N, minlength=num_labels)
+    hits_L = np.bincount(truth_N[truth_N == said_N], minlength=num_labels)
+    return float((2 * hits_L / np.maximum(support_L + given_L, 1) * support_L).sum() / len(truth_N))
+
+
+def label_scores(truth: Sequence[str], said: Sequence[str], seed: int) -> dict[str, Score]:
+    """Accuracy and weighted F1 of free texts."""
+    number: dict[str, int] = {}
+    truth_N, said_N = (np.array([number.setdefault(text, len(number)) for text in texts]) for texts in (truth, said))
+    rng, rows = np.random.default_rng(seed), len(truth_N)
+    drawn = [rng.integers(rows, size=rows) for _ in range(RESAMPLES)]
+    return {
+        "accuracy": accuracy_score((truth_N == said_N).tolist(), seed),
+        "weighted_f1": _score(
+            weighted_f1(truth_N, said_N), np.array([weighted_f1(truth_N[rows_N], said_N[rows_N]) for rows_N in drawn])
+        ),
+    }
+
+
+def mean_score(values_N: Sequence[float], seed: int) -> Score:
+    """Mean over the rows."""
+    table_N, rows = np.array(values_N), len(values_N)
+    drawn_SN = np.random.default_rng(seed).integers(rows, size=(RESAMPLES, rows))
+    return _score(float(table_N.mean()), table_N[drawn_SN].mean(axis=1))
+
+
 def compare_answers(before: str, after: str, seed: int) -> Score:
     """How much larger the share of right answers is after than before, on the same rows.
 

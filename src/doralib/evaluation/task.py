@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -13,6 +13,7 @@ from ..config import Checked
 from ..data.prepare import Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
+from .numbers import read_number
 
 _SHOWN = 12
 
@@ -197,6 +198,68 @@ class RegexTask(GenerationTask):
         return self.normal((found[1] if found.re.groups else found[0]) or "")
 
 
+class NumberTask(GenerationTask):
+    """The last number in the generated text must be the last one in the answer: see `read_number`."""
+
+    kind: Literal["number"] = "number"
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        answers = [plain_text(_value(self.answer, row)) for row in rows]
+        numbers = [self.predicted(answer) for answer in answers]
+        without = Counter(answer for answer, number in zip(answers, numbers, strict=True) if not number)
+        _check_answers(self.name, len(rows), without, "a text with a number")
+        return [Example(fill(self.prompt, row), number) for row, number in zip(rows, numbers, strict=True)]
+
+    def predicted(self, text: str) -> str:
+        return read_number(self.counted(text))
+
+
+class FirstLabelTask(GenerationTask):
+    """The known label that comes first in the generated text must be the answer: FinLoRA's way."""
+
+    kind: Literal["first_label"] = "first_label"
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The known labels; null: every answer of the data, as FinLoRA has it."""
+    separator: str | None = None
+    """Text and answer are several, parted by this: each is an answer of its own."""
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        # as they are written: F1 compares them with whole texts
+        made = [Example(fill(self.prompt, row), value_text(_value(self.answer, row))) for row in rows]
+        if self.labels is not None:
+            known = {self.normal(label) for label in self.labels}
+            bad = Counter(example.answer for example in made if self.normal(example.answer) not in known)
+            _check_answers(self.name, len(rows), bad, ", ".join(self.labels))
+        return made
+
+    def divide(self, text: str) -> list[str]:
+        """The answers in a text."""
+        return (
+            [text]
+            if self.separator is None
+            else [part.strip().replace("\n", "") for part in text.split(self.separator)]
+        )
+
+    def find_label(self, text: str, known: Collection[str]) -> str:
+        """The known label that begins first, the longest where several do; empty if there is none."""
+        text = self.normal(text)
+        found = [(at, -len(label), label) for label in known if (at := text.find(label)) >= 0]
+        return min(found)[2] if found else ""
+
+
+class BertScoreTask(GenerationTask):
+    """How alike the generated text and the answer are to an encoder: BERTScore (arXiv 1904.09675)."""
+
+    kind: Literal["bertscore"] = "bertscore"
+    scorer: str
+    """The encoder: a folder or a hub name."""
+    scorer_layer: int = Field(ge=1)
+    """The layer whose vectors are compared, counted from 1."""
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
 class PerplexityTask(Task):
     """How well the model foresees a text."""
 
@@ -221,6 +284,9 @@ KINDS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "exact_match": ExactMatchTask,
     "regex": RegexTask,
+    "number": NumberTask,
+    "first_label": FirstLabelTask,
+    "bertscore": BertScoreTask,
     "perplexity": PerplexityTask,
 }
 

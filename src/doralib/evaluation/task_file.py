@@ -12,6 +12,8 @@ from ..families import is_family, read_family
 from ..files import read_yaml
 from .task import KINDS, Task
 
+_FOLDER = Path(__file__).parent / "tasks"
+
 
 def load_tasks(names: Sequence[str]) -> list[Task]:
     """The tasks of these names; each is a packaged name or a task file, with `=DATA` behind it for other data.
@@ -33,14 +35,14 @@ def load_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def packaged_tasks() -> dict[str, Mapping[str, Any]]:
-    """What the task files that come with doralib say, by the name of the task."""
+    """What the task files that come with doralib say, by the name of the task: NAME, or FOLDER/NAME."""
     found: dict[str, Mapping[str, Any]] = {}
-    for path in sorted((Path(__file__).parent / "tasks").glob("*.yaml")):
-        values = read_yaml(path)
+    for path in sorted(_FOLDER.rglob("*.yaml")):
+        folder, values = path.parent.relative_to(_FOLDER), read_yaml(path)
         if is_family(values):
-            found |= {variant.name: variant.values for variant in read_family(path).values()}
+            found |= {(folder / name).as_posix(): variant.values for name, variant in read_family(path).items()}
         else:
-            found[path.stem] = values
+            found[(folder / path.stem).as_posix()] = values
     return found
 
 

@@ -38,12 +38,14 @@ def dora_linear(
     s: float,
     bias_O: Tensor | None = None,
     dropout: Dropout | None = None,
+    make_W: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """``g ∘ (x Wᵀ + s x~ Aᵀ Bᵀ) + bias``, (..., O) in x's dtype; with exact dropout `functional.compose_exact`.
 
     Args:
         x: (..., I), of W's dtype.
         W_OI: Frozen, gets no gradient; a transposed view will do.
+        make_W: Makes W again for the backward pass, which is then not kept: of a quantized weight.
         a_RI: Any float dtype; cast to x's dtype for its products, and so is B.
         gain_O: magnitude / norm; both get their gradients through it. None for LoRA.
 
@@ -51,7 +53,7 @@ def dora_linear(
         RuntimeError: from torch, on shapes or dtypes that do not fit, and on a second derivative.
     """
     operands = make_operands(a_RI, b_OR, gain_O, s, bias_O, x.dtype)
-    return apply_operands(x, W_OI, (a_RI, b_OR, gain_O), operands, bias_O, dropout)
+    return apply_operands(x, W_OI, (a_RI, b_OR, gain_O), operands, bias_O, dropout, make_W)
 
 
 def apply_operands(
@@ -61,6 +63,7 @@ def apply_operands(
     operands: Operands,
     bias_O: Tensor | None = None,
     dropout: Dropout | None = None,
+    make_W: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """`dora_linear` by operands that were made before.
 
@@ -76,7 +79,7 @@ def apply_operands(
         way = _with_exact_dropout
     elif dropout is None and _weight_is_cheaper(x, len(x_NI)):
         way = _by_effective_weight
-    y_NO: Tensor = _DoraLinear.apply(x_NI, W_OI, bias_O, *trained, way, operands, dropout)
+    y_NO: Tensor = _DoraLinear.apply(x_NI, W_OI, bias_O, *trained, way, operands, dropout, make_W)
     return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
 
@@ -118,17 +121,18 @@ class _DoraLinear(torch.autograd.Function):
     """What the three ways share: the gradients of A, B, m and the bias."""
 
     @staticmethod
-    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, way, operands, dropout):
+    def forward(ctx, x_NI, W_OI, bias_O, a_RI, b_OR, length_O, way, operands, dropout, make_W):
         bias = None if bias_O is None else bias_O.to(x_NI.dtype)
         y_NO, xa_NR, product_NO = way.forward(x_NI, W_OI, bias, operands, dropout)
         ctx.watch = None
         if product_NO is y_NO:
             product_NO, ctx.watch = y_NO.data, None if y_NO.is_inference() else Watch(y_NO)
         ctx.save_for_backward(
-            x_NI, xa_NR, W_OI, bias_O, a_RI, b_OR, length_O, operands.a_RI, operands.gsb_OR, product_NO,
-            None if dropout is None else dropout.drawn,
+            x_NI, xa_NR, None if make_W else W_OI, bias_O, a_RI, b_OR, length_O, operands.a_RI, operands.gsb_OR,
+            product_NO, None if dropout is None else dropout.drawn,
         )  # fmt: skip
         ctx.way, ctx.operands, ctx.dropout = way, operands, dropout and dropout._replace(drawn=None)
+        ctx.make_W = make_W
         return y_NO
 
     @staticmethod
@@ -136,6 +140,8 @@ class _DoraLinear(torch.autograd.Function):
     def backward(ctx, dy_NO):
         kept, operands = _Kept(*ctx.saved_tensors), ctx.operands
         needs_x, _, needs_bias, needs_a, needs_b, needs_length, *_ = ctx.needs_input_grad
+        if needs_x and ctx.make_W is not None:
+            kept = kept._replace(W_OI=ctx.make_W())
         dy_NO = dy_NO.contiguous()
         dxa_NR = dy_NO @ kept.gsb_OR
         if ctx.dropout is not None:
@@ -154,7 +160,7 @@ class _DoraLinear(torch.autograd.Function):
             db = db if ctx.dropout is None else db.mul_(boost(ctx.dropout))
         if needs_bias:
             dbias_O = dy_NO.sum(0, dtype=sum_dtype(dy_NO.dtype)).to(kept.bias_O.dtype)
-        return dx, None, dbias_O, da, db, dlength_O, None, None, None
+        return dx, None, dbias_O, da, db, dlength_O, None, None, None, None
 
 
 class _Kept(NamedTuple):
@@ -163,7 +169,8 @@ class _Kept(NamedTuple):
     x_NI: Tensor
     xa_NR: Tensor
     """``x~ Aᵀ``, not yet divided by 1 - p."""
-    W_OI: Tensor
+    W_OI: Any
+    """None where it can be made again, until it is."""
     bias_O: Any
     master_RI: Tensor
     """A itself: torch checks that it has not been written to."""
@@ -243,7 +250,8 @@ def _read_back(ctx, kept, dots_O, dy_NO, _):
 
 def _product(ctx, kept, columns):
     """``x Wᵀ + s x~ Aᵀ Bᵀ``, computed again for some output columns."""
-    z_NK = kept.x_NI @ kept.W_OI[columns].T
+    W_OI = ctx.make_W() if kept.W_OI is None else kept.W_OI
+    z_NK = kept.x_NI @ W_OI[columns].T
     b_KR = (kept.b_OR[columns] * ctx.operands.s).to(z_NK.dtype)
     return z_NK.addmm_(kept.xa_NR, b_KR.T, alpha=boost(ctx.dropout))
 

@@ -1,5 +1,7 @@
 """Adapted linear layers: which way the formula is computed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from .. import functional as F
 from ..kernels import eager
 from ..kernels.dispatch import on_gpu
 from ..kernels.dropout import Dropout, dropped
-from .base.opaque import Opaque
+from .base.opaque import Opaque, Quantized
 from .layer import DoraLayer
 from .wrapper import autocast, autocast_dtype
 
@@ -28,6 +30,10 @@ class DoraLinear(DoraLayer):
         if cache.trusted and not (self.training or learning or compiling) and x.dtype in cache.trusted:
             return eager.infer(x, *cache.trusted[x.dtype])
         dropout = self._draw_dropout(x)
+        if isinstance(self.base, Quantized) and factors.in_kernels and learning and not compiling:
+            make_W = self.base.find_maker(x.dtype)
+            if make_W is not None:
+                return self._by_dense(x, make_W, dropout)
         if isinstance(self.base, Opaque) or not factors.in_kernels or (compiling and on_gpu(x) is None):
             # the plain formula around the layer's own call: other storages, and what a compiler can see through
             return self._around(self.base_layer(x), x, dropout)
@@ -45,6 +51,18 @@ class DoraLinear(DoraLayer):
         if cache.trusted is not None and W_OI.dtype == self.base.dtype:
             cache.trusted[x.dtype] = W_OI, operands, bias_O
         return eager.infer(x, W_OI, operands, bias_O)
+
+    def _by_dense(self, x: Tensor, make_W: Callable[[], Tensor], dropout: Dropout | None) -> Tensor:
+        """With a quantized weight that is made dense once for product and norm, and once more in the backward pass."""
+        assert isinstance(self.base, Quantized)
+        W_OI, pair, m = make_W(), self.factors.pair(self), self.lora_magnitude_vector
+        if m is not None and x.is_cpu and self.detach_norm and self.factors.kept_in_training:
+            with self.base.at_hand(W_OI):
+                operands = self.factors.operands(self, pair, x.dtype)
+            return eager.apply_operands(x, W_OI, (*pair, m), operands, self.base.bias, dropout, make_W)
+        with self.base.at_hand(W_OI):
+            gain_O = self.gain()
+        return eager.dora_linear(x, W_OI, *pair, gain_O, self.scale, self.base.bias, dropout, make_W)
 
     def around(self, y: Tensor, x: Tensor) -> Tensor:
         """The output for x from the base's own output y for it, which rows of other adapters may share."""

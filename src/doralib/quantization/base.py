@@ -39,6 +39,14 @@ class Storage:
         """The dense weight, (O, I), by blocks of its rows."""
         raise NotImplementedError
 
+    def multiplies(self, dtype: torch.dtype) -> bool:  # noqa: ARG002
+        """Whether the layer's product with inputs of this dtype is that of its weight made `dense` in the dtype."""
+        return False
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight, (O, I), made dense anew as the layer's own product does it."""
+        raise NotImplementedError
+
     def tensors(self) -> list[Tensor]:
         """All that the weight is made of."""
         raise NotImplementedError

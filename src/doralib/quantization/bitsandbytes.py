@@ -20,22 +20,22 @@ _HALF_MAX = torch.finfo(torch.float16).max
 class Rows4bit:
     """A bitsandbytes 4-bit weight as rows: numbers of 4 bits over the flat weight, a scale for each `blocksize`.
 
-    Dense in float32, which is exact: the layer itself rounds the same numbers to its input's dtype.
+    Dense in float32 it is exact; in the dtype of an input it is what the layer multiplies with it.
     """
 
     data: Tensor
     state: Any
     absmax: Tensor
     """Scales in float32, their own quantization undone."""
-    dtype = torch.float32
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, data: Tensor, state: Any) -> "Rows4bit":
+    def of(cls, data: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> "Rows4bit":
         """From a packed weight, in any quant_storage, and its QuantState."""
         absmax = state.absmax
         if state.nested:
             absmax = _bnb().dequantize_blockwise(state.absmax, state.state2) + state.offset
-        return cls(data.contiguous().view(torch.uint8).flatten(), state, absmax.float())
+        return cls(data.contiguous().view(torch.uint8).flatten(), state, absmax.float(), dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Rows4bit:
         # whole blocks, so that each has its scale; blocks are even, so that no byte is cut
         start, end = first * I // block * block, min(-(-last * I // block) * block, O * I)
         if last <= first or I == 0:
-            return torch.zeros(max(0, last - first), I, device=self.device)
+            return torch.zeros(max(0, last - first), I, dtype=self.dtype, device=self.device)
         absmax = self.absmax[start // block : -(-end // block)].contiguous()
         kinds = {"blocksize": block, "quant_type": self.state.quant_type, "code": self.state.code}
         part = type(self.state)(absmax, shape=torch.Size([1, end - start]), dtype=self.dtype, **kinds)
@@ -99,6 +99,12 @@ class Bits4(Storage):
     def rows(self) -> Rows:
         self._unpack()
         return Rows4bit.of(self.module.weight.data, self._state)
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        return bool(self.module.compute_dtype == dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return Rows4bit.of(self.module.weight.data, self._state, dtype)[:]
 
     def tensors(self) -> list[Tensor]:
         state = self._state

@@ -22,8 +22,8 @@ def check_early(recipe: Recipe) -> None:
         problems += map(UsageError, find_unknown(recipe.training, fields))
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
     if not trl:
+        kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 

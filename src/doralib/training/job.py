@@ -96,7 +96,7 @@ class _Job:
     tick: Tick | None
 
     def collate(self) -> Collate | None:
-        """What makes batches; packed rows are tried on the model."""
+        """What makes batches, None: the trainer; packed rows are tried on the model."""
         return self.plan.modality.collate(self.model, self.processor, self.data)
 
 
@@ -489,6 +489,16 @@ def _train(job: _Job) -> None:
     _save_trained(job, trainer)
 
 
+def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> None:
+    """Let the events, where they are asked for, go into the run's folder; those after a resumed step are gone."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and is_main():
+            # the class that transformers found: torch's, or that of tensorboardX
+            callback.tb_writer = callback._SummaryWriter(
+                str(run.path / "tensorboard"), purge_step=begun + 1 if begun else None
+            )
+
+
 def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
@@ -499,16 +509,6 @@ def _make_trainer(job: _Job) -> AdapterTrainer:
 
     rewards: dict[str, Any] = {"reward_funcs": find_rewards(objective.rewards)} if objective.rewards else {}
     return TRAINERS[objective.kind](*given, **rewards)
-
-
-def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> None:
-    """Let the events, where they are asked for, go into the run's folder; those after a resumed step are gone."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and is_main():
-            # the class that transformers found: torch's, or that of tensorboardX
-            callback.tb_writer = callback._SummaryWriter(
-                str(run.path / "tensorboard"), purge_step=begun + 1 if begun else None
-            )
 
 
 def _run(trainer: AdapterTrainer, checkpoint: Path | None) -> None:

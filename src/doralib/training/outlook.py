@@ -8,7 +8,7 @@ from torch import nn
 from ..recipe import Recipe
 from .modality import Prepared
 
-_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.1}
+_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.1, "torchao-int8": 8.1, "torchao-float8": 8.1}
 """Of a quantized weight, with its scales."""
 _STATES = {"adamw_torch_8bit": 2, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 1}
 """Bytes of the optimizer's state for each trained number; 8, two numbers in float32, elsewhere."""

@@ -45,6 +45,11 @@ def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
     return Recipe(**values)
 
 
+def read_shared(family: str) -> dict[str, Any]:
+    """What every recipe of a packaged family begins with."""
+    return dict(read_yaml(_FOLDER / f"{family}.yaml")["shared"])
+
+
 def _read(path_or_name: str) -> dict[str, Any]:
     path = Path(path_or_name).expanduser()
     if path.is_dir():

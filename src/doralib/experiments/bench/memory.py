@@ -15,10 +15,10 @@ from typing import Any
 from ...disk import format_bytes
 from .counting import allocations, peak
 from .measure import read_kernel_bytes, run_python, spread, spread_ratios, take_turns
-from .options import MemoryOptions, batch_of
+from .options import MemoryOptions, StepOptions, batch_of
 from .step import training_cases
 from .subjects import REFERENCE, AdapterSettings, build, check_subjects, default_subjects, pairs
-from .tables import Bars, Case, Goal, Report, Table, make_bars, ratios_to
+from .tables import Bar, Bars, Case, Goal, Report, Table, make_bars, ratios_to
 from .workload import TrainingStep, base_model, token_batch
 
 # glibc otherwise keeps freed blocks of up to 32 MB, and how many depends on the order of calls
@@ -43,15 +43,15 @@ def bench_memory(options: MemoryOptions) -> Report:
     )
     for dtype in options.dtype:
         for name, settings in training_cases("memory", dtype, options):
-            case = {"name": name, "settings": settings, **_case(settings, options)}
-            bars = make_bars(ratios_to(REFERENCE, case["ratios"]["total_bytes"]))
-            report.add(case, _table(case), bars=bars, goals=_goals(case))
+            subjects = list(options.subjects or default_subjects(dtype, settings["dropout"]))
+            case = {"name": name, "settings": settings, **memory_case(settings, options, subjects, options.rounds)}
+            report.add(case, memory_table(case), bars=memory_bars(case), goals=_goals(case))
     return report
 
 
 def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     """Bytes of one subject, in this process."""
-    base, described = base_model(request["model"], request["layers"], request["dtype"])
+    base, described = base_model(request["model"], request["layers"], request["dtype"], request.get("quantization"))
     batch = token_batch(described["vocab_size"], *batch_of(request["tokens"]))
     model = build(request["subject"], base, AdapterSettings(request["r"], request["dropout"]))
     step = TrainingStep(model, batch, checkpointing=request["checkpointing"])
@@ -72,11 +72,11 @@ def measure_subject(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _case(settings: dict[str, Any], options: MemoryOptions) -> dict[str, Any]:
-    names = list(options.subjects or default_subjects(settings["dtype"], settings["dropout"]))
+def memory_case(settings: dict[str, Any], options: StepOptions, names: list[str], rounds: int) -> dict[str, Any]:
+    """The bytes of each subject in each round, and their ratios by what is measured."""
     shared = {"model": options.model, "layers": options.layers, "r": options.r, **settings}
     turns = {name: partial(_in_a_process, {"subject": name, **shared}) for name in names}
-    runs, orders = take_turns(turns, options.rounds)
+    runs, orders = take_turns(turns, rounds)
     found = {
         measure: {name: [run[measure] for run in each] for name, each in runs.items()}
         for measure in _MEASURES
@@ -105,7 +105,8 @@ def _peak_resident(run: Callable[[], object]) -> int | None:
     return read_kernel_bytes("/proc/self/status", "VmHWM")
 
 
-def _table(case: Case) -> Table:
+def memory_table(case: Case) -> Table:
+    """Bytes and ratios, a subject a row."""
     columns = ["subject", "step", "total", "resident", f"step / {REFERENCE}", f"total / {REFERENCE}", "resident /"]
     table = Table(case["name"], columns)
     measures = ("step_bytes", "total_bytes", "resident_bytes")
@@ -117,8 +118,17 @@ def _table(case: Case) -> Table:
     return table
 
 
+def memory_bars(case: Case) -> list[Bar]:
+    """Total bytes over those of the reference."""
+    return make_bars(ratios_to(REFERENCE, case["ratios"]["total_bytes"]))
+
+
 def _goals(case: Case) -> list[Goal]:
-    limit = 1.02 if case["settings"]["checkpointing"] else 1.1
+    return memory_goals(case, 1.02 if case["settings"]["checkpointing"] else 1.1)
+
+
+def memory_goals(case: Case, limit: float) -> list[Goal]:
+    """At most so many times the reference's bytes."""
     return [
         Goal(f"{case['name']}, {measure.replace('_', ' ')}: {pair}", ratio["median"], limit)
         for measure in ("total_bytes", "resident_bytes")

@@ -107,6 +107,19 @@ class MemoryOptions(StepOptions):
     checkpointing: Switch = "both"
 
 
+class QDoraOptions(StepOptions):
+    """`bench qdora`."""
+
+    QUICK: ClassVar[dict[str, Any]] = {"rounds": 3, "warmup": 1, "layers": 2, "tokens": "1x64", "processes": 1}
+
+    quantization: Several[Literal["nf4", "fp4"]] = ("nf4",)
+    dtype: Several[Dtype] = ("bfloat16",)
+    tokens: Several[Batch] = ("4x256",)
+    dropout: Several[Dropout] = (0.0,)
+    processes: Positive = 2
+    """Fresh processes for each subject's memory."""
+
+
 class RankOptions(ModelOptions):
     """`bench rank`."""
 

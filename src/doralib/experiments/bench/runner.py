@@ -18,6 +18,7 @@ from .measure import Neighbors, describe_machine
 from .memory import bench_memory
 from .merge import bench_merge
 from .profile import bench_profile
+from .qdora import bench_qdora
 from .rank import bench_rank
 from .step import bench_step
 from .subjects import import_peft
@@ -37,6 +38,7 @@ BENCHES = {
     "step": Bench(settings.StepOptions, bench_step),
     "layer": Bench(settings.LayerOptions, bench_layer),
     "memory": Bench(settings.MemoryOptions, bench_memory),
+    "qdora": Bench(settings.QDoraOptions, bench_qdora),
     "rank": Bench(settings.RankOptions, bench_rank),
     "generate": Bench(settings.GenerateOptions, bench_generate),
     "adapt": Bench(settings.AdaptOptions, bench_adapt),

@@ -1,5 +1,6 @@
 """What the subjects do: a language model of given size, a batch of random tokens, a whole training step."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ...checkpoints.load import load_base
-from ...recipe import ModelSettings
+from ...checkpoints.load import load_base, load_language_model
+from ...recipe import ModelSettings, Quantization
 from .subjects import trained_parameters
 
 DEMO_MODEL = Path("~/.cache/doralib/SmolLM2-135M-Instruct")
@@ -36,17 +37,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def base_model(model: str | None, layers: int | None, dtype: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that every subject adapts, and what it is, for JSON."""
+def base_model(
+    model: str | None, layers: int | None, dtype: str, quantization: Quantization | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that every subject adapts, quantized while it is loaded or not, and what it is, for JSON."""
     path = str(DEMO_MODEL.expanduser()) if model is None and DEMO_MODEL.expanduser().is_dir() else model or "smollm2"
     if path not in SHAPES and layers is None:
-        loaded = load_base(ModelSettings(path=path, dtype=dtype))[0]
+        loaded = load_base(ModelSettings(path=path, dtype=dtype, quantization=quantization))[0]
         return loaded, _describe(path, loaded.config, "its own")
     config = _config(path)
     if layers is not None:
         _shorten(config, layers)
     torch.manual_seed(0)
-    built: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    built: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if quantization is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            built.save_pretrained(folder)
+            built = load_language_model(ModelSettings(path=folder, dtype=dtype, quantization=quantization))
     return built, _describe(path, config, "random")
 
 

@@ -13,6 +13,7 @@ from ...training.arguments import check_arguments
 from ...training.recipe_file import override
 
 WITHOUT_RANK = ("full",)
+_NOT_QUANTIZED = "null"
 # one fine-tuning method's usual rate over that of the adapters with A and B
 _RATE_RATIO = {"full": 0.1, "vera": 10.0, "dvora": 10.0}
 
@@ -46,8 +47,13 @@ class Grid:
         """Every combination of method, rank and value of the axis; a method without a rank once."""
         for method in self.methods:
             for r in (None,) if method in WITHOUT_RANK else self.ranks:
-                for value in self.axis_values or (None,):
+                for value in self._values(method):
                     yield Cell(method, r, value)
+
+    def _values(self, method: str) -> tuple[str | None, ...]:
+        """Of the axis; what is trained whole is never quantized."""
+        whole = method in WITHOUT_RANK and self.axis == "model.quantization"
+        return (_NOT_QUANTIZED,) if whole else self.axis_values or (None,)
 
     def start_rate(self, cell: "Cell") -> float:
         """Where the search for the cell's rate begins."""

@@ -1,6 +1,7 @@
 """Frozen linear layers whose weight is a plain tensor; every other base answers the same questions."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +66,10 @@ class Dense:
     def triton_weight(self) -> Tensor | None:
         """The weight, where Triton's kernels take it."""
         return self.W_OI if on_gpu(self.W_OI) else None
+
+    def find_maker(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:  # noqa: ARG002
+        """What makes the weight dense for one product with inputs of this dtype; None where none is to be made."""
+        return None
 
     def row_norm_sq(self) -> Tensor:
         return F.row_norm_sq(self.rows)

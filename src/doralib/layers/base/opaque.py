@@ -1,6 +1,8 @@
 """Frozen layers whose weight is not a plain tensor: quantized storages, and those known by their product alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,10 @@ from .memory import Memory
 
 
 class Opaque(Dense):
-    """Any storage with `in_features` and `out_features`, by its own module call alone."""
+    """Any storage with `in_features` and `out_features`, by its own module call alone.
+
+    Its dense weight is what the call makes of unit vectors, which no rounding touches but that of the call itself.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -22,10 +27,28 @@ class Opaque(Dense):
 
     @property
     def W_OI(self) -> Tensor:
-        raise DoraError(
-            f"{type(self.module).__qualname__} is a storage that doralib does not know: its dense weight cannot be "
-            "read. It trains as it is; merge the saved adapter into the unquantized model instead"
-        )
+        """Made anew, whole.
+
+        Raises:
+            DoraError: if the layer cannot be called where it is.
+        """
+        O, I = self.shape
+        W_OI = torch.empty(O, I, dtype=self.dtype, device=self.device)
+        try:
+            for columns in F.row_blocks(I, O):
+                W_OI[:, columns] = self._columns(columns).T.to(self.dtype)
+        except Exception as error:  # whatever a foreign module raises
+            raise DoraError(
+                f"the dense weight of a {type(self.module).__qualname__} cannot be read, its own call fails: {error}; "
+                "merge the saved adapter into the unquantized model instead"
+            ) from error
+        return W_OI
+
+    @property
+    def hides_weight(self) -> bool:
+        """Whether the module has no plain weight to read."""
+        weight = getattr(self.module, "weight", None)
+        return not (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point())  # type: ignore[union-attr]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,13 +88,21 @@ class Opaque(Dense):
     def with_weight(self, W_OI: Tensor) -> nn.Module:  # noqa: ARG002
         raise DoraError(
             f"{type(self.module).__qualname__}: doralib does not know how to put a merged weight back into this "
-            "storage; merge the saved adapter into the unquantized model instead"
+            "storage; merge into plain layers: doralib.merge(model, dequantise=True), or merge the saved adapter into "
+            "the unquantized model"
         )
 
     @torch.no_grad()
     def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = self.module(x)
-        return y if self.bias is None else y - self.bias.to(y.dtype)
+        bias = self.bias
+        if bias is None:
+            return self.module(x)
+        if "bias" in self.module._parameters or "bias" in self.module._buffers:
+            # taken off afterwards it would leave its rounding behind
+            y: Tensor = torch.func.functional_call(self.module, {"bias": torch.zeros_like(bias)}, (x,))
+            return y
+        y = self.module(x)
+        return y - bias.to(y.dtype)
 
     def _columns(self, block: slice) -> Tensor:
         """Columns of W as rows, (K, O): what the layer makes of unit vectors."""
@@ -101,11 +132,27 @@ class Quantized(Opaque):
     """A quantized storage that is known: dense by row blocks; the forward pass is the layer's own."""
 
     row_norm_sq, adapted_row_norm = Dense.row_norm_sq, Dense.adapted_row_norm
-    times_transposed, transposed_times = Dense.times_transposed, Dense.transposed_times
+    transposed_times = Dense.transposed_times
 
     def __init__(self, module: nn.Module, storage: Storage) -> None:
         super().__init__(module)
         self.storage = storage
+        self._at_hand: Tensor | None = None
+
+    def find_maker(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+        return partial(self.storage.dense, dtype) if self.storage.multiplies(dtype) else None
+
+    @contextmanager
+    def at_hand(self, W_OI: Tensor) -> Iterator[None]:
+        """Inside the block norms are made with the weight that a product has just been made dense for."""
+        self._at_hand = W_OI
+        try:
+            yield
+        finally:
+            self._at_hand = None
+
+    def times_transposed(self, a_RI: Tensor) -> Tensor:
+        return F.times_transposed(self.rows if self._at_hand is None else self._at_hand, a_RI)
 
     @property
     def rows(self) -> F.Rows:
@@ -126,6 +173,10 @@ class Quantized(Opaque):
 
     def key(self) -> tuple[Any, ...]:
         return self._key_of(self.storage.tensors())
+
+    @property
+    def hides_weight(self) -> bool:
+        return True
 
     def dense_rows(self, index: Tensor) -> Tensor:
         W, out = self.rows, torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)

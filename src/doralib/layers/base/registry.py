@@ -49,6 +49,10 @@ def explain_refusal(module: nn.Module) -> str:
     """Why a module that looks like a layer, and that `open_base` does not take, cannot be adapted; "" for any other."""
     known = next((cls for cls in type(module).__mro__ if _dotted_name(cls) in STORAGES), None)
     name = type(module).__name__
+    if _is_compressed(module):
+        return "compressed-tensors keeps no weight before the model's first call: load it with " + (
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
     if known is not None and _is_derived(module):
         made = ", ".join(_makers_of_weight(module))
         return f"its weight is no parameter, it is made anew from others ({made}): remove that first, or leave it out"
@@ -71,7 +75,7 @@ def _open_registered(module: nn.Module, cls: type[Any], storage: type[Dense]) ->
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[union-attr]
     if plain and not hooked and (not own_call or (storage is Embedding and _only_scales(module))):
         return storage(module)
-    if storage.kind != "linear":
+    if storage.kind != "linear" or _is_compressed(module):
         return None
     if hooked or not plain:
         return Opaque(module)
@@ -85,6 +89,11 @@ def _open_registered(module: nn.Module, cls: type[Any], storage: type[Dense]) ->
 def _is_derived(module: nn.Module) -> bool:
     """Whether the weight is made from other parameters (weight_norm, spectral_norm, pruning, any parametrization)."""
     return "weight" not in module._parameters and bool(_makers_of_weight(module))
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    """Whether compressed-tensors has taken the weight away until the whole model is called."""
+    return hasattr(module, "quantization_status") and getattr(module, "weight", None) is None
 
 
 def _makers_of_weight(module: nn.Module) -> list[str]:

@@ -88,8 +88,7 @@ class Preference:
             }
         told["an answer ends at"] = describe_ends(model, processor)
         form = make_form(settings.model_copy(update={"style": self.form.style, "prompt": self.form.prompt}))
-        first = self._show(train.rows[0], processor)
-        return Prepared(train, validation, samples[:_SAMPLES], told, first, form=form)
+        return Prepared(train, validation, samples[:_SAMPLES], told, self._show(train.rows[0], processor), form=form)
 
     def _make(
         self, rows: datasets.Dataset, numbers: Any, settings: DataSettings, model: Any, processor: Any
