@@ -129,7 +129,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Every tensor once, and how many weights it stands for."""
     seen = set()
     for name, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        packed = module._buffers.items() if isinstance(module, StoredLinear) else ()
+        for key, tensor in (*module._parameters.items(), *packed):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 stands_for = module.count if isinstance(module, StoredLinear) and key == "packed" else tensor.numel()
