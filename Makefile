@@ -19,6 +19,7 @@ TORCHTUNE := .venv-torchtune
 # older PEFTs, which have to read what we write
 PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 
+# make long: the tests that run the whole program many times over, or two processes: make test has no time for them
 # make slow: the tests on the real model, once make demo has fetched it
 # make test-cpus: the tests of numbers as other CPU models compute
 # make interop: the tests that run another tool; here a skipped one fails
@@ -27,16 +28,19 @@ PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 # make dist REPOSITORY=https://...: what goes to PyPI, in dist/; its README links to that repository
 # make kills: each verb killed, and its disk filled, at each place where it changes a file; hours, or MINUTES=20
 # make fuzz: files of each kind damaged and read, some ten thousand; hours, or MINUTES=20
-.PHONY: demo test test-cpus slow interop pythons dist kills fuzz check format bench tables models schemas docs clean
+.PHONY: demo test test-cpus long slow interop pythons dist kills fuzz check format bench tables models schemas docs clean
 
 demo: $(STAMP)
 	$(BIN)/doralib demo --method $(METHOD)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m "not slow" --numprocesses $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m "not slow and not long" --numprocesses $(WORKERS) --dist worksteal
 
 test-cpus: $(STAMP)
 	WORKERS=$(WORKERS) PYTEST=$(BIN)/pytest tests/cpus.sh
+
+long: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q -m long --numprocesses $(WORKERS) --dist worksteal
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -q -m slow

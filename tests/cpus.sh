@@ -14,7 +14,7 @@ SETTINGS=(
     "OMP_NUM_THREADS=3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"
 )
 FILES=(tests/layers tests/kernels tests/adapters tests/checkpoints)
-HOW=(-m "not slow" --numprocesses "${WORKERS:-2}" --dist worksteal)
+HOW=(-m "not slow and not long" --numprocesses "${WORKERS:-2}" --dist worksteal)
 if [ "${1:-}" = short ]; then
     # make test has run them as this CPU computes by itself
     SETTINGS=("${SETTINGS[@]: -2}")

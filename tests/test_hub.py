@@ -72,6 +72,7 @@ def test_a_name_of_the_hub_is_no_path(tmp_path, monkeypatch):
         add_revision("runs", "v2")
 
 
+@pytest.mark.long
 def test_verbs_that_look_at_an_adapter_take_its_name(hub, run, folders):
     inspect = lambda *given: [line for line in ok(run("inspect", *given)).splitlines() if "_proj" in line]
     here = inspect(folders / "second")
@@ -92,6 +93,7 @@ def test_a_merge_takes_base_and_adapter_from_the_hub(hub, run, folders, tmp_path
     assert named == here
 
 
+@pytest.mark.long
 def test_a_model_answers_by_its_name(hub, run, folders):
     ask = ("--prompt", "hello", "--max-new-tokens", "4")
     here = ok(run("generate", folders / "second", "--base", folders / "tiny", *ask))

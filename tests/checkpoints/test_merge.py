@@ -196,7 +196,7 @@ def test_row_blocks_give_the_whole_formula_and_stay_small(tmp_path, monkeypatch)
     error_OI = (stored(tmp_path / "out")[f"{name}.weight"] - whole).abs()
     assert (error_OI <= 2 * rank * torch.finfo(torch.float32).eps * terms_OI).all()
     assert max(blocks) == 32 * in_ * 4
-    assert sum(blocks) == W.nbytes, "untouched tensors are not read into memory"
+    assert sum(blocks) == W.nbytes + big.nbytes, "each is read once, some rows at a time, and looked at for NaN"
 
 
 def test_modules_to_save_and_biases_take_the_place_of_the_base_s(tmp_path):
@@ -463,7 +463,7 @@ def test_progress_ends_at_the_whole(tmp_path):
     seen = []
     threads = torch.get_num_threads()
     summary = merge_checkpoint(folder, base, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (summary.bytes, summary.bytes)
     assert torch.get_num_threads() == threads
 

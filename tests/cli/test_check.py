@@ -56,7 +56,7 @@ def test_check_says_all_that_training_would_do(run, here, tiny_llama_folder):
         "steps 18, 9 an epoch",
         "train: 1 left out, empty",
         "a good film 0 It is⟦ positive<|im_end|>⟧",
-        "frozen weights",
+        "doralib plan shows the arithmetic",
         "Nothing stands in the way of: doralib train r.yaml",
     ):
         assert told in said, told
@@ -68,9 +68,10 @@ def test_check_says_all_that_training_would_do(run, here, tiny_llama_folder):
     assert found["recipe"]["data"]["style"] == "completion"
     assert found["data"]["splits"]["train"]["kept"] == 36
     trained = 2 * (4 * (32 + 32) + 32 + 4 * (32 + 16) + 16) * 4
-    assert found["memory"]["trained"] == found["memory"]["gradients"] == trained
-    assert found["memory"]["optimizer"] == 2 * trained
-    assert found["memory"]["frozen weights"] == 4 * sum(p.numel() for p in make_llama().parameters())
+    memory = {name: part["bytes"] for name, part in found["memory"]["parts"].items()}
+    assert (memory["adapter"], memory["optimizer"]) == (trained, 2 * trained)
+    assert memory["weights"] == 4 * sum(p.numel() for p in make_llama().parameters())
+    assert found["memory"]["peak_bytes"] == sum(memory.values())
     # what training itself says, word for word
     status, out, err = run("train", "r.yaml", f"model.path={tiny_llama_folder}", "training.max_steps=1")
     assert status == 0, err
@@ -226,7 +227,7 @@ def test_json_is_all_that_stands_on_the_standard_output(run, tmp_path, tiny_llam
         answers[words[0]] = json.loads(out)
     assert [layer["r"] for layer in answers["inspect"]["layers"]] == [2, 2]
     assert answers["inspect"]["layers"][0]["direction"] == pytest.approx(0, abs=1e-6)
-    first = answers["targets"][0]
+    first = next(each for each in answers["targets"] if each["name"].endswith("q_proj"))
     assert (first["name"], first["shape"], first["adaptable"]) == ("model.layers.0.self_attn.q_proj", [32, 32], True)
     assert [each["name"] for each in answers["recipes"]] == ["sentiment"]
     assert (answers["convert"]["to"], answers["merge"]["layers"]) == ("mlx", 2)

@@ -1,6 +1,7 @@
 """The command line as its user meets it: what each verb prints, and what bad input gets: one message, 2 or 1."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -275,7 +276,7 @@ def test_names_are_printed_as_they_are(run, recipe, tmp_path, tiny_llama_folder)
     run_folder = folder / "run"
     status, out, err = run("train", recipe, f"data.train={rows}", f"out={run_folder}", "eval.tasks=[]")
     assert status == 0, err
-    assert f"report: {run_folder}" in out.replace("\n", "")
+    assert re.sub(r"\s", "", f"report{run_folder}") in re.sub(r"\s", "", out)
     status, out, err = run("convert", run_folder, "--to", "mlx", "--out", folder / "mlx")
     assert status == 0, err
     assert str(run_folder) in out.replace("\n", "")
@@ -323,7 +324,7 @@ def test_targets_probe_names_what_would_be_adapted_in_vain(run, tmp_path):
 def test_requests_that_contradict_themselves(run, tmp_path, tiny_llama_folder):
     (tmp_path / "p.txt").write_text("a\n")
     status, _, err = run("generate", tiny_llama_folder, "--prompt", "a", "--file", tmp_path / "p.txt")
-    assert (status, "--prompt and --file were both given" in err) == (2, True)
+    assert (status, "--prompt and --file: give one of them" in err) == (2, True)
     twice = ("--adapter", "a=one", "--adapter", "a=two")
     status, _, err = run("generate", tiny_llama_folder, *twice, "--prompt", "a")
     assert (status, "a is given twice" in err) == (2, True)
@@ -353,7 +354,7 @@ def test_a_wrong_bench(run, tmp_path, options, message):
 def test_the_first_steps_are_told(run):
     _, out, _ = run("--help")
     assert "doralib demo" in out
-    assert "train --settings" in out.replace("\n ", "")
+    assert all(f"doralib {verb}" in " ".join(out.split()) for verb in ("init DATA", "check RECIPE", "train RECIPE"))
     assert "..." not in out.partition("Commands:")[2]
     assert run("--version")[1].strip() == f"doralib {doralib.__version__}"
 

@@ -91,7 +91,8 @@ def test_the_page_is_whole_and_harmless(run, here):
     assert "alert(1)" in said
     assert "row 5 is row 1" in said
     assert source.count("<mark>") == 4
-    assert "http" not in source
+    assert "http:" not in source
+    assert "https:" not in source
 
 
 def test_all_that_is_wrong_is_told_at_once(run, here):

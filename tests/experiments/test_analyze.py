@@ -215,6 +215,7 @@ def test_correlations_are_pooled_and_beside_the_papers():
 # the command
 
 
+@pytest.mark.long
 def test_the_command(runs, run, tmp_path):
     pytest.importorskip("scipy")
     out = tmp_path / "analysis"

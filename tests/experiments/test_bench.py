@@ -326,6 +326,7 @@ def written(out: Path, name: str) -> dict:
     return value
 
 
+@pytest.mark.long
 def test_step(tmp_path):
     returned = run_bench("step", tmp_path, **STEP | {"dtype": "float32,bfloat16", "dropout": "0,0.05"})
     value = written(tmp_path, "step")
@@ -369,6 +370,7 @@ def test_rank(tmp_path):
     assert len(value["goals"]) == 2
 
 
+@pytest.mark.long
 def test_accelerate(tmp_path):
     run_bench("accelerate", tmp_path, **STEP | {"dtype": "float32,bfloat16", "dropout": "0,0.05", "rounds": 2})
     value = written(tmp_path, "accelerate")
@@ -468,6 +470,7 @@ def test_memory_of_one_subject_in_this_process():
         assert each["step_bytes"] >= 2 * 16 * 128 * F32
 
 
+@pytest.mark.long
 def test_memory(tmp_path):
     subjects = "peft-lora,ours-dora"
     options = {"model": "tiny", "tokens": "1x8", "dtype": "float32", "checkpointing": "off", "rounds": 1}

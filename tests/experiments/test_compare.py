@@ -192,6 +192,7 @@ def test_a_whole_grid(request_for, tmp_path):
         compare(request_for(axis="adapter.lora_dropout", axis_values=("0", "0.1")), here)
 
 
+@pytest.mark.long
 def test_a_searched_rate_keeps_to_its_budget(request_for):
     here = InProcess()
     result = compare(request_for(methods=("dora",), rates=(), budget=4), here)
@@ -213,6 +214,7 @@ def test_a_failed_run_is_named_with_the_end_of_its_log(request_for, tmp_path):
         compare(request_for(recipe=recipe), broken)
 
 
+@pytest.mark.long
 def test_a_grid_killed_in_the_middle_goes_on(job, tmp_path):
     """By the command itself, in processes of their own: SIGKILL to all of them, then the same comparison again."""
     job["training"] |= {"max_steps": 20}

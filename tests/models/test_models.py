@@ -25,6 +25,7 @@ def test_the_page_is_written_from_what_was_seen(sweep):
     assert sweep.PAGE.read_text() == sweep.write_page(rows(sweep))
 
 
+@pytest.mark.long
 def test_every_architecture_is_accounted_for(sweep):
     assert rows(sweep).keys() == sweep.tiny.list_architectures().keys()
 

@@ -362,12 +362,5 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(folder):
         assert torch.equal(values(folder / "stopped")[name], value)
 
 
-def test_fsdp_by_accelerate_is_refused(folder, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    recipe = read_recipe(str(folder / "recipe.yaml"), [f"out={folder / 'sharded'}"])
-    with pytest.raises(UsageError, match="FSDP was asked for"):
-        train_as_recipe(recipe)
-
-
 if __name__ == "__main__":
     worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -210,7 +210,7 @@ def test_a_run_and_its_files(whole):
     assert losses(whole)[1] < losses(whole)[0]
     samples = json.loads((whole / "samples.json").read_text())
     assert len(samples) == 5
-    assert set(samples[0]) == {"prompt", "expected", "before", "after"}
+    assert set(samples[0]) == {"prompt", "expected", "given", "before", "after"}
     assert samples[0]["expected"] == " positive"
     resolved = yaml.safe_load((whole / "config.yaml").read_text())
     assert Recipe(**resolved).adapter.r == 3
@@ -500,7 +500,7 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(recipe, tmp_path):
     lines = [*rows(30), {"text": "Q", "label": "positive"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     wanted = recipe(
-        model={"path": str(tmp_path / "broken")},
+        model={"path": str(tmp_path / "broken"), "allow_nonfinite": True},
         data={"train": str(tmp_path / "rows.jsonl")},
         training={"save_steps": 1, "per_device_train_batch_size": 2},
         seed=3,
@@ -572,7 +572,7 @@ def test_tasks_are_scored_before_and_after(recipe, data_file, tmp_path):
     (tmp_path / "sentiment.yaml").write_text(yaml.safe_dump(task))
     wanted = recipe(eval={"tasks": [str(tmp_path / "sentiment.yaml")], "limit": 20})
     results = json.loads((fine_tune(wanted) / "results.json").read_text())
-    assert set(results) == {"before", "after"}
+    assert set(results) == {"before", "after", "change"}
     assert results["after"]["sentiment"]["n"] == 20
 
 
@@ -709,17 +709,24 @@ def test_recipes_are_read_and_overridden(tmp_path):
         ("Tag it #{label} # {text}", "Tag it #{label} # {text}"),
         ("- {text}", "- {text}"),
         ('"a\\nb"', "a\nb"),
-        ("{a: 1}", {"a": 1}),
-        ("[q_proj, 2]", ["q_proj", 2]),
-        ("1.0e-3", 1e-3),
+        ("{a: 1}", "{a: 1}"),
+        ("1.0e-3", "1.0e-3"),
         ("null", None),
-        ("true", True),
     ],
 )
 def test_a_bare_text_on_the_command_line_stays_as_it_is(text, value):
     values = {}
     reading.override(values, f"data.prompt={text}")
     assert values == {"data": {"prompt": value}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("{a: 1}", {"a": 1}), ("[q_proj, 2]", ["q_proj", 2]), ("1.0e-3", 1e-3), ("true", True)]
+)
+def test_what_is_no_text_on_the_command_line_is_yaml(text, value):
+    values = {}
+    reading.override(values, f"training.x={text}")
+    assert values == {"training": {"x": value}}
 
 
 def test_what_was_cut_short_does_not_push_out_a_whole_checkpoint(tmp_path):

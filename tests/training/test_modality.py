@@ -30,11 +30,11 @@ def numbers(calls):
         rows = datasets.Dataset.from_dict({"numbers": [[i, i + 1, i + 2, i + 3] for i in range(3, 35)]})
         return RawRows(rows.select(range(24)), rows.select(range(24, 32)), tuple(range(24)), tuple(range(24, 32)))
 
-    def load(settings):
+    def load(settings, *, empty=False):
         calls.append("load")
         return make_llama(), Processor()
 
-    def prepare(rows, settings, model, processor):
+    def prepare(rows, settings, model, processor, tick=None):
         calls.append("prepare")
         made = lambda rows: PreparedRows(
             rows.map(lambda row: {"length": len(row["numbers"])}),

@@ -418,6 +418,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_local_models_and_files_ask_nobody(recipe, tmp_path):
     wanted = recipe(training={"max_steps": 1})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))

@@ -15,7 +15,7 @@ from doralib.recipe import ModelSettings, Recipe
 from doralib.training.job import fine_tune, train
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:MatMul8bitLt")]
 
 
 STEPS = {"max_steps": 5, "per_device_train_batch_size": 8}

@@ -12,7 +12,8 @@ CLASSES: dict[Kind, str] = {"classify": "ForSequenceClassification", "tokens": "
 
 def find_kind(config: Mapping[str, Any]) -> Kind | None:
     """The kind of head that a model's config.json names."""
-    names = config.get("architectures") or []
+    names = config.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     return next((kind for kind, ending in CLASSES.items() if any(name.endswith(ending) for name in names)), None)
 
 

@@ -67,7 +67,7 @@ def check_and_show(
                 "notes": list(found.notes),
                 "steps": found.steps,
                 "steps_an_epoch": found.steps_an_epoch,
-                "memory": dict(found.memory),
+                "memory": None if found.memory is None else found.memory.to_json(),
                 "data": survey,
             }
         )
@@ -81,7 +81,10 @@ def _show(found: "Outlook", survey: Mapping[str, Any] | None) -> None:
     said = found.recipe.model_dump(mode="json", exclude_defaults=True)
     print(yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=120))
     facts = Table(show_header=False, box=None)
-    for name, text in {**found.facts, "memory": describe_memory(found)}.items():
+    memory = "not known: this model cannot be built without its weights"
+    if found.memory is not None:
+        memory = f"{found.memory.summary()}; doralib plan shows the arithmetic"
+    for name, text in {**found.facts, "memory": memory}.items():
         facts.add_row(name, Text(text))
     console.print(facts)
     if survey is not None:
@@ -89,11 +92,3 @@ def _show(found: "Outlook", survey: Mapping[str, Any] | None) -> None:
     else:
         for line in found.notes:
             console.print(line)
-
-
-def describe_memory(found: "Outlook") -> str:
-    """The bytes that a run holds at least, with what they are for."""
-    from ..disk import format_bytes
-
-    parts = ", ".join(f"{format_bytes(count)} {name}" for name, count in found.memory.items() if count)
-    return f"{format_bytes(sum(found.memory.values()))} and the activations of a batch: {parts}"

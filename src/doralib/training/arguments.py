@@ -115,6 +115,8 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         UsageError: as `check_arguments`, and for what TrainingArguments itself refuses.
     """
     given = check_arguments(recipe)
+    if given.get("fp16") and not torch.cuda.is_available():
+        raise UsageError("training.fp16 needs a GPU, and there is none here; bf16: true runs on a CPU")
     patient = given.pop("early_stopping_patience", None) is not None
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [given["report_to"]]
@@ -218,8 +220,6 @@ def _out_of_range(values: Mapping[str, Any]) -> list[str]:
         for key, value in numbers.items()
         if not abs(value) < _TOO_LARGE
     ]
-    if values.get("fp16") and not torch.cuda.is_available():
-        problems.append("training.fp16 needs a GPU, and there is none here; bf16: true runs on a CPU")
     if (steps := numbers.get("max_steps", -1)) < 1 and steps != -1:
         problems.append(f"training.max_steps must be at least 1 (or -1: num_train_epochs decides), got {steps}")
     return problems

@@ -44,8 +44,8 @@ from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, Modality, Prepared, ScoringModality
-from .outlook import Outlook, estimate_memory
-from .plan.estimate import check_fits, estimate_run
+from .outlook import Outlook
+from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
 from .sampler import measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
@@ -145,7 +145,10 @@ def fine_tune(
         # the first process speaks for all
         logging.getLogger("doralib").setLevel(logging.WARNING)
         tick = None
-    _tell_memory(plan, check=check_memory)
+    if (memory := _estimate_memory(plan)) is not None:
+        log.info(f"memory: {memory.summary()}")
+        if check_memory:
+            check_fits(memory)
     job = _load(plan, tick)
     # the others may still be checking what stands there
     wait_for_all()
@@ -194,23 +197,17 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
     return _Plan(recipe, modality, run, rows, tasks, args, resume, asked)
 
 
-def _tell_memory(plan: _Plan, *, check: bool) -> None:
-    """Log what the run will take of its device.
-
-    Raises:
-        UsageError: if the device has less, and that is to be checked.
-    """
+def _estimate_memory(plan: _Plan) -> Estimate | None:
+    """What the run will take of its device; None of a model that cannot be built without its values."""
     try:
         found = estimate_run(plan.recipe, calibrate=False)
         if found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
             # with every row as long as it may be; how long are they?
             found = estimate_run(plan.recipe, rows=plan.rows, calibrate=False)
-    except Exception as error:  # noqa: BLE001  a model that cannot be built without its values may train all the same
+    except Exception as error:  # noqa: BLE001  such a model may train all the same
         log.debug(f"memory: not estimated, {type(error).__name__}: {error}")
-        return
-    log.info(f"memory: {found.summary()}")
-    if check:
-        check_fits(found)
+        return None
+    return found
 
 
 def look_ahead(
@@ -231,8 +228,8 @@ def look_ahead(
     plan = _check(recipe.with_whole_path(), resume=resume, overwrite=overwrite, check_out=check_out)
     job = _load(plan, tick, empty=True)
     steps, per_epoch = _count_steps(job)
-    memory = estimate_memory(job.model, plan.recipe, plan.args.optim)
-    return Outlook(plan.recipe, _list_facts(job), tuple(_list_row_notes(job)), steps, per_epoch, memory, job.data)
+    facts, notes = _list_facts(job), tuple(_list_row_notes(job))
+    return Outlook(plan.recipe, facts, notes, steps, per_epoch, _estimate_memory(plan), job.data)
 
 
 def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
