@@ -18,10 +18,10 @@ from conftest import make_llama
 import doralib
 from doralib import disk, files, process
 from doralib.checkpoints.adapter import find_other_base
-from doralib.hub import is_local
 from doralib.checkpoints.safetensors import Checkpoint
 from doralib.errors import DoraError
 from doralib.files import read_json, read_tensors, write_json, write_tensors
+from doralib.hub import is_local
 from doralib.runs import checkpointing
 
 SOURCE = Path(doralib.__file__).parent
