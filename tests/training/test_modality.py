@@ -70,7 +70,7 @@ def test_a_job_needs_no_text(tmp_path, monkeypatch):
         out=str(tmp_path / "run"),
     )
     run = train(recipe)
-    assert calls == ["check_rows", "load", "prepare", "collate", "samples", "samples"]
+    assert calls == ["check_rows", "load", "prepare", "samples", "collate", "samples"]
     for name in ("adapter_model.safetensors", "report.html", "metrics.jsonl"):
         assert (run / name).is_file()
     (sample,) = json.loads((run / "samples.json").read_text())
