@@ -74,7 +74,7 @@ def test_a_job_needs_no_text(tmp_path, monkeypatch):
     for name in ("adapter_model.safetensors", "report.html", "metrics.jsonl"):
         assert (run / name).is_file()
     (sample,) = json.loads((run / "samples.json").read_text())
-    assert sample == {"prompt": "3 4", "expected": "5 6", "before": "7", "after": "7"}
+    assert sample == {"prompt": "3 4", "expected": "5 6", "given": {}, "before": "7", "after": "7"}
     assert json.loads((run / "summary.json").read_text())["tokens"] == 6 * 4 * 4
 
 
