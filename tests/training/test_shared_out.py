@@ -155,7 +155,7 @@ def test_frozen_rows_are_not_measured_anew_for_every_pass(folder):
     for rank in range(2):
         told = json.loads((folder / f"{rank}.json").read_text())
         for case in CASES:
-            # at the start, once they are shared out, once the Trainer has them, and in the plan's models of a few blocks;
+            # at the start, once they are shared out, once the Trainer has them, and in the plan's models;
             # six steps are computed twice, which would be twelve times
             assert BLOCKS * TARGETS <= told[f"norms {case}"] <= 4 * BLOCKS * TARGETS, case
 
