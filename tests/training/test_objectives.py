@@ -15,7 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 import doralib
 from doralib.adapters.registry import trainable
 from doralib.data.detect import look_at
-from doralib.data.preferences import find_form, prepare_judged, prepare_pairs, prepare_prompts
+from doralib.data.preferences import find_form, prepare_answers
 from doralib.data.rows import read_dataset
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
@@ -369,11 +369,11 @@ def read_rows(tmp_path, rows):
     return read_dataset(str(path), "data.train")
 
 
-def prepare(tmp_path, rows, kind, make, folder, **settings):
+def prepare(tmp_path, rows, kind, folder, **settings):
     found, chosen = read_rows(tmp_path, rows), DataSettings(train="t", **settings)
     form = find_form(chosen, kind, found.column_names, look_at(found), "rows")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made, _ = make(found, range(1, len(found) + 1), form, chosen, tokenizer)
+    made, _ = prepare_answers(kind, found, range(1, len(found) + 1), form, chosen, tokenizer)
     return made, tokenizer
 
 
@@ -381,13 +381,13 @@ def prepare(tmp_path, rows, kind, make, folder, **settings):
 def test_pairs_in_every_usual_layout(name, tmp_path, tiny_llama_folder):
     row, prompt, chosen = LAYOUTS[name]
     settings = {"style": "chat"} if name == "Orca" else {}
-    made, tokenizer = prepare(tmp_path, [row], "dpo", prepare_pairs, tiny_llama_folder, **settings)
+    made, tokenizer = prepare(tmp_path, [row], "dpo", tiny_llama_folder, **settings)
     got = made.rows[0]
     assert tokenizer.decode(got["prompt_ids"]) == prompt
     assert tokenizer.decode(got["chosen_ids"]) == chosen
     rejected = tokenizer.decode(got["rejected_ids"])
     assert rejected.strip().removesuffix("<|im_end|>").strip().lower().endswith("no")
-    judged, _ = prepare(tmp_path, [row], "kto", prepare_judged, tiny_llama_folder, **settings)
+    judged, _ = prepare(tmp_path, [row], "kto", tiny_llama_folder, **settings)
     assert [(tokenizer.decode(each["completion_ids"]), each["label"]) for each in judged.rows] == [
         (chosen, True),
         (rejected, False),
@@ -403,7 +403,7 @@ def test_pairs_in_every_usual_layout(name, tmp_path, tiny_llama_folder):
     ],
 )
 def test_judged_answers_in_every_usual_layout(row, label, tmp_path, tiny_llama_folder):
-    made, tokenizer = prepare(tmp_path, [row], "kto", prepare_judged, tiny_llama_folder)
+    made, tokenizer = prepare(tmp_path, [row], "kto", tiny_llama_folder)
     assert made.rows[0]["label"] is label
     assert "Good?" in tokenizer.decode(made.rows[0]["prompt_ids"])
     assert tokenizer.decode(made.rows[0]["completion_ids"]).strip() == "Yes<|im_end|>"
@@ -411,19 +411,19 @@ def test_judged_answers_in_every_usual_layout(row, label, tmp_path, tiny_llama_f
 
 def test_prompts_keep_the_columns_of_their_rewards(tmp_path, tiny_llama_folder):
     rows = [{"question": "1 + 1?", "answer": 2, "level": "easy"}]
-    plain, _ = prepare(tmp_path, rows, "grpo", prepare_prompts, tiny_llama_folder, prompt="Q: {question}")
+    plain, _ = prepare(tmp_path, rows, "grpo", tiny_llama_folder, prompt="Q: {question}")
     assert {k: plain.rows[0][k] for k in ("prompt", "answer", "level")} == {
         "prompt": "Q: 1 + 1?",
         "answer": 2,
         "level": "easy",
     }
-    chat, _ = prepare(tmp_path, rows, "grpo", prepare_prompts, tiny_llama_folder, prompt="{question}", style="chat")
+    chat, _ = prepare(tmp_path, rows, "grpo", tiny_llama_folder, prompt="{question}", style="chat")
     assert chat.rows[0]["prompt"] == [SAY("user", "1 + 1?")]
 
 
 def test_columns_of_several_kinds_become_texts(tmp_path, tiny_llama_folder):
     rows = [{"prompt": "a", "answer": answer} for answer in (1, "two", [3], None)]
-    made, _ = prepare(tmp_path, rows, "grpo", prepare_prompts, tiny_llama_folder)
+    made, _ = prepare(tmp_path, rows, "grpo", tiny_llama_folder)
     assert made.rows["answer"][:] == ["1", "two", "[3]", None]
 
 
@@ -434,14 +434,14 @@ def test_bad_pairs_are_counted_and_shown(tmp_path, tiny_llama_folder):
         {"prompt": "a", "chosen": "", "rejected": "d"},
         {"prompt": "a", "chosen": "b c " * 30, "rejected": "d"},
     ]
-    made, _ = prepare(tmp_path, rows, "dpo", prepare_pairs, tiny_llama_folder, max_length=20)
+    made, _ = prepare(tmp_path, rows, "dpo", tiny_llama_folder, max_length=20)
     assert (made.report.kept, dict(made.report.dropped)) == (
         1,
         {"with two equal answers": 1, "empty": 1, "longer than 20 tokens": 1},
     )
     assert any("row 3: nothing in 'chosen'" in line for line in made.report.lines())
     with pytest.raises(DoraError, match="bad_rows is 'error'"):
-        prepare(tmp_path, rows, "dpo", prepare_pairs, tiny_llama_folder, bad_rows="error")
+        prepare(tmp_path, rows, "dpo", tiny_llama_folder, bad_rows="error")
 
 
 def test_rewards():

@@ -6,9 +6,9 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import DoraError, UsageError, list_some
+from ..errors import UsageError, list_some
 from ..recipe import DataSettings
-from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport
+from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport, check_length
 from .rows import RawRows
 from .templates import columns_in, fill_template, value_text
 
@@ -129,9 +129,8 @@ def label_texts(
         try:
             tokens, said = encode(row, settings, tokenizer, ids)
             length = len(tokens)
-            if length > settings.max_length and settings.too_long == "skip":
-                detail = f"{length} tokens, data.max_length is {settings.max_length}"
-                raise BadRow(f"longer than {settings.max_length} tokens", detail)
+            if settings.too_long == "skip":
+                check_length(length, settings.max_length)
         except BadRow as bad:
             report.drop(number, bad)
             continue
@@ -143,11 +142,7 @@ def label_texts(
         report.label_tokens += sum(each != IGNORED for each in said) if by_word else 1
         for column, value in zip(columns.values(), (tokens, said, len(tokens)), strict=True):
             column.append(value)
-    told = "\n".join(report.lines())
-    if report.dropped and settings.bad_rows == "error":
-        raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
-    if not report.kept:
-        raise UsageError(f"no row can be used, the data set is empty:\n{told}")
+    report.check(settings.bad_rows)
     return PreparedRows(datasets.Dataset.from_dict(columns), report)
 
 

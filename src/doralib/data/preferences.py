@@ -1,8 +1,7 @@
 """Answers that were judged: a pair of which one was preferred, or one that was liked or not; and prompts alone."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,12 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import DoraError, UsageError, did_you_mean
+from ..errors import UsageError, did_you_mean
 from ..recipe import DataSettings
 from .conversations import Message, find_column, read_messages
 from .encoding import chat_text, encode
 from .labels import count_common, label_rows
-from .prepare import IGNORED, BadRow, PreparedRows, Row, RowReport, Sample
+from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport, Sample, check_length
 from .prompts import fill_prompt, render_row
 from .rows import as_written
 from .templates import columns_in, value_text
@@ -240,103 +239,92 @@ def encode_answers(
         end = max((i + 1 for i, label in enumerate(each.labels) if label != IGNORED), default=0)
         if each.lost or not 0 < start < end:
             raise BadRow("malformed", "no token of the answer can be told from the prompt")
-        if end > settings.max_length:
-            raise BadRow(
-                f"longer than {settings.max_length} tokens", f"{end} tokens, data.max_length is {settings.max_length}"
-            )
+        check_length(end, settings.max_length)
         first, last = text.learned[-1]
         ids = each.input_ids[:end]
         made.append(Answered(ids[:start], ids[start:], text.text[:first], text.text[first:last]))
     return made
 
 
-def prepare_pairs(
-    rows: datasets.Dataset, numbers: Sequence[int], form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer
+@dataclass(frozen=True)
+class _Encoded:
+    """What a row became."""
+
+    rows: list[Row]
+    labels: list[list[int]]
+    """Of each answer with its prompt, by which tokens are counted."""
+    samples: list[Sample]
+
+
+def prepare_answers(
+    kind: str,
+    rows: datasets.Dataset,
+    numbers: Sequence[RowNumber],
+    form: AnswerForm,
+    settings: DataSettings,
+    tokenizer: Tokenizer,
 ) -> tuple[PreparedRows, list[Sample]]:
-    """The usable pairs as columns prompt_ids, chosen_ids, rejected_ids and length; and all as prompt and chosen answer.
+    """The usable rows as the objective of this kind takes them, with a column length; and samples of them.
+
+    Columns of dpo and orpo: prompt_ids, chosen_ids, rejected_ids; of kto: prompt_ids, completion_ids, label; of grpo:
+    prompt, and the other columns as they are.
 
     Raises:
         UsageError: if no row is usable.
         DoraError: if a row is bad and bad rows are errors.
     """
-    report, made, samples = RowReport(len(rows)), [], []
+    report, made, kept = RowReport(len(rows)), list[Row](), list[RowNumber]()
+    samples: list[Sample] = []
     for number, row in zip(numbers, as_written(rows), strict=True):
-        with _counting(report, number):
-            chosen, rejected = encode_answers(split_pair(row, form), form, settings, tokenizer)
-            report.keep(*(_labels(each) for each in (chosen, rejected)))
-            lengths = [len(chosen.prompt_ids) + len(each.answer_ids) for each in (chosen, rejected)]
-            answers = {"chosen_ids": chosen.answer_ids, "rejected_ids": rejected.answer_ids}
-            made.append((number, {"prompt_ids": chosen.prompt_ids, **answers, "length": max(lengths)}))
-            samples.append(Sample(chosen.prompt, chosen.answer))
-    return _finish(made, report, settings), samples
+        try:
+            found = _ENCODE[kind](row, form, settings, tokenizer)
+        except BadRow as bad:
+            report.drop(number, bad)
+            continue
+        report.keep(*found.labels)
+        made += found.rows
+        kept += [number] * len(found.rows)
+        samples += found.samples
+    report.check(settings.bad_rows)
+    return PreparedRows(_make_dataset(made), report, kept), samples
 
 
-def prepare_judged(
-    rows: datasets.Dataset, numbers: Sequence[int], form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer
-) -> tuple[PreparedRows, list[Sample]]:
-    """The usable answers as columns prompt_ids, completion_ids, label and length; and the good ones as samples.
-
-    Raises:
-        UsageError: if no row is usable.
-        DoraError: if a row is bad and bad rows are errors.
-    """
-    report, made, samples = RowReport(len(rows)), [], []
-    for number, row in zip(numbers, as_written(rows), strict=True):
-        with _counting(report, number):
-            judged = split_judged(row, form)
-            answers = [encode_answers([one], form, settings, tokenizer)[0] for one, _ in judged]
-            report.keep(*map(_labels, answers))
-            for (_, good), each in zip(judged, answers, strict=True):
-                ids = {"prompt_ids": each.prompt_ids, "completion_ids": each.answer_ids, "label": good}
-                made.append((number, {**ids, "length": len(each.prompt_ids) + len(each.answer_ids)}))
-                samples += [Sample(each.prompt, each.answer)] if good else []
-    return _finish(made, report, settings), samples
+def _encode_pair(row: Row, form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer) -> _Encoded:
+    chosen, rejected = encode_answers(split_pair(row, form), form, settings, tokenizer)
+    labels = [_labels(chosen), _labels(rejected)]
+    ids = {"prompt_ids": chosen.prompt_ids, "chosen_ids": chosen.answer_ids, "rejected_ids": rejected.answer_ids}
+    return _Encoded([{**ids, "length": max(map(len, labels))}], labels, [Sample(chosen.prompt, chosen.answer)])
 
 
-def prepare_prompts(
-    rows: datasets.Dataset, numbers: Sequence[int], form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer
-) -> tuple[PreparedRows, list[Sample]]:
-    """The usable prompts as a column prompt, the other columns as they are, and length; and as samples.
-
-    Raises:
-        UsageError: if no row is usable.
-        DoraError: if a row is bad and bad rows are errors.
-    """
-    report, made, samples = RowReport(len(rows)), [], []
-    for number, row in zip(numbers, as_written(rows), strict=True):
-        with _counting(report, number):
-            prompt = read_prompt(row, form)
-            text = prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt)
-            ids = encode(tokenizer, text, chat=form.style == "chat")
-            if len(ids) > settings.max_length:
-                why = f"{len(ids)} tokens, data.max_length is {settings.max_length}"
-                raise BadRow(f"longer than {settings.max_length} tokens", why)
-            report.keep([IGNORED] * len(ids))
-            made.append((number, {**row, "prompt": prompt, "length": len(ids)}))
-            samples.append(Sample(text, value_text(row.get("answer", row.get("solution")))))
-    return _finish(made, report, settings), samples
+def _encode_judged(row: Row, form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer) -> _Encoded:
+    found = [(encode_answers([one], form, settings, tokenizer)[0], good) for one, good in split_judged(row, form)]
+    labels = [_labels(each) for each, _ in found]
+    rows: list[Row] = [
+        {"prompt_ids": each.prompt_ids, "completion_ids": each.answer_ids, "label": good, "length": len(all_ids)}
+        for (each, good), all_ids in zip(found, labels, strict=True)
+    ]
+    return _Encoded(rows, labels, [Sample(each.prompt, each.answer) for each, good in found if good])
 
 
-@contextmanager
-def _counting(report: RowReport, number: int) -> Iterator[None]:
-    """Count a row that turns out to be bad inside the block."""
-    try:
-        yield
-    except BadRow as bad:
-        report.drop(number, bad)
+def _encode_prompt(row: Row, form: AnswerForm, settings: DataSettings, tokenizer: Tokenizer) -> _Encoded:
+    prompt = read_prompt(row, form)
+    text = prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt)
+    length = len(encode(tokenizer, text, chat=form.style == "chat"))
+    check_length(length, settings.max_length)
+    sample = Sample(text, value_text(row.get("answer", row.get("solution"))))
+    return _Encoded([{**row, "prompt": prompt, "length": length}], [[IGNORED] * length], [sample])
+
+
+_ENCODE: dict[str, Callable[[Row, AnswerForm, DataSettings, Tokenizer], _Encoded]] = {
+    "dpo": _encode_pair,
+    "orpo": _encode_pair,
+    "kto": _encode_judged,
+    "grpo": _encode_prompt,
+}
 
 
 def _labels(answered: Answered) -> list[int]:
     return [IGNORED] * len(answered.prompt_ids) + answered.answer_ids
-
-
-def _finish(made: Sequence[tuple[int, Row]], report: RowReport, settings: DataSettings) -> PreparedRows:
-    told = "\n".join(report.lines())
-    if report.dropped and settings.bad_rows == "error":
-        raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
-    if not made:
-        raise UsageError(f"no row can be used, the data set is empty:\n{told}")
-    return PreparedRows(_make_dataset([row for _, row in made]), report, [number for number, _ in made])
 
 
 def _make_dataset(rows: Sequence[Row]) -> datasets.Dataset:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DoraError, UsageError
+
 if TYPE_CHECKING:
     import datasets
 
@@ -23,6 +25,16 @@ class BadRow(Exception):
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
         self.kind, self.detail = kind, detail
+
+
+def check_length(length: int, limit: int) -> None:
+    """Check that a row of so many tokens is within data.max_length.
+
+    Raises:
+        BadRow: if it is not.
+    """
+    if length > limit:
+        raise BadRow(f"longer than {limit} tokens", f"{length} tokens, data.max_length is {limit}")
 
 
 @dataclass
@@ -77,6 +89,19 @@ class RowReport:
         self.dropped.update(other.dropped)
         self.noted.update(other.noted)
         self.examples += other.examples
+
+    def check(self, bad_rows: str) -> None:
+        """Check that there are rows to use, and no bad ones where they are errors (data.bad_rows).
+
+        Raises:
+            UsageError: if no row is usable.
+            DoraError: if a row is bad and bad rows are errors.
+        """
+        told = "\n".join(self.lines())
+        if self.dropped and bad_rows == "error":
+            raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
+        if not self.kept:
+            raise UsageError(f"no row can be used, the data set is empty:\n{told}")
 
     def lines(self) -> list[str]:
         """The report for a person; empty when every row was taken whole."""

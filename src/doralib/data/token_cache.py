@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 _MOST_KEPT = 8
 _ROWS_AT_ONCE = 10_000
-_SOURCES = ("answers", "chat", "conversations", "encoding", "labels", "prepare", "prompts", "templates", "tokenize")
-"""Our files that tokens follow from: what was made by other code is made anew."""
 
 
 def hash_job(rows: datasets.Dataset, numbers: Sequence[RowNumber], settings: DataSettings, tokenizer: Tokenizer) -> str:
@@ -37,7 +35,8 @@ def hash_job(rows: datasets.Dataset, numbers: Sequence[RowNumber], settings: Dat
     digest = hashlib.sha256()
     digest.update(settings.model_dump_json(exclude={"train", "validation", "limit", "packing"}).encode())
     digest.update(json.dumps(_describe_tokenizer(tokenizer), sort_keys=True, default=str).encode())
-    for file in (Path(__file__).with_name(f"{name}.py") for name in _SOURCES):
+    # what was made by other code is made anew
+    for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(hash_file(file).encode())
     digest.update("\n".join(map(str, numbers)).encode())
     for table in rows.with_format("arrow").iter(_ROWS_AT_ONCE):

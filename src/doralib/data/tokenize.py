@@ -12,7 +12,7 @@ from ..progress import Tick
 from ..recipe import DataSettings
 from .detect import find_style, look_at
 from .labels import label_rows
-from .prepare import IGNORED, BadRow, PreparedRows, RenderedRow, RowNumber, RowReport, Sample
+from .prepare import IGNORED, BadRow, PreparedRows, RenderedRow, RowNumber, RowReport, Sample, check_length
 from .prompt_form import make_form
 from .prompts import render_row
 from .rows import RawRows, as_written
@@ -54,12 +54,7 @@ def tokenize_rows(
         log.info(f"tokenizing {len(rows):,} rows, once; the next run takes them from the disk")
         made = _tokenize(rows, numbers, settings, tokenizer, tick)
         keep_tokens(key, made)
-    report = made.report
-    told = "\n".join(report.lines())
-    if report.dropped and settings.bad_rows == "error":
-        raise DoraError(f"data.bad_rows is 'error', and there are bad rows:\n{told}")
-    if not report.kept:
-        raise UsageError(f"no row can be used, the data set is empty:\n{told}")
+    made.report.check(settings.bad_rows)
     return made
 
 
@@ -156,8 +151,8 @@ def _fit(
     """The row within max_length, in several parts where it is to be divided."""
     length, limit = len(input_ids), settings.max_length
     way = settings.too_long or ("split" if settings.style == "text" else "skip")
-    if length > limit and way == "skip":
-        raise BadRow(f"longer than {limit} tokens", f"{length} tokens, data.max_length is {limit}")
+    if way == "skip":
+        check_length(length, limit)
     # a last token by itself could teach nothing: it takes the one before it along
     starts = [min(start, max(0, length - 2)) for start in range(0, length if way == "split" else 1, limit)]
     ends = [*starts[1:], length if way == "split" else limit]

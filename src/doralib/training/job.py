@@ -47,14 +47,13 @@ from .modality import Collate, Modality, Prepared, ScoringModality
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
-from .sampler import measure_padding
+from .sampler import PADDING_WORTH_GROUPING, measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
 log = logging.getLogger(__name__)
 
-_PADDING_WORTH_GROUPING = 0.1
 _ORDERS = {
     "group_by_length": "rows of like length together",
     "random": "drawn anew for each epoch",
@@ -260,7 +259,7 @@ def _check_batch(data: Prepared, args: TrainingArguments) -> None:
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
     padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
-    return "group_by_length" if padding > _PADDING_WORTH_GROUPING else "random"
+    return "group_by_length" if padding > PADDING_WORTH_GROUPING else "random"
 
 
 def _model(plan: _Plan, *, empty: bool) -> Loaded:

@@ -6,6 +6,8 @@ import torch
 from torch.utils.data import Sampler
 
 _BATCHES_SORTED_TOGETHER = 50
+PADDING_WORTH_GROUPING = 0.1
+"""The share of padding from which on rows of like length stand in one batch."""
 
 
 def measure_padding(lengths: Sequence[int], batch: int) -> float:

@@ -1,6 +1,5 @@
 """Text again, for objectives other than likelihood: pairs, judged answers, or prompts that are answered in training."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from ...checkpoints.load import Loaded
 from ...data.batches import OddsCollator
 from ...data.detect import look_at
 from ...data.encoding import check_ids, encode, pad_token
-from ...data.preferences import AnswerForm, find_form, prepare_judged, prepare_pairs, prepare_prompts
+from ...data.preferences import AnswerForm, find_form, prepare_answers
 from ...data.prepare import PreparedRows, Sample
 from ...data.prompt_form import make_form
 from ...data.rows import RawRows, read_both
@@ -26,12 +25,6 @@ from . import text
 
 _SAMPLES = 5
 _SAMPLE_TOKENS = 64
-_PREPARE: dict[str, Callable[..., tuple[PreparedRows, list[Sample]]]] = {
-    "dpo": prepare_pairs,
-    "orpo": prepare_pairs,
-    "kto": prepare_judged,
-    "grpo": prepare_prompts,
-}
 _COLUMNS = {"dpo": ("chosen_ids", "rejected_ids"), "orpo": ("chosen_ids", "rejected_ids"), "kto": ("completion_ids",)}
 
 
@@ -93,7 +86,7 @@ class Preference:
     def _make(
         self, rows: datasets.Dataset, numbers: Any, settings: DataSettings, model: Any, processor: Any
     ) -> tuple[PreparedRows, list[Sample]]:
-        made, samples = _PREPARE[self.objective.kind](rows, numbers, self.form, settings, processor)
+        made, samples = prepare_answers(self.objective.kind, rows, numbers, self.form, settings, processor)
         for column in ("prompt_ids", *_COLUMNS.get(self.objective.kind, ())):
             if column in made.rows.column_names:
                 check_ids(model, processor, made.rows[column], "the rows")

@@ -15,11 +15,10 @@ from ...data.rows import RawRows
 from ...data.tokenize import tokenize_rows
 from ...errors import DoraError
 from ...recipe import Recipe
-from ..sampler import measure_padding
+from ..sampler import PADDING_WORTH_GROUPING, measure_padding
 
 _LOOKED_AT = 400
 _SKIMMED = 20_000
-_PADDING_WORTH_GROUPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _measure(recipe: Recipe, config: Any, rows: RawRows) -> Lengths:
     mean, batch = float(np.mean(usual["length"])), recipe.training.get("per_device_train_batch_size", 8)
     padding = measure_padding(usual["length"][:], batch)
     grouped = recipe.training.get("train_sampling_strategy", "group_by_length") == "group_by_length"
-    padded = mean if grouped and padding > _PADDING_WORTH_GROUPING else mean / (1 - padding)
+    padded = mean if grouped and padding > PADDING_WORTH_GROUPING else mean / (1 - padding)
     # of the rows that stand in one batch with the longest
     most_learned = max(learned) if len(learned) < 2 else float(np.mean(sorted(learned)[-batch:]))
     told = f"the longest row has {max(lengths)} tokens, a usual one {mean:.0f} ({len(some):,} of {total:,} rows read)"
