@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -27,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
+from ..data.series_form import read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -37,7 +39,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import find_head_kind, read_head_kind
+from .kind import Kind, find_head_kind, find_kind, read_head_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer; of a model of series a `SeriesForm` stands there."""
 
 
 @contextmanager
@@ -172,6 +175,47 @@ def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(new) if not any(name.startswith(f"{other}.") for other in new))
 
 
+def load_forecaster(settings: ModelSettings, *, empty: bool = False) -> PreTrainedModel:
+    """Load a model of series over time, which takes one series at a time.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it takes several series together.
+        DoraError: if its files are damaged.
+    """
+    # two that stand in none of transformers' tables; nobody else needs their modules
+    import transformers  # noqa: PLC0415
+
+    auto = AutoModelForTimeSeriesPrediction
+    for name in ("PatchTST", "PatchTSMixer"):
+        auto.register(
+            getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForPrediction"), exist_ok=True
+        )
+    more = _take_one_channel(settings.path, load_config(settings))
+    if empty:
+        return _make_empty(settings, auto, **more)
+    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
+    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    return model
+
+
+def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
+    """The settings by which a model of several series side by side takes one: it has the same weights for each.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    if getattr(config, "num_input_channels", 1) == 1:
+        return {}
+    shared = getattr(config, "share_embedding", True) and getattr(config, "share_projection", True)
+    together = getattr(config, "channel_attention", False) or getattr(config, "mode", "") == "mix_channel"
+    if together or not shared or getattr(config, "prediction_channel_indices", None):
+        raise UsageError(
+            f"model: {path} reads {config.num_input_channels} series together, and doralib trains on one series at a "
+            "time; take a model of one channel, or one with the same weights for every channel"
+        )
+    return {"num_input_channels": 1}
+
+
 @contextmanager
 def _without_loading_report() -> Iterator[None]:
     """Without the table of missing weights: a head that is to be trained is missing by intention."""
@@ -235,10 +279,16 @@ def load_model(
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+        kind = find_model_kind(settings) if head is None else head.kind
         with nullcontext() if base else telling_places(folder, where):
-            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            if kind == "forecast":
+                model = load_forecaster(settings)
+            else:
+                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
+        if kind == "forecast":
+            return model.eval(), read_series_form(folder)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
         if head is None:
             set_end_tokens(model, tokenizer)
@@ -249,8 +299,15 @@ def load_model(
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
+    if find_model_kind(settings) == "forecast":
+        return load_forecaster(settings).eval(), read_series_form(folder)
     model, tokenizer = load_base(settings) if read_head_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
+
+
+def find_model_kind(settings: ModelSettings) -> Kind | None:
+    """The kind of a model by its configuration, on the hub too; None for language models, and .gguf files are such."""
+    return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
 
 
 def load_own_tokenizer(

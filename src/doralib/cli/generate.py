@@ -24,8 +24,8 @@ def generate_command(
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl; forecasts as .csv.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -47,6 +47,7 @@ def generate_command(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Of series: forecast so many values.")] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
@@ -57,9 +58,19 @@ def generate_command(
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
+    from .forecast import ForecastRequest, is_series_model, write_forecasts
     from .prompt_file import read_prompts, write_answers
 
     fields = _read_fields(field or [])
+    if is_series_model(model, base):
+        texts = {"--prompt": prompt, "--field": fields, "--chat": chat, "--system": system, "--adapter": adapter}
+        others = [option for option, value in texts.items() if value]
+        hints = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=hints)
+        write_forecasts(model, load, ForecastRequest(file, out, horizon, others), batch_size)
+        return
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series")
     _check(prompt, fields, file, out, adapter or [])
     sampling = Sampling(
         temperature=temperature,

@@ -8,9 +8,10 @@ from . import plots
 from .charts import Series, line_chart, number_text, time_text
 from .markup import Child, Markup, el, html_table
 from .page import write_page
-from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
+from .record import METHODS, OBJECTIVE_CURVES, RunRecord, is_series, numbers, read_run
 from .report_data import data_section
 from .report_results import confusion_section, results_section, wrong_section
+from .report_series import series_section
 from .use import list_commands
 
 _STATUS = {
@@ -44,6 +45,7 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
         results_section(record),
         _curves(record),
         confusion_section(record),
+        series_section(record),
         _samples(record),
         wrong_section(record),
         _use_section(record),
@@ -127,9 +129,8 @@ def _objective_curves(record: RunRecord) -> list[Markup | None]:
 
 
 def _samples(record: RunRecord) -> Markup | None:
-    if not record.samples:
-        return None
-    return _section("What it says", "Generated before and after training.", *map(_sample, record.samples))
+    said = [_sample(sample) for sample in record.samples if not is_series(sample)]
+    return _section("What it says", "Generated before and after training.", *said) if said else None
 
 
 def _sample(sample: dict[str, Any]) -> Markup:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_head_kind
+from ...checkpoints.kind import read_kind
 from ...recipe import Recipe
 from ..modality import Modality
 from . import text
 from .classify import Classification
+from .forecast import Forecasting
 from .preference import Preference
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
-_WITH_A_HEAD: dict[str, Callable[[], Modality]] = {
+_MADE_ANEW: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
+    "forecast": Forecasting,
 }
+"""Those that know the data once they have seen them."""
 
 
 def choose_modality(recipe: Recipe) -> Modality:
@@ -22,5 +25,5 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
-    kind = (read_head_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
-    return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
+    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES["text"]

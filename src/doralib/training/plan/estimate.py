@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_head_kind
+from ...checkpoints.kind import HEADS, HeadKind, find_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -116,8 +116,10 @@ def estimate_run(
         UsageError: if there is no such model.
     """
     config = load_config(recipe.model)
-    kind = find_head_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    head = None if kind == "causal" else kind
+    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "forecast":
+        raise UsageError("a plan is made for models of text; those of series are small enough to try")
+    head: HeadKind | None = kind if kind in HEADS else None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
