@@ -17,8 +17,9 @@ from doralib.checkpoints.load import load_model
 from doralib.data.forecaster import forecast
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import Recipe
+from doralib.runs.report import write_report
 from doralib.training import callbacks
-from doralib.training.job import Interrupted, fine_tune, look_ahead, train
+from doralib.training.job import Interrupted, fine_tune, look_ahead
 
 pytest.importorskip("utilsforecast", reason="utilsforecast is not installed")
 
@@ -37,6 +38,9 @@ CONFIGS = {
         **PATCHES, num_layers=2, dropout=0.0, head_dropout=0.0
     ),
 }
+
+
+TIMESFM, PATCHTST = "TimesFm2_5ModelForPrediction", "PatchTSTForPrediction"
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,13 @@ def recipe(bases, tmp_path):
     ]
     (tmp_path / "sales.csv").write_text("series,date,value\n" + "".join(lines))
 
-    def make(name="TimesFm2_5ModelForPrediction", **changes):
+    def make(name=TIMESFM, **changes):
         values = {
             "model": {"path": str(bases[name])},
             "data": {"train": str(tmp_path / "sales.csv"), "validation": 0.25},
             "adapter": {"r": 4},
-            "training": {"max_steps": 12, "learning_rate": 0.01, "per_device_train_batch_size": 8, "logging_steps": 1},
+            "training": {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 1, "save_steps": 6},
+            "eval": {"before": True},
             "out": str(tmp_path / "run"),
         }
         for group, given in changes.items():
@@ -79,9 +84,17 @@ def ask(model, context=24):
     return np.stack(forecast(model, pasts, [1] * 3, context, 3, lambda _: None))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        TIMESFM,
+        PATCHTST,
+        *(pytest.param(name, marks=pytest.mark.long) for name in CONFIGS if name not in (TIMESFM, PATCHTST)),
+    ],
+)
 def test_from_the_recipe_to_the_merged_model(run, recipe, bases, tmp_path, name):
-    folder = train(recipe(name))
+    folder = fine_tune(recipe(name))
+    write_report(folder, figures=False)
     results = json.loads((folder / "results.json").read_text())
     before, after = (results[when]["validation"]["metrics"] for when in ("before", "after"))
     quantiles = ["pinball"] if name != "PatchTSMixerForPrediction" else []
@@ -130,7 +143,7 @@ def measured(folder, kind="train", key="loss"):
     return torch.tensor([line[key] for line in lines if line["kind"] == kind and key in line])
 
 
-@pytest.mark.parametrize("name", ["TimesFm2_5ModelForPrediction", "PatchTSMixerForPrediction"])
+@pytest.mark.parametrize("name", [TIMESFM, "PatchTSMixerForPrediction"])
 def test_the_loss_is_the_mean_over_windows_whatever_the_batches(recipe, name):
     """Short series too, of which some windows are padded; the last batch of validation is not whole."""
     found = []
@@ -140,7 +153,7 @@ def test_the_loss_is_the_mean_over_windows_whatever_the_batches(recipe, name):
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 8},
         ]
     ):
-        training = {"max_steps": 3, "train_sampling_strategy": "random", "eval_steps": 1, **each}
+        training = {"max_steps": 3, "train_sampling_strategy": "random", "save_steps": 1, **each}
         wanted = recipe(name, training=training, eval={"before": False}, out=f"{recipe().out}{i}")
         folder = fine_tune(wanted)
         found.append((measured(folder), measured(folder, "eval", "eval_loss")))
@@ -177,9 +190,6 @@ def test_short_series_are_left_out_by_name(recipe, tmp_path, caplog):
         look_ahead(recipe())
 
 
-TIMESFM, PATCHTST = "TimesFm2_5ModelForPrediction", "PatchTSTForPrediction"
-
-
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
@@ -197,7 +207,8 @@ def test_refusals(recipe, name, data, said):
 
 
 def test_full_fine_tuning_keeps_the_form_with_the_model(run, recipe, tmp_path):
-    folder = train(recipe(adapter={"method": "full"}, training={"max_steps": 2}, data={"series": {"context": 16}}))
+    changes = {"data": {"series": {"context": 16}}, "eval": {"before": False}}
+    folder = fine_tune(recipe(adapter={"method": "full"}, training={"max_steps": 2}, **changes))
     model, form = load_model(str(folder))
     assert type(model).__name__ == "TimesFm2_5ModelForPrediction"
     assert form.settings.context == 16
@@ -207,7 +218,7 @@ def test_full_fine_tuning_keeps_the_form_with_the_model(run, recipe, tmp_path):
 
 
 def test_what_generate_says_to_what_it_cannot_do(run, recipe, bases, tmp_path, tiny_llama_folder):
-    base = bases["TimesFm2_5ModelForPrediction"]
+    base = bases[TIMESFM]
     status, _, err = run("generate", base, "--prompt", "hello")
     assert (status, "is given no text; use --file" in err) == (2, True)
     status, _, err = run("generate", base)
@@ -228,6 +239,7 @@ def _write(recipe, folder):
     return folder / "recipe.yaml"
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(recipe, monkeypatch):
     training = {"max_steps": 6, "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = fine_tune(recipe(training=training, adapter={"lora_dropout": 0.1}, out=recipe().out + "-whole"))
