@@ -25,12 +25,12 @@ from doralib.files import write_json
 RESULT = Path(__file__).parent / "results" / "series.json"
 PAGE = Path(__file__).parents[1] / "docs" / "any-module.md"
 HORIZON, SEASON, LEAST_PAST = 18, 12, 12
-# M3's months fit into it; the package's own window of 2,048 takes eight times as long
-WINDOW = 256
+# M3's months fit into it; the package's own window of 2,048 takes fourteen times as long
+WINDOW = 144
 METHODS = {
-    "full": ({"method": "full"}, (1e-4, 3e-4, 1e-3)),
-    "LoRA": ({"method": "lora", "r": 4, "lora_alpha": 8}, (1e-3, 3e-3, 1e-2)),
-    "DoRA": ({"method": "dora", "r": 4, "lora_alpha": 8}, (1e-3, 3e-3, 1e-2)),
+    "full": ({"method": "full"}, (3e-5, 1e-4, 3e-4)),
+    "LoRA": ({"method": "lora", "r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
+    "DoRA": ({"method": "dora", "r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
 }
 
 
@@ -162,7 +162,7 @@ def write_table(report):
         f"{len(settings['seeds'])} seeds. ± is half the range over the seeds, and brackets are 95 % bootstrap",
         f"intervals over the series. DoRA's MASE minus LoRA's is {write_gap(between, 4)}.",
         f"The window is {settings['window']}",
-        f"values long, and the package's own 2,048: on every fifth series that has a MASE of {packaged['2048']:.3f},",
+        f"values long, and the package's own 2,048: on every tenth series that has a MASE of {packaged['2048']:.3f},",
         f"and ours of {packaged[str(settings['window'])]:.3f}. The model is tiny: an adapter of rank 4 on layers of 64",
         "columns is a large share of it.",
     ]
@@ -178,7 +178,7 @@ def main():
     """Score, train, write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--series", type=int, default=None, help="Only the first so many.")
     asked = parser.parse_args()
@@ -192,7 +192,7 @@ def main():
     mean = lambda scores: {name: float(values.mean()) for name, values in scores.items()}
     zero = score(base, pasts, futures)
     print("zero-shot", mean(zero), flush=True)
-    windows = {"2048": score(Fracast(2048).eval(), pasts[::5], futures[::5])["mase"], str(WINDOW): zero["mase"][::5]}
+    windows = {"2048": score(Fracast(2048).eval(), pasts[::10], futures[::10])["mase"], str(WINDOW): zero["mase"][::10]}
     packaged = {name: float(values.mean()) for name, values in windows.items()}
     print("zero-shot, by the window", packaged, f"{time.perf_counter() - start:.0f} s", flush=True)
     report = {
