@@ -15,14 +15,28 @@ Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
 """What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
 
 
+class VisualSettings(Checked):
+    """What a model of kind vl-bart sees: features that some vision model made of pictures or frames."""
+
+    features: int = Field(default=2048, ge=1, lt=2**20)
+    """Numbers of a feature."""
+    tokens: int = Field(default=36, ge=1, le=100)
+    """Features of a picture or video; a larger grid, or more frames, are pooled to as many."""
+    images: int = Field(default=2, ge=1, le=100)
+    """Pictures that one row may have."""
+
+
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    auto: as a local model's config.json names its class, else causal."""
+    vl-bart: a BART that reads features of pictures or videos too; auto: as a local model's config.json names its class,
+    else causal."""
+    visual: VisualSettings = VisualSettings()
+    """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
