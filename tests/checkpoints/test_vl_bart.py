@@ -40,7 +40,7 @@ def make_model(**visual):
     return model, tokenizer
 
 
-def encode_by_formula(weights, ids, mask, features, seen_mask, images, orders, boxes, heads=2):
+def encode_by_formula(weights, ids, mask, features, places, boxes, heads=2):
     """The encoder's states, from named float64 weights and tensors alone; one row at a time."""
     w = lambda name: weights[name].double()
 
@@ -64,19 +64,19 @@ def encode_by_formula(weights, ids, mask, features, seen_mask, images, orders, b
         return linear(torch.cat(parts, -1), f"{name}.out_proj")
 
     boxes = boxes.double()
-    table, places = w("model.shared.weight"), w("model.encoder.embed_positions.weight")
+    table, positions = w("model.shared.weight"), w("model.encoder.embed_positions.weight")
     rows = []
     for b in range(len(ids)):
         # BART's positions begin with its third row
-        words = table[ids[b]] + places[2 : 2 + ids.shape[1]]
+        words = table[ids[b]] + positions[2 : 2 + ids.shape[1]]
         words = norm(words, "model.encoder.layernorm_embedding")
         area = (boxes[b, :, 1] - boxes[b, :, 0]) * (boxes[b, :, 3] - boxes[b, :, 2])
         place = torch.cat([boxes[b], area[:, None]], -1)
         seen = norm(linear(features[b].double(), "visual_embedding.feature.0"), "visual_embedding.feature.1")
         seen = seen + norm(linear(place, "visual_embedding.position.0"), "visual_embedding.position.1")
-        seen = seen + w("visual_embedding.image_order.weight")[images[b]]
-        seen = seen + torch.stack([table[-1 - number] for number in orders[b].tolist()])
-        x, counts = torch.cat([words, seen]), torch.cat([mask[b], seen_mask[b]]).bool()
+        seen = seen + w("visual_embedding.image_order.weight")[places[b, :, 0].clamp_min(0)]
+        seen = seen + torch.stack([table[-1 - max(number, 0)] for number in places[b, :, 1].tolist()])
+        x, counts = torch.cat([words, seen]), torch.cat([mask[b], places[b, :, 0] + 1]).bool()
         for i in range(2):
             layer = f"model.encoder.layers.{i}"
             x = norm(x + attend(x, counts, f"{layer}.self_attn"), f"{layer}.self_attn_layer_norm")
@@ -93,9 +93,7 @@ def make_batch(seed=0):
         "input_ids": torch.randint(3, 400, (2, 5)),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
         "features": torch.randn(2, 6, 7),
-        "visual_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]),
-        "images": torch.tensor([[0, 0, 0, 1, 1, 1], [0] * 6]),
-        "orders": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0]]),
+        "places": torch.tensor([[[i // 3, i % 3] for i in range(6)], [*([0, i] for i in range(3)), *[[-1, -1]] * 3]]),
     }
 
 
@@ -106,7 +104,7 @@ def test_the_encoder_is_the_formula(seed):
     weights = {name: p.detach() for name, p in model.state_dict().items()}
     wanted = encode_by_formula(weights, *batch.values(), boxes)
     given = {**batch, "boxes": boxes} if seed % 2 else batch
-    counts = torch.cat([batch["attention_mask"], batch["visual_mask"]], 1).bool()
+    counts = torch.cat([batch["attention_mask"], batch["places"][..., 0] + 1], 1).bool()
     with torch.no_grad():
         states, mask = model.encode(**given)
         assert mask.bool().equal(counts)
@@ -145,7 +143,7 @@ def test_without_features_it_is_bart():
 
 
 def test_beams_see_what_one_pass_sees():
-    (model, tokenizer), batch = make_model(), make_batch()
+    (model, _), batch = make_model(), make_batch()
     with torch.no_grad():
         states, mask = model.encode(**batch)
         given = {"encoder_outputs": states, "attention_mask": mask, "max_new_tokens": 4, "pad_token_id": 0}

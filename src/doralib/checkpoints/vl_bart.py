@@ -82,9 +82,7 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
         input_ids: Tensor,
         attention_mask: Tensor,
         features: Tensor,
-        visual_mask: Tensor,
-        images: Tensor,
-        orders: Tensor,
+        places: Tensor,
         boxes: Tensor | None = None,
     ) -> tuple[BaseModelOutput, Tensor]:
         """The encoder's states of words and features, (B, T + N, C), and which of them count, (B, T + N).
@@ -93,19 +91,18 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
             input_ids: (B, T).
             attention_mask: (B, T), 0 for padding.
             features: (B, N, F).
-            visual_mask: (B, N), 0 for padding.
-            images: (B, N), which picture a feature is of.
-            orders: (B, N), its number within the picture.
+            places: (B, N, 2), which picture a feature is of and its number there, from 0; -1 for padding.
             boxes: (B, N, 4); None: zeros, as for grids.
         """
         encoder, table_VC = self.model.encoder, self.get_input_embeddings().weight
         boxes = features.new_zeros(*features.shape[:2], 4) if boxes is None else boxes
         words_BTC = encoder.embed_tokens(input_ids) + encoder.embed_positions(input_ids)
-        order_BNC = nnf.embedding(len(table_VC) - 1 - orders, table_VC)
-        seen_BNC = self.visual_embedding(features, boxes, images, order_BNC)
+        images_BN, orders_BN = places.clamp_min(0).unbind(-1)
+        order_BNC = nnf.embedding(len(table_VC) - 1 - orders_BN, table_VC)
+        seen_BNC = self.visual_embedding(features, boxes, images_BN, order_BNC)
         states = torch.cat([encoder.layernorm_embedding(words_BTC), seen_BNC], dim=1)
         states = nnf.dropout(states, p=encoder.dropout, training=self.training)
-        mask = torch.cat([attention_mask, visual_mask], dim=1)
+        mask = torch.cat([attention_mask, (places[..., 0] >= 0).to(attention_mask.dtype)], dim=1)
         hidden = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=mask)
         for layer in encoder.layers:
             states = layer(states, hidden)
@@ -117,9 +114,7 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
         attention_mask: Tensor | None = None,
         *,
         features: Tensor | None = None,
-        visual_mask: Tensor | None = None,
-        images: Tensor | None = None,
-        orders: Tensor | None = None,
+        places: Tensor | None = None,
         encoder_outputs: Any = None,
         labels: Tensor | None = None,
         weights: Tensor | None = None,
@@ -135,8 +130,10 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
             others: Of BART.
         """
         if features is not None:
-            given = (input_ids, attention_mask, features, visual_mask, images, orders)
-            encoder_outputs, attention_mask = self.encode(*given)  # type: ignore[arg-type]
+            assert input_ids is not None
+            assert attention_mask is not None
+            assert places is not None
+            encoder_outputs, attention_mask = self.encode(input_ids, attention_mask, features, places)
             input_ids = None
         if labels is not None:
             config = self.config
