@@ -1,4 +1,4 @@
-"""A tiny BART, and folders in the layouts of VL-BART's image and video tasks, whose right answers stand in the features."""
+"""A tiny BART, and folders in the layouts of VL-BART's image and video tasks; the features hold the right answers."""
 
 import json
 import random
@@ -21,12 +21,17 @@ def make_bart_folder(folder, width=32, layers=1, **changes):
     texts = ["true false red green blue black vqa: gpa: nlvr: caption: what color is it? a0: a1: [Subs] [Q] [TS]"] * 3
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
     settings = {
         "vocab_size": len(tokenizer),
@@ -126,7 +131,10 @@ def make_image_folder(root, count=24, people=True):
         write_json(known, {"images": before + images, "dataset": "coco"})
         if split == "test" and people:
             answers = [
-                {"question_id": row["question_id"], "answers": [{"answer": next(iter(row["label"]))}] * 9 + [{"answer": "x"}]}
+                {
+                    "question_id": row["question_id"],
+                    "answers": [{"answer": next(iter(row["label"]))}] * 9 + [{"answer": "x"}],
+                }
                 for row in rows["vqa"]
             ]
             write_json(root / "vqa" / "v2_mscoco_val2014_annotations.json", {"annotations": answers})
@@ -146,12 +154,15 @@ def make_video_folder(root, count=16):
                 spoken.append({"vid_name": video, "sub": [{"text": f" say {color} ", "start": 0.0, "end": 1.5}]})
                 row = {"vid_name": video, "duration": 5}
                 if choices:
-                    words = draw.sample(COLORS, 4) + ["none"]
+                    words = [*draw.sample(COLORS, 4), "none"]
                     row |= {f"a{k}": f"{word}." for k, word in enumerate(words[:choices])}
                     row |= {"qid": 100 + i, "q": "what color?", "ts": "0.5-3.25", "answer_idx": words.index(color)}
                     row |= {"show_name": "Friends"} if task == "tvqa" else {}
                 else:
-                    descs = [{"desc": f"it is {color}", "desc_id": i, "type": "v"}, {"desc": f"{color} thing", "desc_id": -i, "type": "v"}]
+                    descs = [
+                        {"desc": f"it is {color}", "desc_id": i, "type": "v"},
+                        {"desc": f"{color} thing", "desc_id": -i, "type": "v"},
+                    ]
                     row |= {"clip_id": 500 + i, "descs": descs}
                     row |= {"ts": [0, 3.38]} if task == "tvc" else {}
                 rows.append(row)

@@ -6,10 +6,11 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
@@ -85,15 +86,7 @@ class VisualModel:
 
 
 def score_layout(
-    rows: Sequence[Row],
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    settings: DataSettings,
-    *,
-    batch_size: int,
-    limit: int | None,
-    seed: int,
-    tick: Tick | None,
+    asked: VisualModel, rows: Sequence[Row], *, limit: int | None = None, seed: int = 0, tick: Tick | None = None
 ) -> tuple[dict[str, TaskResult], dict[str, str]]:
     """The result of each task, and files of predictions by name, of the rows whose features are there.
 
@@ -105,23 +98,27 @@ def score_layout(
         UsageError: if captions are to be scored and pycocoevalcap is not installed.
         DoraError: if features cannot be read.
     """
-    tick, asked = tick or log_progress(), VisualModel(model, tokenizer, settings, batch_size)
+    tick, settings = tick or log_progress(), asked.settings
     results: dict[str, TaskResult] = {}
     files: dict[str, str] = {}
-    with evaluation_mode(model), unchanged(model):
+    with evaluation_mode(asked.model), unchanged(asked.model):
         for name, task in choose_tasks(settings).items():
             own = [row for row in rows if row["task"] == name][:limit]
             if not own:
                 continue
             start = time.perf_counter()
-            said = asked.answer(task, own, lambda share, name=name: tick(name, share, 1.0))
+            said = asked.answer(task, own, partial(_advance, tick, name))
             file, text = write_predictions(name, task, own, said, settings)
             files[file] = text
             known = [(row, each) for row, each in zip(own, said, strict=True) if row["targets"] or row["answers"]]
             if known:
-                result = score_answers(name, task, *zip(*known, strict=True), seed=seed)  # type: ignore[arg-type]
+                result = score_answers(name, task, *zip(*known, strict=True), seed=seed)
                 results[name] = TaskResult(**result, seconds=time.perf_counter() - start)
     return results, files
+
+
+def _advance(tick: Tick, name: str, share: float) -> None:
+    tick(name, share, 1.0)
 
 
 def score_answers(

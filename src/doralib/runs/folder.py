@@ -120,6 +120,12 @@ class RunFolder:
         listed = [*record.get("files", []), *names]
         files.write_json(self.record, {**record, "files": sorted(set(listed), key=listed.index)})
 
+    def write_predictions(self, texts: Mapping[str, str]) -> None:
+        """Write files of predictions, by name."""
+        for name, text in texts.items():
+            with disk.replacing(self.predictions / name) as part:
+                part.write_text(text, encoding="utf-8")
+
     def read(self, path: Path, otherwise: Any) -> Any:
         """A JSON file of an earlier session, if there is one."""
         return files.read_json(path, object if otherwise is None else type(otherwise)) if path.is_file() else otherwise

@@ -427,9 +427,7 @@ def _score(job: _Job, when: str) -> None:
         scored = {name: result.to_json() for name, result in found.items()}
         told = {name: {"accuracy": asdict(score)} for name, score in change.items()}
         if when == "after" and isinstance(job.plan.modality, KeepingModality):
-            for name, text in job.plan.modality.predictions.items():
-                with disk.replacing(run.predictions / name) as part:
-                    part.write_text(text, encoding="utf-8")
+            run.write_predictions(job.plan.modality.predictions)
         files.write_json(run.results, {**results, when: scored, **({"change": told} if told else {})})
     for name, result in found.items():
         scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())

@@ -15,6 +15,7 @@ from .value import VALUE
 from .vlbart import VLBART
 
 LAYOUTS: Mapping[str, Layout] = {"vlbart": VLBART, "value": VALUE}
+_SPLITS = ("train", "validation", "test")
 _COLUMNS = {
     **dict.fromkeys(("task", "key", "text", "told"), datasets.Value("large_string")),
     **dict.fromkeys(("features", "targets", "answers", "pictures"), datasets.List(datasets.Value("large_string"))),
@@ -48,7 +49,7 @@ def read_layout(settings: DataSettings, folder: str, split: str, setting: str) -
         UsageError: for files that are missing, of all tasks at once.
         DoraError: if one is damaged.
     """
-    if split not in ("train", "validation", "test"):
+    if split not in _SPLITS:
         raise UsageError(f"data.validation_split: a layout has validation and test, not {split!r}")
     tasks, root = choose_tasks(settings), Path(folder).expanduser()
     if not root.is_dir():
@@ -82,6 +83,8 @@ def list_layout_files(settings: DataSettings) -> dict[str, list[Path]]:
 
 
 def _list_files(settings: DataSettings, root: Path, split: str) -> Iterator[Path]:
+    if split not in _SPLITS or any(name not in LAYOUTS[settings.layout or ""].tasks for name in settings.tasks):
+        return  # told by who reads the rows
     for task in choose_tasks(settings).values():
         yield from dict.fromkeys(task.list_files(root, cast("Split", split)))
 

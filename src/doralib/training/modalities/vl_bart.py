@@ -66,7 +66,9 @@ class VisualTasks:
         assert self.visual is not None
         check_width(train, self.visual)
         ratios = {name: settings.tasks.get(name, 1.0) for name in choose_tasks(settings)}
-        told = {"a batch": "of one task, its size times " + ", ".join(f"{r:.3g} ({name})" for name, r in ratios.items())}
+        told = {
+            "a batch": "of one task, its size times " + ", ".join(f"{r:.3g} ({name})" for name, r in ratios.items())
+        }
         first = f"{rows.train[0]['text']}{LEFT}{rows.train[0]['targets'][0]}{RIGHT}"
         return Prepared(train, held, self._find_samples(rows), told, first, ratios=ratios)
 
@@ -112,13 +114,11 @@ class VisualTasks:
         if self.rows is None or self.rows.validation is None:
             return {}
         there = [row for row in self.rows.validation if all(Path(file).is_file() for file in row["features"])]
-        given: dict[str, Any] = {"batch_size": batch_size, "limit": self.recipe.eval.limit, "seed": seed, "tick": tick}
-        results, self.predictions = score_layout(there, model, processor, self.settings, **given)
+        asked = VisualModel(model, processor, self.settings, batch_size)
+        results, self.predictions = score_layout(asked, there, limit=self.recipe.eval.limit, seed=seed, tick=tick)
         return results
 
     def keep(self, folder: Path) -> None:
         """Write what the model sees beside its adapter."""
         assert self.visual is not None
         write_visual(folder, self.visual)
-
-
