@@ -112,14 +112,19 @@ class DataSettings(Checked):
     it has blank lines, else a line."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
-    layout: Literal["vlbart", "value"] | None = None
+    layout: Literal["auto", "vlbart", "value"] = "auto"
     """vl-bart: train, and validation, are folders of several tasks: vlbart has VL-T5's of pictures, value those of
     VALUE, of videos; validation_split is validation or test."""
     tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
-    """With a layout: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
+    """vl-bart: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
     {vqa: 1, nlvr: 0.33}; none: all of the layout, in batches alike."""
     features: str | None = None
-    """With a layout: the folder of features below each task's own; null: as it is published."""
+    """vl-bart: the folder of features below each task's own; null: as it is published."""
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the rows are of several tasks, in a folder that is laid out for them."""
+        return self.layout in ("vlbart", "value")
 
     def sources(self) -> list[DataSource]:
         """The sets of rows to train on, one where `train` is a name."""
@@ -204,12 +209,14 @@ class Recipe(Checked):
         return self
 
     def _find_wrong_layout(self) -> list[str]:
-        data, visual = self.data, self.model.kind == "vl-bart"
+        data, visual, told = self.data, self.model.kind == "vl-bart", f"data.layout {self.data.layout}"
         checks = {
-            "model.kind vl-bart reads folders: set data.layout to vlbart or value": visual and not data.layout,
-            "data.layout goes with model.kind vl-bart": bool(data.layout) and not visual,
-            "data.tasks and data.features go with data.layout": bool(data.tasks or data.features) and not data.layout,
-            "data.train is one folder with data.layout": bool(data.layout) and not isinstance(data.train, str),
+            "model.kind vl-bart reads folders: set data.layout to vlbart or value": visual and not data.has_tasks,
+            f"{told} goes with model.kind vl-bart, not {self.model.kind}": data.has_tasks and not visual,
+            f"data.tasks and data.features do not go with {told}": (
+                bool(data.tasks or data.features) and not data.has_tasks
+            ),
+            f"data.train is one folder with {told}": data.has_tasks and not isinstance(data.train, str),
             f"method {self.adapter.method!r} has no place for the visual embedding": visual and self.adapter.has_bank,
         }
         return [text for text, wrong in checks.items() if wrong]

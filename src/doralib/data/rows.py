@@ -84,7 +84,7 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     for i, source in enumerate(sources):
         own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
         rows, numbers = _read_source(settings, source.path, setting, own.split)
-        if settings.layout is None:
+        if not settings.has_tasks:
             rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
             numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
@@ -110,9 +110,9 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
 def _read_source(
     settings: DataSettings, source: str, setting: str, split: str
 ) -> tuple[datasets.Dataset, Sequence[RowNumber]]:
-    if settings.layout is None:
-        return _read(source, setting, split, settings.documents)
-    return read_layout(settings, source, split, setting)
+    if settings.has_tasks:
+        return read_layout(settings, source, split, setting)
+    return _read(source, setting, split, settings.documents)
 
 
 def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
@@ -167,7 +167,7 @@ def as_written(rows: datasets.Dataset) -> datasets.Dataset:
 
 def list_inputs(settings: DataSettings) -> dict[str, list[Path]]:
     """The files of data, by the setting that names them; a hub data set has none."""
-    if settings.layout is not None:
+    if settings.has_tasks:
         return list_layout_files(settings)
     sources = [source.path for source in settings.sources()]
     named = {"data.train" if len(sources) == 1 else f"data.train[{i}]": path for i, path in enumerate(sources)}

@@ -1,5 +1,6 @@
 """Rows of layouts as a VL-BART takes them: tokens of texts and targets, features from files, weights of labels."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +90,12 @@ def encode_text(row: Row, task: LayoutTask, settings: DataSettings, tokenizer: T
     limit = min(task.text_tokens or settings.max_length, settings.max_length)
     text, spare = str(row["text"]), int(row["spare"])
     ids = _encode(text, tokenizer)
-    head, _, rest = text.partition(" ")
-    spoken, rest = rest[:spare], rest[spare:]
-    while len(ids) > limit and spoken:
-        # a word is a token at least
-        words = spoken.split(" ")
-        spoken = " ".join(words[: max(len(words) - (len(ids) - limit), 0)])
-        ids = _encode(f"{head} {spoken}{rest}", tokenizer)
+    if len(ids) > limit and spare:
+        head, _, rest = text.partition(" ")
+        words, rest = rest[:spare].split(" "), rest[spare:]
+        shorten = lambda count: _encode(f"{head} {' '.join(words[:count])}{rest}", tokenizer)
+        fits = bisect_left(range(1, len(words) + 1), True, key=lambda count: len(shorten(count)) > limit)
+        ids = shorten(fits)
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 

@@ -30,7 +30,7 @@ def choose_tasks(settings: DataSettings) -> dict[str, LayoutTask]:
     Raises:
         UsageError: if there is no such task.
     """
-    known = LAYOUTS[settings.layout or ""].tasks
+    known = LAYOUTS[settings.layout].tasks
     if unknown := [name for name in settings.tasks if name not in known]:
         told = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
         raise UsageError(f"data.tasks: layout {settings.layout} has no {told}; it has {', '.join(known)}")
@@ -54,7 +54,7 @@ def read_layout(settings: DataSettings, folder: str, split: str, setting: str) -
     tasks, root = choose_tasks(settings), Path(folder).expanduser()
     if not root.is_dir():
         raise UsageError(f"{setting}: layout {settings.layout} is a folder, and there is none at {folder}")
-    features = settings.features or LAYOUTS[settings.layout or ""].features
+    features = settings.features or LAYOUTS[settings.layout].features
     problems: list[DoraError] = []
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     numbers: list[str] = []
@@ -83,7 +83,7 @@ def list_layout_files(settings: DataSettings) -> dict[str, list[Path]]:
 
 
 def _list_files(settings: DataSettings, root: Path, split: str) -> Iterator[Path]:
-    if split not in _SPLITS or any(name not in LAYOUTS[settings.layout or ""].tasks for name in settings.tasks):
+    if split not in _SPLITS or any(name not in LAYOUTS[settings.layout].tasks for name in settings.tasks):
         return  # told by who reads the rows
     for task in choose_tasks(settings).values():
         yield from dict.fromkeys(task.list_files(root, cast("Split", split)))
