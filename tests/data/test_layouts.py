@@ -251,6 +251,7 @@ def test_a_choice_is_read_from_an_answer(said, choice):
     assert read_choice(said, 4) == choice
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="VALUE's own files are not here")
 def test_published_files_of_value_are_read_and_written_alike(tmp_path):
     """The validation files, and predictions with the fields and types of VALUE's own samples."""
