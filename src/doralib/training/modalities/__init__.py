@@ -8,6 +8,7 @@ from ..modality import Modality
 from . import text
 from .classify import Classification
 from .preference import Preference
+from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
@@ -22,5 +23,7 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
+    if settings.kind == "vl-bart":
+        return VisualTasks(recipe)
     kind = (read_label_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
