@@ -39,9 +39,10 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import Kind, find_kind, find_label_kind, read_label_kind
+from .kind import Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
+from .vl_bart import VLBart, extend_vocabulary, read_visual
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,40 @@ def _find_missing(model: PreTrainedModel, missing: Collection[str], *, whole: bo
     return [name for name in missing if whole or (name.startswith(below) and not is_of_head(name))]
 
 
+def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False) -> Loaded:
+    """Load a BART with a visual embedding, and its tokenizer with the extra tokens.
+
+    Args:
+        seed: What a visual embedding is drawn from that the files do not hold.
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it is no BART, or one for other features.
+        DoraError: if its files are damaged.
+    """
+    tokenizer, config = load_tokenizer(settings), load_config(settings)
+    if config.model_type != "bart":
+        raise UsageError(
+            f"model.kind vl-bart: {settings.path} is a {config.model_type}; give a BART, such as facebook/bart-base"
+        )
+    asked = settings.visual.model_dump()
+    config.visual = getattr(config, "visual", None) or asked
+    if "visual" in settings.model_fields_set and config.visual != asked:
+        raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
+    if empty:
+        with torch.device("meta"), _without_loading_report():
+            model = VLBart._from_config(config)
+    else:
+        with _without_loading_report():
+            model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
+        fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
+        _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
+        if fresh:
+            model.visual_embedding.reset(config.init_std, seed)
+    extend_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
 def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     """What of a loaded classifier is trained whole: its last layers, and all else that its files do not have."""
     fresh: list[str] | None = model.__dict__.get("doralib_new")
@@ -271,42 +306,56 @@ def load_model(
     """
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
-    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
-        named = base or find_base_name(folder)
-        if not named:
-            raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantized: dict[str, Any] = {} if base else _read_quantization(folder)
-        where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        kind = find_model_kind(settings) if head is None else head.kind
-        with nullcontext() if base else telling_places(folder, where):
-            if kind == "forecast":
-                model = load_forecaster(settings)
-            else:
-                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
-        load_adapter(model, folder, given=given)
-        _warn_other_base(path, folder, where)
-        if kind == "forecast":
-            return model.eval(), read_series_form(folder)
-        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if head is None:
-            set_end_tokens(model, tokenizer)
+        model, tokenizer = _load_adapted(path, folder, base, dtype, given)
         return model.eval(), tokenizer
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
+    allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    if find_model_kind(settings) == "forecast":
+    kind = find_model_kind(settings)
+    if kind == "forecast":
         return load_forecaster(settings).eval(), read_series_form(folder)
-    model, tokenizer = load_base(settings) if read_label_kind(settings.path) is None else load_classifier(settings)
+    others: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"vl-bart": load_vl_bart}
+    others |= dict.fromkeys(("classify", "tokens"), load_classifier)
+    model, tokenizer = others.get(kind, load_base)(settings)
     return model.eval(), tokenizer
 
 
+def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
+    """The base of an adapter with it, and what belongs beside it; arguments as of `load_model`."""
+    named = base or find_base_name(folder)
+    if not named:
+        raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+    quantized: dict[str, Any] = {} if base else _read_quantization(folder)
+    where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
+    allow = given is not None and given.allow_nonfinite
+    settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+    of_series = head is None and visual is None and find_model_kind(settings) == "forecast"
+    with nullcontext() if base else telling_places(folder, where):
+        if visual is not None:
+            model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
+        elif of_series:
+            model = load_forecaster(settings)
+        else:
+            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+    load_adapter(model, folder, given=given)
+    _warn_other_base(path, folder, where, depth=4)
+    if of_series:
+        return model, read_series_form(folder)
+    tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
+    if head is None and visual is None:
+        set_end_tokens(model, tokenizer)
+    return model, tokenizer
+
+
 def find_model_kind(settings: ModelSettings) -> Kind | None:
-    """The kind of a model by its configuration, on the hub too; None for language models, and .gguf files are such."""
+    """The kind of a model by its config.json, on the hub too; None for language models, and .gguf files are such."""
+    if (Path(settings.path).expanduser() / "config.json").is_file():
+        return read_kind(settings.path)
     return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
 
 
@@ -385,10 +434,10 @@ def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
-def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
+def _warn_other_base(adapter: str, folder: Path, base: str, depth: int = 3) -> None:
     """Warn if an adapter names another base; only once its names and shapes are known to fit."""
     for note in find_other_base(find_base_name(folder), base):
-        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=depth)
 
 
 def _read_quantization(run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    ratios: Mapping[str, float] | None = None
+    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
 
 
 class Modality(Protocol):
@@ -73,3 +76,14 @@ class ScoringModality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
     ) -> dict[str, TaskResult]:
         """Results by name."""
+
+
+@runtime_checkable
+class KeepingModality(Protocol):
+    """A modality of which a folder says more than weights and tokenizer."""
+
+    predictions: Mapping[str, str]
+    """The files that the last scoring made, by name."""
+
+    def keep(self, folder: Path) -> None:
+        """Write what belongs beside an adapter."""

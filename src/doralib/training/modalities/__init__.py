@@ -9,6 +9,7 @@ from . import text
 from .classify import Classification
 from .forecast import Forecasting
 from .preference import Preference
+from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
@@ -26,4 +27,6 @@ def choose_modality(recipe: Recipe) -> Modality:
         return Preference(recipe.objective)
     settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    if kind == "vl-bart":
+        return VisualTasks(recipe)
     return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES["text"]
