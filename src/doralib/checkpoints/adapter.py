@@ -17,6 +17,7 @@ from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..functional import dense_row_norm, row_norm_sq
 from ..hub import split_revision
 from ..state import AdapterState, LayerAdapter
+from .kind import is_pipeline
 from .match import MatchedAdapter, match_adapter, view_as_rows
 from .quantized import find_quantized
 from .safetensors import Checkpoint, Stored, find_variant, read_whole
@@ -71,10 +72,10 @@ def describe_base(hints: Hints, base: Path | Checkpoint, variant: str | None = N
         DoraError: if they are damaged.
     """
     folder = base if isinstance(base, Path) else base.folder
-    if folder.name in COMPONENTS and _is_pipeline(folder.parent):
+    if folder.name in COMPONENTS and is_pipeline(folder.parent):
         # other parts' layers are told from unknown ones by the whole pipeline's names
         hints, base = replace(hints, component=hints.component or folder.name), folder.parent
-    if isinstance(base, Path) and _is_pipeline(base):
+    if isinstance(base, Path) and is_pipeline(base):
         parts = {part: _open(base / part, variant) for part in COMPONENTS if (base / part).is_dir()}
         named = {part: _read_shapes(checkpoint) for part, checkpoint in parts.items()}
         return replace(hints, shapes={f"{part}.{name}": s for part in named for name, s in named[part].items()})
@@ -99,7 +100,7 @@ def check_one_model(base: str | Path) -> None:
     Raises:
         UsageError: if it is, naming its parts.
     """
-    if _is_pipeline(Path(base)):
+    if is_pipeline(Path(base)):
         parts = " or ".join(str(Path(base) / part) for part in COMPONENTS if (Path(base) / part).is_dir())
         raise UsageError(f"{base} is a pipeline of several models; give one of them: --base {parts}")
 
@@ -123,7 +124,7 @@ def locate_base(adapter: Path, named: str) -> str:
     if place.is_absolute() or place.exists():
         return str(place) if place.exists() else named
     found = (above / place for above in _list_above(adapter))
-    return next((str(place) for place in found if place.is_file() or (place / "config.json").is_file()), named)
+    return next((str(place) for place in found if _is_model(place)), named)
 
 
 @contextmanager
@@ -142,6 +143,10 @@ def telling_places(adapter: Path, base: str) -> Iterator[None]:
         ) from None
 
 
+def _is_model(place: Path) -> bool:
+    return place.is_file() or (place / "config.json").is_file() or is_pipeline(place)
+
+
 def _list_above(adapter: Path) -> list[Path]:
     """The folders above an adapter, the nearest first."""
     return list(adapter.resolve().parents)
@@ -156,10 +161,6 @@ def _shorten_name(model: str | Path) -> str:
         return path.parents[1].name.rpartition("--")[2].lower()
     # the other system's path too: adapters are made on one and used on another
     return PureWindowsPath(path).name.removesuffix(".gguf").lower()
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
 
 
 def _list_stored(checkpoint: Checkpoint) -> dict[str, Stored]:

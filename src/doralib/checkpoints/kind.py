@@ -17,6 +17,11 @@ def find_kind(config: Mapping[str, Any]) -> Kind | None:
     return next((kind for kind, ending in CLASSES.items() if any(name.endswith(ending) for name in names)), None)
 
 
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether a folder is a diffusion pipeline, which is several models."""
+    return (Path(folder).expanduser() / "model_index.json").is_file()
+
+
 def read_kind(path: str) -> Kind | None:
     """The kind of head that a local model's config.json names; None for language models, and where there is no such."""
     file = Path(path).expanduser() / "config.json"

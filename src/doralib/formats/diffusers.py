@@ -14,7 +14,7 @@ from ..peft_settings import LORA
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
 from .peft import shape_magnitude
-from .pipeline import COMPONENTS, add_component, find_component
+from .pipeline import COMPONENTS, add_component, find_component, spell_for_files
 from .tensors import (
     check_only_layers,
     compute_alpha,
@@ -81,7 +81,7 @@ def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
         UsageError: if it cannot be told which part of a pipeline the layers belong to, or whole tensors were trained.
     """
     check_only_layers(state, "diffusers", ("linear", "convolution"))
-    named = add_component(state, hints)
+    named = {spell_for_files(name): layer for name, layer in add_component(state, hints).items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for part in sorted({find_component(name) or "" for name in named}):

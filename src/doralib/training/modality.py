@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
+from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
@@ -33,6 +35,10 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    unit: str = "tokens"
+    """What rows are counted in."""
+    order: str | None = None
+    """The `train_sampling_strategy` that the rows need; None: by how much padding there would be."""
 
 
 class Modality(Protocol):
@@ -63,6 +69,17 @@ class Modality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]
     ) -> list[str]:
         """What the model answers to each sample, given as ``{"prompt": ..., "expected": ...}``."""
+
+
+@runtime_checkable
+class DrawingModality(Protocol):
+    """A modality whose samples are pictures, drawn at each checkpoint too, and whose layers are its own to choose."""
+
+    def configure(self, config: DoraConfig) -> DoraConfig:
+        """The adapter's settings with what follows from the model."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what others read of the trained adapter, beside PEFT's files; each process calls it."""
 
 
 @runtime_checkable

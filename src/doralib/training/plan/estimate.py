@@ -117,6 +117,8 @@ def estimate_run(
     """
     config = load_config(recipe.model)
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "text-to-image":
+        raise UsageError("a diffusion pipeline cannot be planned yet")
     head = None if kind == "causal" else kind
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
