@@ -50,7 +50,7 @@ def make_clip(vocabulary, *, projected=False):
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def make_vae(channels=4):
+def make_vae(channels=4, shift=None):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -60,7 +60,7 @@ def make_vae(channels=4):
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
-        shift_factor=0.1 if channels > 4 else None,
+        shift_factor=shift,
     ).eval()
 
 
@@ -132,7 +132,7 @@ def make_pipeline(family, folder, prediction="epsilon", seed=0):
                 pos_embed_max_size=16,
             ).eval(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=make_vae(16),
+            vae=make_vae(16, 0.1),
             text_encoder=make_clip(len(clip), projected=True),
             tokenizer=clip,
             text_encoder_2=make_clip(len(clip), projected=True),
@@ -158,7 +158,7 @@ def make_pipeline(family, folder, prediction="epsilon", seed=0):
                 guidance_embeds=True,
             ).eval(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            vae=make_vae(4),
+            vae=make_vae(4, 0.1),
             text_encoder=first,
             tokenizer=clip,
             text_encoder_2=T5EncoderModel(t5).eval(),
