@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import DoraError
 from ..files import read_json, write_json
 from ..formats.base import SETTINGS_FILE
 from ..formats.files import find_adapter_file, read_raw_adapter
 from ..state import AdapterState
-from .kind import CLASSES, Kind
+from .kind import HEADS, HeadKind
 
 LABELS_FILE = "doralib_labels.json"
-TASKS: dict[str, Kind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
+TASKS: dict[str, HeadKind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
 # the last layer of a head, by the modules in which transformers' classes have it
 _LAST = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classifier.out.weight")
 _MODULES = (
@@ -34,7 +35,7 @@ _MODULES = (
 class Head:
     """What has to be known of a head to build its model."""
 
-    kind: Kind
+    kind: HeadKind
     labels: tuple[str, ...]
     pad_token_id: int | None = None
     """What a decoder is padded with, whose head reads the last token before that."""
@@ -55,12 +56,17 @@ def find_head(adapter: Path) -> Head | None:
     file = find_adapter_file(adapter)
     settings = file.parent / SETTINGS_FILE
     task = read_json(settings).get("task_type") if settings.is_file() else None
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         return None
     labels = file.parent / LABELS_FILE
     if labels.is_file():
         said = read_json(labels)
-        return Head(TASKS[task], tuple(said["labels"]), said.get("pad_token_id"))
+        names, pad = said.get("labels"), said.get("pad_token_id")
+        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+            raise DoraError(f"{labels} is damaged: labels is no list of names")
+        if not isinstance(pad, int | None):
+            raise DoraError(f"{labels} is damaged: pad_token_id is {pad!r} and no number")
+        return Head(TASKS[task], tuple(names), pad)
     # only their number is in PEFT's file
     shapes = {key: tuple(tensor.shape) for key, tensor in read_raw_adapter(file).tensors.items()}
     last = next((shape for key, shape in shapes.items() if key.endswith(_LAST)), None)
@@ -104,7 +110,7 @@ def change_config(config: Mapping[str, Any], head: Head) -> dict[str, Any]:
     return changed
 
 
-def _name_class(config: Mapping[str, Any], kind: Kind) -> str:
+def _name_class(config: Mapping[str, Any], kind: HeadKind) -> str:
     """transformers' class, asked of it where it is installed; its names go by a rule."""
     if importlib.util.find_spec("transformers") is not None:
         from transformers.models.auto import modeling_auto  # noqa: PLC0415  # seconds that heads alone pay
@@ -116,4 +122,4 @@ def _name_class(config: Mapping[str, Any], kind: Kind) -> str:
         if (name := named.get(config.get("model_type"))) is not None:
             return str(name)
     first = str(next(iter(config.get("architectures") or []), ""))
-    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model|DoubleHeadsModel)$", "", first) + CLASSES[kind]
+    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model|DoubleHeadsModel)$", "", first) + HEADS[kind]

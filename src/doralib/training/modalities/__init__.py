@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import is_pipeline, read_kind
+from ...checkpoints.kind import is_pipeline, read_label_kind
 from ...checkpoints.pipelines import import_diffusers
 from ...recipe import Recipe
 from ..modality import Modality
@@ -29,5 +29,5 @@ def choose_modality(recipe: Recipe) -> Modality:
         from .text_to_image import Pictures  # noqa: PLC0415
 
         return Pictures(recipe)
-    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    kind = (read_label_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
