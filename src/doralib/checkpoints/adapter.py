@@ -53,7 +53,7 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
         raise UsageError(f"the adapter in {path} is empty")
     if asked.component:
         check_component(adapter, asked.component)
-    if asked.component or form.pipelines:
+    if asked.component or form.pipelines or base.component:
         adapter = take_component(adapter, hints.component)
     return form.name, adapter
 

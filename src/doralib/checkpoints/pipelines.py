@@ -19,9 +19,7 @@ from ..formats.files import find_base_name, is_adapter
 from ..formats.pipeline import COMPONENTS
 from ..hub import explain_hub, find_hub_file, is_local, split_revision
 from ..recipe import ModelSettings
-from .adapter import locate_base
-from .kind import is_pipeline
-
+from .kind import find_pipeline_folder, is_pipeline
 
 _T5 = "text_encoder_3"
 
@@ -144,6 +142,31 @@ def list_modules(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
+def add_tokens(pipeline: Any, tokens: Sequence[str], encoders: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Give text encoders and their tokenizers new tokens; the ids by the encoder's name.
+
+    Their rows begin at random, as far from zero as the other rows are.
+
+    Raises:
+        UsageError: if a tokenizer has one of them already.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name in encoders:
+        encoder, tokenizer = getattr(pipeline, name), getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        before = len(tokenizer)
+        if old := [token for token in tokens if token in tokenizer.get_vocab()]:
+            raise UsageError(f"model.new_tokens: {', '.join(map(repr, old))}: {name} knows it already")
+        tokenizer.add_tokens(list(tokens))
+        found[name] = tuple(range(before, len(tokenizer)))
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        weight = encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            drawn = torch.randn(len(tokens), weight.shape[1], generator=torch.Generator().manual_seed(0))
+            weight[before:] = (drawn * weight[:before].float().std().cpu()).to(weight)
+        encoder.requires_grad_(False)
+    return found
+
+
 def join_parts(pipeline: Any) -> nn.ModuleDict:
     """The parts that an adapter can have layers in, as one model whose layers are named by part."""
     return nn.ModuleDict({name: part for name, part in list_modules(pipeline).items() if name in COMPONENTS})
@@ -159,22 +182,34 @@ def find_pipeline(path: str, base: str | None = None, *, assume: bool = False) -
     place = Path(path).expanduser()
     if is_pipeline(place):
         return path
-    if base is not None and is_pipeline(base):
-        return base
-    if not place.exists() or not is_adapter(place):
-        return path if assume and not place.exists() else None
-    named = base or find_base_name(place)
-    if named is None:
-        return None
-    where = base or locate_base(place, named)
-    return where if assume or is_pipeline(where) or _says_pipeline(place) else None
+    if not place.exists():
+        return path if assume else None
+    if (folder := find_pipeline_folder(place, base)) is not None:
+        return str(folder)
+    named = base or (find_base_name(place) if is_adapter(place) else None)
+    return named if assume or _says_pipeline(place) else None
 
 
 def _says_pipeline(run: Path) -> bool:
-    file = run / "config.yaml"
+    return _read_model_group(run).get("kind") == "text-to-image"
+
+
+def _read_model_group(run: Path) -> Mapping[str, Any]:
+    """What a run's recipe says of its model; nothing of what is no run."""
+    file = run.expanduser() / "config.yaml"
     said = read_yaml(file) if file.is_file() else None
     model = said.get("model") if isinstance(said, dict) else None
-    return isinstance(model, dict) and model.get("kind") == "text-to-image"
+    return model if isinstance(model, dict) else {}
+
+
+def find_network(index: Mapping[str, Any]) -> str:
+    """The part that draws."""
+    return "transformer" if index.get("transformer") else "unet"
+
+
+def find_clip_encoders(pipeline: Any) -> list[str]:
+    """The text encoders of CLIP's kind, by the names of their parts."""
+    return [name for name, part in list_modules(pipeline).items() if type(part).__name__.startswith("CLIPText")]
 
 
 def load_adapted_pipeline(path: str, base: str, *, dtype: str = "auto", given: Hints | None = None) -> Any:
@@ -190,9 +225,13 @@ def load_adapted_pipeline(path: str, base: str, *, dtype: str = "auto", given: H
         UsageError: if there is no such pipeline.
         DoraError: if the adapter does not fit it.
     """
-    pipeline = load_pipeline(ModelSettings(path=base, dtype=dtype))
+    said = _read_model_group(Path(path))
+    kept = {name: said[name] for name in ("quantization", "double_quantization", "revision") if said.get(name)}
+    pipeline = load_pipeline(ModelSettings(path=base, dtype=dtype, **kept), find_network(read_pipeline_index(base)))
     if Path(path).expanduser() == Path(base).expanduser():
         return pipeline
+    if tokens := said.get("new_tokens"):
+        add_tokens(pipeline, tokens, find_clip_encoders(pipeline))
     load_adapter(join_parts(pipeline), Path(path), given=given)
     return pipeline
 

@@ -44,6 +44,7 @@ from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
 from .modality import Collate, DrawingModality, Modality, Prepared, ScoringModality
+from .optimizers import make_prodigy
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
@@ -274,8 +275,9 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
         model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
     if isinstance(plan.modality, DrawingModality):
-        recipe = recipe.model_copy(update={"adapter": plan.modality.configure(recipe.adapter)})
-    config = add_new_tokens(model, processor, recipe)
+        config = plan.modality.configure(model, processor, recipe.adapter)
+    else:
+        config = add_new_tokens(model, processor, recipe)
     config = _train_head(config, find_head_modules(model))
     if empty:
         return adapt(model, config), processor
@@ -512,7 +514,7 @@ def _make_trainer(job: _Job) -> AdapterTrainer:
         plan.args._n_gpu = 1
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
-        return LabelTrainer(*given)
+        return LabelTrainer(*given, optimizer_cls_and_kwargs=make_prodigy(plan.recipe.training, plan.args))
     # TRL is an extra
     from .objectives import TRAINERS  # noqa: PLC0415
 

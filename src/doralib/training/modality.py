@@ -75,8 +75,8 @@ class Modality(Protocol):
 class DrawingModality(Protocol):
     """A modality whose samples are pictures, drawn at each checkpoint too, and whose layers are its own to choose."""
 
-    def configure(self, config: DoraConfig) -> DoraConfig:
-        """The adapter's settings with what follows from the model."""
+    def configure(self, model: nn.Module, processor: Any, config: DoraConfig) -> DoraConfig:
+        """The adapter's settings with what follows from the model; it gets the recipe's new tokens."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what others read of the trained adapter, beside PEFT's files; each process calls it."""

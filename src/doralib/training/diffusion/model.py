@@ -52,8 +52,6 @@ class TextToImage(nn.Module):
         """Several GPUs take a process each: torch's DataParallel cannot share out a list of latents."""
         self.captions: list[str] = []
         """Those that `captions_B` counts, where text encoders are trained."""
-        self.progress = 0.0
-        """The share of the training that is done."""
         for part, module in parts.items():
             self.add_module(part, module)
         self.process: Diffusion | Flow | None = None
@@ -169,6 +167,19 @@ class TextToImage(nn.Module):
             name: torch.where(mask.to(value.device).view(-1, *[1] * (value.dim() - 1)), empty[name].to(value), value)
             for name, value in conditions.items()
         }
+
+    def find_rate_ratio(self, name: str) -> float:
+        """The learning rate of a parameter over the network's."""
+        return 1.0 if name.startswith(f"{self.family.network}.") else self.settings.text_encoder_lr_ratio
+
+    def hold_still(self, done: float) -> None:
+        """Leave new tokens as they are once this share of the training is done: an optimizer passes over what has no
+        gradient.
+        """
+        if done >= self.settings.new_tokens_share:
+            for name, p in self.named_parameters():
+                if name.endswith("trainable_tokens_delta"):
+                    p.grad = None
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **_: Any) -> None:
         """Compute the activations of a block again in the backward pass instead of keeping them."""

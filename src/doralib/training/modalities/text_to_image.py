@@ -15,6 +15,7 @@ from ...adapters.fsdp import gather
 from ...adapters.registry import config_of, state_of
 from ...checkpoints.load import Loaded
 from ...checkpoints.pipelines import (
+    add_tokens,
     list_modules,
     load_pipeline,
     make_empty_parts,
@@ -27,6 +28,7 @@ from ...data.rows import RawRows
 from ...disk import replacing
 from ...errors import UsageError
 from ...evaluation.pictures import Drawing, draw_pictures, picture_text
+from ...files import write_tensors
 from ...formats import FORMATS
 from ...formats.base import Hints
 from ...formats.files import write_raw_adapter
@@ -41,6 +43,10 @@ from ..modality import Collate, Prepared
 log = logging.getLogger(__name__)
 
 _SAMPLES = 4
+
+
+# by what diffusers' scripts call them
+_EMBEDDINGS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 @dataclass
@@ -108,12 +114,19 @@ class Pictures:
         parts = {name: modules[name] for name in wanted if name in modules}
         return TextToImage(family, pipeline, parts, self.settings, settings.path), Gallery(pipeline)
 
-    def configure(self, config: DoraConfig) -> DoraConfig:
-        """The adapter's settings with the family's layers where none are named, and those of text encoders."""
-        targets = self._find_family().targets if config.target_modules is None else config.target_modules
+    def configure(self, model: nn.Module, processor: Any, config: DoraConfig) -> DoraConfig:
+        """The adapter's settings with the family's layers where none are named, those of text encoders, new tokens."""
+        family = self._find_family()
+        targets = family.targets if config.target_modules is None else config.target_modules
         if self.settings.text_encoders and isinstance(targets, tuple):
             targets = tuple(dict.fromkeys((*targets, *ENCODER_TARGETS)))
-        return config.model_copy(update={"target_modules": targets})
+        changes: dict[str, Any] = {"target_modules": targets}
+        tokens = self.recipe.model.new_tokens
+        if tokens and processor.pipeline is not None:
+            encoders = [name for name in family.encoders if hasattr(model, name)]
+            ids = add_tokens(processor.pipeline, tokens, encoders)
+            changes["trainable_token_indices"] = {_name_embedding(model, name): ids[name] for name in encoders}
+        return config.model_copy(update=changes)
 
     def prepare(
         self, rows: RawRows, settings: DataSettings, model: Any, processor: Any, tick: Tick | None = None
@@ -161,6 +174,9 @@ class Pictures:
         if is_main():
             raw = form.write(config.in_files(), replace(state, rows={}), Hints())
             write_raw_adapter(raw, form, folder / form.tensors_file, overwrite=True)
+            if state.rows:
+                rows = {_EMBEDDINGS[name.partition(".")[0]]: each.rows_ND for name, each in state.rows.items()}
+                write_tensors(folder / f"{folder.name}_emb.safetensors", rows)
 
     def _find_family(self) -> DiffusionFamily:
         path = self.recipe.model.path
@@ -187,6 +203,13 @@ class Pictures:
                 with replacing(folder / f"{i:05}.png") as part:
                     picture.save(part, "png")
             yield picture
+
+
+def _name_embedding(model: nn.Module, part: str) -> str:
+    """The whole name of a text encoder's table of tokens."""
+    encoder: Any = model.get_submodule(part)
+    table = encoder.get_input_embeddings()
+    return next(f"{part}.{name}" for name, module in encoder.named_modules() if module is table)
 
 
 class _Making:
