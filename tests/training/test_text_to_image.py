@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 pytest.importorskip("diffusers", reason="diffusers is not installed here")
 
@@ -21,6 +20,9 @@ from doralib.data.prepare import BadRow
 from doralib.errors import UsageError
 from doralib.evaluation.pictures import Drawing, draw_pictures
 from doralib.files import read_json, read_tensors
+from doralib.formats.base import Hints
+from doralib.formats.files import read_any_format
+from doralib.formats.pipeline import find_component
 from doralib.recipe import DataSettings, DiffusionSettings, Recipe
 from doralib.training.diffusion.families import FAMILIES, find_family
 from doralib.training.diffusion.model import TextToImage
@@ -28,6 +30,12 @@ from doralib.training.diffusion.noise import Diffusion, Flow
 from doralib.training.diffusion.sizes import choose_size, list_sizes
 from doralib.training.job import fine_tune, look_ahead, train
 
+PARTS = {
+    "sd15": {"unet", "text_encoder"},
+    "sdxl": {"unet", "text_encoder", "text_encoder_2"},
+    "sd3": {"transformer"},
+    "flux": {"transformer"},
+}
 KINDS = ("sd15", "sdxl", "sd3", "flux")
 SIZE = 16
 
@@ -351,7 +359,7 @@ def recipe(bases, pictures, tmp_path):
             "data": {"train": str(pictures)},
             "adapter": {"r": 2, "lora_alpha": 4},
             "diffusion": {"resolution": SIZE, "sample_steps": 2},
-            "training": {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 0.02, "save_steps": 2},
+            "training": {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.02, "save_steps": 2},
         }
         for name, group in groups.items():
             given[name] = {**given.get(name, {}), **group}
@@ -366,35 +374,42 @@ def draw(pipeline, seed=1):
     return torch.from_numpy(np.asarray(draw_pictures(pipeline, ["a cat 1"], drawing)[0]).copy())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["sdxl", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sd15", "sd3", "flux"))]
+)
 def test_a_run_and_its_files(kind, recipe, bases):
-    """From pictures to a report; diffusers draws by our file what we draw, bit for bit."""
+    """From pictures to a report; diffusers reads the same numbers from our file, and draws what we draw."""
     import diffusers
 
     encoders = kind in ("sd15", "sdxl")
     run = train(recipe(kind, diffusion={"text_encoders": encoders, "sample_prompts": ("a red cat",)}))
     samples = read_json(run / "samples.json", list)
     assert [each["prompt"] for each in samples][:2] == ["a red cat", "a dog 0"]
-    assert set(samples[0]) == {"prompt", "expected", "given", "before", "step 2", "step 4", "after"}
+    assert set(samples[0]) == {"prompt", "expected", "given", "before", "step 2", "after"}
     assert samples[0]["before"] != samples[0]["after"]
     page = (run / "report.html").read_text()
     assert "What it draws" in page
-    assert page.count("<img") == 5 * 4 + 4
+    assert page.count("<img") == 5 * 3 + 4
     assert "Pictures per second" in page
     assert "pipeline_tag: text-to-image" in (run / "README.md").read_text()
+
     ours = load_adapted_pipeline(str(run), find_pipeline(str(run)))
     theirs = diffusers.DiffusionPipeline.from_pretrained(bases[kind][0], **_without_t5(kind)).to("cpu")
     theirs.set_progress_bar_config(disable=True)
     plain = draw(theirs)
     theirs.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
-    assert torch.equal(draw(ours), draw(theirs))
-    assert not torch.equal(plain, draw(theirs))
-    with safe_open(run / "pytorch_lora_weights.safetensors", "pt") as file:
-        keys = list(file.keys())
-    assert any("lora_magnitude_vector" in key for key in keys)
-    parts = {key.partition(".")[0] for key in keys}
-    wanted = {"sd15": {"unet", "text_encoder"}, "sdxl": {"unet", "text_encoder", "text_encoder_2"}}
-    assert parts == wanted.get(kind, {"transformer"})
+    state = read_any_format(run, Hints())[1].state
+    assert {find_component(name) for name in state.layers} == PARTS[kind]
+    for name, layer in state.layers.items():
+        part, _, inside = name.partition(".")
+        theirs_too = getattr(theirs, part).get_submodule(inside)
+        assert torch.equal(theirs_too.lora_A["default_0"].weight, layer.a_RI)
+        assert torch.equal(theirs_too.lora_B["default_0"].weight, layer.b_OR)
+        assert torch.equal(theirs_too.lora_magnitude_vector["default_0"].weight, layer.m_O)
+        assert theirs_too.scaling["default_0"] == layer.scale == 2
+    # two orders of the same sums
+    assert (draw(ours).int() - draw(theirs).int()).abs().max() <= 2
+    assert (draw(theirs).int() - plain.int()).abs().max() > 10
 
 
 def _without_t5(kind):

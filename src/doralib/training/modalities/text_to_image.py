@@ -144,6 +144,13 @@ class Pictures:
             paired = [first[i % len(first)] for i in range(len(train.rows))]
             train = PreparedRows(train.rows.remove_columns("prior").add_column("prior", paired), train.report)
         making.finish()
+        if unused := [
+            token for token in self.recipe.model.new_tokens if not any(token in c for c in processor.captions)
+        ]:
+            raise UsageError(
+                f"model.new_tokens: {', '.join(map(repr, unused))} stands in no caption, such as "
+                f"{processor.captions[0]!r}; put it into data.prompt or data.instance_prompt"
+            )
         shapes = sorted({tuple(sizes[4:]) for sizes in processor.sizes})
         told = {"sizes": ", ".join(f"{h} x {w}" for h, w in shapes) + " pixels"}
         samples = [Sample(prompt, "") for prompt in self.settings.sample_prompts] + samples
