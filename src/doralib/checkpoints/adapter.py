@@ -107,7 +107,9 @@ def check_one_model(base: str | Path) -> None:
 
 def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
     """A line if an adapter names another model than the one it is put on, as far as names can tell."""
-    if not named or _shorten_name(named) == _shorten_name(base):
+    # an adapter of a pipeline names the whole
+    whole = Path(base).parent if Path(base).name in COMPONENTS and is_pipeline(Path(base).parent) else base
+    if not named or _shorten_name(named) in (_shorten_name(base), _shorten_name(whole)):
         return ()
     return (
         f"was trained on {named}, and is put on {base}: its names and shapes fit; if the weights are not the same, "
@@ -194,7 +196,11 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool
         W_EOI = stored if stored.shape[1] == num_rows else stored.mT
         return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
 
-    return match_adapter(state, _list_stored(checkpoint), checkpoint.config(), lengths, untie=untie)
+    stored, config = _list_stored(checkpoint), checkpoint.config()
+    if not config and any(name.startswith(tuple(_SINGLE_FILE)) for name in stored):
+        # no config.json stands beside a single file
+        config = {"_class_name": "StableDiffusion"}
+    return match_adapter(state, stored, config, lengths, untie=untie)
 
 
 def compute_adapted_lengths(checkpoint: Checkpoint, state: AdapterState) -> dict[str, Tensor]:
