@@ -475,3 +475,55 @@ def test_adapting_a_pipeline_starts_as_the_base(bases):
         before = model(**given, conditions=conditions)["loss"]
         adapt(model, {"r": 2, "target_modules": ["to_q", "to_out.0", "conv1"]})
         assert torch.equal(model(**given, conditions=conditions)["loss"], before)
+
+
+def test_new_tokens_are_learned_and_written(recipe, bases):
+    """Pivotal tuning: rows of both encoders, held still from half of the training on, as diffusers loads them."""
+    import diffusers
+
+    asked = {
+        "model": {"new_tokens": ("<s0>", "<s1>")},
+        "data": {"prompt": None, "instance_prompt": "icon of <s0><s1>"},
+        "diffusion": {"new_tokens_share": 0.5, "text_encoder_lr_ratio": 0.5},
+        "training": {"logging_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_total_limit": 9},
+    }
+    asked["data"]["train"] = str(make_pictures(bases["sdxl"][0].parent / "bare", captions=False))
+    run = fine_tune(recipe(**asked))
+    rows = read_tensors(run / "run_emb.safetensors")
+    assert {name: tuple(value.shape) for name, value in rows.items()} == {"clip_l": (2, 16), "clip_g": (2, 16)}
+    kept = [read_tensors(run / f"checkpoints/checkpoint-{step}/adapter.safetensors") for step in (2, 4)]
+    deltas = [name for name in kept[0] if name.endswith("trainable_tokens_delta")]
+    assert len(deltas) == 2
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in deltas)
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    drawing = Drawing(steps=2, size=(SIZE, SIZE))
+    ours = load_adapted_pipeline(str(run), find_pipeline(str(run)))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(bases["sdxl"][0])
+    theirs.set_progress_bar_config(disable=True)
+    for name, key in (("", "clip_l"), ("_2", "clip_g")):
+        parts = {
+            "text_encoder": getattr(theirs, f"text_encoder{name}"),
+            "tokenizer": getattr(theirs, f"tokenizer{name}"),
+        }
+        theirs.load_textual_inversion(rows[key], token=["<s0>", "<s1>"], **parts)
+    theirs.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+    one, other = (np.asarray(draw_pictures(each, ["icon of <s0><s1>"], drawing)[0], int) for each in (ours, theirs))
+    assert abs(one - other).max() <= 2
+    with pytest.raises(UsageError, match=r"'<s2>' stands in no caption, such as 'icon of <s0><s1>'"):
+        fine_tune(recipe(**asked | {"model": {"new_tokens": ("<s2>",)}}, out="other"))
+
+
+def test_rates_of_text_encoders(bases):
+    model = model_of(bases["sd15"][1], "sd15", ("text_encoder",), text_encoder_lr_ratio=0.25)
+    assert model.find_rate_ratio("unet.conv_in.weight") == 1
+    assert model.find_rate_ratio("text_encoder.encoder.layers.0.self_attn.q_proj.lora_A") == 0.25
+
+
+def test_prodigy(recipe):
+    pytest.importorskip("prodigyopt", reason="prodigyopt is not installed here")
+    run = fine_tune(recipe(training={"optim": "prodigy", "learning_rate": 1.0, "max_steps": 3, "save_steps": 3}))
+    assert read_json(run / "summary.json")["status"] == "finished"
+    group = torch.load(run / "checkpoints/checkpoint-3/optimizer.pt", weights_only=True)["param_groups"][0]
+    assert group["decouple"]
+    assert group["safeguard_warmup"]
+    assert group["d"] > 0
