@@ -335,13 +335,14 @@ def _list_facts(job: _Job) -> dict[str, str]:
         else f"about {report.tokens / per_epoch:,.0f} {job.data.unit} each"
     )
     held_out = f", {validation.report.kept:,} held out" if validation else ""
+    learned = f"{report.label_tokens:,} of them count in the loss"
     return {
         "model": f"{recipe.model.path}, {total:,} parameters",
         "method": _method(recipe),
         **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",
         "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-        job.data.unit: f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        **({"tokens": f"{report.tokens:,} an epoch, {learned}"} if job.data.unit == "tokens" else {}),
         **job.data.told,
         "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
         "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
