@@ -39,6 +39,8 @@ class Prepared:
     """What rows are counted in."""
     order: str | None = None
     """The `train_sampling_strategy` that the rows need; None: by how much padding there would be."""
+    ratios: Mapping[str, float] | None = None
+    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
 
 
 class Modality(Protocol):
@@ -90,3 +92,14 @@ class ScoringModality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
     ) -> dict[str, TaskResult]:
         """Results by name."""
+
+
+@runtime_checkable
+class KeepingModality(Protocol):
+    """A modality of which a folder says more than weights and tokenizer."""
+
+    predictions: Mapping[str, str]
+    """The files that the last scoring made, by name."""
+
+    def keep(self, folder: Path) -> None:
+        """Write what belongs beside an adapter."""

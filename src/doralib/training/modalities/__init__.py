@@ -9,6 +9,7 @@ from ..modality import Modality
 from . import text
 from .classify import Classification
 from .preference import Preference
+from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
@@ -23,6 +24,8 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
+    if settings.kind == "vl-bart":
+        return VisualTasks(recipe)
     if settings.kind == "text-to-image" or (settings.kind == "auto" and is_pipeline(settings.path)):
         import_diffusers()
         # an extra, and seconds

@@ -119,6 +119,8 @@ def estimate_run(
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     kind = find_label_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "vl-bart":
+        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     head = None if kind == "causal" else kind
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
