@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ class ForecastRequest:
     file: Path | None
     out: Path | None
     horizon: int | None
-    others: Sequence[str]
-    """Options that were given and are for models of text."""
+    texts: Mapping[str, Any]
+    """Options for models of text, with what was given."""
 
 
 def is_series_model(model: str, base: str | None) -> bool:
@@ -50,8 +50,8 @@ def write_forecasts(model: str, load: Callable[[], tuple[Any, Any]], asked: Fore
     from ..data.series import read_series
     from ..disk import check_writable, replacing
 
-    if asked.others:
-        raise UsageError(f"{', '.join(asked.others)}: {model} forecasts series, and is given no text; use --file")
+    if others := [option for option, value in asked.texts.items() if value]:
+        raise UsageError(f"{', '.join(others)}: {model} forecasts series, and is given no text; use --file")
     if asked.file is None:
         raise UsageError(f"{model} forecasts series: give them as --file, a .csv, .tsf, .jsonl or .parquet file")
     if asked.out is not None:

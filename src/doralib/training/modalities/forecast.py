@@ -104,10 +104,10 @@ class Forecasting:
             "rows": f"{train.report.kept:,} of {train.report.rows:,} series: {self.layout}",
             "windows": f"{len(train.rows):,} of {context} and {horizon} values"
             + (f", {len(self.origins):,} held out" if held else ""),
-            "tokens": f"{train.report.tokens:,} values an epoch, {train.report.label_tokens:,} of them forecast",
+            "values": f"{train.report.tokens:,} an epoch, {train.report.label_tokens:,} of them forecast",
         }
         shown = self.origins or self._list(train)
-        return Prepared(train, held, [self._sample(origin) for origin in _spread(shown, _SAMPLES)], told)
+        return Prepared(train, held, [self._sample(origin) for origin in _spread(shown, _SAMPLES)], told, unit="values")
 
     def _hold_out(self, ends: Sequence[int], context: int, horizon: int) -> PreparedRows:
         """The windows of validation, whose futures do not overlap: of other series, or of what follows the ends."""
