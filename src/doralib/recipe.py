@@ -20,9 +20,9 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "image-text"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    auto: as a local model's config.json names its class, else causal."""
+    image-text: text about pictures; auto: as a local model's config.json names its class, else causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -96,6 +96,15 @@ class DataSettings(Checked):
     documents: Literal["line", "paragraph", "file"] | None = None
     """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
     it has blank lines, else a line."""
+    layout: Literal["auto", "messages", "llava", "caption", "vqa"] = "auto"
+    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
+    question with its answer; auto: what its columns say."""
+    images: str | None = None
+    """image-text: the column of pictures; null: the first of the usual names, or one that holds names of pictures."""
+    root: str | None = None
+    """image-text: the folder in which relative names of pictures begin; null: that of the file of rows."""
+    image_pixels: Annotated[int, Field(ge=1, lt=2**31)] | None = 448
+    """image-text: a picture with a longer side is made smaller before the model's processor gets it; null: never."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
 

@@ -50,6 +50,11 @@ def read_head_kind(path: str) -> HeadKind | None:
     return find_head_kind(config) if config else None
 
 
+def has_tower(path: str) -> bool:
+    """Whether a local model has a part for pictures, by its config.json alone; `read_kind` needs transformers."""
+    return "vision_config" in (_read_config(path) or {})
+
+
 def _read_classes(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,5 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
+import importlib.util
 import logging
 import sys
 import warnings
@@ -14,19 +15,23 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
+from ..data.prompt_form import read_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -37,7 +42,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import find_head_kind, read_head_kind
+from .kind import find_head_kind, find_kind, read_head_kind, read_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 
@@ -46,6 +51,7 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @contextmanager
@@ -74,6 +80,53 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     model = _make_empty(settings, AutoModelForCausalLM) if empty else load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_image_text(settings: ModelSettings, *, empty: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model that takes pictures and text, and its processor, whose tokenizer has the processor's chat template.
+
+    Args:
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: as `load_base`, or if there is no processor, or a package is missing that it needs.
+        DoraError: if its files are damaged.
+    """
+    where, options = _locate_with_options(settings)
+    processor = _load_processor(settings.path, where, **options)
+    if empty:
+        model = _make_empty(settings, AutoModelForImageTextToText)
+    else:
+        model, info = _load_weights(settings, AutoModelForImageTextToText, output_loading_info=True)
+        _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    set_end_tokens(model, processor.tokenizer)
+    return model, processor
+
+
+def _load_processor(path: str, where: str | Path, **options: Any) -> ProcessorMixin:
+    missing = [name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None]
+    try:
+        with _explaining(path):
+            processor = AutoProcessor.from_pretrained(where, **options)
+    except (DoraError, RuntimeError) as error:
+        if not missing:
+            raise
+        # transformers' own words for it are those of Python: no attribute, no such operator
+        lacks = ", ".join({"PIL": "pillow"}.get(name, name) for name in missing)
+        raise UsageError(
+            f"{error}\n  its processor may need what is not installed here: {lacks}; pip install 'doralib[vision]'"
+        ) from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UsageError(
+            f"model: {path} has no processor of pictures (no preprocessor_config.json beside it), only a "
+            f"{type(processor).__name__}; to train it on text alone set model.kind: causal"
+        )
+    _with_pad(processor.tokenizer)
+    if isinstance(template := processor.chat_template, dict):
+        template = template.get("default")
+    if template:
+        processor.tokenizer.chat_template = template
+    return processor
 
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
@@ -235,6 +288,8 @@ def load_model(
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+        if head is None and _find_kind_of(settings) == "image-text":
+            return _load_with_pictures(settings, folder, path, given)
         with nullcontext() if base else telling_places(folder, where):
             model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
@@ -249,8 +304,37 @@ def load_model(
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
+    if _find_kind_of(settings) == "image-text":
+        model, tokenizer = load_image_text(settings)
+        _set_picture_size(model, folder)
+        return model.eval(), tokenizer
     model, tokenizer = load_base(settings) if read_head_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
+
+
+def _find_kind_of(settings: ModelSettings) -> str | None:
+    """The kind of a model that may be on the hub; None for a language model."""
+    if settings.path.endswith(".gguf") or Path(settings.path).expanduser().exists():
+        return read_kind(settings.path)
+    return find_kind(load_config(settings).to_dict())
+
+
+def _load_with_pictures(settings: ModelSettings, folder: Path, path: str, given: Hints | None) -> Loaded:
+    """An adapter on a model that takes pictures; with the processor that it was trained with, where that is there."""
+    model, processor = load_image_text(settings)
+    load_adapter(model, folder, given=given)
+    _warn_other_base(path, folder, settings.path)
+    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        processor = _load_processor(str(folder), folder)
+    _set_picture_size(model, folder)
+    set_end_tokens(model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
+    """Let the model know how large its pictures were in training."""
+    form = read_form(folder)
+    model.doralib_image_pixels = None if form is None else form.image_pixels
 
 
 def load_own_tokenizer(

@@ -16,6 +16,7 @@ from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .large_rows import read_large_rows
+from .picture_rows import list_captioned
 from .prepare import RowNumber
 from .problems import make_problems
 from .sources import is_problems, is_saved_dataset, list_files, match_hub
@@ -82,7 +83,7 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     sources, made = settings.sources(), []
     for i, source in enumerate(sources):
         own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
-        rows, numbers = _read(source.path, setting, own.split, settings.documents)
+        rows, numbers = _read_captioned(own, source.path) or _read(source.path, setting, own.split, settings.documents)
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
             numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
         rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
@@ -103,6 +104,12 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
         made[0] = replace(made[0], validation=rows, validation_numbers=tuple(numbers))
     forget()
     return made
+
+
+def _read_captioned(settings: DataSettings, source: str) -> tuple[datasets.Dataset, Sequence[RowNumber]] | None:
+    """Pictures with captions beside them, where the rows are said to be so."""
+    found = list_captioned(source) if settings.layout == "caption" else None
+    return None if found is None else (found, found["image"][:])
 
 
 def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:

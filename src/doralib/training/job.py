@@ -22,6 +22,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
+from ..data.prepare import Sample
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -43,11 +44,11 @@ from .callbacks import MetricsFile, StepLog, StopOnSignal
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
-from .modality import Collate, Modality, Prepared, ScoringModality
+from .modality import Collate, Modality, Prepared, ScoringModality, TargetingModality
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
-from .sampler import PADDING_WORTH_GROUPING, measure_padding
+from .sampler import PADDING_WORTH_GROUPING, count_rows, measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -271,8 +272,10 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
         model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
-    config = add_new_tokens(model, processor, recipe)
+    config = add_new_tokens(model, getattr(processor, "tokenizer", processor), recipe)
     config = _train_head(config, find_head_modules(model))
+    if isinstance(plan.modality, TargetingModality):
+        config = plan.modality.choose_targets(model, config)
     if empty:
         return adapt(model, config), processor
     if plan.resume and trained.is_file():
@@ -366,7 +369,10 @@ def _count_answers(args: TrainingArguments) -> int:
 
 
 def _count_steps(job: _Job) -> tuple[int, int]:
-    return _steps(job.plan.args, len(job.data.train.rows) * max(_count_answers(job.plan.args), 1))
+    args, kinds = job.plan.args, job.data.kinds
+    several = len(set(kinds)) > 1
+    rows = count_rows(kinds, args.train_batch_size * args.world_size) if several else len(job.data.train.rows)
+    return _steps(args, rows * max(_count_answers(args), 1))
 
 
 def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
@@ -439,12 +445,16 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [asdict(sample) for sample in job.data.samples])
+    asked = run.read(run.samples, [_write_sample(sample) for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)
     if is_main():
         files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(asked, answers, strict=True)])
+
+
+def _write_sample(sample: Sample) -> dict[str, Any]:
+    return {key: value for key, value in asdict(sample).items() if key != "pictures" or value}
 
 
 def _train(job: _Job) -> None:
@@ -499,7 +509,9 @@ def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
-        return LabelTrainer(*given)
+        made = LabelTrainer(*given)
+        made.whole_rate = plan.recipe.training.get("projector_learning_rate")
+        return made
     # TRL is an extra
     from .objectives import TRAINERS  # noqa: PLC0415
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
+from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
@@ -33,6 +34,8 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    kinds: Sequence[int] = ()
+    """The kind of each row of train, where rows of two kinds may not share a batch."""
 
 
 class Modality(Protocol):
@@ -73,3 +76,11 @@ class ScoringModality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
     ) -> dict[str, TaskResult]:
         """Results by name."""
+
+
+@runtime_checkable
+class TargetingModality(Protocol):
+    """A modality that says which layers are adapted where the settings name none."""
+
+    def choose_targets(self, model: nn.Module, adapter: DoraConfig) -> DoraConfig:
+        """The settings with targets that its models have; raises if those that are named mean too much."""

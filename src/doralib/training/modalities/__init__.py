@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_head_kind
+from ...checkpoints.kind import read_kind
 from ...recipe import Recipe
 from ..modality import Modality
 from . import text
 from .classify import Classification
+from .image_text import ImageText
 from .preference import Preference
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
-_WITH_A_HEAD: dict[str, Callable[[], Modality]] = {
+_BY_KIND: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
+    "image-text": ImageText,
 }
 
 
@@ -22,5 +24,5 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
-    kind = (read_head_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
-    return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
+    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES["text"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_head_kind
+from ...checkpoints.kind import find_head_kind, find_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -113,11 +113,13 @@ def estimate_run(
         calibrate: Run a few small steps for the time; only this device can be timed.
 
     Raises:
-        UsageError: if there is no such model.
+        UsageError: if there is no such model, or it takes pictures.
     """
     config = load_config(recipe.model)
+    if recipe.model.kind in ("auto", "image-text") and find_kind(config.to_dict()) == "image-text":
+        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
     kind = find_head_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    head = None if kind == "causal" else kind
+    head = kind if kind == "classify" or kind == "tokens" else None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
