@@ -164,7 +164,9 @@ class PictureEncoder:
             if isinstance(size, BadRow):
                 raise size
             sizes.append(size)
-        return len(self._tokenize(self._expand(given.text, sizes)[0])) + 1
+        text = self._expand(given.text, sizes)[0]
+        start = not self.has_suffix and self._begins_bare(given.text)
+        return len(self.tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"])
 
     def holds_picture(self, ids: Sequence[int]) -> bool:
         """Whether some of these tokens stand for a part of a picture."""
