@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_head_kind, find_kind
+from ...checkpoints.kind import find_kind, find_label_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -118,7 +118,7 @@ def estimate_run(
     config = load_config(recipe.model)
     if recipe.model.kind in ("auto", "image-text") and find_kind(config.to_dict()) == "image-text":
         raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
-    kind = find_head_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    kind = find_label_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
     head = kind if kind == "classify" or kind == "tokens" else None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
