@@ -4,10 +4,10 @@ from ..checkpoints.kind import has_tower, read_label_kind
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.tables import read_head
-from ..errors import DoraError, UsageError, collecting, raise_all
+from ..errors import DoraError, collecting, raise_all
 from ..evaluation.task_file import load_tasks
 from ..recipe import DataSettings, Recipe
-from .fields import find_unknown, list_fields
+from .fields import find_unfit
 
 
 def check_early(recipe: Recipe) -> None:
@@ -18,8 +18,8 @@ def check_early(recipe: Recipe) -> None:
     """
     problems: list[DoraError] = []
     trl = recipe.objective.kind != "sft"  # has more fields, and columns of its own, which are looked at later
-    if not trl and (fields := list_fields()):
-        problems += map(UsageError, find_unknown(recipe.training, fields))
+    if not trl:
+        problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
     if not trl:
