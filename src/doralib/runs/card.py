@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
-from .use import generate_command
+from .use import generate_command, peft_code
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -61,7 +61,7 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
         base_model=base or None,
         base_model_relation="finetune" if whole else "adapter",
         library_name="transformers" if whole else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if record.form.get("pictures") else "text-generation",
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -113,20 +113,19 @@ def _scores(record: RunRecord) -> str:
 def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
     # what is on the hub names its base there
     named = "" if on_hub else f" --base {_base(record)}"
+    sees = bool(record.form.get("pictures"))
     if whole:
-        code = (
-            f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
-        )
+        auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{place}")'
         return f"## Use\n\n```python\n{code}\n```"
     asked, new_line = generate_command(record, place), "\n"
+    code = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
     return f"""## Use
 
 With PEFT:
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+{peft_code(record, place) if sees else code}
 ```
 
 With doralib, which also merges it into a model that every server loads:
