@@ -92,7 +92,7 @@ class ChoiceTask(Task):
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         made, bad = [], Counter[str]()
-        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
+        before = self.before_choice if self.before_choice is not None else "" if self.chat or self.images else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
