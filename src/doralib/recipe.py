@@ -15,14 +15,28 @@ Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
 """What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
 
 
+class VisualSettings(Checked):
+    """What a model of kind vl-bart sees: features that some vision model made of pictures or frames."""
+
+    features: int = Field(default=2048, ge=1, lt=2**20)
+    """Numbers of a feature."""
+    tokens: int = Field(default=36, ge=1, le=100)
+    """Features of a picture or video; a larger grid, or more frames, are pooled to as many."""
+    images: int = Field(default=2, ge=1, le=100)
+    """Pictures that one row may have."""
+
+
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "image-text"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart", "image-text"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    image-text: text about pictures; auto: as a local model's config.json names its class, else causal."""
+    vl-bart: a BART that reads features of pictures or videos too; image-text: text about pictures; auto: as a local
+    model's config.json names its class, else causal."""
+    visual: VisualSettings = VisualSettings()
+    """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -96,9 +110,6 @@ class DataSettings(Checked):
     documents: Literal["line", "paragraph", "file"] | None = None
     """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
     it has blank lines, else a line."""
-    layout: Literal["auto", "messages", "llava", "caption", "vqa"] = "auto"
-    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
-    question with its answer; auto: what its columns say."""
     images: str | None = None
     """image-text: the column of pictures; null: the first of the usual names, or one that holds names of pictures."""
     root: str | None = None
@@ -107,6 +118,20 @@ class DataSettings(Checked):
     """image-text: a picture with a longer side is made smaller before the model's processor gets it; null: never."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+    layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
+    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
+    question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
+    vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
+    tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
+    """vl-bart: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
+    {vqa: 1, nlvr: 0.33}; none: all of the layout, in batches alike."""
+    features: str | None = None
+    """vl-bart: the folder of features below each task's own; null: as it is published."""
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the rows are of several tasks, in a folder that is laid out for them."""
+        return self.layout in ("vlbart", "value")
 
     def sources(self) -> list[DataSource]:
         """The sets of rows to train on, one where `train` is a name."""
@@ -186,9 +211,22 @@ class Recipe(Checked):
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")
-        if problems := self._find_wrong_objective():
+        if problems := self._find_wrong_objective() + self._find_wrong_layout():
             raise ValueError("; ".join(problems))
         return self
+
+    def _find_wrong_layout(self) -> list[str]:
+        data, visual, told = self.data, self.model.kind == "vl-bart", f"data.layout {self.data.layout}"
+        checks = {
+            "model.kind vl-bart reads folders: set data.layout to vlbart or value": visual and not data.has_tasks,
+            f"{told} goes with model.kind vl-bart, not {self.model.kind}": data.has_tasks and not visual,
+            f"data.tasks and data.features do not go with {told}": (
+                bool(data.tasks or data.features) and not data.has_tasks
+            ),
+            f"data.train is one folder with {told}": data.has_tasks and not isinstance(data.train, str),
+            f"method {self.adapter.method!r} has no place for the visual embedding": visual and self.adapter.has_bank,
+        }
+        return [text for text, wrong in checks.items() if wrong]
 
     def _find_wrong_objective(self) -> list[str]:
         kind, rewards = self.objective.kind, self.objective.rewards

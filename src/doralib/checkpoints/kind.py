@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from ..files import read_json
 
 HeadKind = Literal["classify", "tokens"]
-Kind = Literal["classify", "tokens", "seq2seq", "image-text", "speech", "audio-class", "forecast"]
+Kind = Literal["classify", "tokens", "seq2seq", "vl-bart", "image-text", "speech", "audio-class", "forecast"]
 HEADS: dict[HeadKind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
 
 # transformers' own tables of classes; a class that stands in several is of the first kind here
@@ -70,7 +70,7 @@ def _list_classes() -> dict[str, Kind | None]:
     """The kind of each class in transformers' tables."""
     from transformers.models.auto import modeling_auto  # noqa: PLC0415  merging needs no transformers
 
-    kinds: dict[str, Kind | None] = dict.fromkeys(_FORECASTERS, "forecast")
+    kinds: dict[str, Kind | None] = {"VLBart": "vl-bart", **dict.fromkeys(_FORECASTERS, "forecast")}
     for kind, tables in _TABLES.items():
         for table in tables:
             for names in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():

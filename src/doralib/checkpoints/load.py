@@ -43,6 +43,7 @@ from .heads import Head, find_head, is_of_head
 from .kind import find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
+from .vl_bart import VLBart, extend_vocabulary, read_visual
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +217,40 @@ def _find_missing(model: PreTrainedModel, missing: Collection[str], *, whole: bo
     return [name for name in missing if whole or (name.startswith(below) and not is_of_head(name))]
 
 
+def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False) -> Loaded:
+    """Load a BART with a visual embedding, and its tokenizer with the extra tokens.
+
+    Args:
+        seed: What a visual embedding is drawn from that the files do not hold.
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it is no BART, or one for other features.
+        DoraError: if its files are damaged.
+    """
+    tokenizer, config = load_tokenizer(settings), load_config(settings)
+    if config.model_type != "bart":
+        raise UsageError(
+            f"model.kind vl-bart: {settings.path} is a {config.model_type}; give a BART, such as facebook/bart-base"
+        )
+    asked = settings.visual.model_dump()
+    config.visual = getattr(config, "visual", None) or asked
+    if "visual" in settings.model_fields_set and config.visual != asked:
+        raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
+    if empty:
+        with torch.device("meta"), _without_loading_report():
+            model = VLBart._from_config(config)
+    else:
+        with _without_loading_report():
+            model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
+        fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
+        _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
+        if fresh:
+            model.visual_embedding.reset(config.init_std, seed)
+    extend_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
 def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     """What of a loaded classifier is trained whole: its last layers, and all else that its files do not have."""
     fresh: list[str] | None = model.__dict__.get("doralib_new")
@@ -288,14 +323,18 @@ def load_model(
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        if head is None and _find_kind_of(settings) == "image-text":
+        visual = read_visual(folder)
+        if head is None and visual is None and _find_kind_of(settings) == "image-text":
             return _load_with_pictures(settings, folder, path, given)
         with nullcontext() if base else telling_places(folder, where):
-            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            if visual is not None:
+                model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
+            else:
+                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if head is None:
+        if head is None and visual is None:
             set_end_tokens(model, tokenizer)
         return model.eval(), tokenizer
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
@@ -304,12 +343,19 @@ def load_model(
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    if _find_kind_of(settings) == "image-text":
-        model, tokenizer = load_image_text(settings)
+    model, tokenizer = _load_by_kind(settings)
+    if hasattr(tokenizer, "image_processor"):
         _set_picture_size(model, folder)
-        return model.eval(), tokenizer
-    model, tokenizer = load_base(settings) if read_label_kind(settings.path) is None else load_classifier(settings)
     return model.eval(), tokenizer
+
+
+def _load_by_kind(settings: ModelSettings) -> Loaded:
+    kind = _find_kind_of(settings)
+    if kind == "image-text":
+        return load_image_text(settings)
+    if kind == "vl-bart":
+        return load_vl_bart(settings)
+    return load_base(settings) if read_label_kind(settings.path) is None else load_classifier(settings)
 
 
 def _find_kind_of(settings: ModelSettings) -> str | None:

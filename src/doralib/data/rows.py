@@ -16,6 +16,7 @@ from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .large_rows import read_large_rows
+from .layouts import list_layout_files, read_layout
 from .picture_rows import list_captioned
 from .prepare import RowNumber
 from .problems import make_problems
@@ -83,10 +84,11 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     sources, made = settings.sources(), []
     for i, source in enumerate(sources):
         own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
-        rows, numbers = _read_captioned(own, source.path) or _read(source.path, setting, own.split, settings.documents)
+        rows, numbers = _read_source(own, source.path, setting, own.split)
+        if not settings.has_tasks:
+            rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
             numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
-        rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         kept, held = _hold_out(rows, settings.validation, seed)
         kept = _repeat(kept, source.weight, seed)
         if not kept:
@@ -100,16 +102,20 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
         )
         made.append(part)
     if isinstance(settings.validation, str):
-        rows, numbers = _read(settings.validation, "data.validation", settings.validation_split, settings.documents)
+        rows, numbers = _read_source(settings, settings.validation, "data.validation", settings.validation_split)
         made[0] = replace(made[0], validation=rows, validation_numbers=tuple(numbers))
     forget()
     return made
 
 
-def _read_captioned(settings: DataSettings, source: str) -> tuple[datasets.Dataset, Sequence[RowNumber]] | None:
-    """Pictures with captions beside them, where the rows are said to be so."""
-    found = list_captioned(source) if settings.layout == "caption" else None
-    return None if found is None else (found, found["image"][:])
+def _read_source(
+    settings: DataSettings, source: str, setting: str, split: str
+) -> tuple[datasets.Dataset, Sequence[RowNumber]]:
+    if settings.has_tasks:
+        return read_layout(settings, source, split, setting)
+    if settings.layout == "caption" and (found := list_captioned(source)) is not None:
+        return found, found["image"][:]
+    return _read(source, setting, split, settings.documents)
 
 
 def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
@@ -164,6 +170,8 @@ def as_written(rows: datasets.Dataset) -> datasets.Dataset:
 
 def list_inputs(settings: DataSettings) -> dict[str, list[Path]]:
     """The files of data, by the setting that names them; a hub data set has none."""
+    if settings.has_tasks:
+        return list_layout_files(settings)
     sources = [source.path for source in settings.sources()]
     named = {"data.train" if len(sources) == 1 else f"data.train[{i}]": path for i, path in enumerate(sources)}
     splits = dict.fromkeys(named, settings.split)

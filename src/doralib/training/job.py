@@ -44,12 +44,13 @@ from .callbacks import MetricsFile, StepLog, StopOnSignal
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
-from .modality import Collate, Modality, Prepared, ScoringModality, TargetingModality
+from .modality import Collate, KeepingModality, Modality, Prepared, ScoringModality, TargetingModality
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
 from .sampler import PADDING_WORTH_GROUPING, count_rows, measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
+from .task_batches import make_task_batches
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
@@ -247,6 +248,8 @@ def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
 
 def _check_batch(data: Prepared, args: TrainingArguments) -> None:
     count, whole = len(data.train.rows), args.train_batch_size * args.world_size
+    if data.ratios is not None and args.world_size > 1:
+        raise UsageError(f"batches of one task each are made in one process, and this run has {args.world_size}")
     if args.dataloader_drop_last and count < whole:
         raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
     prompts = getattr(args, "generation_batch_size", 1) // getattr(args, "num_generations", 1)
@@ -259,6 +262,8 @@ def _check_batch(data: Prepared, args: TrainingArguments) -> None:
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
+    if data.ratios is not None:
+        return "random"
     padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
     return "group_by_length" if padding > PADDING_WORTH_GROUPING else "random"
 
@@ -370,14 +375,15 @@ def _count_answers(args: TrainingArguments) -> int:
 
 def _count_steps(job: _Job) -> tuple[int, int]:
     args, kinds = job.plan.args, job.data.kinds
+    batches = make_task_batches(job.data, args)
     several = len(set(kinds)) > 1
     rows = count_rows(kinds, args.train_batch_size * args.world_size) if several else len(job.data.train.rows)
-    return _steps(args, rows * max(_count_answers(args), 1))
+    return _steps(args, rows * max(_count_answers(args), 1), None if batches is None else len(batches))
 
 
-def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
+def _steps(args: TrainingArguments, rows: int, batches: float | None = None) -> tuple[int, int]:
     """Optimizer steps in all, and of one epoch."""
-    batches = rows / (args.train_batch_size * args.world_size)
+    batches = batches or rows / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
@@ -424,6 +430,8 @@ def _score(job: _Job, when: str) -> None:
     if is_main():
         scored = {name: result.to_json() for name, result in found.items()}
         told = {name: {"accuracy": asdict(score)} for name, score in change.items()}
+        if when == "after" and isinstance(job.plan.modality, KeepingModality):
+            run.write_predictions(job.plan.modality.predictions)
         files.write_json(run.results, {**results, when: scored, **({"change": told} if told else {})})
     for name, result in found.items():
         scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())
@@ -574,6 +582,8 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
                 write_labels(run.path, head)
             if job.data.form is not None:
                 write_form(run.path, job.data.form)
+            if isinstance(job.plan.modality, KeepingModality):
+                job.plan.modality.keep(run.path)
         # a model that is shared out is gathered by all, and written by the first
         if is_main() or trainer.shared_out:
             save_adapter(job.model, run.path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class Prepared:
     """How the model is asked, if it answers."""
     kinds: Sequence[int] = ()
     """The kind of each row of train, where rows of two kinds may not share a batch."""
+    ratios: Mapping[str, float] | None = None
+    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
 
 
 class Modality(Protocol):
@@ -84,3 +87,14 @@ class TargetingModality(Protocol):
 
     def choose_targets(self, model: nn.Module, adapter: DoraConfig) -> DoraConfig:
         """The settings with targets that its models have; raises if those that are named mean too much."""
+
+
+@runtime_checkable
+class KeepingModality(Protocol):
+    """A modality of which a folder says more than weights and tokenizer."""
+
+    predictions: Mapping[str, str]
+    """The files that the last scoring made, by name."""
+
+    def keep(self, folder: Path) -> None:
+        """Write what belongs beside an adapter."""

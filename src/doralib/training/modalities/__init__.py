@@ -9,6 +9,7 @@ from . import text
 from .classify import Classification
 from .image_text import ImageText
 from .preference import Preference
+from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
@@ -24,5 +25,7 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
+    if settings.kind == "vl-bart":
+        return VisualTasks(recipe)
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES["text"]

@@ -119,6 +119,8 @@ def estimate_run(
     if recipe.model.kind in ("auto", "image-text") and find_kind(config.to_dict()) == "image-text":
         raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
     kind = find_label_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "vl-bart":
+        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     head = kind if kind == "classify" or kind == "tokens" else None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
