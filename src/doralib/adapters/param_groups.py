@@ -1,5 +1,6 @@
 """What is trained, as an optimizer's parameter groups: a learning rate by what a parameter is."""
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -34,7 +35,9 @@ def learning_rates(
     Args:
         whole_rate: Of modules that are trained whole; None: as of all others.
     """
-    rates = {p: _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
+    # a model of several networks may have a rate of its own for some of them
+    ratio: Callable[[str], float] = getattr(model, "find_rate_ratio", lambda _: 1.0)
+    rates = {p: ratio(name) * _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
     if whole_rate is not None:
         places = (place for _, place in places_of(model))
         whole = [place for place in places if isinstance(place, AdapterLayer) and place.trains_whole]

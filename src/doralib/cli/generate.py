@@ -1,4 +1,4 @@
-"""`doralib generate`: one prompt, a file of prompts, or a chat."""
+"""`doralib generate`: one prompt, a file of prompts, or a chat; of a diffusion pipeline pictures."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
+from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def generate_command(
         list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -50,15 +51,21 @@ def generate_command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
     batch_size: Batch = 8,
     seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=999, help="Pictures: steps of drawing; else 25.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
-    What a run was trained on decides how it is asked. With no prompt at all: a chat.
+    What a run was trained on decides how it is asked. With no prompt at all: a chat. A diffusion pipeline draws a
+    picture for each prompt, all into one file.
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
+    from ..checkpoints.pipelines import find_pipeline
     from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
@@ -67,6 +74,17 @@ def generate_command(
 
     fields = _read_fields(field or [])
     _check(prompt, fields, file, out, adapter or [])
+    drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
+    if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
+        given = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+        _check_no_text(
+            {"--image": image, "--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter}
+        )
+        prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
+        draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
+        return
+    if wrong := [name for name, value in drawn.items() if value is not None]:
+        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -79,10 +97,7 @@ def generate_command(
     print_log(errors)
     model, named = add_revision(model, revision), read_named_adapters(adapter or [])
     forms = _find_forms(model, named, chat)
-    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
-    asked += read_prompts(file, next(iter(forms.values()))) if file else []
-    if image and not asked and all(form is not None and form.pictures and not form.fields for form in forms.values()):
-        asked = [{}]  # a caption is asked for in the words of the training
+    asked = _list_asked(prompt, fields, file, next(iter(forms.values())), about=bool(image))
     pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
@@ -92,8 +107,8 @@ def generate_command(
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     load_named_adapters(loaded, named)
-    encoder = _make_encoder(loaded, tokenizer, model, pictures)
-    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, encoder, pictures)
+    seen = (_make_encoder(loaded, tokenizer, model, pictures), pictures)
+    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, *seen)
     if not asked:
         asking.chat(system)
         return
@@ -243,6 +258,29 @@ def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[P
     if pictures:
         raise UsageError(f"--image: {model} takes text alone, and no pictures; leave --image out")
     return None
+
+
+def _check_no_text(given: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of a diffusion pipeline that only models of text can do.
+
+    Raises:
+        UsageError: naming each option.
+    """
+    if wrong := [name for name, value in given.items() if value]:
+        raise UsageError(f"{', '.join(wrong)}: a diffusion pipeline draws pictures and says nothing; leave it out")
+
+
+def _list_asked(
+    prompt: str | None, fields: Values, file: Path | None, form: "PromptForm | None", *, about: bool
+) -> list[Values]:
+    """What is asked; a caption of pictures in the words of the training."""
+    from .prompt_file import read_prompts
+
+    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
+    asked += read_prompts(file, form) if file else []
+    if about and not asked and form is not None and form.pictures and not form.fields:
+        return [{}]
+    return asked
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":

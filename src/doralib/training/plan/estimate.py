@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_kind, find_label_kind
+from ...checkpoints.kind import find_kind, find_label_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -115,6 +115,8 @@ def estimate_run(
     Raises:
         UsageError: if there is no such model, or it takes pictures.
     """
+    if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
+        raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     if recipe.model.kind in ("auto", "image-text") and find_kind(config.to_dict()) == "image-text":
         raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
