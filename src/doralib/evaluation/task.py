@@ -57,7 +57,7 @@ class Task(Checked):
     images: str | None = None
     """The column of the pictures that the prompt is about; it is then put into the processor's chat template."""
     root: str | None = None
-    """The folder in which relative names of pictures begin; null: that of the data."""
+    """The folder in which relative names of pictures begin; null: that of the data; within data with in_folder."""
 
     def templates(self) -> list[str]:
         """Every text that names columns."""
@@ -390,7 +390,9 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
         raise DoraError(f"task {task.name}: of {len(rows)} rows, a value is missing for {partly}; fill or remove them")
     if task.images is None:
         return task.examples(rows)
-    return _add_pictures(task, rows, find_root(task.root, data))
+    within = task.in_folder and task.root and data != task.data
+    root = str(Path(task.data).expanduser() / str(task.root)) if within else task.root
+    return _add_pictures(task, rows, find_root(root, data))
 
 
 def _add_pictures(task: Task, rows: Sequence[Row], root: Path) -> list[Example]:
