@@ -98,6 +98,11 @@ class DataSettings(Checked):
     it has blank lines, else a line."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+    language: str | None = None
+    """seq2seq: the language of the targets, speech: the one that is spoken; by the tokenizer's own word for it, such as
+    ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""
+    source_language: str | None = None
+    """seq2seq: the language of the prompts, where the tokenizer marks it."""
 
     def sources(self) -> list[DataSource]:
         """The sets of rows to train on, one where `train` is a name."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
-from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
@@ -28,6 +28,7 @@ from .metrics import (
     perplexity_scores,
     tag_score,
 )
+from .overlap import rouge_scores, translation_scores
 from .task import (
     BertScoreTask,
     ChoiceTask,
@@ -36,7 +37,9 @@ from .task import (
     FirstLabelTask,
     GenerationTask,
     PerplexityTask,
+    SummaryTask,
     Task,
+    TranslationTask,
     read_examples,
 )
 
@@ -179,9 +182,12 @@ def score_labels(
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
 
 
-def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each prompt as the model gets them."""
-    return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
+def encode_prompts(
+    task: Task, examples: Sequence[Example], tokenizer: Tokenizer, *, whole: bool = False
+) -> list[list[int]]:
+    """The tokens of each prompt as the model gets them, whole for an encoder."""
+    texts = [_prompt_text(task, example, tokenizer) for example in examples]
+    return [encode(tokenizer, text, chat=task.chat, whole=whole) for text in texts]
 
 
 def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[Example]]:
@@ -206,6 +212,11 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     if head == "tokens" or (head is not None and not isinstance(task, ClassificationTask)):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
+        )
+    if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask):
+        raise UsageError(
+            f"task {task.name}: kind {task.kind} asks how likely a text is to go on so, and this model writes its own; "
+            "use a kind with generated text, such as exact_match or translation"
         )
     outcome = run(task, examples, scorer)
     asked = outcome.asked or examples
@@ -303,19 +314,33 @@ def _run_bertscore(task: BertScoreTask, examples: Sequence[Example], scorer: _Sc
     return _Outcome(metrics, cut=cut)
 
 
+def _run_translation(task: TranslationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    metrics = translation_scores(said, [example.answer for example in examples], task.tokenize)
+    return _Outcome(metrics, cut=cut)
+
+
+def _run_summary(task: SummaryTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    return _Outcome(rouge_scores(said, [example.answer for example in examples], scorer.seed), cut=cut)
+
+
 def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> tuple[list[str], int]:
-    """What the model writes after each prompt, and how many prompts were cut."""
-    prompts = encode_prompts(task, examples, scorer.tokenizer)
+    """What the model writes after each prompt, and how many prompts were cut: at their end for an encoder."""
+    encoded = has_encoder(scorer.model)
+    prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
-        room = limit - task.max_new_tokens
+        room = limit if encoded else limit - task.max_new_tokens
         if room < 1:
             raise UsageError(
                 f"task {task.name}: max_new_tokens {task.max_new_tokens} leaves no room for a prompt: "
                 f"the model takes {limit} tokens in all"
             )
         cut = sum(len(tokens) > room for tokens in prompts)
-        prompts = [tokens[-room:] for tokens in prompts]
+        prompts = [tokens[:room] if encoded else tokens[-room:] for tokens in prompts]
     sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     answers = answer_each(
         scorer.model,
@@ -347,6 +372,8 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     ClassificationTask: _run_classification,
     FirstLabelTask: _run_first_label,
     BertScoreTask: _run_bertscore,
+    TranslationTask: _run_translation,
+    SummaryTask: _run_summary,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
 }

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.registry import find_record
 from ..config import Checked
-from ..data.encoding import check_ids, context_length, encode, first_token, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, first_token, has_encoder, pad_token, user_text
 from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
 
@@ -77,7 +78,8 @@ def generate(
 ) -> list[str]:
     """The text that follows each prompt; the same for the same seed, and without sampling for any batch size.
 
-    The model is a causal language model of `transformers`, in eval mode for the time of the call. With ``chat`` each
+    The model is a causal language model of `transformers` or an encoder-decoder, which writes its text from the prompt
+    and does not go on with it; it is in eval mode for the time of the call. With ``chat`` each
     prompt is put into the tokenizer's chat template, and a log line says what ends an answer.
 
     Raises:
@@ -102,12 +104,13 @@ def answer_texts(
     if chat:
         tell_ends(model, tokenizer)
         sampling = stop_at_turn_end(sampling, tokenizer)
-    tokens = [encode(tokenizer, text, chat=chat) for text in texts]
+    tokens = [encode(tokenizer, text, chat=chat, whole=has_encoder(model)) for text in texts]
     limit = context_length(model)
-    if limit is not None and (long := [i for i, ids in enumerate(tokens) if len(ids) + max_new_tokens > limit]):
+    room = math.inf if limit is None else limit if has_encoder(model) else limit - max_new_tokens
+    if long := [i for i, ids in enumerate(tokens) if len(ids) > room]:
         raise UsageError(
             f"{len(long)} of {len(tokens)} prompts, first number {long[0] + 1} with {len(tokens[long[0]])} tokens, "
-            f"are too long: the model takes {limit} with the {max_new_tokens} new ones; "
+            f"are too long: the model takes {limit}{'' if has_encoder(model) else f' with the {max_new_tokens} new ones'}; "
             "shorten them or lower max_new_tokens"
         )
     return answer_each(
@@ -182,7 +185,7 @@ def stream(
     With ``chat`` the text is already in the chat template, and spells its special tokens itself.
     """
     pieces = _Pieces(tokenizer, write)
-    row = encode(tokenizer, text, chat=chat) or [first_token(tokenizer)]
+    row = encode(tokenizer, text, chat=chat, whole=has_encoder(model)) or [first_token(tokenizer)]
     check_ids(model, tokenizer, [row], "the prompt")
     sampling = stop_at_turn_end(sampling, tokenizer) if chat else sampling
     with evaluation_mode(model), _seeded(model, sampling.seed):
@@ -236,12 +239,14 @@ def _continue(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
 ) -> list[Answer]:
-    """The answers of one batch, padded at the left."""
+    """The answers of one batch, padded at the left; at the right for an encoder, whose decoder begins by itself."""
     width, pad = max(map(len, rows)), pad_token(tokenizer, model)
-    device = next(model.parameters()).device
-    ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    stops = [_Stops(tokenizer, sampling.stop, width)] if sampling.stop else []
+    device, encoded = next(model.parameters()).device, has_encoder(model)
+    fill = lambda row, padding: [*row, *padding] if encoded else [*padding, *row]
+    ids_BT = torch.tensor([fill(row, [pad] * (width - len(row))) for row in rows], device=device)
+    mask_BT = torch.tensor([fill([1] * len(row), [0] * (width - len(row))) for row in rows], device=device)
+    begin = 1 if encoded else width
+    stops = [_Stops(tokenizer, sampling.stop, begin)] if sampling.stop else []
     out_BT = model.generate(  # type: ignore[operator]
         ids_BT,
         attention_mask=mask_BT,
@@ -250,7 +255,7 @@ def _continue(
         streamer=streamer,
     )
     ends = find_end_tokens(_own_end(model), tokenizer)
-    return [_read_answer(tokenizer, ids, max_new_tokens, ends, sampling.stop) for ids in out_BT[:, width:].tolist()]
+    return [_read_answer(tokenizer, ids, max_new_tokens, ends, sampling.stop) for ids in out_BT[:, begin:].tolist()]
 
 
 def _read_answer(

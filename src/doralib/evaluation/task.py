@@ -257,6 +257,26 @@ class BertScoreTask(GenerationTask):
         return self.counted(text).strip()
 
 
+class TranslationTask(GenerationTask):
+    """How much of the answer is in the generated text, over all rows: BLEU and chrF by sacrebleu."""
+
+    kind: Literal["translation"] = "translation"
+    tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """sacrebleu's name for how BLEU divides a text into words: zh for Chinese, char where words have no blanks."""
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
+class SummaryTask(GenerationTask):
+    """How much of the answer is in the generated text, row by row: ROUGE-1, ROUGE-2 and ROUGE-L."""
+
+    kind: Literal["summary"] = "summary"
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
 class PerplexityTask(Task):
     """How well the model foresees a text."""
 
@@ -284,6 +304,8 @@ KINDS: dict[str, type[Task]] = {
     "number": NumberTask,
     "first_label": FirstLabelTask,
     "bertscore": BertScoreTask,
+    "translation": TranslationTask,
+    "summary": SummaryTask,
     "perplexity": PerplexityTask,
 }
 

@@ -101,5 +101,42 @@ class HeadLoss:
         """Nothing was put on the model."""
 
 
+class DecoderLoss:
+    """Cross entropy of what a decoder writes, whose input the model makes of the labels itself: a sum and a count.
+
+    Args:
+        label_smoothing: Share of the target spread over the vocabulary.
+    """
+
+    shifts_labels = False
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    @staticmethod
+    def is_possible(model: nn.Module) -> bool:
+        """Whether the loss is plain cross entropy over the labels; a router's own loss, say, comes on top of it."""
+        config: Any = model.config
+        plain = getattr(model, "loss_type", None) in (None, "ForConditionalGeneration")
+        writes = getattr(config, "is_encoder_decoder", False) and hasattr(model, "generate")
+        return bool(plain and writes and not getattr(config, "output_router_logits", False))
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the labels, and their number."""
+        labels_BT = inputs["labels"]
+        logits_BTV = model(**inputs, use_cache=False).logits
+        learned_BT = labels_BT != IGNORED
+        loss = nnf.cross_entropy(
+            logits_BTV[learned_BT].float(),
+            labels_BT[learned_BT],
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return loss, learned_BT.sum()
+
+    def remove(self) -> None:
+        """Nothing was put on the model."""
+
+
 def _head(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # type: ignore[operator]  # every transformers model has it
