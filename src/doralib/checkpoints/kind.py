@@ -1,23 +1,74 @@
-"""What a model gives, by its config.json: words, a label for a text, or a label for each word."""
+"""What a model takes and gives, by its config.json: words, a label for a text, text for a picture or a sound."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ..files import read_json
 
-Kind = Literal["classify", "tokens"]
-CLASSES: dict[Kind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+HeadKind = Literal["classify", "tokens"]
+Kind = Literal["classify", "tokens", "seq2seq", "image-text", "speech", "audio-class", "forecast"]
+HEADS: dict[HeadKind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+
+# transformers' own tables of classes; a class that stands in several is of the first kind here
+_TABLES: dict[Kind | None, tuple[str, ...]] = {
+    "image-text": ("IMAGE_TEXT_TO_TEXT",),
+    "speech": ("SPEECH_SEQ_2_SEQ", "CTC"),
+    "audio-class": ("AUDIO_CLASSIFICATION",),
+    None: ("CAUSAL_LM",),
+    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    "forecast": ("TIME_SERIES_PREDICTION",),
+}
+# prediction by these has no table of its own
+_FORECASTERS = ("PatchTSTForPrediction", "PatchTSMixerForPrediction")
 
 
 def find_kind(config: Mapping[str, Any]) -> Kind | None:
-    """The kind of head that a model's config.json names."""
-    names = config.get("architectures")
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return next((kind for kind, ending in CLASSES.items() if any(name.endswith(ending) for name in names)), None)
+    """The kind of model that a config.json names; None for causal language models and what is not known."""
+    names = _read_classes(config)
+    classes = _list_classes()
+    known: list[Kind | None] = [classes[name] for name in names if name in classes]
+    return known[0] if known else find_head_kind(config)
 
 
 def read_kind(path: str) -> Kind | None:
-    """The kind of head that a local model's config.json names; None for language models, and where there is no such."""
+    """The kind of a local model, as for `find_kind`; None too where there is no such model."""
+    config = _read_config(path)
+    return find_kind(config) if config else None
+
+
+def find_head_kind(config: Mapping[str, Any]) -> HeadKind | None:
+    """The kind of head for labels that a config.json names; None for every other model."""
+    names = _read_classes(config)
+    return next((kind for kind, ending in HEADS.items() if any(name.endswith(ending) for name in names)), None)
+
+
+def read_head_kind(path: str) -> HeadKind | None:
+    """The kind of head of a local model, as for `find_head_kind`; None too where there is no such model."""
+    config = _read_config(path)
+    return find_head_kind(config) if config else None
+
+
+def _read_classes(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _read_config(path: str) -> Mapping[str, Any] | None:
     file = Path(path).expanduser() / "config.json"
-    return find_kind(read_json(file)) if file.is_file() else None
+    return cast("Mapping[str, Any]", read_json(file)) if file.is_file() else None
+
+
+@cache
+def _list_classes() -> dict[str, Kind | None]:
+    """The kind of each class in transformers' tables."""
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415  merging needs no transformers
+
+    kinds: dict[str, Kind | None] = dict.fromkeys(_FORECASTERS, "forecast")
+    for kind, tables in _TABLES.items():
+        for table in tables:
+            for names in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
+                each: Iterable[str] = [names] if isinstance(names, str) else names
+                kinds |= {name: kind for name in each if name not in kinds}
+    return kinds

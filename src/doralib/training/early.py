@@ -1,6 +1,6 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
-from ..checkpoints.kind import read_kind
+from ..checkpoints.kind import read_head_kind
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.tables import read_head
@@ -23,7 +23,7 @@ def check_early(recipe: Recipe) -> None:
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
     if not trl:
-        kind = read_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
+        kind = read_head_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_kind
+from ...checkpoints.kind import read_head_kind
 from ...recipe import Recipe
 from ..modality import Modality
 from . import text
@@ -22,5 +22,5 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
-    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    kind = (read_head_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ...checkpoints.heads import Head
-from ...checkpoints.kind import Kind
+from ...checkpoints.kind import HeadKind
 from ...checkpoints.load import Loaded, load_classifier
 from ...data.batches import Collator
 from ...data.classes import (
@@ -34,7 +34,7 @@ _SAMPLES = 5
 class Classification:
     """The functions of a modality, for one kind of head; it knows the labels once it has seen the rows."""
 
-    kind: Kind
+    kind: HeadKind
     head: Head | None = None
     rows: RawRows | None = None
 

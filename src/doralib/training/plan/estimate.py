@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_kind
+from ...checkpoints.kind import find_head_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -116,7 +116,7 @@ def estimate_run(
         UsageError: if there is no such model.
     """
     config = load_config(recipe.model)
-    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    kind = find_head_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
     head = None if kind == "causal" else kind
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ...adapters.adapt import adapt
-from ...checkpoints.kind import Kind
+from ...checkpoints.kind import HeadKind
 from ...config import DoraConfig
 from ...recipe import Recipe
 from .storage import StoredLinear, find_storage_of, replace_quantized
 
-_HEADS: dict[Kind | None, Any] = {
+_HEADS: dict[HeadKind | None, Any] = {
     None: AutoModelForCausalLM,
     "classify": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
@@ -50,7 +50,7 @@ class Skeleton:
         kind: Of its head; None: a language model.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, kind: Kind | None) -> None:
+    def __init__(self, recipe: Recipe, config: Any, kind: HeadKind | None) -> None:
         self.recipe, self.stored = recipe, find_storage_of(recipe.model, config)
         config = copy.deepcopy(config)
         # the kernels keep the same bytes, and need not be installed here
