@@ -33,6 +33,7 @@ OPTIONAL = {
     "peft": {"experiments/bench"},
     "trl": {"training/objectives.py"},
     "reasoning_gym": {"data/problems.py"},
+    "sacrebleu": {"evaluation/overlap.py"},
     "psutil": {"process.py"},
     "scipy": {"experiments/statistics.py"},
     "lm_eval": {"evaluation/harness.py"},

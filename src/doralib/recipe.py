@@ -20,9 +20,10 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    auto: as a local model's config.json names its class, else causal."""
+    seq2seq: an encoder reads a text, and a decoder writes another; auto: as a local model's config.json says, else
+    causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -192,7 +193,7 @@ class Recipe(Checked):
             "objective.kind grpo needs objective.rewards, such as [number]": kind == "grpo" and not rewards,
             f"objective.rewards are for kind grpo, not {kind}": bool(rewards) and kind != "grpo",
             f"objective.kind {kind} trains a language model, not model.kind {self.model.kind}": (
-                kind != "sft" and self.model.kind in ("classify", "tokens")
+                kind != "sft" and self.model.kind not in ("auto", "causal")
             ),
             f"data.packing is not for objective.kind {kind}": kind != "sft" and bool(self.data.packing),
             f"data.loss_on is not for objective.kind {kind}": kind != "sft" and self.data.loss_on == "all",

@@ -20,6 +20,11 @@ _TABLES: dict[Kind | None, tuple[str, ...]] = {
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
     "forecast": ("TIME_SERIES_PREDICTION",),
 }
+_AUTO: dict[Kind | None, str] = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "audio-class": "AutoModelForAudioClassification",
+}
 # prediction by these has no table of its own
 _FORECASTERS = ("PatchTSTForPrediction", "PatchTSMixerForPrediction")
 
@@ -29,7 +34,26 @@ def find_kind(config: Mapping[str, Any]) -> Kind | None:
     names = _read_classes(config)
     classes = _list_classes()
     known: list[Kind | None] = [classes[name] for name in names if name in classes]
-    return known[0] if known else find_head_kind(config)
+    return known[0] if known else find_head_kind(config) or _find_bare_kind(config)
+
+
+def _find_bare_kind(config: Mapping[str, Any]) -> Kind | None:
+    """Of an encoder-decoder whose files name the class without a head, as those of bart-base do."""
+    if not config.get("is_encoder_decoder"):
+        return None
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415  seconds
+
+    tables: dict[Kind, str] = {"speech": "SPEECH_SEQ_2_SEQ", "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM"}
+    types = {kind: getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES") for kind, table in tables.items()}
+    return next((kind for kind, table in types.items() if config.get("model_type") in table), None)
+
+
+def name_auto_class(name: str) -> str:
+    """The class of transformers by which everybody loads a model of this class."""
+    kind = _list_classes().get(name)
+    if kind == "speech" and name.endswith("ForCTC"):
+        return "AutoModelForCTC"
+    return _AUTO.get(kind, "AutoModelForCausalLM")
 
 
 def read_kind(path: str) -> Kind | None:

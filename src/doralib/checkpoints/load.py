@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -30,14 +31,14 @@ from ..data.encoding import count_embeddings, find_largest_id
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
-from ..formats.base import Hints
+from ..formats.base import SETTINGS_FILE, Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
 from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_local, split_revision
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import find_head_kind, read_head_kind
+from .kind import Kind, find_head_kind, find_kind, read_head_kind, read_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 
@@ -78,9 +79,21 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
     """Load a causal language model alone; raises as `load_base`."""
-    model, info = _load_weights(settings, output_loading_info=True)
+    return _load_whole(settings, AutoModelForCausalLM)
+
+
+def _load_whole(settings: ModelSettings, auto: Any, *, empty: bool = False) -> PreTrainedModel:
+    """The model of a class, none of whose weights may be missing or left aside."""
+    if empty:
+        return _make_empty(settings, auto)
+    model, info = _load_weights(settings, auto, output_loading_info=True)
     _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
     return model
+
+
+def load_seq2seq(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load an encoder-decoder for texts and its tokenizer; arguments and errors as of `load_base`."""
+    return _load_whole(settings, AutoModelForSeq2SeqLM, empty=empty), load_tokenizer(settings)
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -235,12 +248,18 @@ def load_model(
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+        kind = None if head else _find_base_kind(settings, folder)
         with nullcontext() if base else telling_places(folder, where):
-            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            if kind in _LOADERS:
+                model = _LOADERS[kind](settings)[0]
+            else:
+                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
         tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if head is None:
+        if kind in _LOADERS:
+            take_generation(model, folder)
+        elif head is None:
             set_end_tokens(model, tokenizer)
         return model.eval(), tokenizer
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
@@ -249,8 +268,30 @@ def load_model(
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    model, tokenizer = load_base(settings) if read_head_kind(settings.path) is None else load_classifier(settings)
+    load = load_base if read_head_kind(settings.path) is None else load_classifier
+    model, tokenizer = _LOADERS.get(_find_base_kind(settings), load)(settings)
     return model.eval(), tokenizer
+
+
+_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"seq2seq": load_seq2seq}
+"""Kinds whose class is not that of a language model or of a head for texts."""
+
+
+def _find_base_kind(settings: ModelSettings, adapter: Path | None = None) -> Kind | None:
+    """The kind of a model by its config.json, wherever that is; PEFT's word for it in an adapter comes first."""
+    file = adapter / SETTINGS_FILE if adapter is not None else None
+    if file is not None and file.is_file() and read_json(file).get("task_type") == "SEQ_2_SEQ_LM":
+        return "seq2seq"
+    if settings.path.endswith(".gguf"):
+        return None
+    return read_kind(settings.path) if is_local(settings.path) else find_kind(load_config(settings).to_dict())
+
+
+def take_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the settings of generation that lie beside its adapter: with what a target begins."""
+    if (folder / "generation_config.json").is_file():
+        with _explaining(str(folder)):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def load_own_tokenizer(

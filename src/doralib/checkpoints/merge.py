@@ -176,6 +176,7 @@ def merge_checkpoint(
             write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
         notes += take_tokenizer([each.path for each in ingredients], part)
         _take_prompt_form([each.path for each in ingredients], part)
+        _take_generation([each.path for each in ingredients], part)
         if not starts.head:
             notes += _write_end_tokens(part)
         write_json(
@@ -248,6 +249,12 @@ def _take_prompt_form(adapters: Sequence[Path], folder: Path) -> None:
         (folder / PROMPT_FILE).write_bytes(form)
     else:
         (folder / PROMPT_FILE).unlink(missing_ok=True)
+
+
+def _take_generation(adapters: Sequence[Path], folder: Path) -> None:
+    """Keep the settings of generation of a lone adapter of an encoder-decoder: with what a target begins."""
+    if len(adapters) == 1 and (settings := adapters[0] / "generation_config.json").is_file():
+        (folder / settings.name).write_bytes(settings.read_bytes())
 
 
 def _write_end_tokens(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.load import load_adapter
 from ..adapters.merge import dequantize, merge
+from ..data.encoding import has_encoder
 from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings
@@ -92,7 +94,7 @@ def verify_merge(
     settings = ModelSettings(path=str(base), dtype="float32")
     model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
     dequantize(model.eval(), torch.float32)
-    inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
+    inputs = _make_inputs(model, tokenizer)
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
         _load_quietly(model, ingredients[0]).eval()
@@ -114,6 +116,12 @@ def verify_merge(
         top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
         rounding=math.hypot(*(layer.of_weight for layer in costs)) if costs else _estimate_rounding(merged),
     )
+
+
+def _make_inputs(model: PreTrainedModel, processor: Any) -> list[dict[str, Tensor]]:
+    """What both models are asked; a decoder that begins by itself gets the same text to write."""
+    texts = [torch.tensor([processor(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
+    return [{"input_ids": ids, **({"labels": ids} if has_encoder(model) else {})} for ids in texts]
 
 
 @torch.no_grad()

@@ -114,26 +114,32 @@ def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
     # what is on the hub names its base there
     named = "" if on_hub else f" --base {_base(record)}"
     if whole:
-        code = (
-            f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
-        )
+        auto = record.summary.get("auto_class", "AutoModelForCausalLM")
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{place}")'
         return f"## Use\n\n```python\n{code}\n```"
     asked, new_line = generate_command(record, place), "\n"
+    auto = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
+    known = auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    served = "\nvllm serve merged" if auto == "AutoModelForCausalLM" else ""
+    peft = auto.replace("AutoModel", "AutoPeftModel")
+    code = f'from peft import {peft}\n\nmodel = {peft}.from_pretrained("{place}")'
+    if not known:
+        base = f'model = {auto}.from_pretrained("{_base(record)}")'
+        code = f"from peft import PeftModel\nfrom transformers import {auto}\n\n{base}\n"
+        code += f'model = PeftModel.from_pretrained(model, "{place}")'
+    loads = "every server" if served else "transformers"
     return f"""## Use
 
 With PEFT:
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+{code}
 ```
 
-With doralib, which also merges it into a model that every server loads:
+With doralib, which also merges it into a model that {loads} loads:
 
 ```console
-{f"{asked}{named}{new_line}" if asked else ""}doralib merge {place}{named} --out merged
-vllm serve merged
+{f"{asked}{named}{new_line}" if asked else ""}doralib merge {place}{named} --out merged{served}
 ```"""
 
 

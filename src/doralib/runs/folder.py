@@ -24,7 +24,7 @@ _WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "results.json", "samples.json", "summary.json"),
     *("report.html", "figures/*.png", "tensorboard/events.out.tfevents.*", "checkpoints/checkpoint-*/*"),
     *("adapter_config.json", "doralib_config.json", "adapter_model.safetensors", "data.json"),
-    *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE),
+    *("generation_config.json", "README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),

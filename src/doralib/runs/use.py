@@ -72,14 +72,14 @@ def _shorten(text: str) -> str:
 
 
 def _peft_code(record: RunRecord, run: str) -> str:
-    base = str(record.summary.get("base_model"))
+    base, auto = str(record.summary.get("base_model")), record.summary.get("auto_class", "AutoModelForCausalLM")
     where, more = repr(base), ""
     if base.endswith(".gguf"):
         where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({where}{more})\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"model = {auto}.from_pretrained({where}{more})\n"
         f"model = PeftModel.from_pretrained(model, {run!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({run!r})"
     )

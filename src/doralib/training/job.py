@@ -20,8 +20,10 @@ from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
+from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
+from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -562,6 +564,9 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
                 write_labels(run.path, head)
             if job.data.form is not None:
                 write_form(run.path, job.data.form)
+            if has_encoder(job.model) and job.model.can_generate():
+                # with what a target begins, which the base may not say
+                job.model.generation_config.save_pretrained(run.path)
         # a model that is shared out is gathered by all, and written by the first
         if is_main() or trainer.shared_out:
             save_adapter(job.model, run.path)
@@ -587,6 +592,7 @@ def _write_summary(job: _Job, trainer: AdapterTrainer, status: str) -> None:
         job.plan.run.summary,
         {
             "base_model": recipe.model.path,
+            "auto_class": name_auto_class(type(job.model).__name__),
             "method": recipe.adapter.method,
             "trainable_parameters": changed,
             "total_parameters": total,

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_head_kind
-from ...recipe import Recipe
+from ...checkpoints.kind import read_kind
+from ...errors import UsageError
+from ...recipe import DataSettings, Recipe
 from ..modality import Modality
-from . import text
+from . import seq2seq, text
 from .classify import Classification
 from .preference import Preference
 
-MODALITIES: dict[str, Modality] = {"text": text}
+MODALITIES: dict[str, Modality] = {"text": text, "seq2seq": seq2seq}
 
 _WITH_A_HEAD: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
@@ -22,5 +23,25 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
-    kind = (read_head_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
-    return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]
+    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    _check_read(recipe.data, kind)
+    return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES.get(kind, text)
+
+
+_READ_BY = {"language": ("seq2seq",), "source_language": ("seq2seq",)}
+"""Settings of data that are for some kinds of model alone."""
+
+
+def _check_read(data: DataSettings, kind: str) -> None:
+    """Check that nothing is set that this kind of model would not read.
+
+    Raises:
+        UsageError: naming what is set, and who reads it.
+    """
+    problems = [
+        f"data.{name}: read for model.kind {' or '.join(kinds)}, and this model is of kind {kind}; leave it out"
+        for name, kinds in _READ_BY.items()
+        if kind not in kinds and getattr(data, name) != DataSettings.model_fields[name].default
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))

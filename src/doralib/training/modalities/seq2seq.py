@@ -70,8 +70,8 @@ def prepare(
     for part in (train, validation):
         if part is not None:
             _check_ids(model, processor, part)
-    languages = {name: getattr(processor, name, None) for name in ("src_lang", "tgt_lang")}
-    told = {"languages": " to ".join(languages.values())} if all(languages.values()) else {}
+    named = settings.source_language and settings.language
+    told = {"languages": f"{settings.source_language} to {settings.language}"} if named else {}
     row = train.rows[0]
     first = f"{processor.decode(row['input_ids'])}\n{LEFT}{processor.decode(row['labels'])}{RIGHT}"
     found = find_samples(*sets[0], processor, _SAMPLES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_head_kind
+from ...checkpoints.kind import HEADS, HeadKind, find_kind
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -113,11 +113,10 @@ def estimate_run(
         calibrate: Run a few small steps for the time; only this device can be timed.
 
     Raises:
-        UsageError: if there is no such model.
+        UsageError: if there is no such model, or it is of a kind whose step is not known beforehand.
     """
     config = load_config(recipe.model)
-    kind = find_head_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    head = None if kind == "causal" else kind
+    head = _find_head(recipe, config)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
@@ -137,6 +136,13 @@ def estimate_run(
         seconds, how = _time(skeleton, lengths, count, here, calibrate=calibrate)
     made = Estimate(device, processes, strategy, count, lengths, parts, limit, largest, (), seconds, how)
     return replace(made, advice=setting.advise(made, growth)) if made.fits is False else made
+
+
+def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
+    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind in ("seq2seq", "speech", "audio-class"):
+        raise UsageError(f"plan: the memory of a model of kind {kind} is not estimated; a few steps show what it takes")
+    return kind if kind in HEADS else None
 
 
 def check_fits(estimate: Estimate) -> None:
