@@ -20,10 +20,10 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq", "speech"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    seq2seq: an encoder reads a text, and a decoder writes another; auto: as a local model's config.json says, else
-    causal."""
+    seq2seq: an encoder reads a text, and a decoder writes another; speech: text for a sound; auto: as a local model's
+    config.json says, else causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -99,6 +99,16 @@ class DataSettings(Checked):
     it has blank lines, else a line."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+    audio: str = "audio"
+    """speech, audio-class: the column of the files of sounds (wav, flac, ogg, mp3); or of sounds, as data sets hold
+    them."""
+    audio_seconds: Annotated[int, Field(ge=1, lt=3600)] | None = None
+    """The longest sound. Whisper hears so many seconds then in place of 30, which takes less time, and has to learn
+    where a text ends in so short a window; it belongs to what was trained."""
+    root: str | None = None
+    """The folder that files in a column are searched from; null: where the file of rows lies."""
+    translate: bool = False
+    """speech: the targets are English, whatever is spoken; Whisper's second task."""
     language: str | None = None
     """seq2seq: the language of the targets, speech: the one that is spoken; by the tokenizer's own word for it, such as
     ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""

@@ -35,8 +35,7 @@ def make_tokenizer(kind="bart"):
 
     vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *WORDS, *WORDS.values(), "translate", "English", "to", ":"]
     if kind == "nllb":
-        core = transformers.NllbTokenizer(vocab={t: i for i, t in enumerate([*vocabulary, *LANGUAGES])}, merges=[])
-        return core
+        return transformers.NllbTokenizer(vocab={t: i for i, t in enumerate([*vocabulary, *LANGUAGES])}, merges=[])
     raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)

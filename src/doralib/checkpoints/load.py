@@ -14,9 +14,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -41,6 +44,7 @@ from .heads import Head, find_head, is_of_head
 from .kind import Kind, find_head_kind, find_kind, read_head_kind, read_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
+from .window import fit_positions, has_window
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +98,31 @@ def _load_whole(settings: ModelSettings, auto: Any, *, empty: bool = False) -> P
 def load_seq2seq(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """Load an encoder-decoder for texts and its tokenizer; arguments and errors as of `load_base`."""
     return _load_whole(settings, AutoModelForSeq2SeqLM, empty=empty), load_tokenizer(settings)
+
+
+def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load a model that writes what is spoken, and its processor; arguments and errors as of `load_base`."""
+    names = load_config(settings).architectures or [""]
+    auto = AutoModelForCTC if names[0].endswith("ForCTC") else AutoModelForSpeechSeq2Seq
+    return _load_whole(settings, auto, empty=empty), load_processor(settings)
+
+
+def load_processor(settings: ModelSettings) -> Any:
+    """Load what makes a model's inputs of sounds and texts; raises as `load_base`."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        return AutoProcessor.from_pretrained(where, **options)
+
+
+def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings) -> Any:
+    """The processor that lies beside an adapter, to whose window the model is cut, or the base's."""
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return load_processor(settings)
+    with _explaining(str(folder)):
+        processor = AutoProcessor.from_pretrained(str(folder), config=model.config)
+    if has_window(processor.feature_extractor):
+        fit_positions(model, processor.feature_extractor)
+    return processor
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -256,7 +285,10 @@ def load_model(
                 model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
-        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
+        if kind == "speech":
+            tokenizer = _load_own_processor(model, folder, settings)
+        else:
+            tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
         if kind in _LOADERS:
             take_generation(model, folder)
         elif head is None:
@@ -273,7 +305,7 @@ def load_model(
     return model.eval(), tokenizer
 
 
-_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"seq2seq": load_seq2seq}
+_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"seq2seq": load_seq2seq, "speech": load_speech}
 """Kinds whose class is not that of a language model or of a head for texts."""
 
 

@@ -22,6 +22,7 @@ from .heads import find_head
 from .load import load_classifier, load_model
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
+from .window import POSITIONS_A_SECOND, read_positions, shorten_window
 
 TEXTS = (
     "The film opens on a quiet street in winter, and for twenty minutes almost nothing happens; then the door opens.",
@@ -94,6 +95,8 @@ def verify_merge(
     settings = ModelSettings(path=str(base), dtype="float32")
     model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
     dequantize(model.eval(), torch.float32)
+    if (positions := read_positions(ingredients[0].path)) is not None:
+        shorten_window(model, tokenizer.feature_extractor, positions // POSITIONS_A_SECOND)
     inputs = _make_inputs(model, tokenizer)
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
@@ -120,8 +123,19 @@ def verify_merge(
 
 def _make_inputs(model: PreTrainedModel, processor: Any) -> list[dict[str, Tensor]]:
     """What both models are asked; a decoder that begins by itself gets the same text to write."""
+    if hasattr(processor, "feature_extractor"):
+        return [_make_noise(model, processor, seed) for seed in range(len(TEXTS))]
     texts = [torch.tensor([processor(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
     return [{"input_ids": ids, **({"labels": ids} if has_encoder(model) else {})} for ids in texts]
+
+
+def _make_noise(model: PreTrainedModel, processor: Any, seed: int) -> dict[str, Tensor]:
+    """A second of noise, to which a decoder writes the first of the texts."""
+    extractor = processor.feature_extractor
+    sound = torch.randn(extractor.sampling_rate, generator=torch.Generator().manual_seed(seed)).numpy() / 10
+    inputs = dict(extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="pt"))
+    ids = processor.tokenizer(TEXTS[seed])["input_ids"][:_LONGEST]
+    return {**inputs, **({"labels": torch.tensor([ids])} if has_encoder(model) else {})}
 
 
 @torch.no_grad()

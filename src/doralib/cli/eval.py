@@ -281,7 +281,7 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     """A table of the first mistakes for the terminal; nothing where there are none."""
     if not result.wrong:
         return Group()
-    num_wrong = result.n - round(result.metrics["accuracy"].value * result.n)
+    num_wrong = result.right.count("0") or result.n - round(result.metrics["accuracy"].value * result.n)
     table = Table(title=f"{name}: {num_wrong} of {result.n} answers are wrong", show_lines=True)
     for column in ("Prompt", "Expected", "Predicted"):
         table.add_column(column, overflow="fold")
@@ -296,4 +296,6 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
 
 def _score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
-    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1", "weighted_f1", "token_f1"} else f"{value:.3f}"
+    from ..runs.report_results import SHARES
+
+    return f"{100 * value:.1f} %" if metric in SHARES else f"{value:.3f}"

@@ -25,7 +25,10 @@ def generate_command(
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A sound to write down; may be given several times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file, or --audio, as .jsonl.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -60,7 +63,7 @@ def generate_command(
     from .prompt_file import read_prompts, write_answers
 
     fields = _read_fields(field or [])
-    _check(prompt, fields, file, out, adapter or [])
+    _check({"--prompt": prompt is not None, "--field": fields, "--file": file, "--audio": audio}, out, adapter or [])
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -82,6 +85,9 @@ def generate_command(
     )
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
+    if audio or hasattr(tokenizer, "feature_extractor"):
+        _write_down(loaded, tokenizer, audio or [], out, batch_size)
+        return
     load_named_adapters(loaded, named)
     asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling)
     if not asked:
@@ -97,6 +103,33 @@ def generate_command(
         else:
             write_answers(out, asked, answers)
             console.print(f"{len(answers)} answers written: {out}")
+
+
+def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> None:
+    """Write what is said in each sound.
+
+    Raises:
+        UsageError: if the model hears nothing, there is no sound, or one of them cannot be heard.
+    """
+    from ..data.prepare import BadRow
+    from ..evaluation.transcripts import transcribe
+    from .prompt_file import write_answers
+
+    if not hasattr(processor, "feature_extractor"):
+        raise UsageError("--audio: this model reads text; give a --prompt")
+    if not sounds:
+        raise UsageError("this model writes what it hears: give a sound with --audio FILE")
+    try:
+        texts = transcribe(model, processor, [str(sound.expanduser()) for sound in sounds], batch_size=batch_size)
+    except BadRow as bad:
+        raise UsageError(f"--audio: {bad}") from None
+    if out is not None:
+        write_answers(out, [{"audio": str(sound)} for sound in sounds], texts)
+        console.print(f"{len(texts)} answers written: {out}")
+        return
+    for sound, text in zip(sounds, texts, strict=True):
+        shown = show_controls(text) if sys.stdout.isatty() else text
+        print(f"{sound}: {shown}" if len(sounds) > 1 else shown)
 
 
 @dataclass(frozen=True)
@@ -213,13 +246,12 @@ def _complete(asked: "Sequence[Values]", form: "PromptForm | None", model: str, 
     return found
 
 
-def _check(prompt: str | None, fields: Values, file: Path | None, out: Path | None, adapters: list[str]) -> None:
+def _check(given: Mapping[str, Any], out: Path | None, adapters: list[str]) -> None:
     """Check options that depend on each other."""
     from ..disk import check_writable
 
-    given = {"--prompt": prompt is not None, "--field": bool(fields), "--file": file is not None}
-    if sum(given.values()) > 1:
-        raise UsageError(f"{' and '.join(name for name, is_given in given.items() if is_given)}: give one of them")
+    if len(asked := [name for name, value in given.items() if value]) > 1:
+        raise UsageError(f"{' and '.join(asked)}: give one of them")
     if len(adapters) > 1 and out is not None:
         raise UsageError("--out is for one --adapter; several answer on the terminal")
     if out is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
+from ..data.sounds import Clip, name_clip
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
@@ -40,8 +41,10 @@ from .task import (
     SummaryTask,
     Task,
     TranslationTask,
+    WordsTask,
     read_examples,
 )
+from .transcripts import choose_normalizer, score_transcripts, transcribe
 
 _WRONG_KEPT = 20
 
@@ -182,6 +185,33 @@ def score_labels(
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
 
 
+def rate_transcripts(
+    name: str,
+    rows: Sequence[tuple[Clip, str]],
+    model: nn.Module,
+    processor: Any,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[float], None],
+) -> TaskResult:
+    """The result of a model on sounds and what is said in them; ``tick`` gets the share done since its last call."""
+    start = time.perf_counter()
+    advance = lambda done: tick(done / len(rows))
+    clips = [clip for clip, _ in rows]
+    wanted = [text for _, text in rows]
+    with unchanged(model):
+        said = transcribe(model, processor, clips, batch_size=batch_size, tick=advance)
+    found = score_transcripts(said, wanted, choose_normalizer(model, processor), seed)
+    wrong = [
+        {"prompt": name_clip(clip).rpartition("/")[2], "expected": text, "predicted": heard}
+        for clip, text, heard, right in zip(clips, wanted, said, found.right, strict=True)
+        if not right
+    ]
+    right = "".join("01"[each] for each in found.right)
+    seconds = time.perf_counter() - start
+    return TaskResult(name, "words", len(rows), found.metrics, None, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+
+
 def encode_prompts(
     task: Task, examples: Sequence[Example], tokenizer: Tokenizer, *, whole: bool = False
 ) -> list[list[int]]:
@@ -207,17 +237,24 @@ def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[
 
 def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     start = time.perf_counter()
-    run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
     head = find_head_kind(scorer.model)
     if head == "tokens" or (head is not None and not isinstance(task, ClassificationTask)):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
+        )
+    if isinstance(task, WordsTask):
+        clips: list[tuple[Clip, str]] = [(example.prompt, example.answer) for example in examples]
+        if not hasattr(scorer.tokenizer, "feature_extractor"):
+            raise UsageError(f"task {task.name}: kind words asks a model of speech, and this one hears nothing")
+        return rate_transcripts(
+            task.name, clips, scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick
         )
     if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks how likely a text is to go on so, and this model writes its own; "
             "use a kind with generated text, such as exact_match or translation"
         )
+    run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
     outcome = run(task, examples, scorer)
     asked = outcome.asked or examples
     wrong = [

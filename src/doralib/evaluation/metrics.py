@@ -104,6 +104,15 @@ def mean_score(values_N: Sequence[float], seed: int) -> Score:
     return _score(float(table_N.mean()), table_N[drawn_SN].mean(axis=1))
 
 
+def ratio_score(counts_N: Sequence[float], sizes_N: Sequence[float], seed: int) -> Score:
+    """The sum of the rows' counts over that of their sizes; of no size at all the sum itself."""
+    table_N2 = np.array([counts_N, sizes_N], dtype=np.float64).T
+    rows = len(table_N2)
+    drawn_S2 = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) @ table_N2
+    count, size = table_N2.sum(axis=0)
+    return _score(float(count / max(size, 1)), drawn_S2[:, 0] / np.maximum(drawn_S2[:, 1], 1))
+
+
 def compare_answers(before: str, after: str, seed: int) -> Score:
     """How much larger the share of right answers is after than before, on the same rows.
 

@@ -296,6 +296,24 @@ class PerplexityTask(Task):
         return made
 
 
+class WordsTask(Task):
+    """Which words, and characters, of what is spoken are heard wrongly: WER and CER."""
+
+    named_in = ("audio", "answer")
+    kind: Literal["words"] = "words"
+    prompt: Literal[""] = ""
+    audio: str = "audio"
+    """The column of the files of sounds."""
+    answer: str
+    """A column or template with what is said."""
+    root: str | None = None
+    """The folder that the files are searched from; null: where the data lies."""
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        root = Path(self.root or (Path(self.data or "").parent)).expanduser()
+        return [Example(str(root / str(row[self.audio])), fill(self.answer, row)) for row in rows]
+
+
 KINDS: dict[str, type[Task]] = {
     "choice": ChoiceTask,
     "classification": ClassificationTask,
@@ -306,6 +324,7 @@ KINDS: dict[str, type[Task]] = {
     "bertscore": BertScoreTask,
     "translation": TranslationTask,
     "summary": SummaryTask,
+    "words": WordsTask,
     "perplexity": PerplexityTask,
 }
 

@@ -7,6 +7,7 @@ from .charts import number_text, time_text
 from .record import RunRecord, Values, numbers
 
 _SHOWN = 80  # characters of an example
+_OF_SPEECH = ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC")
 
 
 def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]:
@@ -31,13 +32,17 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
 
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
+    if record.summary.get("auto_class") in _OF_SPEECH:
+        given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
+        sound = str(given.get("audio", "")) if place is None else ""
+        return f"doralib generate {shlex.quote(place or str(record.path))} --audio {shlex.quote(sound or 'FILE')}"
     if not record.form:
         return None
     command = f"doralib generate {shlex.quote(place or str(record.path))}"
     if record.form.get("style") == "chat":
         return command
     fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
-    given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
+    given = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
     # rows of the training are for those alone who have the run
     texts = {name: _shorten(str(given.get(name, ""))) if place is None else "" for name in fields}
     if len(fields) == 1:

@@ -138,5 +138,33 @@ class DecoderLoss:
         """Nothing was put on the model."""
 
 
+class FrameLoss:
+    """CTC: how unlikely the letters are in any frames, a sum over rows with the number of letters.
+
+    Args:
+        model: A model for which `is_possible` holds; until `remove` it sums where it would take means.
+    """
+
+    shifts_labels = False
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self._config, self._reduction = config, config.ctc_loss_reduction
+        config.ctc_loss_reduction = "sum"
+
+    @staticmethod
+    def is_possible(model: nn.Module) -> bool:
+        """Whether the model names letters for frames."""
+        return type(model).__name__.endswith("ForCTC") and hasattr(model.config, "ctc_loss_reduction")
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the rows, and the number of their labels."""
+        return model(**inputs).loss, (inputs["labels"] != IGNORED).sum()
+
+    def remove(self) -> None:
+        """The model takes means again."""
+        self._config.ctc_loss_reduction = self._reduction
+
+
 def _head(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # type: ignore[operator]  # every transformers model has it

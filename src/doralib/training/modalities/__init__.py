@@ -9,13 +9,16 @@ from ..modality import Modality
 from . import seq2seq, text
 from .classify import Classification
 from .preference import Preference
+from .speech import Speech
 
 MODALITIES: dict[str, Modality] = {"text": text, "seq2seq": seq2seq}
 
-_WITH_A_HEAD: dict[str, Callable[[], Modality]] = {
+_THAT_KNOW_ROWS: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
+    "speech": Speech,
 }
+"""Those of one job alone: they keep what they have seen of its rows."""
 
 
 def choose_modality(recipe: Recipe) -> Modality:
@@ -25,10 +28,14 @@ def choose_modality(recipe: Recipe) -> Modality:
     settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     _check_read(recipe.data, kind)
-    return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES.get(kind, text)
+    return _THAT_KNOW_ROWS[kind]() if kind in _THAT_KNOW_ROWS else MODALITIES.get(kind, text)
 
 
-_READ_BY = {"language": ("seq2seq",), "source_language": ("seq2seq",)}
+_READ_BY = {
+    **dict.fromkeys(("audio", "audio_seconds", "root", "translate"), ("speech",)),
+    "language": ("seq2seq", "speech"),
+    "source_language": ("seq2seq",),
+}
 """Settings of data that are for some kinds of model alone."""
 
 
