@@ -271,8 +271,8 @@ def results_table(results: Mapping[str, "TaskResult"], title: str) -> Table:
     for result in results.values():
         first = [result.task, str(result.n)]
         for name, score in result.metrics.items():
-            interval = f"{_score_text(name, score.low)} to {_score_text(name, score.high)}"
-            table.add_row(*first, name.replace("_", " "), _score_text(name, score.value), interval)
+            interval = f"{score_text(name, score.low)} to {score_text(name, score.high)}"
+            table.add_row(*first, name.replace("_", " "), score_text(name, score.value), interval)
             first = ["", ""]
     return table
 
@@ -294,7 +294,7 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     return Group(table)
 
 
-def _score_text(metric: str, value: float) -> str:
+def score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
     from ..runs.report_results import SHARES
 
