@@ -1,6 +1,7 @@
 """Speech from rows of sounds to the merged model: Whisper, wav2vec2 and Moonshine as tiny random ones."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ from typer.testing import CliRunner
 soundfile = pytest.importorskip("soundfile", reason="sounds are an extra")
 pytest.importorskip("soxr", reason="sounds are an extra")
 pytest.importorskip("jiwer", reason="sounds are an extra")
-
-import pathlib
 
 from speech_kinds import RATE, WORDS, save_moonshine, save_wav2vec2, save_whisper, tone, write_clips  # noqa: E402
 
