@@ -20,10 +20,10 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq", "speech"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq", "speech", "audio-class"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    seq2seq: an encoder reads a text, and a decoder writes another; speech: text for a sound; auto: as a local model's
-    config.json says, else causal."""
+    seq2seq: an encoder reads a text, and a decoder writes another; speech: text for a sound; audio-class: a label for a
+    sound; auto: as a local model's config.json says, else causal."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -189,7 +189,7 @@ class Recipe(Checked):
     def _check_trainable(self) -> Self:
         if self.model.quantization and self.adapter.method == "full":
             raise ValueError("method full trains the weights themselves, which model.quantization freezes")
-        if self.model.kind in ("classify", "tokens") and self.adapter.has_bank:
+        if self.model.kind in ("classify", "tokens", "audio-class") and self.adapter.has_bank:
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")

@@ -7,9 +7,13 @@ from typing import Any, Literal, cast
 
 from ..files import read_json
 
-HeadKind = Literal["classify", "tokens"]
+HeadKind = Literal["classify", "tokens", "audio-class"]
 Kind = Literal["classify", "tokens", "seq2seq", "image-text", "speech", "audio-class", "forecast"]
-HEADS: dict[HeadKind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+HEADS: dict[HeadKind, str] = {
+    "classify": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "audio-class": "ForAudioClassification",
+}
 
 # transformers' own tables of classes; a class that stands in several is of the first kind here
 _TABLES: dict[Kind | None, tuple[str, ...]] = {

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForSeq2SeqLM,
@@ -41,7 +43,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import Kind, find_head_kind, find_kind, read_head_kind, read_kind
+from .kind import HeadKind, Kind, find_head_kind, find_kind, read_head_kind, read_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .window import fit_positions, has_window
@@ -104,24 +106,22 @@ def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """Load a model that writes what is spoken, and its processor; arguments and errors as of `load_base`."""
     names = load_config(settings).architectures or [""]
     auto = AutoModelForCTC if names[0].endswith("ForCTC") else AutoModelForSpeechSeq2Seq
-    return _load_whole(settings, auto, empty=empty), load_processor(settings)
-
-
-def load_processor(settings: ModelSettings) -> Any:
-    """Load what makes a model's inputs of sounds and texts; raises as `load_base`."""
     where, options = _locate_with_options(settings)
     with _explaining(settings.path):
-        return AutoProcessor.from_pretrained(where, **options)
+        processor = AutoProcessor.from_pretrained(where, **options)
+    return _load_whole(settings, auto, empty=empty), processor
 
 
-def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings) -> Any:
-    """The processor that lies beside an adapter, to whose window the model is cut, or the base's."""
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        return load_processor(settings)
-    with _explaining(str(folder)):
-        processor = AutoProcessor.from_pretrained(str(folder), config=model.config)
-    if has_window(processor.feature_extractor):
-        fit_positions(model, processor.feature_extractor)
+def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings, kind: Kind) -> Any:
+    """What makes a model's inputs, as it lies beside an adapter, to whose window the model is cut, or the base's."""
+    auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
+    own = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    where, options = (str(folder), {}) if own else _locate_with_options(settings)
+    with _explaining(where):
+        processor = auto.from_pretrained(where, **options)
+    extractor = processor if kind == "audio-class" else processor.feature_extractor
+    if own and has_window(extractor):
+        fit_positions(model, extractor)
     return processor
 
 
@@ -178,14 +178,24 @@ def load_classifier(settings: ModelSettings, head: Head | None = None, *, empty:
     return model, tokenizer
 
 
-def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = False) -> PreTrainedModel:
+def load_sound_classifier(settings: ModelSettings, head: Head | None = None, *, empty: bool = False) -> Loaded:
+    """Load a model with a head that gives a sound a label, and its feature extractor; as `load_classifier`."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        extractor = AutoFeatureExtractor.from_pretrained(where, **options)
+    return _load_head(settings, head, "audio-class", empty=empty), extractor
+
+
+def _load_head(
+    settings: ModelSettings, head: Head | None, kind: HeadKind | None = None, *, empty: bool = False
+) -> PreTrainedModel:
     config = load_config(settings)
-    kind = find_head_kind(config.to_dict()) if head is None else head.kind
+    kind = kind or (find_head_kind(config.to_dict()) if head is None else head.kind)
     more: dict[str, Any] = {}
     if head is not None and tuple(config.id2label.values()) != head.labels:
         labels = dict(enumerate(head.labels))
         more = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    auto = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+    auto = _WITH_HEADS[kind or "classify"]
     if empty:
         model = _make_empty(settings, auto, **more)
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
@@ -199,10 +209,22 @@ def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = Fals
     return model
 
 
+_WITH_HEADS: dict[HeadKind, Any] = {
+    "classify": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "audio-class": AutoModelForAudioClassification,
+}
+
+
 def _find_missing(model: PreTrainedModel, missing: Collection[str], *, whole: bool) -> list[str]:
     """What may not be missing: nothing of a model with its head; without it, nothing below the head."""
     below = f"{model.base_model_prefix}."
     return [name for name in missing if whole or (name.startswith(below) and not is_of_head(name))]
+
+
+def load_with_head(settings: ModelSettings, head: Head) -> Loaded:
+    """Load a model with this head, of texts or of sounds, and what makes its inputs; raises as `load_classifier`."""
+    return (load_sound_classifier if head.kind == "audio-class" else load_classifier)(settings, head)
 
 
 def find_head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -277,20 +299,20 @@ def load_model(
         quantized: dict[str, Any] = {} if base else _read_quantization(folder)
         where, head = base or locate_base(folder, named), find_head(folder)
         settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        kind = None if head else _find_base_kind(settings, folder)
+        kind = head.kind if head else _find_base_kind(settings, folder)
         with nullcontext() if base else telling_places(folder, where):
-            if kind in _LOADERS:
-                model = _LOADERS[kind](settings)[0]
+            if head is not None:
+                model = load_with_head(settings, head)[0]
             else:
-                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+                model = _LOADERS[kind](settings)[0] if kind in _LOADERS else load_language_model(settings)
         load_adapter(model, folder, given=given)
         _warn_other_base(path, folder, where)
-        if kind == "speech":
-            tokenizer = _load_own_processor(model, folder, settings)
+        if kind in ("speech", "audio-class"):
+            tokenizer = _load_own_processor(model, folder, settings, kind)
         else:
             tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
         if kind in _LOADERS:
-            take_generation(model, folder)
+            _take_generation(model, folder)
         elif head is None:
             set_end_tokens(model, tokenizer)
         return model.eval(), tokenizer
@@ -305,7 +327,11 @@ def load_model(
     return model.eval(), tokenizer
 
 
-_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"seq2seq": load_seq2seq, "speech": load_speech}
+_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+    "seq2seq": load_seq2seq,
+    "speech": load_speech,
+    "audio-class": load_sound_classifier,
+}
 """Kinds whose class is not that of a language model or of a head for texts."""
 
 
@@ -316,10 +342,11 @@ def _find_base_kind(settings: ModelSettings, adapter: Path | None = None) -> Kin
         return "seq2seq"
     if settings.path.endswith(".gguf"):
         return None
-    return read_kind(settings.path) if is_local(settings.path) else find_kind(load_config(settings).to_dict())
+    local = Path(settings.path).expanduser().exists()
+    return read_kind(settings.path) if local else find_kind(load_config(settings).to_dict())
 
 
-def take_generation(model: PreTrainedModel, folder: Path) -> None:
+def _take_generation(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the settings of generation that lie beside its adapter: with what a target begins."""
     if (folder / "generation_config.json").is_file():
         with _explaining(str(folder)):

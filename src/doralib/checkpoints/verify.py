@@ -19,7 +19,7 @@ from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings
 from .heads import find_head
-from .load import load_classifier, load_model
+from .load import load_model, load_with_head
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
 from .window import POSITIONS_A_SECOND, read_positions, shorten_window
@@ -93,10 +93,10 @@ def verify_merge(
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     head = find_head(ingredients[0].path)
     settings = ModelSettings(path=str(base), dtype="float32")
-    model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
+    model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_with_head(settings, head)
     dequantize(model.eval(), torch.float32)
     if (positions := read_positions(ingredients[0].path)) is not None:
-        shorten_window(model, tokenizer.feature_extractor, positions // POSITIONS_A_SECOND)
+        shorten_window(model, getattr(tokenizer, "feature_extractor", tokenizer), positions // POSITIONS_A_SECOND)
     inputs = _make_inputs(model, tokenizer)
     plain = compute_logits(model, inputs)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
@@ -123,7 +123,7 @@ def verify_merge(
 
 def _make_inputs(model: PreTrainedModel, processor: Any) -> list[dict[str, Tensor]]:
     """What both models are asked; a decoder that begins by itself gets the same text to write."""
-    if hasattr(processor, "feature_extractor"):
+    if model.main_input_name != "input_ids":
         return [_make_noise(model, processor, seed) for seed in range(len(TEXTS))]
     texts = [torch.tensor([processor(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
     return [{"input_ids": ids, **({"labels": ids} if has_encoder(model) else {})} for ids in texts]
@@ -131,11 +131,13 @@ def _make_inputs(model: PreTrainedModel, processor: Any) -> list[dict[str, Tenso
 
 def _make_noise(model: PreTrainedModel, processor: Any, seed: int) -> dict[str, Tensor]:
     """A second of noise, to which a decoder writes the first of the texts."""
-    extractor = processor.feature_extractor
+    extractor = getattr(processor, "feature_extractor", processor)
     sound = torch.randn(extractor.sampling_rate, generator=torch.Generator().manual_seed(seed)).numpy() / 10
     inputs = dict(extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="pt"))
-    ids = processor.tokenizer(TEXTS[seed])["input_ids"][:_LONGEST]
-    return {**inputs, **({"labels": torch.tensor([ids])} if has_encoder(model) else {})}
+    if not (has_encoder(model) and hasattr(processor, "tokenizer")):
+        return inputs
+    ids = processor.tokenizer(TEXTS[seed])["input_ids"][: min(_LONGEST, model.config.max_target_positions or _LONGEST)]
+    return {**inputs, "labels": torch.tensor([ids])}
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
 
 from ..errors import UsageError, did_you_mean
 from ..progress import Tick
 from ..recipe import DataSettings
-from .prepare import BadRow, PreparedRows, Row, RowNumber, RowReport
+from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport
 from .rows import RawRows
 from .sounds import Clip, Hearing, name_clip
 from .sources import list_files
@@ -124,3 +126,23 @@ def _hear(clip: Clip | None, settings: DataSettings, hearing: Hearing, report: R
         raise BadRow(f"longer than {limit} seconds", f"{name_clip(clip)} has {seconds:.1f} seconds")
     report.cut(number, round(seconds))
     return float(limit)
+
+
+@dataclass(frozen=True)
+class ClipCollator:
+    """Rows of one batch: the features of their sounds, `labels` and the number of labels."""
+
+    hearing: Hearing
+    masked: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        sounds = [self.hearing.read(row["audio"]) for row in rows]
+        if self.hearing.window:
+            sounds = [sound[: self.hearing.window * self.hearing.rate] for sound in sounds]
+        features = self.hearing.make_features(sounds, masked=self.masked)
+        labels = [row["labels"] for row in rows]
+        if not isinstance(labels[0], list):
+            return {**features, "labels": torch.tensor(labels), "num_tokens": torch.tensor(len(labels))}
+        longest = max(map(len, labels))
+        padded = torch.tensor([[*each, *[IGNORED] * (longest - len(each))] for each in labels])
+        return {**features, "labels": padded, "num_tokens": torch.tensor(sum(map(len, labels)))}

@@ -16,7 +16,7 @@ from ..data.sounds import Clip, name_clip
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
-from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
+from .classifier import find_head_kind, list_labels, predict_labels, predict_sounds, predict_tags
 from .generation import Sampling, answer_each, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from .metrics import (
@@ -185,6 +185,32 @@ def score_labels(
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
 
 
+def rate_sounds(
+    name: str,
+    rows: Sequence[tuple[Clip, str]],
+    model: nn.Module,
+    extractor: Any,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[float], None],
+) -> TaskResult:
+    """The result of a model with a head on sounds and their labels; ``tick`` as for `rate_transcripts`."""
+    start, labels = time.perf_counter(), list_labels(model)
+    with unchanged(model):
+        found = predict_sounds(model, extractor, [clip for clip, _ in rows], batch_size, tick)
+    truth = [labels.index(label) for _, label in rows]
+    counts_LL = confusion_counts(truth, found, len(labels))
+    wrong = [
+        {"prompt": name_clip(clip).rpartition("/")[2], "expected": label, "predicted": labels[got]}
+        for (clip, label), got in zip(rows, found, strict=True)
+        if labels[got] != label
+    ]
+    right = "".join("01"[one == other] for one, other in zip(truth, found, strict=True))
+    confusion = {"labels": labels, "counts": counts_LL.tolist()}
+    metrics, seconds = classification_scores(counts_LL, seed), time.perf_counter() - start
+    return TaskResult(name, "audio-class", len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+
+
 def rate_transcripts(
     name: str,
     rows: Sequence[tuple[Clip, str]],
@@ -238,7 +264,7 @@ def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[
 def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     start = time.perf_counter()
     head = find_head_kind(scorer.model)
-    if head == "tokens" or (head is not None and not isinstance(task, ClassificationTask)):
+    if head in ("tokens", "audio-class") or (head is not None and not isinstance(task, ClassificationTask)):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
         )

@@ -70,7 +70,7 @@ class LabelLoss:
 
 
 class HeadLoss:
-    """Cross entropy of a classifier, over texts or over words: a sum and a count, so that batches do not matter.
+    """Cross entropy of a classifier, over texts, words or sounds: a sum and a count, so that batches do not matter.
 
     Args:
         label_smoothing: Share of the target spread over the labels.
@@ -86,7 +86,8 @@ class HeadLoss:
         """Whether the loss is plain cross entropy over labels: no regression, and no several labels a text."""
         config: Any = model.config
         kind, problem = getattr(model, "loss_type", None), getattr(config, "problem_type", None)
-        plain = kind in ("ForSequenceClassification", "ForTokenClassification") and config.num_labels > 1
+        kinds = ("ForSequenceClassification", "ForTokenClassification", "ForAudioClassification")
+        plain = kind in kinds and config.num_labels > 1
         return bool(plain and problem in (None, "single_label_classification"))
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

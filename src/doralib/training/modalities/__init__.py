@@ -7,6 +7,7 @@ from ...errors import UsageError
 from ...recipe import DataSettings, Recipe
 from ..modality import Modality
 from . import seq2seq, text
+from .audio_class import SoundLabels
 from .classify import Classification
 from .preference import Preference
 from .speech import Speech
@@ -17,6 +18,7 @@ _THAT_KNOW_ROWS: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
     "speech": Speech,
+    "audio-class": SoundLabels,
 }
 """Those of one job alone: they keep what they have seen of its rows."""
 
@@ -32,7 +34,8 @@ def choose_modality(recipe: Recipe) -> Modality:
 
 
 _READ_BY = {
-    **dict.fromkeys(("audio", "audio_seconds", "root", "translate"), ("speech",)),
+    **dict.fromkeys(("audio", "audio_seconds", "root"), ("speech", "audio-class")),
+    "translate": ("speech",),
     "language": ("seq2seq", "speech"),
     "source_language": ("seq2seq",),
 }

@@ -1,18 +1,17 @@
 """Speech to text: Whisper and other encoder-decoders, and models like wav2vec2 that name a letter for each frame."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...checkpoints.load import Loaded, load_speech
 from ...checkpoints.window import has_window, shorten_window
-from ...data.clips import Clips, check_clips, encode_clips
+from ...data.clips import ClipCollator, Clips, check_clips, encode_clips
 from ...data.encoding import has_encoder
-from ...data.prepare import IGNORED, BadRow, Row, Sample
+from ...data.prepare import BadRow, Row, Sample
 from ...data.rows import RawRows, read_both
 from ...data.sounds import Clip, Hearing, encode_clip, name_clip
 from ...data.survey import LEFT, RIGHT
@@ -66,10 +65,10 @@ class Speech:
         if rows.validation is not None:
             held = encode_clips(rows.validation, rows.validation_numbers, settings, hearing, spell, tick)
             self.held_out = list(zip(held.prepared.rows["audio"][:], held.texts, strict=True))
-        told = {"sound": _describe(train, held, hearing), **({"language": said} if said else {})}
+        told = {"sound": describe_sounds(train, held, hearing), **({"language": said} if said else {})}
         few = train if held is None else held
         self.shown = few.prepared.rows["audio"][:_SAMPLES]
-        samples = [_make_sample(clip, text, hearing) for clip, text in zip(self.shown, few.texts, strict=False)]
+        samples = [make_sample(clip, text, hearing) for clip, text in zip(self.shown, few.texts, strict=False)]
         row = train.prepared.rows[0]
         first = f"{name_clip(row['audio'])}\n{LEFT}{processor.tokenizer.decode(row['labels'])}{RIGHT}"
         return Prepared(train.prepared, held.prepared if held else None, samples, told, first)
@@ -110,26 +109,6 @@ class Speech:
 
 
 @dataclass(frozen=True)
-class ClipCollator:
-    """Rows of one batch: the features of their sounds, `labels` and the number of labels."""
-
-    hearing: Hearing
-    masked: bool = False
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        sounds = [self.hearing.read(row["audio"]) for row in rows]
-        if self.hearing.window:
-            sounds = [sound[: self.hearing.window * self.hearing.rate] for sound in sounds]
-        features = self.hearing.make_features(sounds, masked=self.masked)
-        labels = [row["labels"] for row in rows]
-        if not isinstance(labels[0], list):
-            return {**features, "labels": torch.tensor(labels), "num_tokens": torch.tensor(len(labels))}
-        longest = max(map(len, labels))
-        padded = torch.tensor([[*each, *[IGNORED] * (longest - len(each))] for each in labels])
-        return {**features, "labels": padded, "num_tokens": torch.tensor(sum(map(len, labels)))}
-
-
-@dataclass(frozen=True)
 class _Spelling:
     """The tokens that a model has to write for a row."""
 
@@ -166,13 +145,14 @@ class _Spelling:
         return ids
 
 
-def _make_sample(clip: Clip, text: str, hearing: Hearing) -> Sample:
+def make_sample(clip: Clip, text: str, hearing: Hearing) -> Sample:
     """A sound to play, with what is said in it."""
     name = name_clip(clip).rpartition("/")[2]
     return Sample(name, text, {"audio": name_clip(clip)}, encode_clip(hearing.read(clip), hearing.rate))
 
 
-def _describe(train: Clips, held: Clips | None, hearing: Hearing) -> str:
+def describe_sounds(train: Clips, held: Clips | None, hearing: Hearing) -> str:
+    """How much sound there is, for a person."""
     window = f", each filled up to {hearing.window} s" if hearing.window else ""
     beside = f", {time_text(held.seconds)} held out" if held else ""
     return f"{time_text(train.seconds)}{beside}{window}"
