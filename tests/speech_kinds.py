@@ -7,12 +7,14 @@ import soundfile
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 RATE = 16_000
 WORDS = {"unu": 300, "doi": 600, "trei": 1200, "patru": 2400}
 END = "<|endoftext|>"
 SPECIAL = [
-    *(END, "<|startoftranscript|>", "<|en|>", "<|ro|>", "<|translate|>", "<|transcribe|>"),
+    # the tokenizer counts on every language
+    *(END, "<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES), "<|translate|>", "<|transcribe|>"),
     *("<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
 ]
 

@@ -22,6 +22,7 @@ from doralib.errors import UsageError
 from doralib.evaluation.generation import generate
 from doralib.recipe import DataSettings, Recipe
 from doralib.training.job import train
+from doralib.training.label_trainer import LabelTrainer
 from doralib.training.loss import DecoderLoss
 
 WORDS = {"one": "unu", "two": "doi", "three": "trei", "four": "patru", "five": "cinci", "six": "sase"}
@@ -234,3 +235,27 @@ def test_kinds_by_config():
         find_kind({"architectures": ["WhisperModel"], "model_type": "whisper", "is_encoder_decoder": True}) == "speech"
     )
     assert find_kind({"architectures": ["MarianMTModel"]}) == "seq2seq"
+
+
+@pytest.mark.long
+def test_killed_and_resumed_is_the_same_run(tmp_path, monkeypatch):
+    training = {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 6}
+    adapter = {"r": 4, "target_modules": ["q_proj", "fc1"], "lora_dropout": 0.1}
+    settings = {"training": training, "adapter": adapter, "eval": {}}
+    whole = train(make_recipe(tmp_path, "bart", **settings, out=str(tmp_path / "whole")))
+    cut = make_recipe(tmp_path, "bart", **settings, out=str(tmp_path / "cut"))
+    calls, step = [], LabelTrainer.training_step
+
+    def die(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("killed")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LabelTrainer, "training_step", die)
+    with pytest.raises(MemoryError):
+        train(cut)
+    monkeypatch.undo()
+    again = train(cut, resume=True)
+    for name in ("adapter_model.safetensors", "samples.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()

@@ -26,6 +26,7 @@ from doralib.evaluation.task_file import read_task  # noqa: E402
 from doralib.evaluation.transcripts import transcribe  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402
 from doralib.training.job import train  # noqa: E402
+from doralib.training.label_trainer import LabelTrainer  # noqa: E402
 from doralib.training.loss import DecoderLoss, FrameLoss  # noqa: E402
 from doralib.training.modalities.speech import Speech  # noqa: E402
 
@@ -246,3 +247,35 @@ def test_what_cannot_be_is_said_before_training(tmp_path, whisper, data, said):
 def test_a_model_that_marks_no_language_gets_none(tmp_path):
     with pytest.raises(UsageError, match="marks neither language nor task"):
         train(make_recipe(tmp_path, save_wav2vec2(tmp_path / "base")))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("save", [save_whisper, save_wav2vec2])
+def test_killed_and_resumed_is_the_same_run(tmp_path, save, monkeypatch):
+    """With SpecAugment, whose random numbers are numpy's."""
+    base = save(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    spec = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_time_length": 2}
+    (base / "config.json").write_text(json.dumps({**config, **spec}))
+    data = {"audio_seconds": 1} if save is save_whisper else {"language": None}
+    settings = {
+        "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
+        "training": {"max_steps": 6, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 6},
+    }
+    whole = train(make_recipe(tmp_path, base, data, **settings, out=str(tmp_path / "whole")))
+    cut = make_recipe(tmp_path, base, data, **settings, out=str(tmp_path / "cut"))
+    calls, step = [], LabelTrainer.training_step
+
+    def die(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("killed")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LabelTrainer, "training_step", die)
+    with pytest.raises(MemoryError):
+        train(cut)
+    monkeypatch.undo()
+    again = train(cut, resume=True)
+    for name in ("adapter_model.safetensors", "samples.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()

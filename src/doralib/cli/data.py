@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
+from ..recipe import ModelSettings
 from .console import console
 
 _BAR_WIDTH = 40
@@ -53,6 +54,7 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
+    _check_kind(chosen.model)
     with collecting(problems):
         raw = text.check_rows(chosen.data, chosen.seed)
     with collecting(problems):
@@ -77,6 +79,19 @@ def data_command(
         )
         count = write_rows(json_file, lines, tokenizer)
         console.print(f"{count:,} rows written: {json_file}")
+
+
+def _check_kind(model: ModelSettings) -> None:
+    """Check that the rows are texts, each of which becomes one row of tokens.
+
+    Raises:
+        UsageError: if they are pairs or sounds.
+    """
+    from ..checkpoints.kind import read_kind
+
+    kind = read_kind(model.path) if model.kind == "auto" else model.kind
+    if kind in ("seq2seq", "speech", "audio-class"):
+        raise UsageError(f"doralib data shows rows of one text; for a model of kind {kind} see doralib check")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:

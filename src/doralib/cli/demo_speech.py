@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ..errors import DoraError
 from .console import bars, console
 from .demo_assets import DEFAULT_CACHE, make_folder
@@ -174,6 +176,8 @@ def write_captions(package: Path, out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
         (out / f"{name}.csv").write_text(table.getvalue(), encoding="utf-8")
+    task = {"name": "captions", "kind": "words", "data": "test.csv", "audio": "file", "answer": "text"}
+    (out / "captions.yaml").write_text(yaml.safe_dump({**task, "language": LANGUAGE}), encoding="utf-8")
 
 
 def _by_sentence(captions: Iterable[Caption]) -> list[tuple[str, list[Caption]]]:

@@ -44,7 +44,7 @@ from .task import (
     WordsTask,
     read_examples,
 )
-from .transcripts import choose_normalizer, score_transcripts, transcribe
+from .transcripts import Spoken, choose_normalizer, score_transcripts, transcribe
 
 _WRONG_KEPT = 20
 
@@ -213,7 +213,7 @@ def rate_sounds(
 
 def rate_transcripts(
     name: str,
-    rows: Sequence[tuple[Clip, str]],
+    spoken: Spoken,
     model: nn.Module,
     processor: Any,
     batch_size: int,
@@ -221,13 +221,12 @@ def rate_transcripts(
     tick: Callable[[float], None],
 ) -> TaskResult:
     """The result of a model on sounds and what is said in them; ``tick`` gets the share done since its last call."""
-    start = time.perf_counter()
+    start, rows, language = time.perf_counter(), spoken.rows, spoken.language
     advance = lambda done: tick(done / len(rows))
-    clips = [clip for clip, _ in rows]
-    wanted = [text for _, text in rows]
+    clips, wanted = [clip for clip, _ in rows], [text for _, text in rows]
     with unchanged(model):
-        said = transcribe(model, processor, clips, batch_size=batch_size, tick=advance)
-    found = score_transcripts(said, wanted, choose_normalizer(model, processor), seed)
+        said = transcribe(model, processor, clips, batch_size=batch_size, language=language, tick=advance)
+    found = score_transcripts(said, wanted, choose_normalizer(model, processor, language), seed)
     wrong = [
         {"prompt": name_clip(clip).rpartition("/")[2], "expected": text, "predicted": heard}
         for clip, text, heard, right in zip(clips, wanted, said, found.right, strict=True)
@@ -269,12 +268,11 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
         )
     if isinstance(task, WordsTask):
-        clips: list[tuple[Clip, str]] = [(example.prompt, example.answer) for example in examples]
+        spoken = Spoken([(example.prompt, example.answer) for example in examples], task.language)
         if not hasattr(scorer.tokenizer, "feature_extractor"):
             raise UsageError(f"task {task.name}: kind words asks a model of speech, and this one hears nothing")
-        return rate_transcripts(
-            task.name, clips, scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick
-        )
+        asked_of = (scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick)
+        return rate_transcripts(task.name, spoken, *asked_of)
     if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks how likely a text is to go on so, and this model writes its own; "

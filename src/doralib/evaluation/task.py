@@ -308,6 +308,8 @@ class WordsTask(Task):
     """A column or template with what is said."""
     root: str | None = None
     """The folder that the files are searched from; null: where the data lies."""
+    language: str | None = None
+    """The language that is spoken, for a multilingual model that nothing else tells; null: as it was trained."""
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         root = Path(self.root or (Path(self.data or "").parent)).expanduser()

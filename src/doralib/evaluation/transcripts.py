@@ -20,17 +20,27 @@ _TOKENS_AT_LEAST = 24
 Normalize = Callable[[str], str]
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """Sounds with what is said in them."""
+
+    rows: Sequence[tuple[Clip, str]]
+    language: str | None = None
+    """For a model that is told of none."""
+
+
 def transcribe(
     model: nn.Module,
     processor: Any,
     clips: Sequence[Clip],
     *,
     batch_size: int = 8,
+    language: str | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """The text of each sound, by the likeliest token at a time; ``tick`` gets the number of sounds done.
 
-    Language and task are those of the model's settings of generation.
+    Task and language are those of the model's settings of generation, if no language is given.
 
     Raises:
         BadRow: if a sound cannot be heard.
@@ -48,12 +58,14 @@ def transcribe(
                 for name, value in hearing.make_features(sounds).items()
             }
             seconds = max(map(len, sounds)) / hearing.rate
-            texts += _write(model, processor, features, seconds)
+            texts += _write(model, processor, features, seconds, language)
             tick(len(sounds))
     return texts
 
 
-def _write(model: Any, processor: Any, features: dict[str, torch.Tensor], seconds: float) -> list[str]:
+def _write(
+    model: Any, processor: Any, features: dict[str, torch.Tensor], seconds: float, language: str | None
+) -> list[str]:
     if not model.can_generate():
         # CTC: the likeliest letter of each frame
         return list(processor.batch_decode(model(**features).logits.argmax(-1)))
@@ -61,7 +73,8 @@ def _write(model: Any, processor: Any, features: dict[str, torch.Tensor], second
     room: int = getattr(config, "max_target_positions", 0) or getattr(config, "max_position_embeddings", 0) or 448
     # four tokens say language and task
     most = min(_TOKENS_AT_LEAST + round(_TOKENS_A_SECOND * seconds), room - 4)
-    ids = model.generate(**features, max_new_tokens=most, num_beams=1, do_sample=False)
+    told = {"language": language} if language and getattr(model.generation_config, "lang_to_id", None) else {}
+    ids = model.generate(**features, **told, max_new_tokens=most, num_beams=1, do_sample=False)
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -106,10 +119,10 @@ def score_transcripts(said: Sequence[str], wanted: Sequence[str], normalize: Nor
     return TranscriptScores(metrics, [count == 0 for count in wrong])
 
 
-def choose_normalizer(model: Any, processor: Any) -> Normalize:
+def choose_normalizer(model: Any, processor: Any, language: str | None = None) -> Normalize:
     """Whisper's own way to compare texts: that for English, or the one for every language."""
     settings = getattr(model, "generation_config", None)
-    language = str(getattr(settings, "language", None) or "").strip("<|>")
+    language = str(language or getattr(settings, "language", None) or "").strip("<|>")
     alone = getattr(settings, "is_multilingual", None) is False
     if alone or language in ("en", "english"):
         return EnglishTextNormalizer(getattr(processor.tokenizer, "english_spelling_normalizer", None) or {})

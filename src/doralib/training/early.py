@@ -24,7 +24,8 @@ def check_early(recipe: Recipe) -> None:
         load_tasks(recipe.eval.tasks)
     if not trl:
         kind = read_head_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
-        problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
+        if kind not in ("speech", "audio-class"):  # which have columns of their own, that are looked at later
+            problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 
 
