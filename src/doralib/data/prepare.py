@@ -161,3 +161,8 @@ class Sample:
     """What the row has in the fields that the prompt is made of."""
     sound: str = ""
     """What is heard, as a data URI for the report."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; a text has no sound."""
+        said = {"prompt": self.prompt, "expected": self.expected, "given": dict(self.given)}
+        return {**said, "sound": self.sound} if self.sound else said

@@ -378,7 +378,7 @@ def _run_bertscore(task: BertScoreTask, examples: Sequence[Example], scorer: _Sc
 def _run_translation(task: TranslationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
     texts, cut = _answer(task, examples, scorer)
     said = [task.predicted(text) for text in texts]
-    metrics = translation_scores(said, [example.answer for example in examples], task.tokenize)
+    metrics = translation_scores(said, [example.answer for example in examples], task.tokenize, scorer.seed)
     return _Outcome(metrics, cut=cut)
 
 

@@ -1,7 +1,7 @@
 """Scores of predictions, each with a 95 % bootstrap interval over the rows; numpy alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,13 @@ def mean_score(values_N: Sequence[float], seed: int) -> Score:
     table_N, rows = np.array(values_N), len(values_N)
     drawn_SN = np.random.default_rng(seed).integers(rows, size=(RESAMPLES, rows))
     return _score(float(table_N.mean()), table_N[drawn_SN].mean(axis=1))
+
+
+def corpus_score(counts_NK: Counts, score: Callable[[Counts], float], seed: int) -> Score:
+    """A score of the rows' summed counts, (K,), however it is computed."""
+    rows = len(counts_NK)
+    drawn_SK = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) @ counts_NK
+    return _score(score(counts_NK.sum(axis=0)), np.array([score(counts_K) for counts_K in drawn_SK]))
 
 
 def ratio_score(counts_N: Sequence[float], sizes_N: Sequence[float], seed: int) -> Score:

@@ -1,6 +1,9 @@
 """What a model hears in sounds, as text, and how far that is from what was said: word and character error rates."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +49,8 @@ def transcribe(
         BadRow: if a sound cannot be heard.
     """
     hearing = Hearing(processor.feature_extractor)
+    # a window is filled up, which Whisper has to be told
+    masked = hearing.window is not None and model.can_generate()  # type: ignore[operator]
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     texts: list[str] = []
     with evaluation_mode(model):
@@ -55,7 +60,7 @@ def transcribe(
                 sounds = [sound[: hearing.window * hearing.rate] for sound in sounds]
             features = {
                 name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-                for name, value in hearing.make_features(sounds).items()
+                for name, value in hearing.make_features(sounds, masked=masked).items()
             }
             seconds = max(map(len, sounds)) / hearing.rate
             texts += _write(model, processor, features, seconds, language)
@@ -74,8 +79,23 @@ def _write(
     # four tokens say language and task
     most = min(_TOKENS_AT_LEAST + round(_TOKENS_A_SECOND * seconds), room - 4)
     told = {"language": language} if language and getattr(model.generation_config, "lang_to_id", None) else {}
-    ids = model.generate(**features, **told, max_new_tokens=most, num_beams=1, do_sample=False)
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(max_new_tokens=most, max_length=None, num_beams=1, do_sample=False)
+    with _quiet():
+        ids = model.generate(**features, **told, generation_config=settings)
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers warns of its own settings of Whisper."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)

@@ -441,7 +441,7 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [asdict(sample) for sample in job.data.samples])
+    asked = run.read(run.samples, [sample.to_json() for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)

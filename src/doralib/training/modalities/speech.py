@@ -18,7 +18,7 @@ from ...data.survey import LEFT, RIGHT
 from ...data.templates import value_text
 from ...errors import UsageError
 from ...evaluation.evaluate import TaskResult, rate_transcripts
-from ...evaluation.transcripts import transcribe
+from ...evaluation.transcripts import Spoken, transcribe
 from ...progress import Tick, log_progress
 from ...recipe import DataSettings, ModelSettings
 from ...runs.charts import time_text
@@ -104,7 +104,9 @@ class Speech:
         tick = tick or log_progress()
         advance = lambda share: tick("validation", share, 1.0)
         return {
-            "validation": rate_transcripts("validation", self.held_out, model, processor, batch_size, seed, advance)
+            "validation": rate_transcripts(
+                "validation", Spoken(self.held_out), model, processor, batch_size, seed, advance
+            )
         }
 
 
