@@ -10,8 +10,8 @@ _DEEPEST = 100
 _MOST_DIGITS = 100
 """The largest whole number in files that are right is transformers' `model_max_length` of 31 digits."""
 _LONGEST_YAML = 4 << 20
-_MOST_NODES = 200_000
-"""Of a YAML document once each alias is replaced by what it stands for."""
+_MOST_NODES = 20_000
+"""Of a YAML document once each alias is replaced by what it stands for; a second or two of reading."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # what PyYAML lets through of a scalar that its tag does not fit: a date that does not exist, a number of 5,000 digits
 _MISFITS = (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError)
@@ -36,13 +36,13 @@ def decode_yaml(text: str) -> Any:
     """The value of a YAML text of plain values.
 
     Raises:
-        ValueError: if it is not YAML, longer than 4 MiB, nested deeper than 100 levels, if its aliases stand for
-            themselves or for more than 200,000 values, or a value is not what its tag says.
+        ValueError: if it is not YAML, longer than 4 MiB, nested deeper than 100 levels, if it holds more than 20,000
+            values, also by its aliases, if an alias stands for itself, or a value is not what its tag says.
     """
     if len(text) > _LONGEST_YAML:
         raise ValueError(f"it has {len(text):,} characters, and at most {_LONGEST_YAML:,} are read")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -56,6 +56,19 @@ def decode_yaml(text: str) -> Any:
         raise ValueError(f"a value is not what it is written as ({error})") from None
     _check_values(value)
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which stops where a document becomes too large for it to read soon."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node."""
+        self.composed += 1
+        if self.composed > _MOST_NODES:
+            raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
+        return super().compose_node(parent, index)
 
 
 def check_depth(text: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from doralib.checkpoints.kind import find_head_kind, find_kind
+from doralib.checkpoints.kind import find_kind, find_label_kind
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_the_kind_is_read_from_the_class(name, kind):
 def test_without_classes_there_is_no_kind():
     assert find_kind({}) is None
     assert find_kind({"architectures": "LlamaForCausalLM"}) is None
-    assert find_head_kind({"architectures": ["BartForConditionalGeneration"]}) is None
+    assert find_label_kind({"architectures": ["BartForConditionalGeneration"]}) is None

@@ -113,7 +113,13 @@ def test_check_of_a_classifier_and_of_packed_text(run, here):
     ("arguments", "told"),
     [
         (["train", "reciep.yaml"], "there is no recipe"),
-        (["check", "r.yaml", "adapter.rr=3"], "there is no such setting"),
+        (
+            ["check", "r.yaml", "adapter.rr=3", "training.learning_rat=1"],
+            "there is no such setting(.|\n)*did you mean 'learning_rate'",
+        ),
+        (["compare", "reciep.yaml", "--out", "o"], "there is no recipe"),
+        (["compare", "r.yaml", "adapter.rr=3", "--out", "o"], "there is no such setting"),
+        (["data", "reciep.yaml"], "there is no recipe"),
         (
             ["train", "r.yaml", "data.target= {lable}", "training.learning_rat=1", "eval.tasks=[sentimnt]"],
             "did you mean 'learning_rate'(.|\n)*sentimnt(.|\n)*no column 'lable'; did you mean 'label'",

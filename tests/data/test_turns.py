@@ -5,6 +5,7 @@ import torch
 from conftest import TEMPLATE, make_llama, make_tokenizer
 
 from doralib.data.turns import TurnEnd, find_end_tokens, find_turn_end, set_end_tokens
+from doralib.errors import DoraError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import describe_ends, generate, stream
 from doralib.evaluation.task_file import load_tasks
@@ -120,6 +121,13 @@ def learned(request):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
     return model.eval(), tokenizer
+
+
+@pytest.mark.parametrize("eos", [2.5, "2", [2, None]])
+def test_an_end_that_is_no_token_is_refused(tiny_llama, eos):
+    _, tokenizer = tiny_llama
+    with pytest.raises(DoraError, match="eos_token_id is"):
+        find_end_tokens(eos, tokenizer)
 
 
 def test_generation_stops_at_the_end_of_the_turn(learned, caplog):

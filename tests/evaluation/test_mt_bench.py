@@ -13,7 +13,13 @@ from doralib.evaluation.generation import answer_each
 from doralib.evaluation.mt_bench import judge as judging
 from doralib.evaluation.mt_bench.answers import Answering, answer_questions
 from doralib.evaluation.mt_bench.judge import Judge, Verdict, find_rating, find_winner
-from doralib.evaluation.mt_bench.questions import append_line, read_done, read_judge_prompts, read_questions
+from doralib.evaluation.mt_bench.questions import (
+    append_line,
+    read_answers,
+    read_judge_prompts,
+    read_judgments,
+    read_questions,
+)
 from doralib.evaluation.mt_bench.scores import score_categories
 
 QUESTIONS = [
@@ -100,7 +106,7 @@ def test_two_turns_in_the_models_own_template(tiny, file, tmp_path):
     prompt += f"{one}<|im_end|>\n<|im_start|>user\nnumbers 3 4<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert answer_each(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0].text.strip() == two
-    lines = read_done(out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["question_id"] for line in lines] == [81, 111]
     assert set(lines[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert lines[1]["choices"] == [{"index": 0, "turns": [one, two]}]
@@ -109,11 +115,39 @@ def test_two_turns_in_the_models_own_template(tiny, file, tmp_path):
     out.write_text(whole[: whole.index("\n") + 30])
     again = answer_questions(Answering(model, tokenizer, "me", max_new_tokens=6), questions, out)
     assert again == answers
-    assert [line["question_id"] for line in read_done(out)] == [81, 111]
+    assert list(read_answers(out)) == [81, 111]
     file.write_text(json.dumps({**QUESTIONS[0], "turns": ["the movie " * 400, ""]}) + "\n")
     questions = read_questions(file)
     with pytest.raises(UsageError, match="takes 256"):
         answer_questions(Answering(model, tokenizer, "me"), questions, tmp_path / "long.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[]", "valid dictionary"),
+        ("{}", "question_id: Field required"),
+        ('{"question_id": 1, "choices": []}', "choices: .*at least 1 item"),
+        ('{"question_id": 1, "choices": [{"turns": "no"}]}', "choices.0.turns: .*valid list"),
+        ("[" * 5000 + "]" * 5000, "nested deeper"),
+    ],
+)
+def test_a_damaged_answer_file_is_refused_by_its_line(tmp_path, line, said):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f"{line}\n" + '{"question_id": 2, "choices": [{"turns": ["a", "b"]}]}\n')
+    with pytest.raises(DoraError, match=f"line 1.*{said}"):
+        read_answers(path)
+
+
+def test_a_damaged_judgment_file_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "judged.jsonl"
+    path.write_text('{"question_id": 2, "turn": 1, "score": "high"}\n')
+    with pytest.raises(DoraError, match=r"line 1: score: .*valid number"):
+        read_judgments(path)
+    path.write_text('{"question_id": 2, "turn": 1, "score": 7}\n')
+    assert read_judgments(path)[2, 1]["score"] == 7
+    with pytest.raises(DoraError, match="g1_winner: Field required"):
+        read_judgments(path, pairs=True)
 
 
 def test_a_reference_that_is_missing_is_named(file):
@@ -201,7 +235,7 @@ def test_every_fault_is_tried_again(file, server, tmp_path):
         {"role": "system", "content": "be single-v1"},
         {"role": "user", "content": asked[0].text},
     ]
-    lines = read_done(out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["question_id"], line["turn"], line["score"]) for line in lines] == [
         (81, 1, 9),
         (81, 2, -1),
@@ -219,7 +253,7 @@ def test_a_judge_that_stays_away_loses_nothing(file, server, tmp_path):
     server.replies = ["[[4]]"] + [(503, "busy")] * 6
     with pytest.raises(DoraError, match=r"(?s)status 503: busy.*the same command goes on"):
         judging.judge_single(judge_of(server), asked, out, name="me")
-    assert len(read_done(out)) == 1
+    assert len(read_judgments(out)) == 1
     server.replies = [(401, "bad key")]
     before = len(server.asked)
     with pytest.raises(DoraError, match="status 401: bad key"):
@@ -239,7 +273,7 @@ def test_pairs_are_asked_in_both_orders(file, server, tmp_path):
     out = tmp_path / "pairs.jsonl"
     verdicts = judging.judge_pairs(judge_of(server), pairs, swapped, out, names=("me", "other"))
     assert [verdict.score for verdict in verdicts] == [1, 0.5, 1, 0]
-    assert [(line["g1_winner"], line["g2_winner"]) for line in read_done(out)] == [
+    assert [(line["g1_winner"], line["g2_winner"]) for line in read_judgments(out, pairs=True).values()] == [
         ("me", "me"),
         ("me", "other"),
         ("tie", "me"),
@@ -261,7 +295,7 @@ def test_the_command(run, server, file, tiny_llama_folder, tmp_path, monkeypatch
     status, shown, err = run(*ask)
     assert (status, "no judge" in shown) == (0, True), err
     answers = out / "model_answer" / "model.jsonl"
-    assert len(read_done(answers)) == 2
+    assert len(read_answers(answers)) == 2
     judge = (*ask, "--judge-url", server.url, "--judge-model", "org/judge")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))  # nobody is there to agree
     status, shown, err = run(*judge, "--judge-price", "2,10")
@@ -273,7 +307,7 @@ def test_the_command(run, server, file, tiny_llama_folder, tmp_path, monkeypatch
     status, shown, err = run(*judge, "--yes")
     assert status == 0, err
     assert server.asked[0][1] == "Bearer from the environment"
-    assert len(read_done(out / "model_judgment" / "org_judge_single_model.jsonl")) == 4
+    assert len(read_judgments(out / "model_judgment" / "org_judge_single_model.jsonl")) == 4
     assert json.loads((out / "scores_single.json").read_text()) == {"writing": 7, "math": 7, "average": 7}
     assert (out / "radar_single.png").read_bytes().startswith(b"\x89PNG")
     other = tmp_path / "other.jsonl"

@@ -9,7 +9,7 @@ import torch
 
 from doralib.config import DoraConfig
 from doralib.errors import DoraError, UsageError
-from doralib.files import read_json, read_tensors
+from doralib.files import read_json, read_tensors, write_tensors
 from doralib.formats import FORMATS, detect_format, tensorrt
 from doralib.formats.base import Hints, RawAdapter
 from doralib.formats.files import read_any_format, read_raw_adapter, write_raw_adapter
@@ -468,7 +468,7 @@ def test_a_folder_with_several_or_none(tmp_path):
 
 def test_settings_say_of_each_layer_what_it_is():
     three = [*LANGUAGE, ("model.layers.0.self_attn.k_proj", 5, 4)]
-    layers = adapter(three, ranks=(2, 2, 3), scales=(0.5, 2.0, 2.0))[1].layers
+    layers = adapter(three, ranks=(2, 2, 3), scales=(0.5, 2.0, 2.0))[1].state.layers
     config = make_config(layers)
     assert isinstance(config, DoraConfig)
     for name, layer in layers.items():
@@ -485,9 +485,9 @@ def test_a_models_own_names_are_no_parts_of_a_pipeline(form, name, tmp_path):
         DoraConfig(r=2, lora_alpha=2, target_modules=(name,)), AdapterState({name: layer}), Hints()
     )
     write_raw_adapter(made, FORMATS[form], tmp_path)
-    assert set(read_for_model(tmp_path)[1].layers) == {name}
+    assert set(read_for_model(tmp_path)[1].state.layers) == {name}
     # asked for, it is a part
-    inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].layers
+    inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].state.layers
     assert set(inside) == {name.partition(".")[2]}
 
 
@@ -506,3 +506,38 @@ def test_an_archive_with_another_byte_is_damaged(tmp_path):
         read_raw_adapter(path)
     path.write_bytes(whole)
     assert read_raw_adapter(path).tensors["base_model.model.q.lora_A.weight"].shape == (4, 6)
+
+
+def test_twins_of_another_dtype_are_not_the_same(tmp_path):
+    """float8 cannot be compared with others, and with itself by its bytes alone."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 6), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+    m_O = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    file = tmp_path / "adapter_model.safetensors"
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": true}')
+    for other, same in [
+        (m_O.to(torch.float8_e4m3fn), True),
+        (m_O, False),
+        (m_O.flip(0).to(torch.float8_e4m3fn), False),
+    ]:
+        twins = {f"{layer}.lora_magnitude_vector": m_O.to(torch.float8_e4m3fn)}
+        twins[f"{layer}.lora_magnitude_vector.weight"] = other
+        write_tensors(file, {**tensors, **twins})
+        if same:
+            assert torch.equal(
+                read_any_format(tmp_path, Hints())[1].state.layers["model.layers.0.self_attn.q_proj"].m_O.float(), m_O
+            )
+        else:
+            with pytest.raises(DoraError, match="two keys of one magnitude, with different numbers"):
+                read_any_format(tmp_path, Hints())
+
+
+@pytest.mark.parametrize("empty", ["lora_A", "lora_B"])
+def test_factors_without_numbers_are_refused(tmp_path, empty):
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    shapes = {"lora_A": (2, 6), "lora_B": (4, 2)} | {empty: {"lora_A": (0, 6), "lora_B": (4, 0)}[empty]}
+    tensors = {f"{layer}.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(DoraError, match=rf"{empty}\.weight: .* holds no numbers"):
+        read_any_format(tmp_path, Hints())

@@ -31,7 +31,7 @@ from fuzz.readers import KINDS, Kind, build  # noqa: E402
 
 BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 SECONDS = 20
-"""That one case may take."""
+"""Of the processor that one case may take."""
 
 
 class _Hang(BaseException):
@@ -40,19 +40,25 @@ class _Hang(BaseException):
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
+    """So many seconds of the processor, which other programs do not take away, and ten times as many by the clock."""
+
     def stop(*_: object) -> None:
         raise _Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 10 * seconds)}
+    before = {}
+    for timer, (kind, limit) in timers.items():
+        before[kind] = signal.signal(kind, stop)
+        signal.setitimer(timer, limit)
     # code that never returns to Python ends the process, with the place
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(30 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer, (kind, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(kind, before[kind])
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
 
 
 def try_once(kind: Kind, world: Path, seed: str) -> tuple[str, str]:

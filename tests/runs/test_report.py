@@ -367,3 +367,31 @@ def test_a_subject_keeps_its_color_in_every_figure_of_bench():
     first, second = choose_colors(["base", "ours-dora", "copying"]), choose_colors(["peft-lora", "ours-dora"])
     assert first["ours-dora"] == second["ours-dora"]
     assert len({first[name] for name in ("base", "ours-dora", "peft-lora", "peft-dora", "ours-lora")}) == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        (
+            "results.json",
+            {"after": {"t": {"confusion": {"labels": ["a"], "counts": [["x"]]}}}},
+            "results.json, t: conf",
+        ),
+        (
+            "results.json",
+            {"after": {"t": {"confusion": {"labels": ["a"], "counts": [[1, 2]]}}}},
+            "results.json, t: conf",
+        ),
+        (
+            "results.json",
+            {"after": {"t": {"wrong": 3, "metrics": {"f1": {"value": 1, "low": "x"}}}}},
+            "t: wrong is dam",
+        ),
+        ("doralib_prompt.json", {"style": "completion", "fields": 2.5}, "doralib_prompt.json: fields is damaged"),
+        ("summary.json", {"steps": "many", "seconds": []}, "summary.json: seconds, steps is damaged"),
+        ("config.yaml", {"eval": {"tasks": 5}}, "config.yaml: eval is damaged"),
+    ],
+)
+def test_values_that_are_not_what_they_should_be_are_noted_and_left_out(run, file, values, said):
+    (run / file).write_text(json.dumps(values))
+    assert said in page_of(run).said()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import DoraError
 from ..files import read_json, write_json
 from ..formats.base import SETTINGS_FILE
 from ..formats.files import find_adapter_file, read_raw_adapter
@@ -58,11 +59,18 @@ def find_head(adapter: Path) -> Head | None:
     task = read_json(settings).get("task_type") if settings.is_file() else None
     said = read_json(labels) if labels.is_file() else {}
     # PEFT has no word for labels of sounds
-    kind = said.get("kind") or TASKS.get(str(task))
-    if kind not in HEADS:
+    kind = said.get("kind", TASKS.get(str(task)))
+    if kind is None:
         return None
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise DoraError(f"{labels} is damaged: kind is {kind!r}, and heads are {', '.join(HEADS)}")
     if said:
-        return Head(kind, tuple(said["labels"]), said.get("pad_token_id"))
+        names, pad = said.get("labels"), said.get("pad_token_id")
+        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+            raise DoraError(f"{labels} is damaged: labels is no list of names")
+        if not isinstance(pad, int | None):
+            raise DoraError(f"{labels} is damaged: pad_token_id is {pad!r} and no number")
+        return Head(kind, tuple(names), pad)
     # only their number is in PEFT's file
     shapes = {key: tuple(tensor.shape) for key, tensor in read_raw_adapter(file).tensors.items()}
     last = next((shape for key, shape in shapes.items() if key.endswith(_LAST)), None)

@@ -38,7 +38,7 @@ def find_kind(config: Mapping[str, Any]) -> Kind | None:
     names = _read_classes(config)
     classes = _list_classes()
     known: list[Kind | None] = [classes[name] for name in names if name in classes]
-    return known[0] if known else find_head_kind(config) or _find_bare_kind(config)
+    return known[0] if known else find_label_kind(config) or _find_bare_kind(config)
 
 
 def _find_bare_kind(config: Mapping[str, Any]) -> Kind | None:
@@ -66,16 +66,16 @@ def read_kind(path: str) -> Kind | None:
     return find_kind(config) if config else None
 
 
-def find_head_kind(config: Mapping[str, Any]) -> HeadKind | None:
+def find_label_kind(config: Mapping[str, Any]) -> HeadKind | None:
     """The kind of head for labels that a config.json names; None for every other model."""
     names = _read_classes(config)
     return next((kind for kind, ending in HEADS.items() if any(name.endswith(ending) for name in names)), None)
 
 
-def read_head_kind(path: str) -> HeadKind | None:
-    """The kind of head of a local model, as for `find_head_kind`; None too where there is no such model."""
+def read_label_kind(path: str) -> HeadKind | None:
+    """The kind of head of a local model, as for `find_label_kind`; None too where there is no such model."""
     config = _read_config(path)
-    return find_head_kind(config) if config else None
+    return find_label_kind(config) if config else None
 
 
 def _read_classes(config: Mapping[str, Any]) -> list[str]:

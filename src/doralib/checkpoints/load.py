@@ -43,7 +43,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import HeadKind, Kind, find_head_kind, find_kind, read_head_kind, read_kind
+from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .window import fit_positions, has_window
@@ -136,7 +136,7 @@ def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], 
     loaded = type(model).__name__
     wrong = [f"has no weights for {list_some(sorted(lacks), 3, ', ')}, which would be random"] if lacks else []
     wrong += [f"has weights that {loaded} has no place for: {list_some(sorted(leaves), 3, ', ')}"] if leaves else []
-    file, kind = Path(path).expanduser() / "config.json", read_head_kind(path)
+    file, kind = Path(path).expanduser() / "config.json", read_label_kind(path)
     said = (read_json(file).get("architectures") or [""])[0] if file.is_file() else ""
     fits = f"set model.kind: {kind}" if kind else f"give the whole files of a {loaded}"
     of = f"; its files are of a {said}" if said else ""
@@ -190,7 +190,7 @@ def _load_head(
     settings: ModelSettings, head: Head | None, kind: HeadKind | None = None, *, empty: bool = False
 ) -> PreTrainedModel:
     config = load_config(settings)
-    kind = kind or (find_head_kind(config.to_dict()) if head is None else head.kind)
+    kind = kind or (find_label_kind(config.to_dict()) if head is None else head.kind)
     more: dict[str, Any] = {}
     if head is not None and tuple(config.id2label.values()) != head.labels:
         labels = dict(enumerate(head.labels))
@@ -322,7 +322,7 @@ def load_model(
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    load = load_base if read_head_kind(settings.path) is None else load_classifier
+    load = load_base if read_label_kind(settings.path) is None else load_classifier
     model, tokenizer = _LOADERS.get(_find_base_kind(settings), load)(settings)
     return model.eval(), tokenizer
 

@@ -46,10 +46,6 @@ def compare_command(
 
     Every run is an ordinary one; what is finished is not done again.
     """
-    from ..experiments.compare.grid import Grid
-    from ..experiments.compare.launch import find_launcher
-    from ..experiments.compare.report import write_comparison
-    from ..experiments.compare.study import compare, list_commands
     from ..training.recipe_file import read_recipe
 
     problems: list[DoraError] = []
@@ -67,9 +63,15 @@ def compare_command(
     with collecting(problems):
         check_given_once(changes or [])
         chosen = read_recipe(recipe, changes or [])
+    from ..experiments.compare.launch import find_launcher
+
     with collecting(problems):
         launch = find_launcher(launcher)
     raise_all(problems)
+    from ..experiments.compare.grid import Grid
+    from ..experiments.compare.report import write_comparison
+    from ..experiments.compare.study import compare, list_commands
+
     grid = Grid(
         recipe=chosen,
         methods=tuple(lists["--methods"]),

@@ -33,11 +33,7 @@ def data_command(
 
     Nothing is trained, and of the model only its tokenizer and configuration are read.
     """
-    from ..checkpoints.load import load_config, load_tokenizer
     from ..disk import check_writable
-    from ..evaluation.task_file import load_tasks
-    from ..runs.report_data import write_data_page
-    from ..training.modalities import text
     from ..training.recipe_file import read_recipe
 
     problems: list[DoraError] = []
@@ -55,6 +51,11 @@ def data_command(
         raise_all(problems)
     (chosen,) = recipes
     _check_kind(chosen.model)
+    from ..checkpoints.load import load_config, load_tokenizer
+    from ..evaluation.task_file import load_tasks
+    from ..runs.report_data import write_data_page
+    from ..training.modalities import text
+
     with collecting(problems):
         raw = text.check_rows(chosen.data, chosen.seed)
     with collecting(problems):

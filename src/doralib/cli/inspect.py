@@ -176,7 +176,9 @@ def _shape(layer: "LayerAdapter") -> str:
 def _sizes(layer: "LayerAdapter") -> tuple[str, str]:
     from ..experiments.analyze.movement import change_norm
 
-    span = "-" if layer.m_O is None else f"{layer.m_O.min().item():.3g} .. {layer.m_O.max().item():.3g}"
+    # float8 has no smallest and largest of its own
+    m_O = None if layer.m_O is None else layer.m_O.float()
+    span = "-" if m_O is None else f"{m_O.min().item():.3g} .. {m_O.max().item():.3g}"
     return f"{change_norm(layer):.4g}", span
 
 

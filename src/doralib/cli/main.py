@@ -179,6 +179,7 @@ _EXTRAS = {
     "bitsandbytes": "quant",
     "trl": "rl",
     "reasoning_gym": "problems",
+    "pycocoevalcap": "caption",
 }
 """The extra that brings a package."""
 

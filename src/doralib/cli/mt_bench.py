@@ -44,7 +44,7 @@ def run_mt_bench(asked: MtBench, name: str, load: Callable[[], tuple[Any, Any]],
         DoraError: if the judge does not answer; what it said before is kept.
     """
     from ..evaluation.mt_bench.answers import Answering, answer_questions
-    from ..evaluation.mt_bench.questions import read_done, read_judge_prompts, read_questions
+    from ..evaluation.mt_bench.questions import read_answers, read_judge_prompts, read_questions
 
     if (asked.judge_url is None) != (asked.judge_model is None):
         raise UsageError("--judge-url and --judge-model go together: where the judge is, and its name there")
@@ -55,11 +55,11 @@ def run_mt_bench(asked: MtBench, name: str, load: Callable[[], tuple[Any, Any]],
     prompts = read_judge_prompts(asked.questions) if asked.judge_url else {}
     others = {}
     if asked.against is not None:
-        others = {line["question_id"]: line["choices"][0]["turns"] for line in read_done(asked.against)}
+        others = read_answers(asked.against)
         if missing := [str(question.id) for question in questions if question.id not in others]:
             raise UsageError(f"--against: {asked.against} has no answer to question {', '.join(missing[:5])}")
     file = asked.out / "model_answer" / f"{name}.jsonl"
-    answered = {line["question_id"]: line["choices"][0]["turns"] for line in read_done(file)}
+    answered = read_answers(file)
     if any(question.id not in answered for question in questions):
         model, tokenizer = load()
         with bars() as tick:
@@ -84,7 +84,7 @@ def _judge(
 ) -> None:
     from ..disk import replacing
     from ..evaluation.mt_bench import judge as judging
-    from ..evaluation.mt_bench.questions import read_done
+    from ..evaluation.mt_bench.questions import read_judgments
     from ..evaluation.mt_bench.scores import draw_radar, score_categories
     from ..files import write_json
 
@@ -92,7 +92,7 @@ def _judge(
     judge = judging.Judge(str(asked.judge_url), str(asked.judge_model), key)
     kind = "pair" if asked.against else "single"
     file = asked.out / "model_judgment" / f"{_as_name(judge.model)}_{kind}_{name}.jsonl"
-    done = {(line["question_id"], line["turn"]) for line in read_done(file)}
+    done = read_judgments(file, pairs=asked.against is not None)
     if asked.against:
         single = judging.make_pairs(questions, answered, others, prompts)
         swapped = judging.make_pairs(questions, others, answered, prompts)

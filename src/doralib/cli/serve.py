@@ -72,7 +72,7 @@ def _open_plain(name: str, base: str | None, alpha: float | None) -> Iterator[st
         UsageError: if it gives labels and no text, or its path cannot be named to the server.
     """
     from ..checkpoints.heads import find_head
-    from ..checkpoints.kind import read_head_kind
+    from ..checkpoints.kind import read_label_kind
     from ..formats.base import Hints
     from ..formats.files import is_adapter
     from ..hub import find_hub_adapter, is_hub_name
@@ -94,7 +94,7 @@ def _open_plain(name: str, base: str | None, alpha: float | None) -> Iterator[st
         folder = folder / "model"
     if not is_hub_name(name) and not (folder / "config.json").is_file():
         raise UsageError(f"{name} is no run, adapter or model folder, and no name of the hub")
-    if read_head_kind(str(folder)) is not None:
+    if read_label_kind(str(folder)) is not None:
         raise UsageError(f"{name} gives labels, and transformers serve answers in text")
     if "@" in str(folder) and not is_hub_name(name):
         raise UsageError(f"{name}: transformers serve takes what follows an @ for a revision; rename the folder")

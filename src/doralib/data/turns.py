@@ -8,6 +8,8 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..errors import DoraError
+
 # words that no template changes, nor any other text holds
 _ASKED, _SAID = ("QUESTIONONE", "QUESTIONTWO"), ("ANSWERONE", "ANSWERTWO")
 
@@ -43,8 +45,13 @@ def find_end_tokens(eos: int | Sequence[int] | None, tokenizer: Tokenizer) -> li
 
     Args:
         eos: `eos_token_id` of the model's generation settings.
+
+    Raises:
+        DoraError: if that is neither a number nor a list of numbers.
     """
-    own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    own: list[Any] = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    if not all(isinstance(token, int) for token in own):
+        raise DoraError(f"the model's generation settings are damaged: eos_token_id is {eos!r}, and no token has it")
     more = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return list(dict.fromkeys([*own, *more, *find_turn_end(tokenizer).tokens]))
 

@@ -4,9 +4,11 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -72,10 +74,18 @@ class TaskResult:
         return {**asdict(self), "wrong": list(self.wrong)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_json` made."""
-        metrics = {name: Score(**score) for name, score in values["metrics"].items()}
-        return cls(**{**values, "metrics": metrics, "wrong": tuple(values["wrong"])})
+    def from_json(cls, values: Any, file: Path) -> Self:
+        """What `to_json` made, as it stands in a file.
+
+        Raises:
+            DoraError: if the file is damaged.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DoraError(f"{file} is damaged: a task's result, {where}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)

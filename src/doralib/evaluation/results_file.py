@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import DoraError, UsageError
 from ..files import read_json, write_json
 from .evaluate import TaskResult
 from .task import Task
@@ -33,17 +33,19 @@ class ResultsFile:
         if not self.path.is_file():
             return {}
         found = read_json(self.path)
-        before = found.get("settings")
+        before, after, asked = (found.get(key) for key in ("settings", "after", "tasks"))
         if before is None:
             raise UsageError(f"--resume: {self.path} does not say how it was made; write to another file")
+        if not all(isinstance(each, dict) for each in (before, after, asked)) or set(after) - set(asked):
+            raise DoraError(f"{self.path} is damaged: settings, tasks and after do not fit together")
         if other := [key for key, value in self.settings.items() if before.get(key) != value]:
             told = ", ".join(f"{key} {before.get(key)!r} and not {self.settings[key]!r}" for key in other)
             raise UsageError(f"--resume: {self.path} was made with {told}; take it back, or write to another file")
         now = {task.name: task.model_dump(mode="json") for task in tasks}
         # of a task that has changed the result means nothing any more
-        kept = [name for name in found["after"] if now.get(name, found["tasks"].get(name)) == found["tasks"].get(name)]
-        self._results = {name: TaskResult.from_json(found["after"][name]) for name in kept}
-        self._tasks = {name: found["tasks"][name] for name in kept}
+        kept = [name for name in after if now.get(name, asked[name]) == asked[name]]
+        self._results = {name: TaskResult.from_json(after[name], self.path) for name in kept}
+        self._tasks = {name: asked[name] for name in kept}
         return {name: self._results[name] for name in now if name in self._results}
 
     def add(self, task: Task, result: TaskResult) -> None:

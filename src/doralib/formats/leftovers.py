@@ -59,7 +59,10 @@ def _drop_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     twins = {key: m[1] for key in tensors if (m := _MAGNITUDE_MODULE.fullmatch(key)) and m[1] in tensors}
     for key, first in twins.items():
-        if not torch.equal(tensors[key], tensors[first]):
+        # by bytes, as float8 and other dtypes cannot be compared
+        one, other = tensors[key].contiguous(), tensors[first].contiguous()
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not (alike and torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))):
             raise DoraError(f"{key} and {first} are two keys of one magnitude, with different numbers")
     return {key: tensor for key, tensor in tensors.items() if key not in twins}
 

@@ -19,7 +19,7 @@ _MOST_ALPHA = 1e6
 
 
 def check_tensors(title: str, tensors: Mapping[str, Tensor], *, allow_nonfinite: bool = False) -> None:
-    """Check that each tensor is dense and of finite floating-point numbers; a count, such as an alpha, may be whole.
+    """Check that each tensor is dense, not empty, and finite floating-point; a count, such as an alpha, may be whole.
 
     Raises:
         DoraError: listing all that are not.
@@ -34,6 +34,8 @@ def _explain_unfit(tensor: Tensor, *, allow_nonfinite: bool) -> str:
     if not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")
         return f"{tuple(tensor.shape)} holds {kind}, and an adapter is floating-point numbers" if tensor.dim() else ""
+    if not tensor.numel():
+        return f"{tuple(tensor.shape)} holds no numbers; take the file from where it is whole"
     if allow_nonfinite or is_finite(tensor):
         return ""
     return f"{explain_nonfinite(tensor)}; take an earlier checkpoint, or pass --allow-nonfinite"

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..documents import decode_json
 from ..errors import DoraError
@@ -60,6 +62,59 @@ class MetricValue:
     high: float
 
 
+class _Form(BaseModel):
+    """What pages read of a file's values, which may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Summary(_Form):
+    base_model: str | None = None
+    method: str | None = None
+    status: str | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    train_rows: int | None = None
+    dropped_rows: dict[str, Any] | None = None
+
+
+class _Evaluation(_Form):
+    tasks: list[str] = []
+
+
+class _Config(_Form):
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    adapter: dict[str, Any] | None = None
+    training: dict[str, Any] = {}
+    eval: _Evaluation = _Evaluation()
+
+
+class _Prompt(_Form):
+    style: str | None = None
+    fields: list[str] | None = None
+
+
+class _Confusion(_Form):
+    labels: list[str]
+    counts: list[list[int]]
+
+    @model_validator(mode="after")
+    def _is_square(self) -> Self:
+        if {len(self.counts), *map(len, self.counts)} - {len(self.labels)}:
+            raise ValueError("it is not square")
+        return self
+
+
+class _Result(_Form):
+    n: int | None = None
+    kind: str | None = None
+    metrics: dict[str, Any] = {}
+    confusion: _Confusion | None = None
+    wrong: list[dict[str, Any]] = []
+    cut: int = 0
+
+
 def read_run(run: Path) -> RunRecord:
     """Everything that can be read of a run.
 
@@ -71,14 +126,20 @@ def read_run(run: Path) -> RunRecord:
     notes: list[str] = []
     folder = RunFolder(run)
     metrics = _read_metrics(folder.metrics, notes)
-    config = _read(folder.config, dict, notes, read_yaml)
+    config = _fit(_read(folder.config, dict, notes, read_yaml), _Config, folder.config.name, notes)
     results = _read(folder.results, dict, notes) if folder.results.exists() or _is_scored(config) else {}
     samples = _read(folder.samples, list, notes, partial(read_json, root=list))
     return RunRecord(
         path=run,
         config=config,
-        summary=_read(folder.summary, dict, notes),
-        results={when: _tasks(results.get(when)) for when in ("before", "after")},
+        summary=_fit(_read(folder.summary, dict, notes), _Summary, folder.summary.name, notes),
+        results={
+            when: {
+                name: _fit(result, _Result, f"{folder.results.name}, {name}", notes)
+                for name, result in _tasks(results.get(when)).items()
+            }
+            for when in ("before", "after")
+        },
         changes=_tasks(results.get("change")),
         samples=[sample for sample in samples if isinstance(sample, dict)],
         survey=_read(folder.survey, dict, notes) if folder.survey.exists() else {},
@@ -102,7 +163,18 @@ def _read_form(folder: RunFolder, notes: list[str]) -> Values:
     file = next(
         (each / PROMPT_FILE for each in (folder.path, folder.path / "model") if (each / PROMPT_FILE).exists()), None
     )
-    return _read(file, dict, notes) if file else {}
+    return _fit(_read(file, dict, notes), _Prompt, file.name, notes) if file else {}
+
+
+def _fit(values: Values, form: type[_Form], name: str, notes: list[str]) -> Values:
+    """The values without those that are not what pages read there, which are noted."""
+    try:
+        form.model_validate(values)
+    except ValidationError as error:
+        wrong = {str(each["loc"][0]) for each in error.errors()}
+        notes.append(f"{name}: {', '.join(sorted(wrong))} is damaged and left out.")
+        return {key: value for key, value in values.items() if key not in wrong}
+    return values
 
 
 def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
@@ -114,10 +186,12 @@ def read_metric(result: Values, name: str) -> MetricValue | None:
     """A metric of a TaskResult, if it is there and a number."""
     metrics = result.get("metrics")
     score = metrics.get(name) if isinstance(metrics, dict) else None
-    if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
+    if not isinstance(score, dict):
         return None
-    value = float(score["value"])
-    return MetricValue(value, float(score.get("low", value)), float(score.get("high", value)))
+    value, low, high = (score.get(key, score.get("value")) for key in ("value", "low", "high"))
+    if not (isinstance(value, int | float) and isinstance(low, int | float) and isinstance(high, int | float)):
+        return None
+    return MetricValue(float(value), float(low), float(high))
 
 
 def _read(path: Path, kind: type[Any], notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:

@@ -73,7 +73,7 @@ def wrong_section(record: RunRecord) -> Markup | None:
     """Some mistakes that are left after training."""
     blocks = []
     for task, result in record.results["after"].items():
-        wrong = [item for item in result.get("wrong") or [] if isinstance(item, dict)]
+        wrong = result.get("wrong") or []
         if wrong:
             rows: list[list[Child]] = [
                 [el("span", item.get("prompt"), class_="text"), item.get("expected"), item.get("predicted")]
@@ -187,11 +187,9 @@ def _text(metric: str, value: float) -> str:
 
 def _matrix(result: Values | None) -> Markup | None:
     confusion = (result or {}).get("confusion")
-    if not isinstance(confusion, dict):
+    if not confusion:
         return None
-    labels, counts_LL = confusion.get("labels"), confusion.get("counts")
-    if not isinstance(labels, list) or not isinstance(counts_LL, list) or len(labels) != len(counts_LL):
-        return None
+    labels, counts_LL = confusion["labels"], confusion["counts"]
     head = el("tr", el("td"), *(el("th", label, scope="col") for label in labels))
     lines = [
         el("tr", el("th", label, scope="row"), *(_heat(count, sum(counts_L)) for count in counts_L))

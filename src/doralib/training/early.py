@@ -1,13 +1,13 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
-from ..checkpoints.kind import read_head_kind
+from ..checkpoints.kind import read_label_kind
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.tables import read_head
-from ..errors import DoraError, UsageError, collecting, raise_all
+from ..errors import DoraError, collecting, raise_all
 from ..evaluation.task_file import load_tasks
 from ..recipe import DataSettings, Recipe
-from .fields import find_unknown, list_fields
+from .fields import find_unfit
 
 
 def check_early(recipe: Recipe) -> None:
@@ -18,12 +18,12 @@ def check_early(recipe: Recipe) -> None:
     """
     problems: list[DoraError] = []
     trl = recipe.objective.kind != "sft"  # has more fields, and columns of its own, which are looked at later
-    if not trl and (fields := list_fields()):
-        problems += map(UsageError, find_unknown(recipe.training, fields))
+    if not trl:
+        problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
     if not trl:
-        kind = read_head_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
+        kind = read_label_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         if kind not in ("speech", "audio-class"):  # which have columns of their own, that are looked at later
             problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)

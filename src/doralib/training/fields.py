@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import did_you_mean
+from ..errors import UsageError, did_you_mean
 from ..recipe import Recipe
 from ..validation import in_our_words
 
@@ -67,6 +67,12 @@ def list_fields() -> set[str]:
     return {
         node.target.id for node in fields if isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
     }
+
+
+def find_unfit(training: Mapping[Any, Any]) -> list[UsageError]:
+    """An error for each key that no recipe of kind sft may set; none where transformers is not installed."""
+    fields = list_fields()
+    return [UsageError(line) for line in find_unknown({str(key): None for key in training}, fields)] if fields else []
 
 
 def find_unknown(

@@ -12,6 +12,7 @@ from ..errors import UsageError, did_you_mean
 from ..families import Variant, is_family, read_family
 from ..files import read_yaml
 from ..recipe import Recipe
+from .fields import find_unfit
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -42,7 +43,13 @@ def read_recipe(path_or_name: str, overrides: list[str]) -> Recipe:
     values = _read(path_or_name)
     for change in overrides:
         override(values, change)
-    return Recipe(**values)
+    try:
+        return Recipe(**values)
+    except UsageError as error:
+        # what is wrong in training is said with it; TRL's objectives have more fields, which are looked at later
+        training = values.get("training")
+        more = find_unfit(training) if isinstance(training, dict) and not values.get("objective") else []
+        raise UsageError("\n".join(map(str, [error, *more]))) from None
 
 
 def read_shared(family: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ...data.encoding import chat_text, context_length, encode
 from ...errors import UsageError
 from ..generation import Sampling, answer_each
-from .questions import Question, append_line, read_done
+from .questions import Question, append_line, read_answers
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """FastChat's, by category; 0 elsewhere."""
@@ -39,7 +39,7 @@ def answer_questions(
     Raises:
         UsageError: if the tokenizer has no chat template, or the model too little room for an answer.
     """
-    done = {line["question_id"]: list(line["choices"][0]["turns"]) for line in read_done(path)}
+    done = read_answers(path)
     for question in questions:
         if question.id not in done:
             turns = _answer(answering, question)

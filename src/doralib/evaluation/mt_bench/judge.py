@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from ...errors import DoraError
-from .questions import JudgePrompt, Question, append_line, read_done
+from .questions import JudgePrompt, Question, append_line, read_judgments
 
 Answers = Mapping[int, Sequence[str]]
 _RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -137,22 +137,18 @@ def judge_single(
     judge: Judge, asked: Sequence[_Question], path: Path, *, name: str, tick: Callable[[], None] = lambda: None
 ) -> list[Verdict]:
     """The score of each answer; those that the file at ``path`` has are not asked for again."""
-    done = {(line["question_id"], line["turn"]): line for line in read_done(path)}
+    done = read_judgments(path)
     for each in asked:
         key = (each.question.id, each.turn)
         if key not in done:
             said = judge.ask(each.prompt, each.text)
             line = {"question_id": key[0], "model": name, "judge": [judge.model, each.prompt.name]}
             line |= {"user_prompt": each.text, "judgment": said}
-            # FastChat's file says -1 where there is no score
             score = find_rating(said)
             done[key] = {**line, "score": -1 if score is None else score, "turn": each.turn, "tstamp": time.time()}
             append_line(path, done[key])
         tick()
-    return [
-        Verdict(*key, None if done[key]["score"] < 0 else done[key]["score"])
-        for key in ((each.question.id, each.turn) for each in asked)
-    ]
+    return [Verdict(*key, _find_score(done[key])) for key in ((each.question.id, each.turn) for each in asked)]
 
 
 def judge_pairs(
@@ -165,9 +161,7 @@ def judge_pairs(
     tick: Callable[[], None] = lambda: None,
 ) -> list[Verdict]:
     """Who won each turn, asked in both orders: who wins in one and does not lose in the other; else a tie."""
-    done: dict[tuple[int, int], dict[str, Any]] = {
-        (line["question_id"], line["turn"]): line for line in read_done(path)
-    }
+    done = read_judgments(path, pairs=True)
     for each, other in zip(asked, swapped, strict=True):
         key = (each.question.id, each.turn)
         if key not in done:
@@ -181,6 +175,12 @@ def judge_pairs(
             append_line(path, line)
         tick()
     return [Verdict(each.question.id, each.turn, _score_pair(done[each.question.id, each.turn])) for each in asked]
+
+
+def _find_score(line: Mapping[str, Any]) -> float | None:
+    """FastChat's file says -1 where the judge gave none."""
+    score = line["score"]
+    return None if score is None or score < 0 else score
 
 
 def _name_winner(winner: str | None, a: str, b: str) -> str:

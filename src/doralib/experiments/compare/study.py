@@ -5,7 +5,6 @@ OUT/runs/NAME/           ordinary runs                 OUT/scores/    test score
 OUT/compare.yaml         what is compared              OUT/compare.csv, compare.html, figures/    the result
 """
 
-import json
 import logging
 import math
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from ... import disk, files
+from ...documents import decode_json
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.evaluate import TaskResult, read_all
 from ...evaluation.task_file import load_tasks
@@ -239,7 +239,7 @@ class _Work:
                     f"  the end of {output}:\n{tail(output)}"
                 )
         found = files.read_json(file)["after"]
-        return {task: TaskResult.from_json(found[task]) for task in wanted}
+        return {task: TaskResult.from_json(found[task], file) for task in wanted}
 
     def _peak_file(self, run: Run) -> Path:
         return self.grid.out / "logs" / f"{run.name}.json"
@@ -256,7 +256,7 @@ def _has_ended(folder: RunFolder) -> bool:
 
 
 def _has_scores(file: Path, tasks: Sequence[str]) -> bool:
-    return file.is_file() and set(tasks) <= set(files.read_json(file)["after"])
+    return file.is_file() and set(tasks) <= set(files.read_json(file).get("after") or ())
 
 
 def _losses(folder: RunFolder) -> list[float]:
@@ -264,11 +264,12 @@ def _losses(folder: RunFolder) -> list[float]:
     found = []
     for text in folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.is_file() else []:
         try:
-            line = json.loads(text)
+            line = decode_json(text)
         except ValueError:
             break
-        if line.get("kind") == "eval" and "eval_loss" in line:
-            found.append(float(line["eval_loss"]))
+        loss = line.get("eval_loss") if isinstance(line, dict) and line.get("kind") == "eval" else None
+        if isinstance(loss, int | float):
+            found.append(float(loss))
     return found
 
 
