@@ -136,7 +136,8 @@ def _make_noise(model: PreTrainedModel, processor: Any, seed: int) -> dict[str, 
     inputs = dict(extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="pt"))
     if not (has_encoder(model) and hasattr(processor, "tokenizer")):
         return inputs
-    ids = processor.tokenizer(TEXTS[seed])["input_ids"][: min(_LONGEST, model.config.max_target_positions or _LONGEST)]
+    longest = min(_LONGEST, getattr(model.config, "max_target_positions", _LONGEST))
+    ids = processor.tokenizer(TEXTS[seed])["input_ids"][:longest]
     return {**inputs, "labels": torch.tensor([ids])}
 
 

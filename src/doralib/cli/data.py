@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
-from ..recipe import ModelSettings
 from .console import console
+
+if TYPE_CHECKING:
+    from ..recipe import ModelSettings
 
 _BAR_WIDTH = 40
 
@@ -82,7 +84,7 @@ def data_command(
         console.print(f"{count:,} rows written: {json_file}")
 
 
-def _check_kind(model: ModelSettings) -> None:
+def _check_kind(model: "ModelSettings") -> None:
     """Check that the rows are texts, each of which becomes one row of tokens.
 
     Raises:

@@ -179,6 +179,8 @@ def _set_language(model: Any, processor: Any, settings: DataSettings) -> str:
         tokenizer.set_prefix_tokens(language=settings.language.lower(), task=task)
     except ValueError as error:
         raise UsageError(f"data.language: {str(error).splitlines()[0]}") from None
-    model.generation_config.update(language=tokenizer.language, task=task, forced_decoder_ids=None)
+    # update() takes no word that is not there
+    for name, value in {"language": tokenizer.language, "task": task, "forced_decoder_ids": None}.items():
+        setattr(model.generation_config, name, value)
     tokenizer.init_kwargs.update(language=tokenizer.language, task=task)
     return f"{tokenizer.language}, {task}"
