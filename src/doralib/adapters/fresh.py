@@ -26,7 +26,8 @@ def note_frozen_parts(found: Scan, trained: Collection[str]) -> list[str]:
         if not is_trained(name)
     ]
     rows, stored = _count_rows(found), _read_vocabulary(found.model)
-    if rows is not None and stored is not None and rows[1] > stored and not is_trained(rows[0]):
+    drawn = getattr(found.model, "draws_own_rows", False)
+    if rows is not None and stored is not None and rows[1] > stored and not (drawn or is_trained(rows[0])):
         last = rows[1] - 1
         notes.append(
             f"{rows[0]!r} has rows {stored} to {last} that the base's files do not, and they stay as they are; "

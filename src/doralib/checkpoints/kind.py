@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..files import read_json
+from ..formats.files import find_base_name, is_adapter
 
 HeadKind = Literal["classify", "tokens", "audio-class"]
-Kind = Literal["classify", "tokens", "seq2seq", "image-text", "speech", "audio-class", "forecast"]
+Kind = Literal["classify", "tokens", "seq2seq", "vl-bart", "image-text", "speech", "audio-class", "forecast"]
 HEADS: dict[HeadKind, str] = {
     "classify": "ForSequenceClassification",
     "tokens": "ForTokenClassification",
@@ -60,6 +61,20 @@ def name_auto_class(name: str) -> str:
     return _AUTO.get(kind, "AutoModelForCausalLM")
 
 
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether a folder is a diffusion pipeline, which is several models."""
+    return (Path(folder).expanduser() / "model_index.json").is_file()
+
+
+def find_pipeline_folder(adapter: Path, base: str | None) -> Path | None:
+    """The diffusion pipeline on this disk that is given, or that the adapter names."""
+    named = base or (find_base_name(adapter) if is_adapter(adapter) else None)
+    if named is None:
+        return None
+    places = [Path(named).expanduser(), *([] if base else [above / named for above in adapter.resolve().parents])]
+    return next((place for place in places if is_pipeline(place)), None)
+
+
 def read_kind(path: str) -> Kind | None:
     """The kind of a local model, as for `find_kind`; None too where there is no such model."""
     config = _read_config(path)
@@ -78,6 +93,12 @@ def read_label_kind(path: str) -> HeadKind | None:
     return find_label_kind(config) if config else None
 
 
+def reads_series(path: str) -> bool:
+    """Whether a local model's config.json names a class that forecasts, told without an import of transformers."""
+    config = _read_config(path)
+    return config is not None and any(name.endswith("ForPrediction") for name in _read_classes(config))
+
+
 def _read_classes(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -93,7 +114,7 @@ def _list_classes() -> dict[str, Kind | None]:
     """The kind of each class in transformers' tables."""
     from transformers.models.auto import modeling_auto  # noqa: PLC0415  merging needs no transformers
 
-    kinds: dict[str, Kind | None] = dict.fromkeys(_FORECASTERS, "forecast")
+    kinds: dict[str, Kind | None] = {"VLBart": "vl-bart", **dict.fromkeys(_FORECASTERS, "forecast")}
     for kind, tables in _TABLES.items():
         for table in tables:
             for names in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
@@ -33,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
+from ..data.series_form import read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -46,6 +48,7 @@ from .heads import Head, find_head, is_of_head
 from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
+from .vl_bart import VLBart, extend_vocabulary, read_visual
 from .window import fit_positions, has_window
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer; of a model of series a `SeriesForm` stands there."""
 
 
 @contextmanager
@@ -149,7 +153,7 @@ def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedMo
     with _explaining(settings.path):
         config = AutoConfig.from_pretrained(where, **options, **more)
         dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with torch.device("meta"), _without_loading_report():
+        with torch.device("meta"), quiet_loading():
             model: PreTrainedModel = auto.from_config(
                 config, dtype=dtype, attn_implementation=settings.attn_implementation
             )
@@ -201,7 +205,7 @@ def _load_head(
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
         model.doralib_new = sorted({name.rpartition(".")[0] for name in last})
         return model
-    with _without_loading_report():
+    with quiet_loading():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
     _check_loaded(settings.path, model, lacks=_find_missing(model, info["missing_keys"], whole=head is None))
@@ -227,6 +231,40 @@ def load_with_head(settings: ModelSettings, head: Head) -> Loaded:
     return (load_sound_classifier if head.kind == "audio-class" else load_classifier)(settings, head)
 
 
+def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False) -> Loaded:
+    """Load a BART with a visual embedding, and its tokenizer with the extra tokens.
+
+    Args:
+        seed: What a visual embedding is drawn from that the files do not hold.
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it is no BART, or one for other features.
+        DoraError: if its files are damaged.
+    """
+    tokenizer, config = load_tokenizer(settings), load_config(settings)
+    if config.model_type != "bart":
+        raise UsageError(
+            f"model.kind vl-bart: {settings.path} is a {config.model_type}; give a BART, such as facebook/bart-base"
+        )
+    asked = settings.visual.model_dump()
+    config.visual = getattr(config, "visual", None) or asked
+    if "visual" in settings.model_fields_set and config.visual != asked:
+        raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
+    if empty:
+        with torch.device("meta"), quiet_loading():
+            model = VLBart._from_config(config)
+    else:
+        with quiet_loading():
+            model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
+        fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
+        _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
+        if fresh:
+            model.visual_embedding.reset(config.init_std, seed)
+    extend_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
 def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     """What of a loaded classifier is trained whole: its last layers, and all else that its files do not have."""
     fresh: list[str] | None = model.__dict__.get("doralib_new")
@@ -236,9 +274,50 @@ def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(new) if not any(name.startswith(f"{other}.") for other in new))
 
 
+def load_forecaster(settings: ModelSettings, *, empty: bool = False) -> PreTrainedModel:
+    """Load a model of series over time, which takes one series at a time.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it takes several series together.
+        DoraError: if its files are damaged.
+    """
+    # two that stand in none of transformers' tables; nobody else needs their modules
+    import transformers  # noqa: PLC0415
+
+    auto = AutoModelForTimeSeriesPrediction
+    for name in ("PatchTST", "PatchTSMixer"):
+        auto.register(
+            getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForPrediction"), exist_ok=True
+        )
+    more = _take_one_channel(settings.path, load_config(settings))
+    if empty:
+        return _make_empty(settings, auto, **more)
+    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
+    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    return model
+
+
+def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
+    """The settings by which a model of several series side by side takes one: it has the same weights for each.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    if getattr(config, "num_input_channels", 1) == 1:
+        return {}
+    shared = getattr(config, "share_embedding", True) and getattr(config, "share_projection", True)
+    together = getattr(config, "channel_attention", False) or getattr(config, "mode", "") == "mix_channel"
+    if together or not shared or getattr(config, "prediction_channel_indices", None):
+        raise UsageError(
+            f"model: {path} reads {config.num_input_channels} series together, and doralib trains on one series at a "
+            "time; take a model of one channel, or one with the same weights for every channel"
+        )
+    return {"num_input_channels": 1}
+
+
 @contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Without the table of missing weights: a head that is to be trained is missing by intention."""
+def quiet_loading() -> Iterator[None]:
+    """Without what transformers warns of while it loads: a head that is to be trained is missing by intention."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -291,39 +370,22 @@ def load_model(
     """
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
-    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
-        named = base or find_base_name(folder)
-        if not named:
-            raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantized: dict[str, Any] = {} if base else _read_quantization(folder)
-        where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        kind = head.kind if head else _find_base_kind(settings, folder)
-        with nullcontext() if base else telling_places(folder, where):
-            if head is not None:
-                model = load_with_head(settings, head)[0]
-            else:
-                model = _LOADERS[kind](settings)[0] if kind in _LOADERS else load_language_model(settings)
-        load_adapter(model, folder, given=given)
-        _warn_other_base(path, folder, where)
-        if kind in ("speech", "audio-class"):
-            tokenizer = _load_own_processor(model, folder, settings, kind)
-        else:
-            tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if kind in _LOADERS:
-            _take_generation(model, folder)
-        elif head is None:
-            set_end_tokens(model, tokenizer)
+        model, tokenizer = _load_adapted(path, folder, base, dtype, given)
         return model.eval(), tokenizer
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
+    allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    load = load_base if read_label_kind(settings.path) is None else load_classifier
-    model, tokenizer = _LOADERS.get(_find_base_kind(settings), load)(settings)
+    kind = find_model_kind(settings)
+    if kind == "forecast":
+        return load_forecaster(settings).eval(), read_series_form(folder)
+    others: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"vl-bart": load_vl_bart, **_LOADERS}
+    others |= dict.fromkeys(("classify", "tokens"), load_classifier)
+    model, tokenizer = others.get(kind, load_base)(settings)
     return model.eval(), tokenizer
 
 
@@ -332,18 +394,56 @@ _LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
     "speech": load_speech,
     "audio-class": load_sound_classifier,
 }
-"""Kinds whose class is not that of a language model or of a head for texts."""
+"""Kinds that write text and are no language models, or hear."""
 
 
-def _find_base_kind(settings: ModelSettings, adapter: Path | None = None) -> Kind | None:
-    """The kind of a model by its config.json, wherever that is; PEFT's word for it in an adapter comes first."""
-    file = adapter / SETTINGS_FILE if adapter is not None else None
-    if file is not None and file.is_file() and read_json(file).get("task_type") == "SEQ_2_SEQ_LM":
+def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
+    """The base of an adapter with it, and what belongs beside it; arguments as of `load_model`."""
+    named = base or find_base_name(folder)
+    if not named:
+        raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+    quantized: dict[str, Any] = {} if base else _read_quantization(folder)
+    where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
+    allow = given is not None and given.allow_nonfinite
+    settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+    kind: Kind | None = "vl-bart" if visual is not None else head.kind if head else _find_base_kind(settings, folder)
+    with nullcontext() if base else telling_places(folder, where):
+        if visual is not None:
+            model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
+        elif head is not None:
+            model = load_with_head(settings, head)[0]
+        elif kind == "forecast":
+            model = load_forecaster(settings)
+        else:
+            model = _LOADERS[kind](settings)[0] if kind in _LOADERS else load_language_model(settings)
+    load_adapter(model, folder, given=given)
+    _warn_other_base(path, folder, where, depth=4)
+    if kind == "forecast":
+        return model, read_series_form(folder)
+    if kind in ("speech", "audio-class"):
+        tokenizer = _load_own_processor(model, folder, settings, kind)
+    else:
+        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
+    if kind in _LOADERS:
+        _take_generation(model, folder)
+    elif head is None and visual is None:
+        set_end_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def _find_base_kind(settings: ModelSettings, adapter: Path) -> Kind | None:
+    """The kind of an adapter's base; PEFT's word for it comes first, as a model's files may name no head."""
+    file = adapter / SETTINGS_FILE
+    if file.is_file() and read_json(file).get("task_type") == "SEQ_2_SEQ_LM":
         return "seq2seq"
-    if settings.path.endswith(".gguf"):
-        return None
-    local = Path(settings.path).expanduser().exists()
-    return read_kind(settings.path) if local else find_kind(load_config(settings).to_dict())
+    return find_model_kind(settings)
+
+
+def find_model_kind(settings: ModelSettings) -> Kind | None:
+    """The kind of a model by its config.json, on the hub too; None for language models, and .gguf files are such."""
+    if (Path(settings.path).expanduser() / "config.json").is_file():
+        return read_kind(settings.path)
+    return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
 
 
 def _take_generation(model: PreTrainedModel, folder: Path) -> None:
@@ -428,10 +528,10 @@ def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
-def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
+def _warn_other_base(adapter: str, folder: Path, base: str, depth: int = 3) -> None:
     """Warn if an adapter names another base; only once its names and shapes are known to fit."""
     for note in find_other_base(find_base_name(folder), base):
-        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=depth)
 
 
 def _read_quantization(run: Path) -> dict[str, Any]:

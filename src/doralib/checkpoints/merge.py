@@ -22,7 +22,7 @@ from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..process import read_peak_memory
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
-from ..recipe import PROMPT_FILE
+from ..recipe import PROMPT_FILE, SERIES_FILE
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .heads import change_config, find_head
@@ -180,7 +180,8 @@ def merge_checkpoint(
             config = {**read_json(part / "config.json"), "max_source_positions": len(positions)}
             write_json(part / "config.json", config)
         notes += take_tokenizer([each.path for each in ingredients], part)
-        _take_prompt_form([each.path for each in ingredients], part)
+        for name in (PROMPT_FILE, SERIES_FILE):
+            _take_form([each.path for each in ingredients], part, name)
         _take_settings([each.path for each in ingredients], part)
         if not starts.head:
             notes += _write_end_tokens(part)
@@ -190,7 +191,7 @@ def merge_checkpoint(
                 "base": str(base),
                 "dtype": dtype,
                 "adapters": [asdict(each) for each in merged],
-                "files": sorted(_list_files(part)),
+                "files": sorted(list_written_files(part)),
             },
         )
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
@@ -247,13 +248,13 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
     return checkpoint
 
 
-def _take_prompt_form(adapters: Sequence[Path], folder: Path) -> None:
+def _take_form(adapters: Sequence[Path], folder: Path, name: str) -> None:
     """Keep the form in which all the adapters were asked; the base's own is of another training."""
-    forms = {(each / PROMPT_FILE).read_bytes() if (each / PROMPT_FILE).is_file() else None for each in adapters}
+    forms = {(each / name).read_bytes() if (each / name).is_file() else None for each in adapters}
     if len(forms) == 1 and (form := forms.pop()) is not None:
-        (folder / PROMPT_FILE).write_bytes(form)
+        (folder / name).write_bytes(form)
     else:
-        (folder / PROMPT_FILE).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
 
 
 def _take_settings(adapters: Sequence[Path], folder: Path) -> None:
@@ -461,14 +462,14 @@ def check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) 
         )
     record = read_json(final / RECORD)
     own = record.get("files") if isinstance(record, dict) else None
-    if others := sorted(_list_files(final) - {RECORD} - set(own if isinstance(own, list) else [])):
+    if others := sorted(list_written_files(final) - {RECORD} - set(own if isinstance(own, list) else [])):
         raise UsageError(
             f"--overwrite replaces a merged model, and {out} holds what its {RECORD} does not list: "
             f"{list_some(others, 5, ', ')}; move it away, or choose another folder"
         )
 
 
-def _list_files(folder: Path) -> set[str]:
+def list_written_files(folder: Path) -> set[str]:
     """Every file of a folder, but for what a killed process left, by its name inside it."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {name.as_posix() for name in names if not any(is_scratch(folder / part) for part in name.parts)}

@@ -1,4 +1,4 @@
-"""`doralib generate`: one prompt, a file of prompts, or a chat."""
+"""`doralib generate`: one prompt, a file of prompts, or a chat; of a diffusion pipeline pictures."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
+from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ def generate_command(
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
     audio: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A sound to write down; may be given several times.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file, or --audio, as .jsonl.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the answers of --file or --audio as .jsonl; pictures as .png; forecasts as .csv."),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -47,23 +51,55 @@ def generate_command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
     batch_size: Batch = 8,
     seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=999, help="Pictures: steps of drawing; else 25.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Of series: forecast so many values.")] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
-    What a run was trained on decides how it is asked. With no prompt at all: a chat.
+    What a run was trained on decides how it is asked. With no prompt at all: a chat. A diffusion pipeline draws a
+    picture for each prompt, all into one file.
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
+    from ..checkpoints.pipelines import find_pipeline
     from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
-    from .prompt_file import read_prompts, write_answers
+    from .forecast import ForecastRequest, is_series_model, write_forecasts
+    from .prompt_file import read_prompts
 
-    fields = _read_fields(field or [])
+    fields, given = _read_fields(field or []), Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    if is_series_model(model, base):
+        texts = {
+            "--prompt": prompt,
+            "--field": fields,
+            "--chat": chat,
+            "--system": system,
+            "--adapter": adapter,
+            "--audio": audio,
+        }
+        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
+        write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
+        return
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series")
     _check({"--prompt": prompt is not None, "--field": fields, "--file": file, "--audio": audio}, out, adapter or [])
+    drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
+    if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
+        _check_no_text(
+            {"--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter, "--audio": audio}
+        )
+        prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
+        draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
+        return
+    if wrong := [name for name, value in drawn.items() if value is not None]:
+        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -80,33 +116,21 @@ def generate_command(
     asked += read_prompts(file, next(iter(forms.values()))) if file else []
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(
-        model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
-    )
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
-    if audio or hasattr(tokenizer, "feature_extractor"):
-        _write_down(loaded, tokenizer, audio or [], out, batch_size)
+    if _write_down(loaded, tokenizer, audio or [], out, batch_size):
         return
     load_named_adapters(loaded, named)
     asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling)
     if not asked:
         asking.chat(system)
         return
-    for name, questions in complete.items():
-        answers = asking.answer(name, questions, batch_size)
-        if out is None:
-            for each in answers:
-                # a pipe gets the answer as it is
-                shown = show_controls(each) if sys.stdout.isatty() else each
-                print(f"{name}: {shown}" if len(named) > 1 else shown)
-        else:
-            write_answers(out, asked, answers)
-            console.print(f"{len(answers)} answers written: {out}")
+    _tell_answers(asking, complete, asked, out, batch_size)
 
 
-def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> None:
-    """Write what is said in each sound.
+def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> bool:
+    """Write what is said in each sound; False if the model is one of text, and there is no sound.
 
     Raises:
         UsageError: if the model hears nothing, there is no sound, or one of them cannot be heard.
@@ -116,7 +140,9 @@ def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | 
     from .prompt_file import write_answers
 
     if not hasattr(processor, "feature_extractor"):
-        raise UsageError("--audio: this model reads text; give a --prompt")
+        if sounds:
+            raise UsageError("--audio: this model reads text; give a --prompt")
+        return False
     if not sounds:
         raise UsageError("this model writes what it hears: give a sound with --audio FILE")
     try:
@@ -126,10 +152,11 @@ def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | 
     if out is not None:
         write_answers(out, [{"audio": str(sound)} for sound in sounds], texts)
         console.print(f"{len(texts)} answers written: {out}")
-        return
+        return True
     for sound, text in zip(sounds, texts, strict=True):
         shown = show_controls(text) if sys.stdout.isatty() else text
         print(f"{sound}: {shown}" if len(sounds) > 1 else shown)
+    return True
 
 
 @dataclass(frozen=True)
@@ -195,6 +222,38 @@ class _Asking:
         if name not in self.named:
             return self.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _check_no_text(given: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of a diffusion pipeline that only models of text can do.
+
+    Raises:
+        UsageError: naming each option.
+    """
+    if wrong := [name for name, value in given.items() if value]:
+        raise UsageError(f"{', '.join(wrong)}: a diffusion pipeline draws pictures and says nothing; leave it out")
+
+
+def _tell_answers(
+    asking: _Asking,
+    complete: Mapping[str, Sequence[Values]],
+    asked: Sequence[Values],
+    out: Path | None,
+    batch_size: int,
+) -> None:
+    """Print what each adapter answers, or write it."""
+    from .prompt_file import write_answers
+
+    for name, questions in complete.items():
+        answers = asking.answer(name, questions, batch_size)
+        if out is None:
+            for each in answers:
+                # a pipe gets the answer as it is
+                shown = show_controls(each) if sys.stdout.isatty() else each
+                print(f"{name}: {shown}" if len(asking.named) > 1 else shown)
+        else:
+            write_answers(out, asked, answers)
+            console.print(f"{len(answers)} answers written: {out}")
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":

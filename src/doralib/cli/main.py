@@ -180,6 +180,7 @@ _EXTRAS = {
     "trl": "rl",
     "reasoning_gym": "problems",
     "pycocoevalcap": "caption",
+    "h5py": "vlbart",
 }
 """The extra that brings a package."""
 

@@ -23,7 +23,7 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False, whole: bool =
 
 def has_encoder(model: Any) -> bool:
     """Whether an encoder reads the prompt, and a decoder writes the answer from its own beginning."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _count_ending(tokenizer: Tokenizer) -> int:

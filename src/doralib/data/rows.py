@@ -16,6 +16,7 @@ from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .large_rows import read_large_rows
+from .layouts import list_layout_files, read_layout
 from .prepare import RowNumber
 from .problems import make_problems
 from .sources import is_problems, is_saved_dataset, list_files, match_hub
@@ -82,12 +83,13 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     sources, made = settings.sources(), []
     for i, source in enumerate(sources):
         own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
-        rows, numbers = _read(source.path, setting, own.split, settings.documents)
+        rows, numbers = _read_source(settings, source.path, setting, own.split)
+        if not settings.has_tasks:
+            rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
             numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
-        rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
-        kept, held = _hold_out(rows, settings.validation, seed)
-        kept = _repeat(kept, source.weight, seed)
+        kept, held = hold_out(rows, settings.validation, seed)
+        kept = repeat_rows(kept, source.weight, seed)
         if not kept:
             raise UsageError(f"{setting}: weight {source.weight:g} of {len(rows)} rows leaves none; give a larger one")
         part = RawRows(
@@ -99,14 +101,26 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
         )
         made.append(part)
     if isinstance(settings.validation, str):
-        rows, numbers = _read(settings.validation, "data.validation", settings.validation_split, settings.documents)
+        rows, numbers = _read_source(settings, settings.validation, "data.validation", settings.validation_split)
         made[0] = replace(made[0], validation=rows, validation_numbers=tuple(numbers))
     forget()
     return made
 
 
-def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
-    """Places of the rows that are kept, and of those that a fraction takes out."""
+def _read_source(
+    settings: DataSettings, source: str, setting: str, split: str
+) -> tuple[datasets.Dataset, Sequence[RowNumber]]:
+    if settings.has_tasks:
+        return read_layout(settings, source, split, setting)
+    return _read(source, setting, split, settings.documents)
+
+
+def hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that are kept, and of those that a fraction takes out.
+
+    Raises:
+        UsageError: if nothing would be kept.
+    """
     if fraction is None or isinstance(fraction, str):
         return list(range(len(rows))), []
     num_held = max(1, round(fraction * len(rows)))
@@ -119,7 +133,7 @@ def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -
     return sorted(drawn[num_held:].tolist()), sorted(drawn[:num_held].tolist())
 
 
-def _repeat(places: list[int], weight: float, seed: int) -> list[int]:
+def repeat_rows(places: list[int], weight: float, seed: int) -> list[int]:
     """Each place as often as the weight says; of a fraction of it some, drawn by the seed."""
     whole = int(weight)
     drawn = np.random.default_rng(seed).permutation(len(places))[: round((weight - whole) * len(places))]
@@ -157,6 +171,8 @@ def as_written(rows: datasets.Dataset) -> datasets.Dataset:
 
 def list_inputs(settings: DataSettings) -> dict[str, list[Path]]:
     """The files of data, by the setting that names them; a hub data set has none."""
+    if settings.has_tasks:
+        return list_layout_files(settings)
     sources = [source.path for source in settings.sources()]
     named = {"data.train" if len(sources) == 1 else f"data.train[{i}]": path for i, path in enumerate(sources)}
     splits = dict.fromkeys(named, settings.split)

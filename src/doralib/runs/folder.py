@@ -15,7 +15,7 @@ import torch
 
 from .. import disk, files
 from ..errors import UsageError, list_some
-from ..recipe import PROMPT_FILE, Recipe
+from ..recipe import PROMPT_FILE, SERIES_FILE, Recipe
 from . import checkpointing, lock
 from .machine import cpu_name, package_versions
 
@@ -24,8 +24,10 @@ _WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "results.json", "samples.json", "summary.json"),
     *("report.html", "figures/*.png", "tensorboard/events.out.tfevents.*", "checkpoints/checkpoint-*/*"),
     *("adapter_config.json", "doralib_config.json", "adapter_model.safetensors", "data.json"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json", "README.md"),
-    *("model/README.md", "doralib_labels.json", PROMPT_FILE),
+    *("pytorch_lora_weights.safetensors", "*_emb.safetensors"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json"),
+    *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE, SERIES_FILE),
+    *("doralib_visual.json", "predictions/*"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
@@ -54,6 +56,7 @@ class RunFolder:
         self.samples = self.path / "samples.json"
         self.summary = self.path / "summary.json"
         self.survey = self.path / "data.json"
+        self.predictions = self.path / "predictions"
 
     @property
     def trained(self) -> Path:
@@ -118,6 +121,12 @@ class RunFolder:
         record = self._read_record()
         listed = [*record.get("files", []), *names]
         files.write_json(self.record, {**record, "files": sorted(set(listed), key=listed.index)})
+
+    def write_predictions(self, texts: Mapping[str, str]) -> None:
+        """Write files of predictions, by name."""
+        for name, text in texts.items():
+            with disk.replacing(self.predictions / name) as part:
+                part.write_text(text, encoding="utf-8")
 
     def read(self, path: Path, otherwise: Any) -> Any:
         """A JSON file of an earlier session, if there is one."""

@@ -52,6 +52,11 @@ class RunRecord:
     notes: tuple[str, ...]
     """What is missing or damaged, a sentence each."""
 
+    @property
+    def unit(self) -> str:
+        """What the run's rows are counted in: tokens, or pictures."""
+        return str(self.summary.get("unit") or "tokens")
+
 
 @dataclass(frozen=True)
 class MetricValue:
@@ -175,6 +180,12 @@ def _fit(values: Values, form: type[_Form], name: str, notes: list[str]) -> Valu
         notes.append(f"{name}: {', '.join(sorted(wrong))} is damaged and left out.")
         return {key: value for key, value in values.items() if key not in wrong}
     return values
+
+
+def is_series(sample: Values) -> bool:
+    """Whether a sample is a series and not a text."""
+    given = sample.get("given")
+    return isinstance(given, dict) and "past" in given
 
 
 def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:

@@ -8,9 +8,11 @@ from . import plots
 from .charts import Series, line_chart, number_text, time_text
 from .markup import Child, Markup, el, html_table
 from .page import write_page
-from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
+from .record import METHODS, OBJECTIVE_CURVES, RunRecord, is_series, numbers, read_run
 from .report_data import data_section
+from .report_pictures import is_picture, picture_table
 from .report_results import confusion_section, results_section, wrong_section
+from .report_series import series_section
 from .use import list_commands
 
 _STATUS = {
@@ -44,6 +46,7 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
         results_section(record),
         _curves(record),
         confusion_section(record),
+        series_section(record),
         _samples(record),
         wrong_section(record),
         _use_section(record),
@@ -88,7 +91,9 @@ def _tiles(record: RunRecord) -> Markup | None:
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
         "time": time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
-        "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
+        f"{record.unit} per second": _speed_text(s["tokens_per_second"])
+        if _is_number(s.get("tokens_per_second"))
+        else None,
         "parameters trained": _count_text(trained) + share if trained and _is_number(trained) else None,
         "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
         "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
@@ -108,7 +113,10 @@ def _curves(record: RunRecord) -> Markup | None:
         *_objective_curves(record),
         line_chart("Learning rate", [Series("learning rate", numbers(record.train, "learning_rate"))]),
         line_chart("Gradient norm", [Series("gradient norm", numbers(record.train, "grad_norm"), smooth=True)]),
-        line_chart("Tokens per second", [Series("tokens per second", numbers(record.train, "tokens_per_second"))]),
+        line_chart(
+            f"{record.unit.capitalize()} per second",
+            [Series(f"{record.unit} per second", numbers(record.train, "tokens_per_second"))],
+        ),
     ]
     if not any(charts):
         return None
@@ -127,9 +135,12 @@ def _objective_curves(record: RunRecord) -> list[Markup | None]:
 
 
 def _samples(record: RunRecord) -> Markup | None:
-    if not record.samples:
+    samples = [sample for sample in record.samples if not is_series(sample)]
+    if not samples:
         return None
-    return _section("What it says", "Generated before and after training.", *map(_sample, record.samples))
+    if any(is_picture(sample.get("after")) or is_picture(sample.get("before")) for sample in samples):
+        return _section("What it draws", "Each prompt from the same seed.", picture_table(samples))
+    return _section("What it says", "Generated before and after training.", *map(_sample, samples))
 
 
 def _sample(sample: dict[str, Any]) -> Markup:
@@ -216,6 +227,10 @@ def _find_setting(values: dict[str, Any], group: str, key: str) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _speed_text(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _count_text(count: float) -> str:

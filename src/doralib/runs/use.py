@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from .charts import number_text, time_text
-from .record import RunRecord, Values, numbers
+from .record import RunRecord, Values, is_series, numbers
 
 _SHOWN = 80  # characters of an example
 _OF_SPEECH = ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC")
@@ -22,7 +22,11 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
     name = place or str(record.path)
     if not whole:
         merged = "merged" if place else shlex.quote(f"{record.path}-merged")
-        found["Merge it into a checkpoint of its own"] = f"doralib merge {run} --out {merged} --verify"
+        verify = "" if record.unit == "pictures" else " --verify"
+        found["Merge it into a checkpoint of its own"] = f"doralib merge {run} --out {merged}{verify}"
+    if record.unit == "pictures":
+        found["Load it in diffusers"] = diffusers_code(record, name)
+        return found
     found["Load it in Python"] = f"from doralib import load_model\n\nmodel, tokenizer = load_model({name!r})"
     if record.form and not whole:
         # PEFT needs to be told of a head, and of what else is no language model
@@ -32,13 +36,19 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
 
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
+    command = f"doralib generate {shlex.quote(place or str(record.path))}"
     if record.summary.get("auto_class") in _OF_SPEECH:
         given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
         sound = str(given.get("audio", "")) if place is None else ""
-        return f"doralib generate {shlex.quote(place or str(record.path))} --audio {shlex.quote(sound or 'FILE')}"
+        return f"{command} --audio {shlex.quote(sound or 'FILE')}"
+    if any(is_series(sample) for sample in record.samples):
+        train = record.config.get("data", {}).get("train") if place is None else None
+        return f"{command} --file {shlex.quote(train if isinstance(train, str) else 'SERIES.csv')} --out forecasts.csv"
+    if record.unit == "pictures":
+        prompt = str(record.samples[0].get("prompt", "")) if record.samples and place is None else "PROMPT"
+        return f"{command} --prompt {shlex.quote(prompt)} --out picture.png"
     if not record.form:
         return None
-    command = f"doralib generate {shlex.quote(place or str(record.path))}"
     if record.form.get("style") == "chat":
         return command
     fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
@@ -63,6 +73,15 @@ def closing_lines(record: RunRecord, report: Path) -> dict[str, str]:
         "report": str(report),
         **({"next": told.splitlines()[0]} if told else {}),
     }
+
+
+def diffusers_code(record: RunRecord, run: str) -> str:
+    """What loads a run's adapter in diffusers."""
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({str(record.summary.get('base_model'))!r})\n"
+        f'pipeline.load_lora_weights({run!r}, weight_name="pytorch_lora_weights.safetensors")'
+    )
 
 
 def _eval_command(record: RunRecord, run: str) -> str | None:

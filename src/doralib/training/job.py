@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .. import disk, files
@@ -41,16 +41,18 @@ from ..runs.record import read_run
 from ..runs.report import write_report
 from ..runs.use import closing_lines
 from .arguments import has_own_order, make_arguments
-from .callbacks import MetricsFile, StepLog, StopOnSignal
+from .callbacks import AtCheckpoints, MetricsFile, StepLog, StopOnSignal
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
-from .modality import Collate, Modality, Prepared, ScoringModality
+from .modality import Collate, DrawingModality, KeepingModality, Modality, Prepared, ScoringModality
+from .optimizers import make_prodigy
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
 from .sampler import PADDING_WORTH_GROUPING, measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
+from .task_batches import make_task_batches
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
@@ -248,6 +250,8 @@ def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
 
 def _check_batch(data: Prepared, args: TrainingArguments) -> None:
     count, whole = len(data.train.rows), args.train_batch_size * args.world_size
+    if data.ratios is not None and args.world_size > 1:
+        raise UsageError(f"batches of one task each are made in one process, and this run has {args.world_size}")
     if args.dataloader_drop_last and count < whole:
         raise UsageError(f"training.dataloader_drop_last: {count} rows do not fill one batch of {whole}; none is left")
     prompts = getattr(args, "generation_batch_size", 1) // getattr(args, "num_generations", 1)
@@ -260,6 +264,8 @@ def _check_batch(data: Prepared, args: TrainingArguments) -> None:
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
+    if data.order is not None:
+        return data.order
     padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
     return "group_by_length" if padding > PADDING_WORTH_GROUPING else "random"
 
@@ -273,7 +279,10 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
         model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
-    config = add_new_tokens(model, processor, recipe)
+    if isinstance(plan.modality, DrawingModality):
+        config = plan.modality.configure(model, processor, recipe.adapter)
+    else:
+        config = add_new_tokens(model, processor, recipe)
     config = _train_head(config, find_head_modules(model))
     if empty:
         return adapt(model, config), processor
@@ -325,7 +334,11 @@ def _list_facts(job: _Job) -> dict[str, str]:
     recipe = plan.recipe
     changed, total = _parameters(job.model)
     answers, (steps, per_epoch) = _count_answers(plan.args), _count_steps(job)
-    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
+    each = (
+        f"{answers} answers to each prompt"
+        if answers
+        else f"about {report.tokens / per_epoch:,.0f} {job.data.unit} each"
+    )
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     return {
         "model": f"{recipe.model.path}, {total:,} parameters",
@@ -333,7 +346,7 @@ def _list_facts(job: _Job) -> dict[str, str]:
         **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",
         "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-        "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        job.data.unit: f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
         **job.data.told,
         "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
         "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
@@ -368,12 +381,15 @@ def _count_answers(args: TrainingArguments) -> int:
 
 
 def _count_steps(job: _Job) -> tuple[int, int]:
-    return _steps(job.plan.args, len(job.data.train.rows) * max(_count_answers(job.plan.args), 1))
+    args = job.plan.args
+    batches = make_task_batches(job.data, args)
+    count = None if batches is None else len(batches)
+    return _steps(args, len(job.data.train.rows) * max(_count_answers(args), 1), count)
 
 
-def _steps(args: TrainingArguments, rows: int) -> tuple[int, int]:
+def _steps(args: TrainingArguments, rows: int, batches: float | None = None) -> tuple[int, int]:
     """Optimizer steps in all, and of one epoch."""
-    batches = rows / (args.train_batch_size * args.world_size)
+    batches = batches or rows / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch), per_epoch
@@ -420,6 +436,8 @@ def _score(job: _Job, when: str) -> None:
     if is_main():
         scored = {name: result.to_json() for name, result in found.items()}
         told = {name: {"accuracy": asdict(score)} for name, score in change.items()}
+        if when == "after" and isinstance(job.plan.modality, KeepingModality):
+            run.write_predictions(job.plan.modality.predictions)
         files.write_json(run.results, {**results, when: scored, **({"change": told} if told else {})})
     for name, result in found.items():
         scores = ", ".join(f"{metric} {score.value:.3f}" for metric, score in result.metrics.items())
@@ -457,7 +475,10 @@ def _train(job: _Job) -> None:
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
     ]
     patience = plan.recipe.training.get("early_stopping_patience")
-    more = [EarlyStoppingCallback(int(patience))] if patience is not None else []
+    more: list[TrainerCallback] = [EarlyStoppingCallback(int(patience))] if patience is not None else []
+    trainer.meter.unit = job.data.unit
+    if isinstance(plan.modality, DrawingModality):
+        more.append(AtCheckpoints(lambda step: _sample(job, f"step {step}")))
     for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *more):
         trainer.add_callback(callback)
     checkpoint = checkpointing.find_sound(plan.run.checkpoints) if plan.resume else None
@@ -499,9 +520,11 @@ def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> N
 
 def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
+    if getattr(job.model, "one_device", False):
+        plan.args._n_gpu = 1
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
-        return LabelTrainer(*given)
+        return LabelTrainer(*given, optimizer_cls_and_kwargs=make_prodigy(plan.recipe.training, plan.args))
     # TRL is an extra
     from .objectives import TRAINERS  # noqa: PLC0415
 
@@ -552,6 +575,21 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
     return bool(trainer.state.global_step < trainer.state.max_steps)
 
 
+def _save_beside(job: _Job) -> None:
+    """Write what makes the model's inputs, and how it is asked, beside its adapter."""
+    run = job.plan.run
+    job.processor.save_pretrained(run.path)
+    if (head := getattr(job.plan.modality, "head", None)) is not None:
+        write_labels(run.path, head)
+    if job.data.form is not None:
+        write_form(run.path, job.data.form)
+    if has_encoder(job.model) and job.model.can_generate():
+        # with what a target begins, which the base may not say
+        job.model.generation_config.save_pretrained(run.path)
+    if isinstance(job.plan.modality, KeepingModality):
+        job.plan.modality.keep(run.path)
+
+
 def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
@@ -559,16 +597,11 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     if job.plan.recipe.adapter.method != "full":
         if is_main():
             # first: the adapter's file marks the training as over
-            job.processor.save_pretrained(run.path)
-            if (head := getattr(job.plan.modality, "head", None)) is not None:
-                write_labels(run.path, head)
-            if job.data.form is not None:
-                write_form(run.path, job.data.form)
-            if has_encoder(job.model) and job.model.can_generate():
-                # with what a target begins, which the base may not say
-                job.model.generation_config.save_pretrained(run.path)
+            _save_beside(job)
         # a model that is shared out is gathered by all, and written by the first
         if is_main() or trainer.shared_out:
+            if isinstance(job.plan.modality, DrawingModality):
+                job.plan.modality.save(job.model, run.path)
             save_adapter(job.model, run.path)
         return
     state = {name: whole_tensor(t) for name, t in job.model.state_dict().items()} if trainer.shared_out else None
@@ -602,6 +635,7 @@ def _write_summary(job: _Job, trainer: AdapterTrainer, status: str) -> None:
             "steps": state.global_step,
             "tokens": meter.tokens,
             "seconds": meter.seconds,
+            "unit": meter.unit,
             "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else 0.0,
             "best_step": best,
             "status": status,

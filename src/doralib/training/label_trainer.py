@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.prepare import IGNORED
+from .forecast_loss import ForecastLoss
 from .loss import DecoderLoss, FrameLoss, HeadLoss, LabelLoss
 from .trainer import AdapterTrainer
 
@@ -16,16 +17,18 @@ class LabelTrainer(AdapterTrainer):
     Arguments as `AdapterTrainer`.
     """
 
-    def __init__(self, model: Any, args: Any, *others: Any) -> None:
+    def __init__(self, model: Any, args: Any, *others: Any, **more: Any) -> None:
         self._eval_totals: Tensor | None = None
-        super().__init__(model, args, *others)
+        super().__init__(model, args, *others, **more)
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
-        self.label_loss: LabelLoss | HeadLoss | DecoderLoss | FrameLoss | None = None
+        self.label_loss: LabelLoss | HeadLoss | ForecastLoss | DecoderLoss | FrameLoss | None = None
         if possible:
             self.label_loss = LabelLoss(model, args.label_smoothing_factor)
         elif HeadLoss.is_possible(model):
             self.label_loss = HeadLoss(args.label_smoothing_factor)
+        elif ForecastLoss.is_possible(model):
+            self.label_loss = ForecastLoss(model)
         elif DecoderLoss.is_possible(model):
             self.label_loss = DecoderLoss(args.label_smoothing_factor)
         elif FrameLoss.is_possible(model):

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
+from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
@@ -33,6 +35,12 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    ratios: Mapping[str, float] | None = None
+    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
+    unit: str = "tokens"
+    """What rows are counted in."""
+    order: str | None = None
+    """The `train_sampling_strategy` that the rows need; None: by how much padding there would be."""
 
 
 class Modality(Protocol):
@@ -66,6 +74,17 @@ class Modality(Protocol):
 
 
 @runtime_checkable
+class DrawingModality(Protocol):
+    """A modality whose samples are pictures, drawn at each checkpoint too, and whose layers are its own to choose."""
+
+    def configure(self, model: nn.Module, processor: Any, config: DoraConfig) -> DoraConfig:
+        """The adapter's settings with what follows from the model; it gets the recipe's new tokens."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what others read of the trained adapter, beside PEFT's files; each process calls it."""
+
+
+@runtime_checkable
 class ScoringModality(Protocol):
     """A modality that also scores the validation rows by more than the loss."""
 
@@ -73,3 +92,14 @@ class ScoringModality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
     ) -> dict[str, TaskResult]:
         """Results by name."""
+
+
+@runtime_checkable
+class KeepingModality(Protocol):
+    """A modality of which a folder says more than weights and tokenizer."""
+
+    predictions: Mapping[str, str]
+    """The files that the last scoring made, by name."""
+
+    def keep(self, folder: Path) -> None:
+        """Write what belongs beside an adapter."""

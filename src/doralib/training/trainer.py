@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -35,6 +35,7 @@ from .meter import Meter
 from .modality import Collate, Prepared
 from .sampler import SeededSampler
 from .sharding import gather_optimizer, scatter_optimizer
+from .task_batches import make_task_batches
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.adapter = adapter
         self.resumed_from: Path | None = None
         self._lengths: list[int] = data.train.rows["length"][:]
+        self._batches = make_task_batches(data, args)
         self._staging: Path | None = None
         self.shared_out = is_sharded(model)
         with _mark_as_adapted(model), _mark_as_shared_out(model, args) if self.shared_out else nullcontext():
@@ -206,6 +208,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """The stock schedule of learning rates."""
         with _blame_settings("lr_scheduler_type, lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The stock batches, or those of one task each."""
+        if self._batches is None:
+            return super().get_train_dataloader()
+        self.sampler = self._batches
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         args = self.args
@@ -447,14 +464,19 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         # accelerate does not reach the sampler of a resumed epoch in several processes
-        if self.trainer.sampler is not None:
-            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+        for part in (self.trainer.sampler, self.trainer.data_collator):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.meter.start()
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         self.trainer.check_gradients()
+        # a model may hold parts still from some share of the training on
+        hold: Callable[[float], None] | None = getattr(self.trainer.model, "hold_still", None)
+        if hold is not None:
+            hold(state.global_step / state.max_steps)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.meter.stop()

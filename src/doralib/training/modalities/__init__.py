@@ -2,25 +2,29 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_kind
+from ...checkpoints.kind import is_pipeline, read_kind
+from ...checkpoints.pipelines import import_diffusers
 from ...errors import UsageError
 from ...recipe import DataSettings, Recipe
 from ..modality import Modality
 from . import seq2seq, text
 from .audio_class import SoundLabels
 from .classify import Classification
+from .forecast import Forecasting
 from .preference import Preference
 from .speech import Speech
+from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text, "seq2seq": seq2seq}
 
-_THAT_KNOW_ROWS: dict[str, Callable[[], Modality]] = {
+_MADE_ANEW: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
     "speech": Speech,
     "audio-class": SoundLabels,
+    "forecast": Forecasting,
 }
-"""Those of one job alone: they keep what they have seen of its rows."""
+"""Those that know the data once they have seen them."""
 
 
 def choose_modality(recipe: Recipe) -> Modality:
@@ -30,7 +34,15 @@ def choose_modality(recipe: Recipe) -> Modality:
     settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     _check_read(recipe.data, kind)
-    return _THAT_KNOW_ROWS[kind]() if kind in _THAT_KNOW_ROWS else MODALITIES.get(kind, MODALITIES["text"])
+    if kind == "vl-bart":
+        return VisualTasks(recipe)
+    if settings.kind == "text-to-image" or (settings.kind == "auto" and is_pipeline(settings.path)):
+        import_diffusers()
+        # an extra, and seconds
+        from .text_to_image import Pictures  # noqa: PLC0415
+
+        return Pictures(recipe)
+    return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES.get(kind, MODALITIES["text"])
 
 
 _READ_BY = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import HEADS, HeadKind, find_kind
+from ...checkpoints.kind import HEADS, HeadKind, find_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -115,6 +115,8 @@ def estimate_run(
     Raises:
         UsageError: if there is no such model, or it is of a kind whose step is not known beforehand.
     """
+    if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
+        raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     head = _find_head(recipe, config)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,6 +142,10 @@ def estimate_run(
 
 def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "vl-bart":
+        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
+    if kind == "forecast":
+        raise UsageError("a plan is made for models of text; those of series are small enough to try")
     if kind in ("seq2seq", "speech", "audio-class"):
         raise UsageError(f"plan: the memory of a model of kind {kind} is not estimated; a few steps show what it takes")
     return kind if kind in HEADS else None
