@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,6 +13,9 @@ from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
 from .console import console
+
+if TYPE_CHECKING:
+    from ..recipe import ModelSettings
 
 _BAR_WIDTH = 40
 
@@ -49,6 +52,7 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
+    _check_tokens(chosen.model, recipe)
     from ..checkpoints.load import load_config, load_tokenizer
     from ..evaluation.task_file import load_tasks
     from ..runs.report_data import write_data_page
@@ -78,6 +82,18 @@ def data_command(
         )
         count = write_rows(json_file, lines, tokenizer)
         console.print(f"{count:,} rows written: {json_file}")
+
+
+def _check_tokens(model: "ModelSettings", recipe: str) -> None:
+    """Check that rows become tokens.
+
+    Raises:
+        UsageError: if they are pictures.
+    """
+    from ..checkpoints.kind import is_pipeline
+
+    if model.kind == "text-to-image" or is_pipeline(model.path):
+        raise UsageError(f"{recipe} is of pictures, which are no rows of tokens; doralib check {recipe} reads them all")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:

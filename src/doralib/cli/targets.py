@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from ..errors import UsageError
 from .console import console, print_json
 from .options import Json, Revision
 
@@ -31,22 +32,29 @@ def targets_command(
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
-    """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
+def _load(model: str) -> Any:
+    """The model, or of a diffusion pipeline its parts without weights."""
+    from ..checkpoints.kind import is_pipeline
     from ..checkpoints.load import load_base
+    from ..checkpoints.pipelines import load_empty_parts
     from ..recipe import ModelSettings
 
-    loaded, _ = load_base(ModelSettings(path=model))
+    return load_empty_parts(model) if is_pipeline(model) else load_base(ModelSettings(path=model))[0]
+
+
+def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
+    """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
+    loaded = _load(model)
+    if probe and not hasattr(loaded, "config"):
+        raise UsageError(f"--probe runs a few tokens, and {model} is a pipeline that draws; leave it out")
     return [_make_table(loaded, title=model, every=every), *(_probe(loaded) if probe else [])]
 
 
 def describe_layers(model: str) -> list[dict[str, Any]]:
     """Each layer, and stack of experts, that can be adapted: name, shape, and numbers that rank 16 would train."""
     from ..adapters.scan import Scan
-    from ..checkpoints.load import load_base
-    from ..recipe import ModelSettings
 
-    found = Scan(load_base(ModelSettings(path=model))[0])
+    found = Scan(_load(model))
     passed_by = {name for name, each in found.bypassed.items() if each.always}
     layers = [
         {

@@ -34,7 +34,7 @@ from ...formats.base import Hints
 from ...formats.files import write_raw_adapter
 from ...progress import Tick
 from ...recipe import DataSettings, DiffusionSettings, ModelSettings, Recipe
-from ..diffusion.families import ENCODER_TARGETS, DiffusionFamily, find_family
+from ..diffusion.families import DiffusionFamily, find_family, list_encoder_targets
 from ..diffusion.model import TextToImage
 from ..diffusion.sizes import choose_size, list_sizes
 from ..distributed import is_main
@@ -119,7 +119,7 @@ class Pictures:
         family = self._find_family()
         targets = family.targets if config.target_modules is None else config.target_modules
         if self.settings.text_encoders and isinstance(targets, tuple):
-            targets = tuple(dict.fromkeys((*targets, *ENCODER_TARGETS)))
+            targets = tuple(dict.fromkeys((*targets, *list_encoder_targets(model, family))))
         changes: dict[str, Any] = {"target_modules": targets}
         tokens = self.recipe.model.new_tokens
         if tokens and processor.pipeline is not None:
@@ -309,8 +309,9 @@ def _collate(gallery: Gallery, rows: Sequence[Row]) -> dict[str, Any]:
     numbers = own + prior
     captions = [gallery.numbers[i] for i in numbers]
     batch: dict[str, Any] = {
-        "labels": [gallery.latents[i] for i in numbers],
+        # the first says to the Trainer how many there are
         "rows_B": torch.tensor(numbers),
+        "labels": [gallery.latents[i] for i in numbers],
         "captions_B": torch.tensor(captions),
         "sizes_B6": torch.tensor([gallery.sizes[i] for i in numbers]),
         "prior_B": torch.tensor([False] * len(own) + [True] * len(prior)),
