@@ -65,6 +65,12 @@ def read_label_kind(path: str) -> HeadKind | None:
     return find_label_kind(config) if config else None
 
 
+def reads_series(path: str) -> bool:
+    """Whether a local model's config.json names a class that forecasts, told without an import of transformers."""
+    config = _read_config(path)
+    return config is not None and any(name.endswith("ForPrediction") for name in _read_classes(config))
+
+
 def _read_classes(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

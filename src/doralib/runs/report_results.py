@@ -11,7 +11,7 @@ from .markup import Child, Markup, el, html_table, join
 from .record import MetricValue, RunRecord, Values, read_metric
 
 _SHARES = ("accuracy", "macro_f1", "weighted_f1", "token_f1")
-_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss")
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "mase", "smape", "pinball")
 
 
 @dataclass(frozen=True)

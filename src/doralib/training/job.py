@@ -264,8 +264,6 @@ def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
     if data.order is not None:
         return data.order
-    if data.ratios is not None:
-        return "random"
     padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
     return "group_by_length" if padding > PADDING_WORTH_GROUPING else "random"
 
@@ -340,14 +338,13 @@ def _list_facts(job: _Job) -> dict[str, str]:
         else f"about {report.tokens / per_epoch:,.0f} {job.data.unit} each"
     )
     held_out = f", {validation.report.kept:,} held out" if validation else ""
-    learned = f"{report.label_tokens:,} of them count in the loss"
     return {
         "model": f"{recipe.model.path}, {total:,} parameters",
         "method": _method(recipe),
         **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",
         "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-        **({"tokens": f"{report.tokens:,} an epoch, {learned}"} if job.data.unit == "tokens" else {}),
+        job.data.unit: f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
         **job.data.told,
         "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
         "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),

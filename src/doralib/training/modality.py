@@ -35,12 +35,12 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    ratios: Mapping[str, float] | None = None
+    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
     unit: str = "tokens"
     """What rows are counted in."""
     order: str | None = None
     """The `train_sampling_strategy` that the rows need; None: by how much padding there would be."""
-    ratios: Mapping[str, float] | None = None
-    """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
 
 
 class Modality(Protocol):
