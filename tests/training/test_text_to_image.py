@@ -433,6 +433,15 @@ def test_a_resumed_run_is_the_same_run(recipe):
     assert len(losses(cut)) == 4
 
 
+def test_another_picture_is_another_run(recipe, tmp_path):
+    folder = make_pictures(tmp_path / "shown")
+    asked = {"data": {"train": str(folder)}, "eval": {"before": False}, "training": {"max_steps": 1, "save_steps": 1}}
+    fine_tune(recipe(**asked))
+    Image.new("RGB", (20, 16), "white").save(folder / "2.png")
+    with pytest.raises(UsageError, match="the file of pictures and captions is not the one that this run began with"):
+        fine_tune(recipe(**asked), resume=True)
+
+
 def test_looking_ahead_needs_no_weights(recipe):
     outlook = look_ahead(recipe(diffusion={"text_encoders": True}))
     assert outlook.facts["rows"] == "4 of 4"

@@ -22,13 +22,21 @@ from ...checkpoints.pipelines import (
     read_pipeline_index,
 )
 from ...config import DoraConfig
-from ...data.pictures import FittedPicture, fit_picture, list_pictures, open_picture, read_caption, read_pictures
+from ...data.pictures import (
+    FittedPicture,
+    fit_picture,
+    list_hashes,
+    list_pictures,
+    open_picture,
+    read_caption,
+    read_pictures,
+)
 from ...data.prepare import BadRow, PreparedRows, Row, RowNumber, RowReport, Sample
 from ...data.rows import RawRows
 from ...disk import replacing
 from ...errors import UsageError
 from ...evaluation.pictures import Drawing, draw_pictures, picture_text
-from ...files import write_tensors
+from ...files import hash_texts, write_tensors
 from ...formats import FORMATS
 from ...formats.base import Hints
 from ...formats.files import write_raw_adapter
@@ -101,6 +109,10 @@ class Pictures:
             raise UsageError("\n".join(problems))
         self._list_sizes()
         return read_pictures(settings, seed)
+
+    def hash_rows(self, rows: RawRows) -> dict[str, str]:
+        """The hash of all pictures and captions."""
+        return {"pictures and captions": hash_texts(list_hashes(rows))}
 
     def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """The network that is trained, with its text encoders if those are too; and the pipeline."""
