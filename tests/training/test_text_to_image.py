@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -583,3 +586,23 @@ def test_a_network_in_four_bits(tmp_path):
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert grads
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.long
+def test_two_processes_see_the_noise_of_one(recipe, tmp_path):
+    """One row each is two rows of one process: the same pictures, noise, time steps and dropped captions."""
+    asked = {"diffusion": {"caption_dropout": 0.3}, "eval": {"before": False}}
+    alone = recipe(out="alone", **asked)
+    shared = recipe(out="shared", **asked, training={**alone.training, "per_device_train_batch_size": 1})
+    runs = []
+    for each, processes in ((alone, 1), (shared, 2)):
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(each.to_yaml())
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*command, "-m", "doralib", "train", str(file)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(read_tensors(Path(each.out) / "adapter_model.safetensors"))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)

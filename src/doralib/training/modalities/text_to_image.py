@@ -284,11 +284,12 @@ class _Making:
         model, gallery = self.model, self.gallery
         nn.Module.to(self.vae, "cpu", self.dtype)
         model.captions = gallery.captions
-        if model.trains_encoders:
-            return
         encoders = [part for name, part in list_modules(gallery.pipeline).items() if name.startswith("text_encoder")]
         for part in encoders:
             part.to(self.device)
+        if model.trains_encoders:
+            # T5, which is not, is asked at each step too
+            return
         with torch.no_grad():
             for caption in gallery.captions:
                 found = model.encode([caption])
