@@ -33,6 +33,7 @@ OPTIONAL = {
     "peft": {"experiments/bench"},
     "trl": {"training/objectives.py"},
     "reasoning_gym": {"data/problems.py"},
+    "PIL": {"data/pictures.py", "data/captioned.py", "evaluation/pictures.py", "training/diffusion/"},
     "diffusers": {"training/diffusion/"},
     "prodigyopt": {"training/optimizers.py"},
     "psutil": {"process.py"},

@@ -32,16 +32,6 @@ def targets_command(
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def _load(model: str) -> Any:
-    """The model, or of a diffusion pipeline its parts without weights."""
-    from ..checkpoints.kind import is_pipeline
-    from ..checkpoints.load import load_base
-    from ..checkpoints.pipelines import load_empty_parts
-    from ..recipe import ModelSettings
-
-    return load_empty_parts(model) if is_pipeline(model) else load_base(ModelSettings(path=model))[0]
-
-
 def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
     """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
     loaded = _load(model)
@@ -67,6 +57,19 @@ def describe_layers(model: str) -> list[dict[str, Any]]:
     ]
     stacks = [{"name": name, "shape": list(stack.shape), "stack": True} for name, stack in found.stacks.items()]
     return [*layers, *stacks]
+
+
+def _load(model: str) -> Any:
+    """The model; of a diffusion pipeline its parts, without weights."""
+    from ..checkpoints.kind import is_pipeline, read_kind
+    from ..checkpoints.load import load_base, load_image_text
+    from ..checkpoints.pipelines import load_empty_parts
+    from ..recipe import ModelSettings
+
+    if is_pipeline(model):
+        return load_empty_parts(model)
+    load = load_image_text if read_kind(model) == "image-text" else load_base
+    return load(ModelSettings(path=model))[0]
 
 
 def _count(shape: tuple[int, ...]) -> int:

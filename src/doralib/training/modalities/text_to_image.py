@@ -22,12 +22,12 @@ from ...checkpoints.pipelines import (
     read_pipeline_index,
 )
 from ...config import DoraConfig
-from ...data.pictures import (
+from ...data.captioned import (
     FittedPicture,
     fit_picture,
     list_hashes,
     list_pictures,
-    open_picture,
+    open_captioned,
     read_caption,
     read_pictures,
 )
@@ -209,7 +209,7 @@ class Pictures:
         asked = self.settings
         folder = Path(asked.class_images).expanduser() if asked.class_images else None
         there = list_pictures(folder)[: asked.num_class_images] if folder and folder.is_dir() else []
-        yield from (open_picture({"picture": str(file)}) for file in there)
+        yield from (open_captioned({"picture": str(file)}) for file in there)
         if lacking := asked.num_class_images - len(there):
             log.info(f"drawing {lacking} pictures of {asked.class_prompt!r}")
         size, device = self._list_sizes()[0], next(model.parameters()).device
@@ -259,7 +259,7 @@ class _Making:
         report, kept = RowReport(len(rows)), list[int]()
         for number, row in zip(numbers, rows, strict=False):
             try:
-                caption, picture = read_caption(row), open_picture(row)
+                caption, picture = read_caption(row), open_captioned(row)
             except BadRow as bad:
                 report.drop(number, bad)
                 continue

@@ -113,12 +113,14 @@ def estimate_run(
         calibrate: Run a few small steps for the time; only this device can be timed.
 
     Raises:
-        UsageError: if there is no such model.
+        UsageError: if there is no such model, or it takes pictures.
     """
     if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "image-text":
+        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
     if kind == "vl-bart":
         raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     if kind == "forecast":
