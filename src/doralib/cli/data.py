@@ -52,7 +52,7 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
-    _check_kind(chosen.model)
+    _check_shown(chosen.model)
     from ..checkpoints.load import load_config, load_tokenizer
     from ..evaluation.task_file import load_tasks
     from ..runs.report_data import write_data_page
@@ -84,16 +84,18 @@ def data_command(
         console.print(f"{count:,} rows written: {json_file}")
 
 
-def _check_kind(model: "ModelSettings") -> None:
+def _check_shown(model: "ModelSettings") -> None:
     """Check that the rows are texts, each of which becomes one row of tokens.
 
     Raises:
-        UsageError: if they are pairs or sounds.
+        UsageError: if they are pairs, pictures, sounds or series.
     """
-    from ..checkpoints.kind import read_kind
+    from ..checkpoints.kind import is_pipeline, read_kind
 
     kind = read_kind(model.path) if model.kind == "auto" else model.kind
-    if kind in ("seq2seq", "speech", "audio-class"):
+    if is_pipeline(model.path):
+        kind = "text-to-image"
+    if kind not in (None, "causal", "classify", "tokens"):
         raise UsageError(f"doralib data shows rows of one text; for a model of kind {kind} see doralib check")
 
 

@@ -187,14 +187,17 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         for task in tasks:
             with collecting(problems):
                 read_examples(task, recipe.eval.limit)
+    hashes = hash_sources(recipe.data)
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
+        if isinstance(modality, DrawingModality):
+            hashes |= modality.hash_rows(rows)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
-        "data": hash_sources(recipe.data),
+        "data": hashes,
         "inputs": inputs,
     }
     with collecting(problems):
