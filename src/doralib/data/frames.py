@@ -1,0 +1,99 @@
+"""Pictures and the frames of videos, read from their files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DoraError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+
+
+def find_media(places: list[Path]) -> list[Path]:
+    """The files of pictures and videos that are named, or lie in folders that are named, by name.
+
+    Raises:
+        UsageError: if there is none, one is of another kind, or two would have features of one name.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += sorted(file for file in place.rglob("*") if is_media(file) and file.is_file())
+        elif not place.is_file():
+            raise UsageError(f"there is no file or folder {place}")
+        elif not is_media(place):
+            raise UsageError(f"{place} is neither a picture ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
+        else:
+            found.append(place)
+    if not found:
+        raise UsageError(f"no picture and no video in {', '.join(map(str, places))}")
+    by_name: dict[tuple[str, bool], Path] = {}
+    for file in found:
+        other = by_name.setdefault((file.stem, is_video(file)), file)
+        if other != file:
+            raise UsageError(f"{other} and {file} would have features of one name; give one of them another name")
+    return found
+
+
+def is_media(file: Path) -> bool:
+    """Whether a name is that of a picture or a video."""
+    return file.suffix.lower() in PICTURES or is_video(file)
+
+
+def is_video(file: Path) -> bool:
+    """Whether a name is that of a video."""
+    return file.suffix.lower() in VIDEOS
+
+
+def open_image(file: Path) -> "Image":
+    """A picture in three colors, upright, on white where it is transparent.
+
+    Raises:
+        UsageError: if pillow is not installed.
+        DoraError: if the file is no picture.
+    """
+    try:
+        from PIL import Image, ImageOps  # noqa: PLC0415  an extra
+    except ImportError:
+        raise UsageError(f"{file}: pictures are read by pillow: pip install 'doralib[vision]'") from None
+    try:
+        with Image.open(file) as opened:
+            layered = ImageOps.exif_transpose(opened).convert("RGBA")
+    except Exception as error:  # noqa: BLE001  each kind of file has errors of its own
+        raise DoraError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+    made = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+    made.alpha_composite(layered)
+    return made.convert("RGB")
+
+
+def read_frames(file: Path, fps: float) -> "Iterator[Image]":
+    """The frames of a video, so many a second by their own times, the first of them at its start.
+
+    Raises:
+        UsageError: if PyAV is not installed.
+        DoraError: if the file is no video, or damaged.
+    """
+    try:
+        import av  # noqa: PLC0415  an extra
+    except ImportError:
+        raise UsageError(f"{file}: videos are read by PyAV: pip install 'doralib[vision]'") from None
+    taken = 0
+    try:
+        with av.open(str(file)) as opened:
+            stream: Any = opened.streams.video[0]
+            begin: float | None = None
+            for frame in opened.decode(stream):
+                time = float(frame.time or 0.0)
+                begin = time if begin is None else begin
+                # a hair early: times are rounded to the file's own clock
+                if time - begin >= taken / fps - 1e-3:
+                    taken += 1
+                    yield frame.to_image()
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DoraError(f"{file} cannot be read as a video: {error}") from None
+    if not taken:
+        raise DoraError(f"{file} has no frames")
