@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
 from ..errors import UsageError
+from ..hub import split_revision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,13 +70,14 @@ class VisionEncoder:
         return (pixels.shape[-2] // high) * (pixels.shape[-1] // wide)
 
 
-def load_vision_encoder(name: str, revision: str | None = None) -> VisionEncoder:
+def load_vision_encoder(path: str) -> VisionEncoder:
     """The vision model in a folder or of a hub name, in float32, on the GPU if there is one.
 
     Raises:
         UsageError: if it cannot be loaded, or has nothing that makes its inputs of pictures.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, revision = split_revision(path)
     try:
         # Pillow alone is enough for it, and gives the same numbers everywhere
         processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DoraError, list_some
+from ..errors import DoraError, collecting, list_some
 from .console import bars, console
 from .options import Overwrite, Revision
 
@@ -32,37 +32,41 @@ def features_command(
     Of a picture the grid of the model's last layer, of a video one vector for each frame that is taken. What is there
     already stays, so that a run that was stopped goes on.
     """
-    from ..checkpoints.vision import load_vision_encoder
-    from ..data.features import import_h5py, read_features, write_features
-    from ..data.frames import find_media, is_video
+    from ..data.features import import_h5py, read_features
+    from ..data.frames import check_readers, find_media, is_video
+    from ..hub import add_revision
 
     files = find_media(media)
+    check_readers(files)
     wanted = {file: out / f"{file.stem}{'.npz' if is_video(file) else '.h5'}" for file in files}
     if any(target.suffix == ".h5" for target in wanted.values()):
         import_h5py("--out")
     left = {file: target for file, target in wanted.items() if overwrite or not target.is_file()}
-    failed: list[str] = []
-    if left:
-        encoder = load_vision_encoder(model, revision)
-        with bars() as tick:
-            for file, target in left.items():
-                try:
-                    write_features(target, make_features(encoder, file, fps, batch_size))
-                except DoraError as error:
-                    if error.exit_status == 2:
-                        raise
-                    failed.append(str(error))
-                if tick is not None:
-                    tick("features", 1 / len(left), 1.0)
-    made = [target for file, target in wanted.items() if target.is_file()]
-    if made:
-        shape = tuple(read_features(made[-1]).shape)
-        console.print(
-            f"{len(left) - len(failed):,} files of features in {out}, {len(files) - len(left):,} were there; "
-            f"{made[-1].name} has {shape[0]:,} places of {shape[1]:,} numbers (model.visual.features: {shape[1]})"
-        )
+    failed = _write_all(left, add_revision(model, revision), fps, batch_size) if left else []
+    console.print(
+        f"{len(left) - len(failed):,} files of features in {out}, {len(files) - len(left):,} were there already"
+    )
+    for file in {target.suffix: target for target in wanted.values() if target.is_file()}.values():
+        places, numbers = read_features(file).shape
+        console.print(f"model.visual.features: {numbers} ({file.name} has {places} of them)")
     if failed:
         raise DoraError(f"{len(failed)} of {len(files)} files have no features:\n  {list_some(failed, 10)}")
+
+
+def _write_all(left: dict[Path, Path], model: str, fps: float, batch_size: int) -> list[str]:
+    """Write the features of each file; returns what is wrong with those that have none."""
+    from ..checkpoints.vision import load_vision_encoder
+    from ..data.features import write_features
+
+    encoder = load_vision_encoder(model)
+    problems: list[DoraError] = []
+    with bars() as tick:
+        for file, target in left.items():
+            with collecting(problems):
+                write_features(target, make_features(encoder, file, fps, batch_size))
+            if tick is not None:
+                tick("features", 1 / len(left), 1.0)
+    return list(map(str, problems))
 
 
 def make_features(encoder: "VisionEncoder", file: Path, fps: float, batch_size: int) -> "Tensor":

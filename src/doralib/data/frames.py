@@ -39,6 +39,12 @@ def find_media(places: list[Path]) -> list[Path]:
     return found
 
 
+def check_readers(files: list[Path]) -> None:
+    """Raise UsageError if a package is not installed that reads one of some files."""
+    for file in files:
+        (_import_av if is_video(file) else _import_pillow)(file)
+
+
 def is_media(file: Path) -> bool:
     """Whether a name is that of a picture or a video."""
     return file.suffix.lower() in PICTURES or is_video(file)
@@ -53,19 +59,15 @@ def open_image(file: Path) -> "Image":
     """A picture in three colors, upright, on white where it is transparent.
 
     Raises:
-        UsageError: if pillow is not installed.
         DoraError: if the file is no picture.
     """
+    images, operations = _import_pillow(file)
     try:
-        from PIL import Image, ImageOps  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError(f"{file}: pictures are read by pillow: pip install 'doralib[vision]'") from None
-    try:
-        with Image.open(file) as opened:
-            layered = ImageOps.exif_transpose(opened).convert("RGBA")
+        with images.open(file) as opened:
+            layered = operations.exif_transpose(opened).convert("RGBA")
     except Exception as error:  # noqa: BLE001  each kind of file has errors of its own
         raise DoraError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from None
-    made = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+    made = images.new("RGBA", layered.size, (255, 255, 255, 255))
     made.alpha_composite(layered)
     return made.convert("RGB")
 
@@ -74,26 +76,40 @@ def read_frames(file: Path, fps: float) -> "Iterator[Image]":
     """The frames of a video, so many a second by their own times, the first of them at its start.
 
     Raises:
-        UsageError: if PyAV is not installed.
         DoraError: if the file is no video, or damaged.
     """
+    taken, begin = 0, 0.0
+    for i, frame in enumerate(_decode(file)):
+        time = float(frame.time or 0.0)
+        begin = begin if i else time
+        # a hair early: times are rounded to the file's own clock
+        if time - begin >= taken / fps - 1e-3:
+            taken += 1
+            yield frame.to_image()
+    if not taken:
+        raise DoraError(f"{file} has no frames")
+
+
+def _decode(file: Path) -> Iterator[Any]:
+    av = _import_av(file)
+    try:
+        with av.open(str(file)) as opened:
+            yield from opened.decode(opened.streams.video[0])
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DoraError(f"{file} cannot be read as a video: {error}") from None
+
+
+def _import_av(file: Path) -> Any:
     try:
         import av  # noqa: PLC0415  an extra
     except ImportError:
         raise UsageError(f"{file}: videos are read by PyAV: pip install 'doralib[vision]'") from None
-    taken = 0
+    return av
+
+
+def _import_pillow(file: Path) -> tuple[Any, Any]:
     try:
-        with av.open(str(file)) as opened:
-            stream: Any = opened.streams.video[0]
-            begin: float | None = None
-            for frame in opened.decode(stream):
-                time = float(frame.time or 0.0)
-                begin = time if begin is None else begin
-                # a hair early: times are rounded to the file's own clock
-                if time - begin >= taken / fps - 1e-3:
-                    taken += 1
-                    yield frame.to_image()
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise DoraError(f"{file} cannot be read as a video: {error}") from None
-    if not taken:
-        raise DoraError(f"{file} has no frames")
+        from PIL import Image, ImageOps  # noqa: PLC0415  an extra
+    except ImportError:
+        raise UsageError(f"{file}: pictures are read by pillow: pip install 'doralib[vision]'") from None
+    return Image, ImageOps
