@@ -87,7 +87,7 @@ def test_grids_and_vectors_are_the_models_own(run, models, media, tmp_path, name
     found = read_features(tmp_path / "clip.npz")
     torch.testing.assert_close(found, vectors.flatten(1), rtol=1e-4, atol=1e-5)
     assert "3 files of features" in out
-    assert f"model.visual.features: {width} (two.h5 has {places} of them)" in out
+    assert f"model.visual.features: {width} (one.h5 has {places} of them)" in out
     assert f"model.visual.features: {found.shape[1]} (clip.npz has 4 of them)" in out
     with h5py.File(tmp_path / "one.h5") as opened:
         assert list(opened["one"]) == ["features"]
