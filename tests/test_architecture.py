@@ -33,6 +33,8 @@ OPTIONAL = {
     "peft": {"experiments/bench"},
     "trl": {"training/objectives.py"},
     "reasoning_gym": {"data/problems.py"},
+    "diffusers": {"training/diffusion/"},
+    "prodigyopt": {"training/optimizers.py"},
     "psutil": {"process.py"},
     "scipy": {"experiments/statistics.py"},
     "lm_eval": {"evaluation/harness.py"},

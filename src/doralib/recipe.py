@@ -31,10 +31,10 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart", "text-to-image"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    vl-bart: a BART that reads features of pictures or videos too; auto: as a local model's config.json names its class,
-    else causal."""
+    vl-bart: a BART that reads features of pictures or videos too; text-to-image: a diffusion pipeline; auto: as a local
+    model's config.json or model_index.json names its class, else causal."""
     visual: VisualSettings = VisualSettings()
     """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -110,6 +110,10 @@ class DataSettings(Checked):
     documents: Literal["line", "paragraph", "file"] | None = None
     """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
     it has blank lines, else a line."""
+    images: str | None = None
+    """text-to-image: the column of pictures, a path or the picture itself; null: image or file_name."""
+    instance_prompt: str | None = None
+    """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
     layout: Literal["auto", "vlbart", "value"] = "auto"
@@ -152,6 +156,46 @@ class ObjectiveSettings(Checked):
     """grpo: number, format, or functions of yours, each as module.function."""
 
 
+class DiffusionSettings(Checked):
+    """How a diffusion pipeline learns pictures (model.kind text-to-image)."""
+
+    resolution: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Pixels of a side; null: what the model was made for."""
+    buckets: str | None = None
+    """Sizes of which each picture gets the one nearest to its shape, "height,width;height,width", or auto for eleven
+    shapes of as many pixels; null: squares."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a picture is learned without its caption."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Weigh each time step by min(SNR, gamma) (arXiv 2303.09556); null: all alike."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """So much noise that is the same over a whole channel, for very dark and bright pictures."""
+    time_weighting: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
+    """sd3, flux: which time steps are drawn, or weighed, more; null: as the model was trained."""
+    guidance: float = Field(default=3.5, ge=0)
+    """flux: the guidance that its distilled model is told in training."""
+    text_encoders: bool = False
+    """Adapt the CLIP text encoders too."""
+    text_encoder_lr_ratio: float = Field(default=1.0, gt=0, le=1e6)
+    """Learning rate of text encoders and new tokens over that of the network."""
+    new_tokens_share: float = Field(default=1.0, gt=0, le=1)
+    """The share of training after which model.new_tokens stay as they are."""
+    class_prompt: str | None = None
+    """Prior preservation: a prompt without the new word, whose pictures are learned beside each of yours."""
+    class_images: str | None = None
+    """The folder of those pictures; what it lacks is drawn by the untouched model and put there. null: none is kept."""
+    num_class_images: int = Field(default=100, ge=1, lt=2**31)
+    """How many of them."""
+    prior_weight: float = Field(default=1.0, gt=0)
+    """Their weight in the loss."""
+    vae: str | None = None
+    """Another VAE than the pipeline's, a folder or hub name."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the report's pictures, besides some captions."""
+    sample_steps: int = Field(default=25, ge=1, lt=1000)
+    """Steps of each of the report's pictures."""
+
+
 class EvalSettings(Checked):
     """What is measured before and after training."""
 
@@ -182,6 +226,7 @@ class Recipe(Checked):
     data: DataSettings
     adapter: DoraConfig = DoraConfig()
     objective: ObjectiveSettings = ObjectiveSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
     training: dict[str, Any] = Field(default={})
     """Fields of `transformers.TrainingArguments`, by their own names; checked by the recipe that runs them. With
     another objective than sft those of TRL's arguments, such as beta."""
@@ -204,6 +249,8 @@ class Recipe(Checked):
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")
+        if self.model.kind == "text-to-image" and self.adapter.method not in ("dora", "lora"):
+            raise ValueError(f"model.kind text-to-image goes with methods dora and lora, not {self.adapter.method!r}")
         if problems := self._find_wrong_objective() + self._find_wrong_layout():
             raise ValueError("; ".join(problems))
         return self
@@ -227,7 +274,7 @@ class Recipe(Checked):
             "objective.kind grpo needs objective.rewards, such as [number]": kind == "grpo" and not rewards,
             f"objective.rewards are for kind grpo, not {kind}": bool(rewards) and kind != "grpo",
             f"objective.kind {kind} trains a language model, not model.kind {self.model.kind}": (
-                kind != "sft" and self.model.kind in ("classify", "tokens")
+                kind != "sft" and self.model.kind not in ("auto", "causal")
             ),
             f"data.packing is not for objective.kind {kind}": kind != "sft" and bool(self.data.packing),
             f"data.loss_on is not for objective.kind {kind}": kind != "sft" and self.data.loss_on == "all",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..config import DoraConfig
 from ..errors import DoraError, Note
-from ..formats.base import Hints
+from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import read_any_format
-from ..formats.pipeline import check_component, take_component
+from ..formats.pipeline import check_component, find_component, spell_for_model, take_component
 from ..layers.factors.bank import find_other_bank
 from ..state import AdapterState, MovedValues
 from .adapt import Model, check_beside, check_name, put_beside, put_first
@@ -115,11 +115,19 @@ def read_for_model(
     form, content = read_any_format(path, given if found is None else complete_hints(given, found))
     if given.component:
         check_component(content, given.component)
-    if given.component or form.pipelines:
+    if given.component or (form.pipelines and not _has_parts(found, content)):
         content = take_component(content, given.component)
+    if found is not None:
+        content = spell_for_model(content, found.shapes)
     for note in content.notes:
         warnings.warn(f"{path}: {note}", Note, stacklevel=3)
     return (content.config, content.state) if found is None else match_model(found, content.config, content.state)
+
+
+def _has_parts(found: Scan | None, content: ParsedAdapter) -> bool:
+    """Whether the model is one of all the parts of a pipeline that the adapter has layers of."""
+    children = set() if found is None else {name for name, _ in found.model.named_children()}
+    return {find_component(name) for name in content.state.layers} <= children
 
 
 def complete_hints(given: Hints, found: Scan) -> Hints:

@@ -1,5 +1,6 @@
 """What is trained, as an optimizer's parameter groups: a learning rate by what a parameter is."""
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +28,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 
 def learning_rates(model: nn.Module, config: DoraConfig, learning_rate: float) -> dict[nn.Parameter, float]:
     """The learning rate of every trained parameter."""
-    return {p: _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
+    # a model of several networks may have a rate of its own for some of them
+    ratio: Callable[[str], float] = getattr(model, "find_rate_ratio", lambda _: 1.0)
+    return {p: ratio(name) * _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
 
 
 def _rate(name: str, config: DoraConfig, learning_rate: float) -> float:

@@ -17,6 +17,7 @@ from ..formats.pipeline import COMPONENTS, check_component, take_component
 from ..functional import dense_row_norm, row_norm_sq
 from ..hub import split_revision
 from ..state import AdapterState, LayerAdapter
+from .kind import is_pipeline
 from .match import MatchedAdapter, match_adapter, view_as_rows
 from .quantized import find_quantized
 from .safetensors import Checkpoint, Stored, find_variant, read_whole
@@ -52,7 +53,7 @@ def read_for_base(path: Path, asked: Hints, base: Hints) -> tuple[str, ParsedAda
         raise UsageError(f"the adapter in {path} is empty")
     if asked.component:
         check_component(adapter, asked.component)
-    if asked.component or form.pipelines:
+    if asked.component or form.pipelines or base.component:
         adapter = take_component(adapter, hints.component)
     return form.name, adapter
 
@@ -71,10 +72,10 @@ def describe_base(hints: Hints, base: Path | Checkpoint, variant: str | None = N
         DoraError: if they are damaged.
     """
     folder = base if isinstance(base, Path) else base.folder
-    if folder.name in COMPONENTS and _is_pipeline(folder.parent):
+    if folder.name in COMPONENTS and is_pipeline(folder.parent):
         # other parts' layers are told from unknown ones by the whole pipeline's names
         hints, base = replace(hints, component=hints.component or folder.name), folder.parent
-    if isinstance(base, Path) and _is_pipeline(base):
+    if isinstance(base, Path) and is_pipeline(base):
         parts = {part: _open(base / part, variant) for part in COMPONENTS if (base / part).is_dir()}
         named = {part: _read_shapes(checkpoint) for part, checkpoint in parts.items()}
         return replace(hints, shapes={f"{part}.{name}": s for part in named for name, s in named[part].items()})
@@ -99,14 +100,16 @@ def check_one_model(base: str | Path) -> None:
     Raises:
         UsageError: if it is, naming its parts.
     """
-    if _is_pipeline(Path(base)):
+    if is_pipeline(Path(base)):
         parts = " or ".join(str(Path(base) / part) for part in COMPONENTS if (Path(base) / part).is_dir())
         raise UsageError(f"{base} is a pipeline of several models; give one of them: --base {parts}")
 
 
 def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
     """A line if an adapter names another model than the one it is put on, as far as names can tell."""
-    if not named or _shorten_name(named) == _shorten_name(base):
+    # an adapter of a pipeline names the whole
+    whole = Path(base).parent if Path(base).name in COMPONENTS and is_pipeline(Path(base).parent) else base
+    if not named or _shorten_name(named) in (_shorten_name(base), _shorten_name(whole)):
         return ()
     return (
         f"was trained on {named}, and is put on {base}: its names and shapes fit; if the weights are not the same, "
@@ -123,7 +126,7 @@ def locate_base(adapter: Path, named: str) -> str:
     if place.is_absolute() or place.exists():
         return str(place) if place.exists() else named
     found = (above / place for above in _list_above(adapter))
-    return next((str(place) for place in found if place.is_file() or (place / "config.json").is_file()), named)
+    return next((str(place) for place in found if _is_model(place)), named)
 
 
 @contextmanager
@@ -142,6 +145,10 @@ def telling_places(adapter: Path, base: str) -> Iterator[None]:
         ) from None
 
 
+def _is_model(place: Path) -> bool:
+    return place.is_file() or (place / "config.json").is_file() or is_pipeline(place)
+
+
 def _list_above(adapter: Path) -> list[Path]:
     """The folders above an adapter, the nearest first."""
     return list(adapter.resolve().parents)
@@ -156,10 +163,6 @@ def _shorten_name(model: str | Path) -> str:
         return path.parents[1].name.rpartition("--")[2].lower()
     # the other system's path too: adapters are made on one and used on another
     return PureWindowsPath(path).name.removesuffix(".gguf").lower()
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
 
 
 def _list_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -193,7 +196,11 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool
         W_EOI = stored if stored.shape[1] == num_rows else stored.mT
         return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
 
-    return match_adapter(state, _list_stored(checkpoint), checkpoint.config(), lengths, untie=untie)
+    stored, config = _list_stored(checkpoint), checkpoint.config()
+    if not config and any(name.startswith(tuple(_SINGLE_FILE)) for name in stored):
+        # no config.json stands beside a single file
+        config = {"_class_name": "StableDiffusion"}
+    return match_adapter(state, stored, config, lengths, untie=untie)
 
 
 def compute_adapted_lengths(checkpoint: Checkpoint, state: AdapterState) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..files import read_json
+from ..formats.files import find_base_name, is_adapter
 
 HeadKind = Literal["classify", "tokens"]
 Kind = Literal["classify", "tokens", "seq2seq", "vl-bart", "image-text", "speech", "audio-class", "forecast"]
@@ -30,6 +31,20 @@ def find_kind(config: Mapping[str, Any]) -> Kind | None:
     classes = _list_classes()
     known: list[Kind | None] = [classes[name] for name in names if name in classes]
     return known[0] if known else find_label_kind(config)
+
+
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether a folder is a diffusion pipeline, which is several models."""
+    return (Path(folder).expanduser() / "model_index.json").is_file()
+
+
+def find_pipeline_folder(adapter: Path, base: str | None) -> Path | None:
+    """The diffusion pipeline on this disk that is given, or that the adapter names."""
+    named = base or (find_base_name(adapter) if is_adapter(adapter) else None)
+    if named is None:
+        return None
+    places = [Path(named).expanduser(), *([] if base else [above / named for above in adapter.resolve().parents])]
+    return next((place for place in places if is_pipeline(place)), None)
 
 
 def read_kind(path: str) -> Kind | None:

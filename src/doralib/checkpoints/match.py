@@ -275,6 +275,6 @@ def _find_transposed_linear(
 
 
 def _list_model_types(config: Mapping[str, Any]) -> set[str]:
-    """model_type of the model and of the models inside it."""
-    own = {config["model_type"]} if isinstance(config.get("model_type"), str) else set()
+    """model_type of the model and of the models inside it, or what diffusers calls its class."""
+    own = {config[key] for key in ("model_type", "_class_name") if isinstance(config.get(key), str)}
     return own.union(*(_list_model_types(value) for value in config.values() if isinstance(value, dict)))

@@ -184,7 +184,7 @@ def merge_checkpoint(
                 "base": str(base),
                 "dtype": dtype,
                 "adapters": [asdict(each) for each in merged],
-                "files": sorted(_list_files(part)),
+                "files": sorted(list_written_files(part)),
             },
         )
     adapted = {name for name, parts in changes.items() if any(isinstance(part.what, LayerAdapter) for part in parts)}
@@ -431,14 +431,14 @@ def check_out(out: Path, base: Path, adapters: Sequence[Path], overwrite: bool) 
         )
     record = read_json(final / RECORD)
     own = record.get("files") if isinstance(record, dict) else None
-    if others := sorted(_list_files(final) - {RECORD} - set(own if isinstance(own, list) else [])):
+    if others := sorted(list_written_files(final) - {RECORD} - set(own if isinstance(own, list) else [])):
         raise UsageError(
             f"--overwrite replaces a merged model, and {out} holds what its {RECORD} does not list: "
             f"{list_some(others, 5, ', ')}; move it away, or choose another folder"
         )
 
 
-def _list_files(folder: Path) -> set[str]:
+def list_written_files(folder: Path) -> set[str]:
     """Every file of a folder, but for what a killed process left, by its name inside it."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {name.as_posix() for name in names if not any(is_scratch(folder / part) for part in name.parts)}

@@ -1,4 +1,4 @@
-"""`doralib generate`: one prompt, a file of prompts, or a chat."""
+"""`doralib generate`: one prompt, a file of prompts, or a chat; of a diffusion pipeline pictures."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .console import console, errors, print_log, show_controls
+from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def generate_command(
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -44,15 +45,21 @@ def generate_command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
     batch_size: Batch = 8,
     seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=999, help="Pictures: steps of drawing; else 25.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
-    What a run was trained on decides how it is asked. With no prompt at all: a chat.
+    What a run was trained on decides how it is asked. With no prompt at all: a chat. A diffusion pipeline draws a
+    picture for each prompt, all into one file.
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
+    from ..checkpoints.pipelines import find_pipeline
     from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
@@ -61,6 +68,15 @@ def generate_command(
 
     fields = _read_fields(field or [])
     _check(prompt, fields, file, out, adapter or [])
+    drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
+    if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
+        given = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+        _check_no_text({"--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter})
+        prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
+        draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
+        return
+    if wrong := [name for name, value in drawn.items() if value is not None]:
+        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -162,6 +178,16 @@ class _Asking:
         if name not in self.named:
             return self.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _check_no_text(given: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of a diffusion pipeline that only models of text can do.
+
+    Raises:
+        UsageError: naming each option.
+    """
+    if wrong := [name for name, value in given.items() if value]:
+        raise UsageError(f"{', '.join(wrong)}: a diffusion pipeline draws pictures and says nothing; leave it out")
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":

@@ -45,6 +45,7 @@ def merge_command(
 ) -> None:
     """Merge adapters into a checkpoint."""
     from ..checkpoints.deploy import check_server, prepare_for
+    from ..checkpoints.kind import find_pipeline_folder
     from ..checkpoints.merge import Ingredient
     from ..formats.base import Hints
     from ..hub import add_revision, fetch_folder
@@ -53,6 +54,15 @@ def merge_command(
     if server is not None:
         check_server(server)
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
+    pipeline = find_pipeline_folder(adapters[0], base)
+    if pipeline is not None:
+        asked = {"--component": component, "--variant": variant, "--for": server, "--untie": untie or None}
+        if wrong := [option for option, value in asked.items() if value is not None]:
+            raise UsageError(
+                f"{', '.join(wrong)}: is for one model, and {pipeline} is a pipeline; give --base {pipeline}/unet"
+            )
+        merge_parts(with_weights(adapters, weight or [], each), pipeline, out, dtype, verify or (), overwrite, as_json)
+        return
     summary = merge_and_show(
         with_weights(adapters, weight or [], each),
         base,
@@ -67,6 +77,34 @@ def merge_command(
         console.print(line)
     if as_json:
         print_json(asdict(summary))
+
+
+def merge_parts(
+    adapters: "Sequence[Ingredient]",
+    pipeline: Path,
+    out: Path,
+    dtype: str | None,
+    verify: Sequence[str],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge into the parts of a diffusion pipeline, and print the summaries.
+
+    Raises:
+        UsageError: if logits are to be compared, of which there are none.
+        DoraError: if a bit is not what it should be.
+    """
+    from ..checkpoints.merge_pipeline import merge_pipeline
+
+    if "logits" in verify:
+        raise UsageError("--verify logits: a pipeline that draws has none; give --verify exact")
+    console.print(f"merging {', '.join(str(each.path) for each in adapters)} into {pipeline}")
+    exact = "exact" in verify
+    done, replays = merge_pipeline(adapters, pipeline, out, dtype=dtype, overwrite=overwrite, exact=exact)
+    for text in (*(each.text() for each in done.values()), *(each.text() for each in replays)):
+        console.print(text)
+    if as_json:
+        print_json({name: asdict(each) for name, each in done.items()})
 
 
 def merge_and_show(

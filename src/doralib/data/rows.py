@@ -88,8 +88,8 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
             rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
             numbers = [f"{Path(source.path).name}:{number}" for number in numbers]
-        kept, held = _hold_out(rows, settings.validation, seed)
-        kept = _repeat(kept, source.weight, seed)
+        kept, held = hold_out(rows, settings.validation, seed)
+        kept = repeat_rows(kept, source.weight, seed)
         if not kept:
             raise UsageError(f"{setting}: weight {source.weight:g} of {len(rows)} rows leaves none; give a larger one")
         part = RawRows(
@@ -115,8 +115,12 @@ def _read_source(
     return _read(source, setting, split, settings.documents)
 
 
-def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
-    """Places of the rows that are kept, and of those that a fraction takes out."""
+def hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that are kept, and of those that a fraction takes out.
+
+    Raises:
+        UsageError: if nothing would be kept.
+    """
     if fraction is None or isinstance(fraction, str):
         return list(range(len(rows))), []
     num_held = max(1, round(fraction * len(rows)))
@@ -129,7 +133,7 @@ def _hold_out(rows: datasets.Dataset, fraction: str | float | None, seed: int) -
     return sorted(drawn[num_held:].tolist()), sorted(drawn[:num_held].tolist())
 
 
-def _repeat(places: list[int], weight: float, seed: int) -> list[int]:
+def repeat_rows(places: list[int], weight: float, seed: int) -> list[int]:
     """Each place as often as the weight says; of a fraction of it some, drawn by the seed."""
     whole = int(weight)
     drawn = np.random.default_rng(seed).permutation(len(places))[: round((weight - whole) * len(places))]

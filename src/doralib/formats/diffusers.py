@@ -14,7 +14,7 @@ from ..peft_settings import LORA
 from ..state import MAGNITUDE, AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
 from .peft import shape_magnitude
-from .pipeline import COMPONENTS, add_component, find_component
+from .pipeline import COMPONENTS, add_component, find_component, spell_for_files
 from .tensors import (
     check_only_layers,
     compute_alpha,
@@ -60,12 +60,10 @@ def read(raw: RawAdapter, hints: Hints) -> ParsedAdapter:
 
     def layer(name: str, part: dict[str, Tensor]) -> LayerAdapter:
         own = settings.get(find_component(name) or "")
-        rank = part["a"].shape[0]
-        if own is not None and own.rank_of(_strip_part(name)) != rank:
-            raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(_strip_part(name))}")
-        scale = (
-            read_alpha(part, hints, rank) / rank if own is None or "alpha" in part else own.scale_of(_strip_part(name))
-        )
+        rank, inside = part["a"].shape[0], _strip_part(name)
+        if own is not None and own.rank_of(inside) != rank:
+            raise DoraError(f"has rank {rank}, the metadata say {own.rank_of(inside)}")
+        scale = read_alpha(part, hints, rank) / rank if own is None or "alpha" in part else own.scale_of(inside)
         m_O = part["m"].flatten() if "m" in part else None
         return LayerAdapter(part["a"], part["b"], m_O, scale)
 
@@ -81,7 +79,7 @@ def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
         UsageError: if it cannot be told which part of a pipeline the layers belong to, or whole tensors were trained.
     """
     check_only_layers(state, "diffusers", ("linear", "convolution"))
-    named = add_component(state, hints)
+    named = {spell_for_files(name): layer for name, layer in add_component(state, hints).items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for part in sorted({find_component(name) or "" for name in named}):
@@ -130,8 +128,11 @@ def _find_without_magnitude(parts: Mapping[str, Mapping[str, Tensor]], settings:
 
 
 def _make_lora_config(layers: Mapping[str, LayerAdapter], config: DoraConfig) -> dict[str, Any]:
-    """What PEFT's LoraConfig needs to make these layers again."""
-    inner = {_strip_part(name): layer for name, layer in layers.items()}
+    """What PEFT's LoraConfig needs to make these layers again.
+
+    PEFT goes by the ends of names, so that without `text_model` one means a layer of both classes of text encoders.
+    """
+    inner = {_strip_part(name).removeprefix("text_model."): layer for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in inner.items()}
     alphas = {name: compute_alpha(layer) for name, layer in inner.items()}
     r, alpha = find_commonest(ranks), find_commonest(alphas)

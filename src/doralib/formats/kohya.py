@@ -10,7 +10,7 @@ from ..config import DoraConfig
 from ..errors import DoraError, UsageError, nearest, raise_problems
 from ..state import AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
-from .pipeline import find_component, strip_component
+from .pipeline import find_component, spell_for_files, spell_otherwise, strip_component
 from .tensors import (
     check_only_layers,
     compute_alpha,
@@ -117,8 +117,10 @@ def write_fields(state: AdapterState, hints: Hints, keys: Mapping[str, str]) -> 
 def _underscore_name(name: str, component: str | None) -> str:
     """A module's key in a file of this kind."""
     part = find_component(name) or component
-    prefix = _PREFIX_OF.get(part or "", "lycoris")
-    return f"{prefix}_{strip_component(name, part)}".replace(".", "_")
+    prefix, inside = _PREFIX_OF.get(part or "", "lycoris"), strip_component(name, part)
+    if part is not None:
+        inside = strip_component(spell_for_files(f"{part}.{inside}"), part)
+    return f"{prefix}_{inside}".replace(".", "_")
 
 
 def _resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[str]]:
@@ -157,8 +159,11 @@ def _resolve_names(keys: list[str], hints: Hints) -> tuple[dict[str, str], list[
 
 
 def _list_other_names(hints: Hints) -> dict[str, str]:
-    """Modules of a U-Net by the other layout's names, the original code's or diffusers', with its part in front."""
-    found: dict[str, str] = {}
+    """Modules by other names, with their part in front: a U-Net's of the other layout, the original code's or
+    diffusers'; a text encoder's of transformers' other class.
+    """
+    spelled = {spell_otherwise(name): name for name in hints.shapes}
+    found = {other: name for other, name in spelled.items() if other is not None and other not in hints.shapes}
     for front in ("unet.", ""):
         inside = {name.removeprefix(front): name for name in hints.shapes if name.startswith(front)}
         others = find_original_names(inside) | find_diffusers_names(inside)

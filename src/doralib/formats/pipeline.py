@@ -1,6 +1,8 @@
 """A diffusion pipeline's parts, and which of them an adapter's layers belong to."""
 
 import re
+from collections.abc import Collection
+from dataclasses import replace
 
 from ..errors import UsageError, list_some
 from ..state import AdapterState, LayerAdapter
@@ -8,6 +10,7 @@ from .base import Hints, ParsedAdapter
 from .tensors import make_config
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+_KEPT = ("lora_dropout", "dropout_mode", "detach_norm")
 _COMPONENT = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)")
 # what follows the part's own name; GPT-2's names begin with "transformer.h." and are no pipeline's
 _INSIDE = {
@@ -19,6 +22,10 @@ _INSIDE = {
     "transformer": re.compile(r"(?!h\.|wte|wpe|word_embeddings|layers?\.\d).+"),
     "text_encoder": re.compile(r"(text_model|encoder|text_projection|model|shared)\b.*"),
 }
+
+
+# of transformers' two classes of CLIP's text encoder one has a model in it, and files are named after that
+_CLIP = re.compile(r"(text_encoder\w*)\.(text_model\.)?((encoder\.layers|embeddings|final_layer_norm)\b.*)")
 
 
 def find_component(name: str) -> str | None:
@@ -33,6 +40,31 @@ def find_component(name: str) -> str | None:
 def strip_component(name: str, component: str | None) -> str:
     """The name inside its part."""
     return name.removeprefix(f"{component}.") if component else name
+
+
+def spell_for_files(name: str) -> str:
+    """A layer's name as files have it: of a CLIP text encoder with `text_model`, whichever class it was trained in."""
+    match = _CLIP.fullmatch(name)
+    return f"{match[1]}.text_model.{match[3]}" if match else name
+
+
+def spell_otherwise(name: str) -> str | None:
+    """A layer's name in the other class of CLIP's text encoder; None of any other model."""
+    match = _CLIP.fullmatch(name)
+    if match is None:
+        return None
+    return f"{match[1]}.{match[3]}" if match[2] else f"{match[1]}.text_model.{match[3]}"
+
+
+def spell_for_model(adapter: ParsedAdapter, known: Collection[str]) -> ParsedAdapter:
+    """The layers by the names that the model has, where those differ by the class of a text encoder alone."""
+    state, others = adapter.state, {name: spell_otherwise(name) for name in adapter.state.layers}
+    names = {name: other for name, other in others.items() if other in known and name not in known}
+    if not names:
+        return adapter
+    layers = {names.get(name) or name: layer for name, layer in state.layers.items()}
+    config = make_config(layers, **{name: getattr(adapter.config, name) for name in _KEPT})
+    return ParsedAdapter(config, replace(state, layers=layers), adapter.notes)
 
 
 def add_component(state: AdapterState, hints: Hints) -> dict[str, LayerAdapter]:
@@ -85,8 +117,7 @@ def take_component(adapter: ParsedAdapter, component: str | None) -> ParsedAdapt
     }
     left = len(state.layers) - len(layers)
     notes = [f"{left} layers of other parts were not asked for, and are not taken along"] if left else []
-    kept = ("lora_dropout", "dropout_mode", "detach_norm")
-    config = make_config(layers, **{name: getattr(adapter.config, name) for name in kept})
+    config = make_config(layers, **{name: getattr(adapter.config, name) for name in _KEPT})
     return ParsedAdapter(config, AdapterState(layers, {}, state.base_model), (*adapter.notes, *notes))
 
 

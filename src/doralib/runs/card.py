@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
-from .use import generate_command
+from .use import diffusers_code, generate_command
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -50,7 +50,7 @@ def _is_whole(record: RunRecord) -> bool:
 
 
 def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
-    base, found = _base(record), []
+    base, draws, found = _base(record), record.unit == "pictures", []
     for task, result in record.results["after"].items():
         for metric in _mapping(result.get("metrics")):
             score = read_metric(result, metric)
@@ -60,8 +60,8 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
     return ModelCardData(
         base_model=base or None,
         base_model_relation="finetune" if whole else "adapter",
-        library_name="transformers" if whole else "peft",
-        pipeline_tag="text-generation",
+        library_name="diffusers" if draws else "transformers" if whole else "peft",
+        pipeline_tag="text-to-image" if draws else "text-generation",
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -118,6 +118,21 @@ def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
             f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
         )
         return f"## Use\n\n```python\n{code}\n```"
+    if record.unit == "pictures":
+        return f"""## Use
+
+With diffusers:
+
+```python
+{diffusers_code(replace(record, summary={**record.summary, "base_model": _base(record)}), place)}
+```
+
+With doralib, which also merges it into a pipeline:
+
+```console
+{generate_command(record, place)}{named}
+doralib merge {place}{named} --out merged
+```"""
     asked, new_line = generate_command(record, place), "\n"
     return f"""## Use
 

@@ -24,6 +24,7 @@ _WRITTEN = (
     *("config.yaml", "environment.json", "metrics.jsonl", "results.json", "samples.json", "summary.json"),
     *("report.html", "figures/*.png", "tensorboard/events.out.tfevents.*", "checkpoints/checkpoint-*/*"),
     *("adapter_config.json", "doralib_config.json", "adapter_model.safetensors", "data.json"),
+    *("pytorch_lora_weights.safetensors", "*_emb.safetensors"),
     *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE),
     *("doralib_visual.json", "predictions/*"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),

@@ -11,7 +11,7 @@ class Markup(str):
 
 Child = str | int | float | None
 
-_VOID = {"br", "meta", "hr"}
+_VOID = {"br", "meta", "hr", "img"}
 
 
 def el(name: str, /, *children: Child, **attributes: Child) -> Markup:

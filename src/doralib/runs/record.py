@@ -52,6 +52,11 @@ class RunRecord:
     notes: tuple[str, ...]
     """What is missing or damaged, a sentence each."""
 
+    @property
+    def unit(self) -> str:
+        """What the run's rows are counted in: tokens, or pictures."""
+        return str(self.summary.get("unit") or "tokens")
+
 
 @dataclass(frozen=True)
 class MetricValue:

@@ -10,6 +10,7 @@ from .markup import Child, Markup, el, html_table
 from .page import write_page
 from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
 from .report_data import data_section
+from .report_pictures import is_picture, picture_table
 from .report_results import confusion_section, results_section, wrong_section
 from .use import list_commands
 
@@ -88,7 +89,9 @@ def _tiles(record: RunRecord) -> Markup | None:
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
         "time": time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
-        "tokens per second": f"{s['tokens_per_second']:,.0f}" if _is_number(s.get("tokens_per_second")) else None,
+        f"{record.unit} per second": _speed_text(s["tokens_per_second"])
+        if _is_number(s.get("tokens_per_second"))
+        else None,
         "parameters trained": _count_text(trained) + share if trained and _is_number(trained) else None,
         "evaluation loss" if record.evals else "last loss": number_text(losses[-1][1]) if losses else None,
         "best step": f"{s['best_step']:,}" if isinstance(s.get("best_step"), int) else None,
@@ -108,7 +111,10 @@ def _curves(record: RunRecord) -> Markup | None:
         *_objective_curves(record),
         line_chart("Learning rate", [Series("learning rate", numbers(record.train, "learning_rate"))]),
         line_chart("Gradient norm", [Series("gradient norm", numbers(record.train, "grad_norm"), smooth=True)]),
-        line_chart("Tokens per second", [Series("tokens per second", numbers(record.train, "tokens_per_second"))]),
+        line_chart(
+            f"{record.unit.capitalize()} per second",
+            [Series(f"{record.unit} per second", numbers(record.train, "tokens_per_second"))],
+        ),
     ]
     if not any(charts):
         return None
@@ -129,6 +135,8 @@ def _objective_curves(record: RunRecord) -> list[Markup | None]:
 def _samples(record: RunRecord) -> Markup | None:
     if not record.samples:
         return None
+    if any(is_picture(sample.get("after")) or is_picture(sample.get("before")) for sample in record.samples):
+        return _section("What it draws", "Each prompt from the same seed.", picture_table(record.samples))
     return _section("What it says", "Generated before and after training.", *map(_sample, record.samples))
 
 
@@ -212,6 +220,10 @@ def _find_setting(values: dict[str, Any], group: str, key: str) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _speed_text(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _count_text(count: float) -> str:

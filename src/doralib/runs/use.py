@@ -21,7 +21,11 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
     name = place or str(record.path)
     if not whole:
         merged = "merged" if place else shlex.quote(f"{record.path}-merged")
-        found["Merge it into a checkpoint of its own"] = f"doralib merge {run} --out {merged} --verify"
+        verify = "" if record.unit == "pictures" else " --verify"
+        found["Merge it into a checkpoint of its own"] = f"doralib merge {run} --out {merged}{verify}"
+    if record.unit == "pictures":
+        found["Load it in diffusers"] = diffusers_code(record, name)
+        return found
     found["Load it in Python"] = f"from doralib import load_model\n\nmodel, tokenizer = load_model({name!r})"
     if record.form and not whole:
         # PEFT needs to be told of a head, and of what else is no language model
@@ -31,6 +35,10 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
 
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
+    if record.unit == "pictures":
+        prompt = str(record.samples[0].get("prompt", "")) if record.samples and place is None else "PROMPT"
+        run = shlex.quote(place or str(record.path))
+        return f"doralib generate {run} --prompt {shlex.quote(prompt)} --out picture.png"
     if not record.form:
         return None
     command = f"doralib generate {shlex.quote(place or str(record.path))}"
@@ -58,6 +66,15 @@ def closing_lines(record: RunRecord, report: Path) -> dict[str, str]:
         "report": str(report),
         **({"next": told.splitlines()[0]} if told else {}),
     }
+
+
+def diffusers_code(record: RunRecord, run: str) -> str:
+    """What loads a run's adapter in diffusers."""
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({str(record.summary.get('base_model'))!r})\n"
+        f'pipeline.load_lora_weights({run!r}, weight_name="pytorch_lora_weights.safetensors")'
+    )
 
 
 def _eval_command(record: RunRecord, run: str) -> str | None:

@@ -18,6 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..errors import UsageError
 from ..recipe import Recipe
 from .fields import DEFAULTS, EXTRA, OWNED, find_unknown
+from .optimizers import PRODIGY, check_prodigy
 
 OBJECTIVE_DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-5, "bf16": False, "gradient_checkpointing": False}
 """Where an objective of TRL differs: its rate is ten times TRL's 1e-6, which is for training in full."""
@@ -118,6 +119,10 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     if given.get("fp16") and not torch.cuda.is_available():
         raise UsageError("training.fp16 needs a GPU, and there is none here; bf16: true runs on a CPU")
     patient = given.pop("early_stopping_patience", None) is not None
+    check_prodigy(given)
+    if given.get("optim") == PRODIGY:
+        # the Trainer gets it beside its arguments
+        del given["optim"]
     if isinstance(given.get("report_to"), str):
         given["report_to"] = [given["report_to"]]
     kind = recipe.objective.kind

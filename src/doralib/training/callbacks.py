@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
         self._tick(state, 1)
         if self.meter.steps == _STEPS_BEFORE_ESTIMATE:
-            log.info(f"expected time: {self._to_go(state)}, at {self._speed():,.0f} tokens a second")
+            log.info(f"expected time: {self._to_go(state)}, at {self._tell_speed()} {self.meter.unit} a second")
 
     def on_log(self, _: Any, state: TrainerState, __: Any, logs: Mapping[str, float], **___: Any) -> None:
         text = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            loss, speed = f"loss {logs['loss']:.4f}{_tell(logs)}", f"{self._speed():,.0f} tokens/s"
+            loss, speed = f"loss {logs['loss']:.4f}{_tell(logs)}", f"{self._tell_speed()} {self.meter.unit}/s"
             if self.tick is not None:
                 self._tick(state, 0, f"{loss}, {speed}")
             else:
@@ -96,9 +96,24 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         seconds = self.meter.seconds - self.seconds_before
         return (self.meter.tokens - self.tokens_before) / seconds if seconds else 0.0
 
+    def _tell_speed(self) -> str:
+        speed = self._speed()
+        return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+
     def _to_go(self, state: TrainerState) -> str:
         each = (self.meter.seconds - self.seconds_before) / max(self.meter.steps, 1)
         return _estimate(each * (state.max_steps - state.global_step))
+
+
+class AtCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Calls a function with the step of each checkpoint that was saved, but for the last, which is the end."""
+
+    def __init__(self, do: Callable[[int], None]) -> None:
+        self.do = do
+
+    def on_save(self, _: Any, state: TrainerState, __: Any, **___: Any) -> None:
+        if state.global_step < state.max_steps:
+            self.do(state.global_step)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]

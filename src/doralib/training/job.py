@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .. import disk, files
@@ -39,11 +39,12 @@ from ..runs.record import read_run
 from ..runs.report import write_report
 from ..runs.use import closing_lines
 from .arguments import has_own_order, make_arguments
-from .callbacks import MetricsFile, StepLog, StopOnSignal
+from .callbacks import AtCheckpoints, MetricsFile, StepLog, StopOnSignal
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
-from .modality import Collate, KeepingModality, Modality, Prepared, ScoringModality
+from .modality import Collate, DrawingModality, KeepingModality, Modality, Prepared, ScoringModality
+from .optimizers import make_prodigy
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
@@ -261,8 +262,8 @@ def _check_batch(data: Prepared, args: TrainingArguments) -> None:
 
 def _choose_order(data: Prepared, args: TrainingArguments) -> str:
     """Rows of like length in a batch where padding would else be much of it; in any order otherwise."""
-    if data.ratios is not None:
-        return "random"
+    if data.order is not None:
+        return data.order
     padding = measure_padding(data.train.rows["length"][:], args.train_batch_size)
     return "group_by_length" if padding > PADDING_WORTH_GROUPING else "random"
 
@@ -276,7 +277,10 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
         model, processor = plan.modality.load(settings, empty=empty)
     torch.manual_seed(recipe.seed)
-    config = add_new_tokens(model, processor, recipe)
+    if isinstance(plan.modality, DrawingModality):
+        config = plan.modality.configure(model, processor, recipe.adapter)
+    else:
+        config = add_new_tokens(model, processor, recipe)
     config = _train_head(config, find_head_modules(model))
     if empty:
         return adapt(model, config), processor
@@ -328,7 +332,11 @@ def _list_facts(job: _Job) -> dict[str, str]:
     recipe = plan.recipe
     changed, total = _parameters(job.model)
     answers, (steps, per_epoch) = _count_answers(plan.args), _count_steps(job)
-    each = f"{answers} answers to each prompt" if answers else f"about {report.tokens / per_epoch:,.0f} tokens each"
+    each = (
+        f"{answers} answers to each prompt"
+        if answers
+        else f"about {report.tokens / per_epoch:,.0f} {job.data.unit} each"
+    )
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     return {
         "model": f"{recipe.model.path}, {total:,} parameters",
@@ -336,7 +344,7 @@ def _list_facts(job: _Job) -> dict[str, str]:
         **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",
         "rows": f"{report.kept:,} of {report.rows:,}{held_out}",
-        "tokens": f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
+        job.data.unit: f"{report.tokens:,} an epoch, {report.label_tokens:,} of them count in the loss",
         **job.data.told,
         "steps": f"{steps:,}, {per_epoch:,} an epoch of {each}",
         "order": _ORDERS.get(plan.args.train_sampling_strategy, plan.args.train_sampling_strategy),
@@ -465,7 +473,10 @@ def _train(job: _Job) -> None:
         callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ not in _STOCK_PRINTERS
     ]
     patience = plan.recipe.training.get("early_stopping_patience")
-    more = [EarlyStoppingCallback(int(patience))] if patience is not None else []
+    more: list[TrainerCallback] = [EarlyStoppingCallback(int(patience))] if patience is not None else []
+    trainer.meter.unit = job.data.unit
+    if isinstance(plan.modality, DrawingModality):
+        more.append(AtCheckpoints(lambda step: _sample(job, f"step {step}")))
     for callback in (metrics, StepLog(trainer.meter, job.tick), stop, *more):
         trainer.add_callback(callback)
     checkpoint = checkpointing.find_sound(plan.run.checkpoints) if plan.resume else None
@@ -507,9 +518,11 @@ def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> N
 
 def _make_trainer(job: _Job) -> AdapterTrainer:
     plan = job.plan
+    if getattr(job.model, "one_device", False):
+        plan.args._n_gpu = 1
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
-        return LabelTrainer(*given)
+        return LabelTrainer(*given, optimizer_cls_and_kwargs=make_prodigy(plan.recipe.training, plan.args))
     # TRL is an extra
     from .objectives import TRAINERS  # noqa: PLC0415
 
@@ -576,6 +589,8 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
                 job.plan.modality.keep(run.path)
         # a model that is shared out is gathered by all, and written by the first
         if is_main() or trainer.shared_out:
+            if isinstance(job.plan.modality, DrawingModality):
+                job.plan.modality.save(job.model, run.path)
             save_adapter(job.model, run.path)
         return
     state = {name: whole_tensor(t) for name, t in job.model.state_dict().items()} if trainer.shared_out else None
@@ -608,6 +623,7 @@ def _write_summary(job: _Job, trainer: AdapterTrainer, status: str) -> None:
             "steps": state.global_step,
             "tokens": meter.tokens,
             "seconds": meter.seconds,
+            "unit": meter.unit,
             "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else 0.0,
             "best_step": best,
             "status": status,

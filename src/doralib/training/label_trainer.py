@@ -16,9 +16,9 @@ class LabelTrainer(AdapterTrainer):
     Arguments as `AdapterTrainer`.
     """
 
-    def __init__(self, model: Any, args: Any, *others: Any) -> None:
+    def __init__(self, model: Any, args: Any, *others: Any, **more: Any) -> None:
         self._eval_totals: Tensor | None = None
-        super().__init__(model, args, *others)
+        super().__init__(model, args, *others, **more)
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
         self.label_loss: LabelLoss | HeadLoss | None = None

@@ -10,6 +10,9 @@ from torch import Tensor
 class Meter:
     """Counts tokens without padding, and the time inside optimizer steps: evaluation and saving are not training."""
 
+    unit = "tokens"
+    """What is counted, in a word."""
+
     def __init__(self) -> None:
         self.seconds = 0.0
         self.steps = 0

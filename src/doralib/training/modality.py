@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..checkpoints.load import Loaded
+from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
@@ -36,6 +37,10 @@ class Prepared:
     """How the model is asked, if it answers."""
     ratios: Mapping[str, float] | None = None
     """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
+    unit: str = "tokens"
+    """What rows are counted in."""
+    order: str | None = None
+    """The `train_sampling_strategy` that the rows need; None: by how much padding there would be."""
 
 
 class Modality(Protocol):
@@ -66,6 +71,17 @@ class Modality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, asked: list[dict[str, str]]
     ) -> list[str]:
         """What the model answers to each sample, given as ``{"prompt": ..., "expected": ...}``."""
+
+
+@runtime_checkable
+class DrawingModality(Protocol):
+    """A modality whose samples are pictures, drawn at each checkpoint too, and whose layers are its own to choose."""
+
+    def configure(self, model: nn.Module, processor: Any, config: DoraConfig) -> DoraConfig:
+        """The adapter's settings with what follows from the model; it gets the recipe's new tokens."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what others read of the trained adapter, beside PEFT's files; each process calls it."""
 
 
 @runtime_checkable

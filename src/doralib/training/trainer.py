@@ -471,8 +471,12 @@ class _Bookkeeper(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.meter.start()
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         self.trainer.check_gradients()
+        # a model may hold parts still from some share of the training on
+        hold: Callable[[float], None] | None = getattr(self.trainer.model, "hold_still", None)
+        if hold is not None:
+            hold(state.global_step / state.max_steps)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.meter.stop()

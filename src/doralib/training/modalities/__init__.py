@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from ...checkpoints.kind import read_label_kind
+from ...checkpoints.kind import is_pipeline, read_label_kind
+from ...checkpoints.pipelines import import_diffusers
 from ...recipe import Recipe
 from ..modality import Modality
 from . import text
@@ -25,5 +26,11 @@ def choose_modality(recipe: Recipe) -> Modality:
     settings = recipe.model
     if settings.kind == "vl-bart":
         return VisualTasks(recipe)
+    if settings.kind == "text-to-image" or (settings.kind == "auto" and is_pipeline(settings.path)):
+        import_diffusers()
+        # an extra, and seconds
+        from .text_to_image import Pictures  # noqa: PLC0415
+
+        return Pictures(recipe)
     kind = (read_label_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
     return _WITH_A_HEAD[kind]() if kind in _WITH_A_HEAD else MODALITIES["text"]

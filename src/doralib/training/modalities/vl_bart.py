@@ -70,7 +70,7 @@ class VisualTasks:
             "a batch": "of one task, its size times " + ", ".join(f"{r:.3g} ({name})" for name, r in ratios.items())
         }
         first = f"{rows.train[0]['text']}{LEFT}{rows.train[0]['targets'][0]}{RIGHT}"
-        return Prepared(train, held, self._find_samples(rows), told, first, ratios=ratios)
+        return Prepared(train, held, self._find_samples(rows), told, first, ratios=ratios, order="random")
 
     def _find_samples(self, rows: RawRows) -> list[Sample]:
         """The first usable rows of each task."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_label_kind
+from ...checkpoints.kind import find_label_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -115,6 +115,8 @@ def estimate_run(
     Raises:
         UsageError: if there is no such model.
     """
+    if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
+        raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     kind = find_label_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
     if kind == "vl-bart":

@@ -1,0 +1,1 @@
+"""Learning of pictures: what each family of diffusion models needs, and the loss."""
