@@ -14,7 +14,8 @@ from doralib.checkpoints.load import load_model, load_vl_bart
 from doralib.data.layouts import choose_tasks
 from doralib.data.rows import read_both
 from doralib.errors import UsageError
-from doralib.evaluation import visual
+from doralib.evaluation import captions, visual
+from doralib.evaluation.layout_scores import score_layout
 from doralib.evaluation.metrics import Score
 from doralib.files import read_tensors
 from doralib.recipe import DataSettings, Recipe
@@ -117,7 +118,7 @@ def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trai
     model, tokenizer = load_model(str(run))
     settings = make_recipe(folders, "x").data
     rows = read_both(settings, 0).validation
-    results, files = visual.score_layout(visual.VisualModel(model, tokenizer, settings, 3), list(rows))
+    results, files = score_layout(visual.VisualModel(model, tokenizer, settings, 3), list(rows))
     after = json.loads((run / "results.json").read_text())["after"]
     assert {name: result.right for name, result in results.items()} == {n: r["right"] for n, r in after.items()}
     assert {name: (run / "predictions" / name).read_text() for name in files} == files
@@ -125,6 +126,29 @@ def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trai
     assert len(samples) == 8
     assert all({"prompt", "expected", "before", "after"} <= set(sample) for sample in samples)
     assert len(rows) == 32
+
+
+def test_eval_gives_the_scores_of_the_run(folders, trained, run, monkeypatch):
+    monkeypatch.setattr(captions, "check_caption_tools", lambda _: None)
+    out = folders / "scores.json"
+    tasks = f"vl-bart/image={folders / 'images'}"
+    status, told, err = run("eval", trained / "model", "--tasks", tasks, "--out", out, "--batch-size", "5")
+    assert status == 0, told + err
+    found = json.loads(out.read_text())["after"]
+    wanted = json.loads((trained / "results.json").read_text())["after"]
+    for name in ("vqa", "gqa", "nlvr"):
+        assert found[f"vl-bart/{name}"]["right"] == wanted[name]["right"]
+        assert found[f"vl-bart/{name}"]["metrics"] == wanted[name]["metrics"]
+    assert found["vl-bart/caption"]["n"] == 8
+
+
+def test_a_language_model_is_not_asked_about_features(folders, run, tiny_llama_folder):
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", f"vl-bart/gqa={folders / 'images'}")
+    assert status == 2
+    assert "asks a VL-BART about features, and this is a LlamaForCausalLM" in err
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", f"vl-bart/gqa={folders / 'bart'}")
+    assert status == 2
+    assert "testdev.json, which is not there" in err
 
 
 def test_what_a_server_takes(trained):

@@ -24,6 +24,9 @@ _ONLY_WITH = {
     "--tasks": ("--resume", "--published"),
     "--mt-bench": ("--judge-url", "--judge-model", "--judge-price", "--against", "--yes"),
 }
+_SHARES = frozenset(
+    ("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy", "precision", "recall", "f1", "yes_rate")
+)
 _WRONG_SHOWN = 5
 _PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
@@ -281,7 +284,7 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     """A table of the first mistakes for the terminal; nothing where there are none."""
     if not result.wrong:
         return Group()
-    num_wrong = result.n - round(result.metrics["accuracy"].value * result.n)
+    num_wrong = result.right.count("0") if result.right else len(result.wrong)
     table = Table(title=f"{name}: {num_wrong} of {result.n} answers are wrong", show_lines=True)
     for column in ("Prompt", "Expected", "Predicted"):
         table.add_column(column, overflow="fold")
@@ -296,4 +299,4 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
 
 def _score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
-    return f"{100 * value:.1f} %" if metric in {"accuracy", "macro_f1", "weighted_f1", "token_f1"} else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if metric in _SHARES else f"{value:.3f}"

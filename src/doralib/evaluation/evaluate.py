@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
+from ..data.layouts import choose_tasks
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
@@ -36,11 +37,13 @@ from .task import (
     ClassificationTask,
     Example,
     FirstLabelTask,
+    FolderTask,
     GenerationTask,
     PerplexityTask,
     Task,
     read_examples,
 )
+from .visual import VisualModel, score_answers
 
 _WRONG_KEPT = 20
 
@@ -352,6 +355,21 @@ def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _
     return _Outcome(perplexity_scores(loss_N, tokens_N, bytes_N, scorer.seed), cut=sum(cut for _, cut in pieces))
 
 
+def _run_folder(task: FolderTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    if not hasattr(scorer.model, "visual_embedding"):
+        raise UsageError(
+            f"task {task.name}: kind folder asks a VL-BART about features, and this is a {type(scorer.model).__name__}"
+        )
+    settings = task.settings()
+    if (limit := context_length(scorer.model)) is not None:
+        settings = settings.model_copy(update={"max_length": min(limit, settings.max_length)})
+    asked = VisualModel(scorer.model, scorer.tokenizer, settings, scorer.batch_size)
+    own, rows = choose_tasks(settings)[task.task], [example.row for example in examples if example.row is not None]
+    said = asked.answer(own, rows, scorer.tick)
+    metrics, values = score_answers(own, rows, said, seed=scorer.seed)
+    return _Outcome(metrics, said, [value > 0 for value in values])
+
+
 _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] = {
     ChoiceTask: _run_choice,
     ClassificationTask: _run_classification,
@@ -359,6 +377,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     BertScoreTask: _run_bertscore,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
+    FolderTask: _run_folder,
 }
 
 

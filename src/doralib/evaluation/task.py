@@ -12,6 +12,7 @@ from ..config import Checked, explain_regex, search_text
 from ..data.prepare import Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
+from ..recipe import DataSettings
 from .numbers import read_number
 
 _SHOWN = 12
@@ -276,6 +277,52 @@ class PerplexityTask(Task):
         return made
 
 
+class FolderTask(Task):
+    """A task of a folder about pictures or videos, asked of a VL-BART and scored as it was published."""
+
+    named_in = ()
+    kind: Literal["folder"] = "folder"
+    layout: Literal["vlbart", "value"]
+    """How the folder that is given as data is laid out, as data.layout of a recipe."""
+    task: str
+    """Its name there: vqa, gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c."""
+    split: Literal["validation", "test"] = "test"
+    """Which of its rows."""
+    prompt: str = ""
+    """Not read: the layout has texts of its own."""
+    features: str | None = None
+    """The folder of features below the task's own; null: as it is published."""
+    max_length: int = Field(default=600, ge=2)
+    """Tokens of a text."""
+
+    def settings(self) -> DataSettings:
+        """The same as settings of a recipe's data."""
+        given: dict[str, Any] = {"train": self.data, "validation": self.data, "validation_split": self.split}
+        given |= {"layout": self.layout, "tasks": {self.task: 1.0}, "features": self.features}
+        return DataSettings(**given, max_length=self.max_length)
+
+    def read(self, limit: int | None) -> "list[Example]":
+        """One example for each row whose features are there.
+
+        Raises:
+            UsageError: if files are missing, or what scores them is not installed.
+        """
+        from ..data.layouts import choose_tasks, read_layout  # noqa: PLC0415  a task is checked without `datasets`
+        from .captions import check_caption_tools  # noqa: PLC0415
+
+        settings, where = self.settings(), f"task {self.name}: data"
+        if choose_tasks(settings)[self.task].scoring == "caption":
+            check_caption_tools(where)
+        rows, _ = read_layout(settings, str(self.data), self.split, where)
+        there = [row for row in rows if all(Path(file).is_file() for file in row["features"])]
+        if not there:
+            raise UsageError(f"{where}: no row has its features; the first would be {rows[0]['features'][0]}")
+        known = [row for row in there if row["targets"] or row["answers"]]
+        if not known:
+            raise UsageError(f"{where}: of no row of {self.split} the answer is known; give another split")
+        return [Example(row["text"], [*row["targets"], *row["answers"]][0], row=row) for row in known[:limit]]
+
+
 KINDS: dict[str, type[Task]] = {
     "choice": ChoiceTask,
     "classification": ClassificationTask,
@@ -285,6 +332,7 @@ KINDS: dict[str, type[Task]] = {
     "first_label": FirstLabelTask,
     "bertscore": BertScoreTask,
     "perplexity": PerplexityTask,
+    "folder": FolderTask,
 }
 
 
@@ -299,6 +347,8 @@ class Example:
     """The texts to choose from, with the space before them."""
     truth: int = -1
     """Which option is right."""
+    row: Row | None = None
+    """Of a layout, what the text alone does not say."""
 
 
 def fill(template: str, row: Row) -> str:
@@ -317,6 +367,8 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
 
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
+    if isinstance(task, FolderTask):
+        return task.read(limit)
     data = task.data
     if task.in_folder and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser() / task.in_folder)

@@ -10,7 +10,10 @@ from .charts import number_text
 from .markup import Child, Markup, el, html_table, join
 from .record import MetricValue, RunRecord, Values, read_metric
 
-_SHARES = ("accuracy", "macro_f1", "weighted_f1", "token_f1")
+_SHARES = (
+    *("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy"),
+    *("precision", "recall", "f1", "yes_rate"),
+)
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss")
 
 

@@ -17,7 +17,8 @@ from ...data.visual_rows import VisualCollator, check_readable, check_width, enc
 from ...evaluation.captions import check_caption_tools
 from ...evaluation.evaluate import TaskResult
 from ...evaluation.generation import evaluation_mode
-from ...evaluation.visual import VisualModel, score_layout
+from ...evaluation.layout_scores import score_layout
+from ...evaluation.visual import VisualModel
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings, Recipe, VisualSettings
 from ..modality import Collate, Prepared
