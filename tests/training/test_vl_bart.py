@@ -106,7 +106,8 @@ def test_a_saved_model_is_a_vl_bart_again(trained):
     assert tokenizer.convert_tokens_to_ids("<vis_extra_id_0>") == len(model.get_input_embeddings().weight) - 1
 
 
-def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trained):
+def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trained, run):
+    merge = run
     run = train(
         make_recipe(folders, "adapter", base="full/model", model={"path": str(trained / "model"), "kind": "vl-bart"})
     )
@@ -122,6 +123,15 @@ def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trai
     after = json.loads((run / "results.json").read_text())["after"]
     assert {name: result.right for name, result in results.items()} == {n: r["right"] for n, r in after.items()}
     assert {name: (run / "predictions" / name).read_text() for name in files} == files
+    status, told, err = merge("merge", run, "--out", folders / "merged", "--verify")
+    assert status == 0, told + err
+    assert "logits of the merged and the adapted model differ by" in told
+    merged, _ = load_model(str(folders / "merged"))
+    assert all(name.startswith("visual") or "lora" not in name for name in merged.state_dict())
+    again, _ = score_layout(visual.VisualModel(merged, tokenizer, settings, 3), list(rows))
+    assert {name: result.right for name, result in again.items()} == {n: r.right for n, r in results.items()}
+    status, _, err = merge("merge", run, "--out", folders / "merged2", "--verify", "exact")
+    assert (status, "--verify exact: an adapter of a VL-BART is merged alone" in err) == (2, True)
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 8
     assert all({"prompt", "expected", "before", "after"} <= set(sample) for sample in samples)
