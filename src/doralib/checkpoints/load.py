@@ -109,7 +109,7 @@ def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedMo
     with _explaining(settings.path):
         config = AutoConfig.from_pretrained(where, **options, **more)
         dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with torch.device("meta"), _without_loading_report():
+        with torch.device("meta"), quiet_loading():
             model: PreTrainedModel = auto.from_config(
                 config, dtype=dtype, attn_implementation=settings.attn_implementation
             )
@@ -151,7 +151,7 @@ def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = Fals
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
         model.doralib_new = sorted({name.rpartition(".")[0] for name in last})
         return model
-    with _without_loading_report():
+    with quiet_loading():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
     _check_loaded(settings.path, model, lacks=_find_missing(model, info["missing_keys"], whole=head is None))
@@ -186,10 +186,10 @@ def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False)
     if "visual" in settings.model_fields_set and config.visual != asked:
         raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
     if empty:
-        with torch.device("meta"), _without_loading_report():
+        with torch.device("meta"), quiet_loading():
             model = VLBart._from_config(config)
     else:
-        with _without_loading_report():
+        with quiet_loading():
             model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
         fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
         _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
@@ -209,8 +209,8 @@ def find_head_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Without the table of missing weights: a head that is to be trained is missing by intention."""
+def quiet_loading() -> Iterator[None]:
+    """Without what transformers warns of while it loads: a head that is to be trained is missing by intention."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
