@@ -97,6 +97,8 @@ def test_the_answer_is_learned_from_the_picture(trained):
     page = (trained / "report.html").read_text()
     assert "vqa: what color is it?" in page
     assert "gpa: what color?" in page
+    # the picture of a row, where it lies in the layout's folder
+    assert page.count('<img src="data:image/webp;base64,') == 2
 
 
 def test_a_saved_model_is_a_vl_bart_again(trained):

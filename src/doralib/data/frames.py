@@ -1,5 +1,7 @@
 """Pictures and the frames of videos, read from their files."""
 
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,18 @@ def open_image(file: Path) -> "Image":
     made = images.new("RGBA", layered.size, (255, 255, 255, 255))
     made.alpha_composite(layered)
     return made.convert("RGB")
+
+
+def make_thumbnail(file: Path) -> str:
+    """A picture as a data URI, 192 pixels at most.
+
+    Raises:
+        DoraError: if the file is no picture.
+    """
+    small, content = open_image(file), io.BytesIO()
+    small.thumbnail((192, 192))
+    small.save(content, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def read_frames(file: Path, fps: float) -> "Iterator[Image]":

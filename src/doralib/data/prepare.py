@@ -159,3 +159,5 @@ class Sample:
     expected: str
     given: Mapping[str, str] = field(default_factory=dict)
     """What the row has in the fields that the prompt is made of."""
+    pictures: tuple[str, ...] = ()
+    """Data URIs of what is asked about, small."""

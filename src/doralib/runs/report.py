@@ -146,7 +146,15 @@ def _sample(sample: dict[str, Any]) -> Markup:
         for when in ("expected", "before", "after")
         if sample.get(when) is not None
     ]
-    return el("div", el("p", sample.get("prompt"), class_="text"), el("div", *said, class_="said"), class_="sample")
+    asked = el("p", sample.get("prompt"), class_="text")
+    return el("div", _pictures(sample), asked, el("div", *said, class_="said"), class_="sample")
+
+
+def _pictures(sample: dict[str, Any]) -> Markup | None:
+    """What a sample is about: small pictures that stand in the page itself."""
+    given = sample.get("pictures")
+    uris = [uri for uri in given if str(uri).startswith("data:image/")] if isinstance(given, list) else []
+    return el("div", *(el("img", src=uri, alt="") for uri in uris), class_="seen") if uris else None
 
 
 def _use_section(record: RunRecord) -> Markup | None:

@@ -22,6 +22,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
+from ..data.prepare import Sample
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -457,12 +458,16 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [asdict(sample) for sample in job.data.samples])
+    asked = run.read(run.samples, [_write_sample(sample) for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)
     if is_main():
         files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(asked, answers, strict=True)])
+
+
+def _write_sample(sample: Sample) -> dict[str, Any]:
+    return {key: value for key, value in asdict(sample).items() if key != "pictures" or value}
 
 
 def _train(job: _Job) -> None:
