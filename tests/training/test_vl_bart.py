@@ -154,6 +154,23 @@ def test_eval_gives_the_scores_of_the_run(folders, trained, run, monkeypatch):
     assert found["vl-bart/caption"]["n"] == 8
 
 
+def test_generate_answers_about_a_file_of_features(folders, trained, run):
+    model, tokenizer = load_model(str(trained / "model"))
+    settings = make_recipe(folders, "x", tasks={"gqa": 1, "nlvr": 1}).data
+    rows = {row["task"]: row for row in read_both(settings, 0).validation}
+    (said,) = visual.VisualModel(model, tokenizer, settings).answer(choose_tasks(settings)["gqa"], [rows["gqa"]])
+    asked = ("generate", trained / "model", "--prompt", rows["gqa"]["text"])
+    status, out, err = run(*asked, "--features", rows["gqa"]["features"][0])
+    assert (status, out.strip()) == (0, said), err
+    two = [each for file in rows["nlvr"]["features"] for each in ("--features", file)]
+    status, out, err = run(*asked[:2], "--prompt", rows["nlvr"]["text"], *two)
+    assert (status, out.strip() in ("true", "false")) == (0, True), err
+    status, _, err = run(*asked)
+    assert (status, "give one --prompt as in its training" in err) == (2, True)
+    status, _, err = run(*asked, "--features", folders / "absent.h5")
+    assert (status, "there is no file" in err) == (2, True)
+
+
 def test_a_language_model_is_not_asked_about_features(folders, run, tiny_llama_folder):
     status, _, err = run("eval", tiny_llama_folder, "--tasks", f"vl-bart/gqa={folders / 'images'}")
     assert status == 2

@@ -49,6 +49,9 @@ def generate_command(
     guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
     negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
+    features: Annotated[
+        list[Path] | None, typer.Option(help="Of a VL-BART: what doralib features wrote; once for each picture.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
@@ -96,6 +99,8 @@ def generate_command(
     loaded, tokenizer = load_model(
         model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
     )
+    if _answer_about(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
+        return
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     load_named_adapters(loaded, named)
@@ -178,6 +183,30 @@ class _Asking:
         if name not in self.named:
             return self.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _answer_about(
+    features: Sequence[Path], name: str, model: Any, tokenizer: Any, prompt: str | None, max_new_tokens: int
+) -> bool:
+    """Print what a VL-BART answers about some features; whether the model is one.
+
+    Raises:
+        UsageError: if features are given to another model, or none to a VL-BART.
+    """
+    from ..evaluation.visual import ask_about
+
+    if not hasattr(model, "visual_embedding"):
+        if features:
+            raise UsageError(f"--features: {name} is no VL-BART and reads none; leave it out")
+        return False
+    if prompt is None or not features:
+        raise UsageError(
+            f"{name} is a VL-BART: give one --prompt as in its training, such as 'vqa: what is it?', and --features"
+        )
+    if absent := [str(file) for file in features if not file.is_file()]:
+        raise UsageError(f"--features: there is no file {', '.join(absent)}; doralib features makes it of a picture")
+    print(show_controls(ask_about(model, tokenizer, prompt, list(map(str, features)), max_new_tokens)))
+    return True
 
 
 def _check_no_text(given: Mapping[str, Any]) -> None:

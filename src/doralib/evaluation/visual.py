@@ -4,18 +4,22 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..adapters.inference import unchanged
+from ..data.encoding import context_length
+from ..data.layouts import LAYOUTS
 from ..data.layouts.task import LayoutTask
 from ..data.prepare import Row
 from ..data.visual_rows import encode_text, pad_rows, stack_features
 from ..recipe import DataSettings, VisualSettings
 from .captions import caption_scores
+from .generation import evaluation_mode
 from .metrics import Score, accuracy_score, mean_score
 from .vqa import labeled_accuracy, soft_accuracy
 
@@ -75,6 +79,17 @@ class VisualModel:
         logits_BTV = self.model(**given, decoder_input_ids=begin.expand(len(mask), -1)).logits
         both_B2 = logits_BTV[:, -1, [word[same] for word in words]]
         return [_TRUTH[i] for i in both_B2.argmax(-1).tolist()]
+
+
+def ask_about(model: Any, tokenizer: Tokenizer, text: str, features: Sequence[str], max_new_tokens: int) -> str:
+    """What a VL-BART answers to one text about some files of features, greedily."""
+    longest = {"max_length": context_length(model) or 600}
+    settings = DataSettings(train="-", layout="vlbart", **longest)
+    task = replace(LAYOUTS["vlbart"].tasks["gqa"], target_tokens=max_new_tokens, text_tokens=None)
+    with evaluation_mode(model), unchanged(model):
+        return VisualModel(model, tokenizer, settings).answer(
+            task, [{"text": text, "spare": 0, "features": list(features)}]
+        )[0]
 
 
 def score_answers(
