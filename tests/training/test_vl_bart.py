@@ -232,6 +232,25 @@ def test_files_of_video_predictions(folders):
     assert set(other) == {"video_id", "clip_id", "descs"}
 
 
+def test_the_verbs_about_a_recipe(folders, run):
+    file = folders / "recipe.yaml"
+    file.write_text(make_recipe(folders, "from-a-file", tasks={"gqa": 1, "nlvr": 0.5}).to_yaml())
+    status, out, err = run("check", file)
+    assert status == 0, out + err
+    assert "of one task, its size times 1 (gqa), 0.5 (nlvr)" in out
+    # 24 of gqa in batches of 8, 24 of nlvr in batches of 4
+    assert "4, 9 an epoch" in out
+    status, _, err = run("data", file)
+    assert (status, "doralib data shows rows of texts" in err) == (2, True)
+    status, _, err = run("plan", file)
+    assert (status, "its memory is not estimated" in err) == (2, True)
+    status, out, err = run("train", file, "training.max_steps=1", "eval.before=false")
+    assert status == 0, out + err
+    assert (folders / "from-a-file" / "doralib_visual.json").is_file()
+    status, _, err = run("train", file, "data.train=" + str(folders / "videos"))
+    assert (status, "task gqa is read from" in err) == (2, True)
+
+
 def test_true_or_false_is_a_matter_of_two_logits(trained):
     model, tokenizer = load_model(str(trained / "model"))
     settings = DataSettings(train=str(trained.parent / "images"), layout="vlbart", tasks={"nlvr": 1})

@@ -49,6 +49,10 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
+    if chosen.data.has_tasks:
+        raise UsageError(
+            f"data.layout {chosen.data.layout}: doralib data shows rows of texts; doralib check tells of rows of tasks"
+        )
     from ..checkpoints.load import load_config, load_tokenizer
     from ..evaluation.task_file import load_tasks
     from ..runs.report_data import write_data_page

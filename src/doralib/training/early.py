@@ -22,7 +22,8 @@ def check_early(recipe: Recipe) -> None:
         problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    if not trl:
+    # folders of tasks are looked at later, all files of a task together
+    if not trl and not recipe.data.has_tasks:
         kind = read_label_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
