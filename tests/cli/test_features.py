@@ -126,7 +126,7 @@ def test_what_is_there_stays_and_what_is_broken_is_told(run, models, media, tmp_
     status, told, err = run("features", folder, "--model", models / "vit", "--out", out)
     assert status == 1
     assert "2 of 3 files have no features" in err
-    assert "bad.png cannot be read as a picture" in err
+    assert "bad.png: cannot identify image" in err
     assert "cut.mp4 cannot be read as a video" in err
     before = (out / "good.h5").stat().st_mtime_ns
     (folder / "bad.png").unlink()
@@ -157,5 +157,5 @@ def test_mistakes(run, models, media, tmp_path, tiny_llama_folder):
     with pytest.raises(UsageError, match="would have features of one name"):
         find_media([tmp_path])
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(DoraError, match="cannot be read as a picture"):
+    with pytest.raises(DoraError, match="cannot identify image"):
         open_image(tmp_path / "x.png")

@@ -65,6 +65,17 @@ def read_label_kind(path: str) -> HeadKind | None:
     return find_label_kind(config) if config else None
 
 
+def guess_kind(path: str) -> Kind | None:
+    """The kind of a local model that is no language model of words, as far as its config.json tells it by itself.
+
+    `read_kind` is sure, and imports transformers, which takes seconds.
+    """
+    config = _read_config(path) or {}
+    if any(name.endswith("ForPrediction") for name in _read_classes(config)):
+        return "forecast"
+    return find_label_kind(config) or ("image-text" if "vision_config" in config else None)
+
+
 def _read_classes(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

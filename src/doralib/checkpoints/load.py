@@ -1,5 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
+import importlib.util
 import logging
 import sys
 import warnings
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -27,6 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
+from ..data.prompt_form import read_form
+from ..data.series_form import SeriesForm, read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -37,7 +42,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import find_label_kind, read_kind, read_label_kind
+from .kind import HEADS, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .visual_file import read_visual
@@ -48,6 +53,8 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @contextmanager
@@ -76,6 +83,55 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     model = _make_empty(settings, AutoModelForCausalLM) if empty else load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_image_text(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load a model that takes pictures and text, and its processor, whose tokenizer has the processor's chat template.
+
+    Args:
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: as `load_base`, or if there is no processor, or a package is missing that it needs.
+        DoraError: if its files are damaged.
+    """
+    where, options = _locate_with_options(settings)
+    processor = _load_processor(settings.path, where, **options)
+    if empty:
+        model = _make_empty(settings, AutoModelForImageTextToText)
+    else:
+        model, info = _load_weights(settings, AutoModelForImageTextToText, output_loading_info=True)
+        _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    set_end_tokens(model, processor.tokenizer)
+    return model, processor
+
+
+def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
+    missing = [name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None]
+    try:
+        # pillow and torchvision come with it, which are extras
+        from transformers import AutoProcessor  # noqa: PLC0415
+
+        with _explaining(path):
+            processor = AutoProcessor.from_pretrained(where, **options)
+    except (DoraError, ImportError) as error:
+        # transformers' own words for what is missing are those of Python: no attribute, no such operator
+        lacks = ", ".join({"PIL": "pillow"}.get(name, name) for name in missing)
+        told = f"; not installed are {lacks}, which it may need: pip install 'doralib[vision]'" if lacks else ""
+        if isinstance(error, DoraError) and not lacks:
+            raise
+        raise UsageError(f"model: the processor of {path} cannot be loaded: {_first_line(error)}{told}") from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UsageError(
+            f"model: {path} has no processor of pictures (no preprocessor_config.json beside it), only a "
+            f"{type(processor).__name__}; to train it on text alone set model.kind: causal"
+        )
+    _with_pad(processor.tokenizer)
+    if isinstance(template := processor.chat_template, dict):
+        template = template.get("default")
+    if template:
+        processor.tokenizer.chat_template = template
+    return processor
 
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
@@ -208,6 +264,47 @@ def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(new) if not any(name.startswith(f"{other}.") for other in new))
 
 
+def load_forecaster(settings: ModelSettings, *, empty: bool = False) -> PreTrainedModel:
+    """Load a model of series over time, which takes one series at a time.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it takes several series together.
+        DoraError: if its files are damaged.
+    """
+    # two that stand in none of transformers' tables; nobody else needs their modules
+    import transformers  # noqa: PLC0415
+
+    auto = AutoModelForTimeSeriesPrediction
+    for name in ("PatchTST", "PatchTSMixer"):
+        auto.register(
+            getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForPrediction"), exist_ok=True
+        )
+    more = _take_one_channel(settings.path, load_config(settings))
+    if empty:
+        return _make_empty(settings, auto, **more)
+    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
+    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    return model
+
+
+def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
+    """The settings by which a model of several series side by side takes one: it has the same weights for each.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    if getattr(config, "num_input_channels", 1) == 1:
+        return {}
+    shared = getattr(config, "share_embedding", True) and getattr(config, "share_projection", True)
+    together = getattr(config, "channel_attention", False) or getattr(config, "mode", "") == "mix_channel"
+    if together or not shared or getattr(config, "prediction_channel_indices", None):
+        raise UsageError(
+            f"model: {path} reads {config.num_input_channels} series together, and doralib trains on one series at a "
+            "time; take a model of one channel, or one with the same weights for every channel"
+        )
+    return {"num_input_channels": 1}
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without what transformers warns of while it loads: a head that is to be trained is missing by intention."""
@@ -263,38 +360,81 @@ def load_model(
     """
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
-    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
-        named = base or find_base_name(folder)
-        if not named:
-            raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantized: dict[str, Any] = {} if base else _read_quantization(folder)
-        where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        visual = read_visual(folder)
-        with nullcontext() if base else telling_places(folder, where):
-            if visual is not None:
-                model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
-            else:
-                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
-        load_adapter(model, folder, given=given)
-        _warn_other_base(path, folder, where)
-        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if head is None and visual is None:
-            set_end_tokens(model, tokenizer)
-        return model.eval(), tokenizer
+        model, beside = _load_adapted(path, folder, base, dtype, given)
+        return model.eval(), beside
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
+    allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    if read_kind(settings.path) == "vl-bart":
-        model, tokenizer = load_vl_bart(settings)
-    else:
-        load = load_base if read_label_kind(settings.path) is None else load_classifier
-        model, tokenizer = load(settings)
-    return model.eval(), tokenizer
+    kind = find_model_kind(settings)
+    model, beside = _load_kind(kind)(settings)
+    return model.eval(), _take_own(model, beside, folder, kind)
+
+
+def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
+    """The base of an adapter with it, and what belongs beside it; arguments as of `load_model`."""
+    named = base or find_base_name(folder)
+    if not named:
+        raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+    quantized: dict[str, Any] = {} if base else _read_quantization(folder)
+    where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
+    allow = given is not None and given.allow_nonfinite
+    settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+    with nullcontext() if base else telling_places(folder, where):
+        if visual is not None:
+            kind: Kind | None = "vl-bart"
+            model, beside = load_vl_bart(settings.model_copy(update={"visual": visual}))
+        elif head is not None:
+            kind = head.kind
+            model, beside = load_classifier(settings, head)
+        else:
+            kind = find_model_kind(settings)
+            # the adapter may have a tokenizer of its own, and the base none
+            model, beside = (load_language_model(settings), None) if kind is None else _load_kind(kind)(settings)
+    load_adapter(model, folder, given=given)
+    _warn_other_base(path, folder, where, depth=4)
+    if kind in (None, "vl-bart", *HEADS):
+        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
+        if kind is None:
+            set_end_tokens(model, beside)
+    return model, _take_own(model, beside, folder, kind)
+
+
+def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
+    """What loads a model of a kind, and what belongs beside it."""
+    loaders: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+        "classify": load_classifier,
+        "tokens": load_classifier,
+        "vl-bart": load_vl_bart,
+        "image-text": load_image_text,
+        "forecast": lambda settings: (load_forecaster(settings), SeriesForm()),
+    }
+    return loaders.get(kind, load_base)
+
+
+def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None) -> Any:
+    """What lies in the folder of what was trained, in place of the base's."""
+    if kind == "forecast":
+        return read_series_form(folder)
+    if kind == "image-text":
+        form = read_form(folder)
+        # how large pictures were in training
+        model.doralib_image_pixels = None if form is None else form.image_pixels
+        if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+            beside = _load_processor(str(folder), folder)
+        set_end_tokens(model, beside.tokenizer)
+    return beside
+
+
+def find_model_kind(settings: ModelSettings) -> Kind | None:
+    """The kind of a model by its config.json, on the hub too; None for language models, and .gguf files are such."""
+    if (Path(settings.path).expanduser() / "config.json").is_file():
+        return read_kind(settings.path)
+    return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
 
 
 def load_own_tokenizer(
@@ -372,10 +512,10 @@ def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
-def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
+def _warn_other_base(adapter: str, folder: Path, base: str, depth: int = 3) -> None:
     """Warn if an adapter names another base; only once its names and shapes are known to fit."""
     for note in find_other_base(find_base_name(folder), base):
-        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=depth)
 
 
 def _read_quantization(run: Path) -> dict[str, Any]:

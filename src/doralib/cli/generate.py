@@ -14,7 +14,10 @@ from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
+    from ..data.picture_tokens import PictureEncoder
+    from ..data.pictures import Picture
     from ..data.prompt_form import PromptForm
+    from ..evaluation.generation import Answer
 
 Values = Mapping[str, str]
 
@@ -25,8 +28,13 @@ def generate_command(
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png; forecasts as .csv.")
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -55,6 +63,7 @@ def generate_command(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Of series: forecast so many values.")] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
@@ -67,14 +76,23 @@ def generate_command(
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
-    from .prompt_file import read_prompts, write_answers
+    from .forecast import ForecastRequest, is_series_model, write_forecasts
+    from .prompt_file import read_prompts
 
-    fields = _read_fields(field or [])
+    fields, given = _read_fields(field or []), Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    if is_series_model(model, base):
+        texts = {"--prompt": prompt, "--field": fields, "--chat": chat, "--system": system, "--adapter": adapter}
+        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
+        write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
+        return
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series")
     _check(prompt, fields, file, out, adapter or [])
     drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
     if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
-        given = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
-        _check_no_text({"--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter})
+        _check_no_text(
+            {"--image": image, "--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter}
+        )
         prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
         draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
         return
@@ -92,32 +110,22 @@ def generate_command(
     print_log(errors)
     model, named = add_revision(model, revision), read_named_adapters(adapter or [])
     forms = _find_forms(model, named, chat)
-    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
-    asked += read_prompts(file, next(iter(forms.values()))) if file else []
+    asked = _list_asked(prompt, fields, file, next(iter(forms.values())), about=bool(image))
+    pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(
-        model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
-    )
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
     if _answer_about(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
         return
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     load_named_adapters(loaded, named)
-    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling)
-    if not asked:
+    encoder = _make_encoder(loaded, tokenizer, model, pictures)
+    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, encoder, pictures)
+    if asked:
+        _tell_answers(asking, complete, asked, out, batch_size)
+    else:
         asking.chat(system)
-        return
-    for name, questions in complete.items():
-        answers = asking.answer(name, questions, batch_size)
-        if out is None:
-            for each in answers:
-                # a pipe gets the answer as it is
-                shown = show_controls(each) if sys.stdout.isatty() else each
-                print(f"{name}: {shown}" if len(named) > 1 else shown)
-        else:
-            write_answers(out, asked, answers)
-            console.print(f"{len(answers)} answers written: {out}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,10 @@ class _Asking:
     forms: "Mapping[str, PromptForm | None]"
     max_new_tokens: int
     sampling: Any
+    encoder: "PictureEncoder | None" = None
+    """Of a model that takes pictures."""
+    pictures: "Sequence[Picture]" = ()
+    """What every prompt is about."""
 
     def chat(self, system: str) -> None:
         """A conversation; or single questions, where the model was trained on those."""
@@ -142,14 +154,16 @@ class _Asking:
         with unchanged(self.model):
             Chat(
                 self.model,
-                next(iter(own.values()), self.tokenizer),
+                next(iter(own.values()), self.tokenizer if self.encoder is None else self.encoder.tokenizer),
                 _reader(),
                 _write,
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
                 system=system,
                 adapters=own,
-                form=None if form is None or form.closed else form,
+                form=form if form is not None and (form.pictures or not form.closed) else None,
+                encoder=self.encoder,
+                waiting=list(self.pictures),
             ).run()
 
     def answer(self, name: str, questions: Sequence[Values], batch_size: int) -> list[str]:
@@ -160,6 +174,8 @@ class _Asking:
 
         if name in self.named:
             set_adapter(self.model, name)
+        if self.encoder is not None:
+            return self._answer_about(self.encoder, questions, batch_size)
         form, tokenizer = self.forms[name], self._find_tokenizer(name)
         texts = [form.render(values, tokenizer) if form else values["prompt"] for values in questions]
         with unchanged(self.model):
@@ -172,16 +188,38 @@ class _Asking:
                 chat=form is not None and form.closed,
                 sampling=self.sampling,
             )
-        for number, each in enumerate(answers, 1):
-            if each.empty:
-                errors.print(f"the answer to prompt {number} is empty: {each.empty}")
-        return [each.text for each in answers]
+        return _tell_empty(answers)
+
+    def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
+        """The answers to questions, each about the pictures."""
+        from ..adapters.inference import unchanged
+        from ..data.picture_rows import ask_with_pictures
+        from ..data.prepare import BadRow
+        from ..evaluation.generation import answer_pictures
+
+        try:
+            asked = [
+                encoder.ask(ask_with_pictures(values["prompt"], self.pictures, values.get("system", "")))
+                for values in questions
+            ]
+        except BadRow as bad:
+            raise UsageError(f"--image: {bad}") from None
+        with unchanged(self.model):
+            answers = answer_pictures(
+                self.model,
+                encoder,
+                asked,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=batch_size,
+                sampling=self.sampling,
+            )
+        return [each.strip() for each in _tell_empty(answers)]
 
     def _find_tokenizer(self, name: str) -> Any:
         from ..checkpoints.load import load_own_tokenizer
 
-        if name not in self.named:
-            return self.tokenizer
+        if name not in self.named or self.encoder is not None:
+            return self.tokenizer if self.encoder is None else self.encoder.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
 
 
@@ -209,6 +247,47 @@ def _answer_about(
     return True
 
 
+def _tell_empty(answers: "Sequence[Answer]") -> list[str]:
+    for number, each in enumerate(answers, 1):
+        if each.empty:
+            errors.print(f"the answer to prompt {number} is empty: {each.empty}")
+    return [each.text for each in answers]
+
+
+def _find_pictures(images: Sequence[Path], chat: bool | None) -> "list[Picture]":
+    """The pictures of --image, each of which can be read.
+
+    Raises:
+        UsageError: if one cannot, or the prompt is to be given as it is.
+    """
+    from ..data.pictures import Picture, measure_pictures
+    from ..data.prepare import BadRow
+
+    if not images:
+        return []
+    if chat is False:
+        raise UsageError("--image: with --raw no chat template makes a place for a picture; leave --raw out")
+    pictures = [Picture(str(path.expanduser())) for path in images]
+    if bad := [str(found) for found in measure_pictures(pictures).values() if isinstance(found, BadRow)]:
+        raise UsageError("\n".join(f"--image: {each}" for each in bad))
+    return pictures
+
+
+def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[Picture]") -> "PictureEncoder | None":
+    """What writes questions for a model that takes pictures; None for others.
+
+    Raises:
+        UsageError: if there are pictures and the model takes none.
+    """
+    from ..data.picture_tokens import PictureEncoder
+
+    if hasattr(processor, "image_processor"):
+        return PictureEncoder(processor, getattr(loaded, "doralib_image_pixels", None))
+    if pictures:
+        raise UsageError(f"--image: {model} takes text alone, and no pictures; leave --image out")
+    return None
+
+
 def _check_no_text(given: Mapping[str, Any]) -> None:
     """Check that nothing is asked of a diffusion pipeline that only models of text can do.
 
@@ -217,6 +296,41 @@ def _check_no_text(given: Mapping[str, Any]) -> None:
     """
     if wrong := [name for name, value in given.items() if value]:
         raise UsageError(f"{', '.join(wrong)}: a diffusion pipeline draws pictures and says nothing; leave it out")
+
+
+def _tell_answers(
+    asking: _Asking,
+    complete: Mapping[str, Sequence[Values]],
+    asked: Sequence[Values],
+    out: Path | None,
+    batch_size: int,
+) -> None:
+    """Print what each adapter answers, or write it."""
+    from .prompt_file import write_answers
+
+    for name, questions in complete.items():
+        answers = asking.answer(name, questions, batch_size)
+        if out is None:
+            for each in answers:
+                # a pipe gets the answer as it is
+                shown = show_controls(each) if sys.stdout.isatty() else each
+                print(f"{name}: {shown}" if len(asking.named) > 1 else shown)
+        else:
+            write_answers(out, asked, answers)
+            console.print(f"{len(answers)} answers written: {out}")
+
+
+def _list_asked(
+    prompt: str | None, fields: Values, file: Path | None, form: "PromptForm | None", *, about: bool
+) -> list[Values]:
+    """What is asked; a caption of pictures in the words of the training."""
+    from .prompt_file import read_prompts
+
+    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
+    asked += read_prompts(file, form) if file else []
+    if about and not asked and form is not None and form.pictures and not form.fields:
+        return [{}]
+    return asked
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":
@@ -256,6 +370,9 @@ def _complete(asked: "Sequence[Values]", form: "PromptForm | None", model: str, 
         if other := next((name for values in asked for name in values if name != "prompt"), None):
             raise UsageError(f"--field {other}: {model} does not say in which form it was trained; give a --prompt")
         return list(asked)
+    if form.pictures:
+        told = {"system": system} if system else {}
+        return [{"prompt": form.ask(values), **told} for values in asked]
     if system and form.style not in ("chat", "alpaca"):
         raise UsageError(f"--system: {model} was trained on prompts of style {form.style}, which have no such part")
     found: list[Values] = []

@@ -1,17 +1,16 @@
 """Pictures and the frames of videos, read from their files."""
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DoraError, UsageError
+from .pictures import ENDINGS, Picture, import_pillow, open_picture
+from .prepare import BadRow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
 
 
@@ -28,7 +27,7 @@ def find_media(places: list[Path]) -> list[Path]:
         elif not place.is_file():
             raise UsageError(f"there is no file or folder {place}")
         elif not is_media(place):
-            raise UsageError(f"{place} is neither a picture ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
+            raise UsageError(f"{place} is neither a picture ({', '.join(ENDINGS)}) nor a video ({', '.join(VIDEOS)})")
         else:
             found.append(place)
     if not found:
@@ -44,12 +43,15 @@ def find_media(places: list[Path]) -> list[Path]:
 def check_readers(files: list[Path]) -> None:
     """Raise UsageError if a package is not installed that reads one of some files."""
     for file in files:
-        (_import_av if is_video(file) else _import_pillow)(file)
+        if is_video(file):
+            _import_av(file)
+        else:
+            import_pillow()
 
 
 def is_media(file: Path) -> bool:
     """Whether a name is that of a picture or a video."""
-    return file.suffix.lower() in PICTURES or is_video(file)
+    return file.suffix.lower() in ENDINGS or is_video(file)
 
 
 def is_video(file: Path) -> bool:
@@ -63,27 +65,10 @@ def open_image(file: Path) -> "Image":
     Raises:
         DoraError: if the file is no picture.
     """
-    images, operations = _import_pillow(file)
     try:
-        with images.open(file) as opened:
-            layered = operations.exif_transpose(opened).convert("RGBA")
-    except Exception as error:  # noqa: BLE001  each kind of file has errors of its own
-        raise DoraError(f"{file} cannot be read as a picture: {str(error).splitlines()[0]}") from None
-    made = images.new("RGBA", layered.size, (255, 255, 255, 255))
-    made.alpha_composite(layered)
-    return made.convert("RGB")
-
-
-def make_thumbnail(file: Path) -> str:
-    """A picture as a data URI, 192 pixels at most.
-
-    Raises:
-        DoraError: if the file is no picture.
-    """
-    small, content = open_image(file), io.BytesIO()
-    small.thumbnail((192, 192))
-    small.save(content, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return open_picture(Picture(str(file)))
+    except BadRow as bad:
+        raise DoraError(str(bad)) from None
 
 
 def read_frames(file: Path, fps: float) -> "Iterator[Image]":
@@ -119,11 +104,3 @@ def _import_av(file: Path) -> Any:
     except ImportError:
         raise UsageError(f"{file}: videos are read by PyAV: pip install 'doralib[vision]'") from None
     return av
-
-
-def _import_pillow(file: Path) -> tuple[Any, Any]:
-    try:
-        from PIL import Image, ImageOps  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError(f"{file}: pictures are read by pillow: pip install 'doralib[vision]'") from None
-    return Image, ImageOps

@@ -128,6 +128,8 @@ class RenderedRow:
     """Start and end of each stretch of characters whose tokens are labels, in order."""
     closed: bool = False
     """The text spells its own start and end tokens."""
+    begins_bare: bool = False
+    """Of a closed text: but for the start token, which the tokenizer puts before it."""
     notes: tuple[str, ...] = ()
     """What of the row is not in the text, or not learned: texts to follow `rows with`."""
 

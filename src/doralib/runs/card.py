@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
-from .use import diffusers_code, generate_command
+from .use import diffusers_code, generate_command, peft_code
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -51,6 +51,7 @@ def _is_whole(record: RunRecord) -> bool:
 
 def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
     base, draws, found = _base(record), record.unit == "pictures", []
+    sees = bool(record.form.get("pictures"))
     for task, result in record.results["after"].items():
         for metric in _mapping(result.get("metrics")):
             score = read_metric(result, metric)
@@ -61,7 +62,7 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
         base_model=base or None,
         base_model_relation="finetune" if whole else "adapter",
         library_name="diffusers" if draws else "transformers" if whole else "peft",
-        pipeline_tag="text-to-image" if draws else "text-generation",
+        pipeline_tag="text-to-image" if draws else "image-text-to-text" if sees else "text-generation",
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -113,10 +114,10 @@ def _scores(record: RunRecord) -> str:
 def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
     # what is on the hub names its base there
     named = "" if on_hub else f" --base {_base(record)}"
+    sees = bool(record.form.get("pictures"))
     if whole:
-        code = (
-            f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
-        )
+        auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{place}")'
         return f"## Use\n\n```python\n{code}\n```"
     if record.unit == "pictures":
         return f"""## Use
@@ -134,14 +135,13 @@ With doralib, which also merges it into a pipeline:
 doralib merge {place}{named} --out merged
 ```"""
     asked, new_line = generate_command(record, place), "\n"
+    code = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
     return f"""## Use
 
 With PEFT:
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+{peft_code(record, place) if sees else code}
 ```
 
 With doralib, which also merges it into a model that every server loads:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from .charts import number_text, time_text
-from .record import RunRecord, Values, numbers
+from .record import RunRecord, Values, is_series, numbers
 
 _SHOWN = 80  # characters of an example
 
@@ -29,19 +29,23 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
     found["Load it in Python"] = f"from doralib import load_model\n\nmodel, tokenizer = load_model({name!r})"
     if record.form and not whole:
         # PEFT needs to be told of a head, and of what else is no language model
-        found["Load it in PEFT"] = _peft_code(record, name)
+        found["Load it in PEFT"] = peft_code(record, name)
     return found
 
 
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
+    command = f"doralib generate {shlex.quote(place or str(record.path))}"
+    if any(is_series(sample) for sample in record.samples):
+        train = record.config.get("data", {}).get("train") if place is None else None
+        return f"{command} --file {shlex.quote(train if isinstance(train, str) else 'SERIES.csv')} --out forecasts.csv"
     if record.unit == "pictures":
         prompt = str(record.samples[0].get("prompt", "")) if record.samples and place is None else "PROMPT"
-        run = shlex.quote(place or str(record.path))
-        return f"doralib generate {run} --prompt {shlex.quote(prompt)} --out picture.png"
+        return f"{command} --prompt {shlex.quote(prompt)} --out picture.png"
     if not record.form:
         return None
-    command = f"doralib generate {shlex.quote(place or str(record.path))}"
+    if record.form.get("pictures"):
+        return f"{command} --image PICTURE{' --prompt TEXT' if record.form.get('fields') else ''}"
     if record.form.get("style") == "chat":
         return command
     fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
@@ -88,15 +92,18 @@ def _shorten(text: str) -> str:
     return line if len(line) <= _SHOWN else line[:_SHOWN].rpartition(" ")[0] or line[:_SHOWN]
 
 
-def _peft_code(record: RunRecord, run: str) -> str:
+def peft_code(record: RunRecord, run: str) -> str:
+    """What loads a run in PEFT, with its model's own class."""
     base = str(record.summary.get("base_model"))
     where, more = repr(base), ""
     if base.endswith(".gguf"):
         where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
+    sees = bool(record.form.get("pictures"))
+    model, words = ("AutoModelForImageTextToText", "Processor") if sees else ("AutoModelForCausalLM", "Tokenizer")
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({where}{more})\n"
+        f"from transformers import {model}, Auto{words}\n\n"
+        f"model = {model}.from_pretrained({where}{more})\n"
         f"model = PeftModel.from_pretrained(model, {run!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({run!r})"
+        f"{words.lower()} = Auto{words}.from_pretrained({run!r})"
     )

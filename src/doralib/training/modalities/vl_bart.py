@@ -10,13 +10,12 @@ from torch import nn
 
 from ...checkpoints.load import Loaded, load_vl_bart
 from ...checkpoints.visual_file import write_visual
-from ...data.frames import PICTURES, make_thumbnail
 from ...data.layouts import choose_tasks
-from ...data.prepare import Sample
+from ...data.pictures import ENDINGS, Picture, make_thumbnail
+from ...data.prepare import BadRow, Sample
 from ...data.rows import RawRows, read_both
 from ...data.survey import LEFT, RIGHT
 from ...data.visual_rows import VisualCollator, check_readable, check_width, encode_rows
-from ...errors import DoraError
 from ...evaluation.captions import check_caption_tools
 from ...evaluation.evaluate import TaskResult
 from ...evaluation.generation import evaluation_mode
@@ -32,11 +31,11 @@ _SAMPLES = 8
 
 def _show(stems: Sequence[str]) -> tuple[str, ...]:
     """The pictures of a row as they stand in the report; none where they lie elsewhere."""
-    places = [Path(f"{stem}{ending}") for stem in stems for ending in PICTURES]
+    places = [Path(f"{stem}{ending}") for stem in stems for ending in ENDINGS]
     shown = []
     for file in filter(Path.is_file, places):
-        with suppress(DoraError):
-            shown.append(make_thumbnail(file))
+        with suppress(BadRow):
+            shown.append(make_thumbnail(Picture(str(file))))
     return tuple(shown)
 
 
