@@ -72,7 +72,6 @@ def generate_command(
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
     from ..checkpoints.pipelines import find_pipeline
-    from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
@@ -117,8 +116,7 @@ def generate_command(
     loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
     if _answer_about(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
         return
-    if find_head_kind(loaded) is not None:
-        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
+    _check_writes(model, loaded)
     load_named_adapters(loaded, named)
     encoder = _make_encoder(loaded, tokenizer, model, pictures)
     asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, encoder, pictures)
@@ -190,7 +188,15 @@ class _Asking:
             )
         return _tell_empty(answers)
 
-    def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
+    def _check_writes(name: str, model: Any) -> None:
+    """Raise UsageError if a model gives no text."""
+    from ..evaluation.classifier import find_head_kind
+
+    if find_head_kind(model) is not None:
+        raise UsageError(f"{name} gives labels and no text; score it with doralib eval")
+
+
+def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
         """The answers to questions, each about the pictures."""
         from ..adapters.inference import unchanged
         from ..data.picture_rows import ask_with_pictures
