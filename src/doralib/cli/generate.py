@@ -114,7 +114,7 @@ def generate_command(
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
     loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
-    if _answer_about(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
+    if _answer_by_features(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
         return
     _check_writes(model, loaded)
     load_named_adapters(loaded, named)
@@ -188,15 +188,7 @@ class _Asking:
             )
         return _tell_empty(answers)
 
-    def _check_writes(name: str, model: Any) -> None:
-    """Raise UsageError if a model gives no text."""
-    from ..evaluation.classifier import find_head_kind
-
-    if find_head_kind(model) is not None:
-        raise UsageError(f"{name} gives labels and no text; score it with doralib eval")
-
-
-def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
+    def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
         """The answers to questions, each about the pictures."""
         from ..adapters.inference import unchanged
         from ..data.picture_rows import ask_with_pictures
@@ -229,7 +221,15 @@ def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], 
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
 
 
-def _answer_about(
+def _check_writes(name: str, model: Any) -> None:
+    """Raise UsageError if a model gives no text."""
+    from ..evaluation.classifier import find_head_kind
+
+    if find_head_kind(model) is not None:
+        raise UsageError(f"{name} gives labels and no text; score it with doralib eval")
+
+
+def _answer_by_features(
     features: Sequence[Path], name: str, model: Any, tokenizer: Any, prompt: str | None, max_new_tokens: int
 ) -> bool:
     """Print what a VL-BART answers about some features; whether the model is one.
