@@ -136,7 +136,8 @@ def test_a_published_row_is_written_as_llava_writes_it(parts, tmp_path):
     assert [given.text[start:end] for start, end in made.learned] == [" A cat.</s>", " A dog.</s>"]
     sizes = list(measure_pictures(read.pictures).values())
     ids, labels, _ = encoder.encode(given, made, sizes)
-    assert ids[0] == processor.tokenizer.bos_token_id
+    assert made.begins_bare  # the start token is the tokenizer's own to add
+    assert len(ids) == len(labels)
     assert processor.tokenizer.decode([label for label in labels if label >= 0]) == " A cat.</s> A dog.</s>"
     assert processor.chat_template == VICUNA
 
