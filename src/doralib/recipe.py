@@ -10,6 +10,8 @@ from .config import Checked, DoraConfig
 
 PROMPT_FILE = "doralib_prompt.json"
 """Says, beside what was trained, in which form it was asked."""
+SERIES_FILE = "doralib_series.json"
+"""The same of a model of series."""
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-float8"]
 """What frozen weights are quantized to while they are loaded: by bitsandbytes, or by torchao."""
@@ -31,10 +33,11 @@ class ModelSettings(Checked):
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart", "image-text", "text-to-image"] = "auto"
+    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart", "image-text", "forecast", "text-to-image"] = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    vl-bart: a BART that reads features of pictures or videos too; image-text: text about pictures; text-to-image: a
-    diffusion pipeline; auto: as a local model's config.json or model_index.json names its class, else causal."""
+    vl-bart: a BART that reads features of pictures or videos too; image-text: text about pictures; forecast: series
+    over time; text-to-image: a diffusion pipeline; auto: as a local model's config.json or model_index.json names its
+    class, else causal."""
     visual: VisualSettings = VisualSettings()
     """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -75,12 +78,31 @@ class DataSource(Checked):
     """As data.messages."""
 
 
+class SeriesSettings(Checked):
+    """Where series over time stand in the data, and what is forecast of them."""
+
+    name: str | None = None
+    """The column that names the series; null: series, unique_id, item_id or another usual name, if there is one."""
+    time: str | None = None
+    """The column of times; null: time, ds, date or another usual name; without one values stand in their order."""
+    value: str | None = None
+    """The column of values; null: value, y, target or values; without one each column, or each row, is a series."""
+    context: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    """So many values are looked back on; null: as many as the model takes and the longest series has, at most 512."""
+    horizon: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """So many values are forecast; null: as many as the model forecasts at once."""
+    stride: int = Field(default=1, ge=1, lt=2**31)
+    """Training takes a window of each series at every so many values."""
+    season: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Values of a season, which scores compare with; null: by the times, 12 of months, 24 of hours; else 1."""
+
+
 class DataSettings(Checked):
     """Which rows, how they become prompts and targets, and what counts in the loss."""
 
     train: str | Annotated[tuple[DataSource | str, ...], Field(min_length=1)]
-    """A .json, .jsonl, .csv, .tsv, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub name
-    (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
+    """A .json, .jsonl, .csv, .tsv, .tsf, .txt or .parquet file, a folder or pattern of such (`rows/*.jsonl`), a hub
+    name (`name`, `name:config`), or a list of several, each with its weight: [{path: a.jsonl, weight: 2}, b.csv];
     `reasoning-gym:TASK?setting=value` makes problems by that package."""
     split: str = "train"
     """The split of a hub data set, or of a JSON file that holds several."""
@@ -121,6 +143,8 @@ class DataSettings(Checked):
     """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+    series: SeriesSettings = SeriesSettings()
+    """Of series over time (model.kind forecast) alone."""
     layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
     """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
     question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:

@@ -70,6 +70,12 @@ def has_tower(path: str) -> bool:
     return "vision_config" in (_read_config(path) or {})
 
 
+def reads_series(path: str) -> bool:
+    """Whether a local model's config.json names a class that forecasts, told without an import of transformers."""
+    config = _read_config(path)
+    return config is not None and any(name.endswith("ForPrediction") for name in _read_classes(config))
+
+
 def _read_classes(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -30,6 +31,7 @@ from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
 from ..data.prompt_form import read_form
+from ..data.series_form import read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -40,7 +42,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import find_kind, find_label_kind, read_kind, read_label_kind
+from .kind import Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .vl_bart import VLBart, extend_vocabulary, read_visual
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer or processor; of a model of series a `SeriesForm` stands there."""
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -161,7 +164,7 @@ def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedMo
     with _explaining(settings.path):
         config = AutoConfig.from_pretrained(where, **options, **more)
         dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with torch.device("meta"), _without_loading_report():
+        with torch.device("meta"), quiet_loading():
             model: PreTrainedModel = auto.from_config(
                 config, dtype=dtype, attn_implementation=settings.attn_implementation
             )
@@ -203,7 +206,7 @@ def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = Fals
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
         model.doralib_new = sorted({name.rpartition(".")[0] for name in last})
         return model
-    with _without_loading_report():
+    with quiet_loading():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
     _check_loaded(settings.path, model, lacks=_find_missing(model, info["missing_keys"], whole=head is None))
@@ -238,10 +241,10 @@ def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False)
     if "visual" in settings.model_fields_set and config.visual != asked:
         raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
     if empty:
-        with torch.device("meta"), _without_loading_report():
+        with torch.device("meta"), quiet_loading():
             model = VLBart._from_config(config)
     else:
-        with _without_loading_report():
+        with quiet_loading():
             model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
         fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
         _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
@@ -260,9 +263,50 @@ def find_head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(new) if not any(name.startswith(f"{other}.") for other in new))
 
 
+def load_forecaster(settings: ModelSettings, *, empty: bool = False) -> PreTrainedModel:
+    """Load a model of series over time, which takes one series at a time.
+
+    Raises:
+        UsageError: if there is nothing of that name, or it takes several series together.
+        DoraError: if its files are damaged.
+    """
+    # two that stand in none of transformers' tables; nobody else needs their modules
+    import transformers  # noqa: PLC0415
+
+    auto = AutoModelForTimeSeriesPrediction
+    for name in ("PatchTST", "PatchTSMixer"):
+        auto.register(
+            getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForPrediction"), exist_ok=True
+        )
+    more = _take_one_channel(settings.path, load_config(settings))
+    if empty:
+        return _make_empty(settings, auto, **more)
+    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
+    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    return model
+
+
+def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
+    """The settings by which a model of several series side by side takes one: it has the same weights for each.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    if getattr(config, "num_input_channels", 1) == 1:
+        return {}
+    shared = getattr(config, "share_embedding", True) and getattr(config, "share_projection", True)
+    together = getattr(config, "channel_attention", False) or getattr(config, "mode", "") == "mix_channel"
+    if together or not shared or getattr(config, "prediction_channel_indices", None):
+        raise UsageError(
+            f"model: {path} reads {config.num_input_channels} series together, and doralib trains on one series at a "
+            "time; take a model of one channel, or one with the same weights for every channel"
+        )
+    return {"num_input_channels": 1}
+
+
 @contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Without the table of missing weights: a head that is to be trained is missing by intention."""
+def quiet_loading() -> Iterator[None]:
+    """Without what transformers warns of while it loads: a head that is to be trained is missing by intention."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -315,66 +359,72 @@ def load_model(
     """
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
-    allow = given is not None and given.allow_nonfinite
     if is_adapter(folder):
-        named = base or find_base_name(folder)
-        if not named:
-            raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
-        quantized: dict[str, Any] = {} if base else _read_quantization(folder)
-        where, head = base or locate_base(folder, named), find_head(folder)
-        settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-        visual = read_visual(folder)
-        if head is None and visual is None and _find_kind_of(settings) == "image-text":
-            return _load_with_pictures(settings, folder, path, given)
-        with nullcontext() if base else telling_places(folder, where):
-            if visual is not None:
-                model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
-            else:
-                model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
-        load_adapter(model, folder, given=given)
-        _warn_other_base(path, folder, where)
-        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-        if head is None and visual is None:
-            set_end_tokens(model, tokenizer)
+        model, tokenizer = _load_adapted(path, folder, base, dtype, given)
         return model.eval(), tokenizer
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
     if (folder / "model" / "config.json").exists():
         folder = folder / "model"
+    allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
-    model, tokenizer = _load_by_kind(settings)
-    if hasattr(tokenizer, "image_processor"):
+    kind = find_model_kind(settings)
+    if kind == "forecast":
+        return load_forecaster(settings).eval(), read_series_form(folder)
+    others: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"vl-bart": load_vl_bart}
+    others |= {"image-text": load_image_text, **dict.fromkeys(("classify", "tokens"), load_classifier)}
+    model, tokenizer = others.get(kind, load_base)(settings)
+    if kind == "image-text":
         _set_picture_size(model, folder)
     return model.eval(), tokenizer
 
 
-def _load_by_kind(settings: ModelSettings) -> Loaded:
-    kind = _find_kind_of(settings)
-    if kind == "image-text":
-        return load_image_text(settings)
-    if kind == "vl-bart":
-        return load_vl_bart(settings)
-    return load_base(settings) if read_label_kind(settings.path) is None else load_classifier(settings)
-
-
-def _find_kind_of(settings: ModelSettings) -> str | None:
-    """The kind of a model that may be on the hub; None for a language model."""
-    if settings.path.endswith(".gguf") or Path(settings.path).expanduser().exists():
-        return read_kind(settings.path)
-    return find_kind(load_config(settings).to_dict())
-
-
-def _load_with_pictures(settings: ModelSettings, folder: Path, path: str, given: Hints | None) -> Loaded:
-    """An adapter on a model that takes pictures; with the processor that it was trained with, where that is there."""
-    model, processor = load_image_text(settings)
+def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
+    """The base of an adapter with it, and what belongs beside it; arguments as of `load_model`."""
+    named = base or find_base_name(folder)
+    if not named:
+        raise UsageError(f"{path} does not say which model it adapts; name it with --base MODEL")
+    quantized: dict[str, Any] = {} if base else _read_quantization(folder)
+    where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
+    allow = given is not None and given.allow_nonfinite
+    settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
+    kind = find_model_kind(settings) if head is None and visual is None else None
+    with nullcontext() if base else telling_places(folder, where):
+        if visual is not None:
+            model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
+        elif kind == "forecast":
+            model = load_forecaster(settings)
+        elif kind == "image-text":
+            model, processor = load_image_text(settings)
+        else:
+            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
     load_adapter(model, folder, given=given)
-    _warn_other_base(path, folder, settings.path)
-    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        processor = _load_processor(str(folder), folder)
+    _warn_other_base(path, folder, where, depth=4)
+    if kind == "forecast":
+        return model, read_series_form(folder)
+    if kind == "image-text":
+        return model, _find_own_processor(model, folder, processor)
+    tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
+    if head is None and visual is None:
+        set_end_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def find_model_kind(settings: ModelSettings) -> Kind | None:
+    """The kind of a model by its config.json, on the hub too; None for language models, and .gguf files are such."""
+    if (Path(settings.path).expanduser() / "config.json").is_file():
+        return read_kind(settings.path)
+    return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
+
+
+def _find_own_processor(model: PreTrainedModel, folder: Path, base: Any) -> Any:
+    """The processor that an adapter was trained with, where it is there, else the base's."""
+    own = any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    processor = _load_processor(str(folder), folder) if own else base
     _set_picture_size(model, folder)
     set_end_tokens(model, processor.tokenizer)
-    return model.eval(), processor
+    return processor
 
 
 def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
@@ -458,10 +508,10 @@ def _locate_with_options(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return where, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code} | extra
 
 
-def _warn_other_base(adapter: str, folder: Path, base: str) -> None:
+def _warn_other_base(adapter: str, folder: Path, base: str, depth: int = 3) -> None:
     """Warn if an adapter names another base; only once its names and shapes are known to fit."""
     for note in find_other_base(find_base_name(folder), base):
-        warnings.warn(f"{adapter} {note}", Note, stacklevel=3)
+        warnings.warn(f"{adapter} {note}", Note, stacklevel=depth)
 
 
 def _read_quantization(run: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..formats.base import Hints, ParsedAdapter
 from ..formats.files import find_adapter_file
 from ..process import read_peak_memory
 from ..quantization.error import QuantizationCost, format_costs, is_change_lost
-from ..recipe import PROMPT_FILE
+from ..recipe import PROMPT_FILE, SERIES_FILE
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .heads import change_config, find_head
@@ -175,7 +175,8 @@ def merge_checkpoint(
             assert head is not None
             write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
         notes += take_tokenizer([each.path for each in ingredients], part)
-        _take_prompt_form([each.path for each in ingredients], part)
+        for name in (PROMPT_FILE, SERIES_FILE):
+            _take_form([each.path for each in ingredients], part, name)
         if not starts.head:
             notes += _write_end_tokens(part)
         write_json(
@@ -241,13 +242,13 @@ def open_checkpoint(base: str | Path, ingredients: Sequence[Ingredient]) -> Chec
     return checkpoint
 
 
-def _take_prompt_form(adapters: Sequence[Path], folder: Path) -> None:
+def _take_form(adapters: Sequence[Path], folder: Path, name: str) -> None:
     """Keep the form in which all the adapters were asked; the base's own is of another training."""
-    forms = {(each / PROMPT_FILE).read_bytes() if (each / PROMPT_FILE).is_file() else None for each in adapters}
+    forms = {(each / name).read_bytes() if (each / name).is_file() else None for each in adapters}
     if len(forms) == 1 and (form := forms.pop()) is not None:
-        (folder / PROMPT_FILE).write_bytes(form)
+        (folder / name).write_bytes(form)
     else:
-        (folder / PROMPT_FILE).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write_end_tokens(folder: Path) -> list[str]:

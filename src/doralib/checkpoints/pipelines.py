@@ -20,6 +20,7 @@ from ..formats.pipeline import COMPONENTS
 from ..hub import explain_hub, find_hub_file, is_local, split_revision
 from ..recipe import ModelSettings
 from .kind import find_pipeline_folder, is_pipeline
+from .load import quiet_loading
 
 _T5 = "text_encoder_3"
 
@@ -86,7 +87,8 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
         if settings.quantization and network is not None:
             parts[network] = _load_quantized(settings, where, network, index[network][1], common)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(where, **common, **parts)
+        with quiet_loading():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(where, **common, **parts)
     except UsageError:
         raise
     except Exception as error:

@@ -5,14 +5,18 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.load import load_adapter
 from ..adapters.merge import dequantize, merge
+from ..data.forecaster import describe_forecaster, forecast
+from ..data.series_form import SeriesForm
 from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings
@@ -44,8 +48,9 @@ class Verification:
     """Root mean square of the differences over that of the logits about their mean."""
     effect: float
     """The same between the base and the adapted model: what the adapter does."""
-    top1: float
-    """Share of positions whose likeliest next token is the same."""
+    top1: float | None
+    """Share of positions whose likeliest next token is the same; None of a model of series, whose forecasts they are
+    that are compared."""
     rounding: float
     """What rounding the merged weights may do to ``relative``."""
 
@@ -62,11 +67,14 @@ class Verification:
     def text(self) -> str:
         """For a person."""
         verdict = "the merged model answers as the adapted one" if self.passed else "NOT the adapted model"
+        what = "logits" if self.top1 is not None else "forecasts"
         apart, allowed, moved = (f"{100 * share:.2g} %" for share in (self.relative, self.allowed, self.effect))
         lines = [
-            f"{verdict}: logits differ by {apart} (allowed {allowed}; the adapter moves them by {moved}), "
-            f"at most {self.max_abs:.3g}; same likeliest token at {100 * self.top1:.1f} % of {self.tokens} positions"
+            f"{verdict}: {what} differ by {apart} (allowed {allowed}; the adapter moves them by {moved}), "
+            f"at most {self.max_abs:.3g}"
         ]
+        if self.top1 is not None:
+            lines[0] += f"; same likeliest token at {100 * self.top1:.1f} % of {self.tokens} positions"
         if not self.passed and self.relative <= self.rounding:
             lines.append("rounding explains it, but it swallows what the adapter does; merge with --dtype float32")
         return "\n  ".join(lines)
@@ -92,18 +100,23 @@ def verify_merge(
     settings = ModelSettings(path=str(base), dtype="float32")
     model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
     dequantize(model.eval(), torch.float32)
-    inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
-    plain = compute_logits(model, inputs)
+    forecasts = isinstance(tokenizer, SeriesForm)
+    if forecasts:
+        compute = _compute_forecasts
+    else:
+        inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
+        compute = partial(compute_logits, inputs=inputs)
+    plain = compute(model)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
         _load_quietly(model, ingredients[0]).eval()
     else:
         _add_adapters(model, ingredients)
-    want = compute_logits(model, inputs)
+    want = compute(model)
     del model
     gc.collect()  # modules are cycles; two models at once may be more than fits
     model, _ = load_model(str(merged), dtype="float32")
     dequantize(model, torch.float32)
-    got = compute_logits(model, inputs)
+    got = compute(model)
     del model
     gc.collect()  # a folder whose files are mapped cannot be renamed everywhere
     return Verification(
@@ -111,7 +124,7 @@ def verify_merge(
         max_abs=(got - want).abs().max().item(),
         relative=compute_logit_error(got, want),
         effect=compute_logit_error(plain, want),
-        top1=(got.argmax(1) == want.argmax(1)).double().mean().item(),
+        top1=None if forecasts else (got.argmax(1) == want.argmax(1)).double().mean().item(),
         rounding=math.hypot(*(layer.of_weight for layer in costs)) if costs else _estimate_rounding(merged),
     )
 
@@ -144,6 +157,14 @@ def compute_logits(model: PreTrainedModel, inputs: Iterable[Mapping[str, Tensor]
     found = [model(**each).logits[0] for each in inputs]
     # of a classifier one row for a whole text
     return torch.cat([logits[None] if logits.dim() == 1 else logits for logits in found])
+
+
+def _compute_forecasts(model: PreTrainedModel) -> Tensor:
+    """The forecasts of a few made series, all in one row (1, N)."""
+    places = np.arange(min(describe_forecaster(model).context, _LONGEST))
+    series = [np.sin(places / each) + places * each / 100 for each in (1, 2, 5, 12)]
+    found = forecast(model, series, [0] * len(series), len(places), len(series), lambda _: None)
+    return torch.from_numpy(np.concatenate(found).ravel())[None]
 
 
 def compute_logit_error(got: Tensor, want: Tensor) -> float:

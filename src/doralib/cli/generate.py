@@ -31,8 +31,10 @@ def generate_command(
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png; forecasts as .csv.")
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="In the chat template, or as it is; else as trained."),
@@ -58,6 +60,7 @@ def generate_command(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Of series: forecast so many values.")] = None,
 ) -> None:
     """Answer prompts, or chat in the terminal.
 
@@ -70,13 +73,20 @@ def generate_command(
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
-    from .prompt_file import read_prompts, write_answers
+    from .forecast import ForecastRequest, is_series_model, write_forecasts
+    from .prompt_file import read_prompts
 
-    fields = _read_fields(field or [])
+    fields, given = _read_fields(field or []), Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    if is_series_model(model, base):
+        texts = {"--prompt": prompt, "--field": fields, "--chat": chat, "--system": system, "--adapter": adapter}
+        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
+        write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
+        return
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series")
     _check(prompt, fields, file, out, adapter or [])
     drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
     if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
-        given = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
         _check_no_text(
             {"--image": image, "--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter}
         )
@@ -101,9 +111,7 @@ def generate_command(
     pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(
-        model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
-    )
+    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
     if find_head_kind(loaded) is not None:
         raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
     load_named_adapters(loaded, named)
@@ -112,16 +120,7 @@ def generate_command(
     if not asked:
         asking.chat(system)
         return
-    for name, questions in complete.items():
-        answers = asking.answer(name, questions, batch_size)
-        if out is None:
-            for each in answers:
-                # a pipe gets the answer as it is
-                shown = show_controls(each) if sys.stdout.isatty() else each
-                print(f"{name}: {shown}" if len(named) > 1 else shown)
-        else:
-            write_answers(out, asked, answers)
-            console.print(f"{len(answers)} answers written: {out}")
+    _tell_answers(asking, complete, asked, out, batch_size)
 
 
 @dataclass(frozen=True)
@@ -281,6 +280,28 @@ def _list_asked(
     if about and not asked and form is not None and form.pictures and not form.fields:
         return [{}]
     return asked
+
+
+def _tell_answers(
+    asking: _Asking,
+    complete: Mapping[str, Sequence[Values]],
+    asked: Sequence[Values],
+    out: Path | None,
+    batch_size: int,
+) -> None:
+    """Print what each adapter answers, or write it."""
+    from .prompt_file import write_answers
+
+    for name, questions in complete.items():
+        answers = asking.answer(name, questions, batch_size)
+        if out is None:
+            for each in answers:
+                # a pipe gets the answer as it is
+                shown = show_controls(each) if sys.stdout.isatty() else each
+                print(f"{name}: {shown}" if len(asking.named) > 1 else shown)
+        else:
+            write_answers(out, asked, answers)
+            console.print(f"{len(answers)} answers written: {out}")
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":

@@ -24,6 +24,7 @@ READERS = {
     ".ndjson": "json",
     ".csv": "csv",
     ".tsv": "csv",
+    ".tsf": "tsf",
     ".txt": "text",
     ".parquet": "parquet",
 }

@@ -16,6 +16,7 @@ from .detect import LOOKED_AT
 from .json_rows import ParseColumns, find_type, parse_json, split_columns
 from .prepare import RowNumber
 from .sources import READERS, find_ending, list_files, open_text
+from .tsf_rows import read_tsf
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def _read_columns(path: Path, setting: str, where: str, split: str, documents: s
             return _read_json(file.read(), path, where, split), True
         if kind == "csv":
             return read_columns(file, "\t" if find_ending(path) == ".tsv" else ",", where), False
+        if kind == "tsf":
+            return read_tsf(file, where), False
         return {"text": list(split_documents(file.read(), documents, where))}, False
 
 

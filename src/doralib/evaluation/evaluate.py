@@ -14,14 +14,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
+from ..data.forecaster import is_forecaster
 from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
+from ..data.windows import Origin
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
 from .captions import caption_scores, check_caption_tools
 from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
+from .forecast import Scoring, score_origins
 from .generation import Sampling, answer_each, answer_pictures, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options, text_requests
 from .metrics import (
@@ -42,6 +45,8 @@ from .task import (
     ClassificationTask,
     Example,
     FirstLabelTask,
+    ForecastExample,
+    ForecastTask,
     GenerationTask,
     PerplexityTask,
     Task,
@@ -208,6 +213,19 @@ def score_labels(
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
 
 
+def score_series(
+    name: str, origins: Sequence[Origin], model: nn.Module, scoring: Scoring, tick: Tick | None
+) -> TaskResult:
+    """The result of a model of series on what followed these origins."""
+    start = time.perf_counter()
+    tick = tick or log_progress()
+    advance = lambda share: tick(name, share, 1.0)
+    with evaluation_mode(model), unchanged(model):
+        scores = score_origins(model, origins, scoring, advance)
+    advance(1.0)
+    return TaskResult(name, "forecast", len(origins), scores, None, (), 0, time.perf_counter() - start)
+
+
 def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
     """The tokens of each prompt as the model gets them."""
     return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
@@ -236,6 +254,9 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
         )
+    if is_forecaster(scorer.model) != isinstance(task, ForecastTask):
+        asks = "a model of series" if isinstance(task, ForecastTask) else "a language model"
+        raise UsageError(f"task {task.name}: kind {task.kind} asks {asks}, not a {type(scorer.model).__name__}")
     outcome = run(task, examples, scorer)
     asked = outcome.asked or examples
     wrong = [
@@ -432,6 +453,15 @@ def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _
     return _Outcome(perplexity_scores(loss_N, tokens_N, bytes_N, scorer.seed), cut=sum(cut for _, cut in pieces))
 
 
+def _run_forecast(task: ForecastTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    origins = [each.origin for each in examples if isinstance(each, ForecastExample)]
+    # a model of series has no tokenizer, but what it looked back on in training
+    form = getattr(scorer.tokenizer, "settings", None)
+    context = task.series.context or (form.context if form else None)
+    scoring = Scoring(context, task.series.season, scorer.batch_size, scorer.seed)
+    return _Outcome(score_origins(scorer.model, origins, scoring, scorer.tick))
+
+
 _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] = {
     ChoiceTask: _run_choice,
     ClassificationTask: _run_classification,
@@ -442,6 +472,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     CaptionTask: _run_caption,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
+    ForecastTask: _run_forecast,
 }
 
 

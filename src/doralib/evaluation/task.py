@@ -1,10 +1,11 @@
 """What a model is scored on: a table of kinds of task, and examples made from rows."""
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -13,7 +14,13 @@ from ..data.pictures import Picture, find_picture, find_root, keep_picture_files
 from ..data.prepare import BadRow, Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
+from ..recipe import SeriesSettings
 from .numbers import read_number
+
+if TYPE_CHECKING:
+    from ..data.windows import Origin
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 12
 
@@ -324,6 +331,58 @@ class PerplexityTask(Task):
         return made
 
 
+class ForecastTask(Task):
+    """How near a model of series comes to what followed, at the last origins of each series."""
+
+    named_in = ()
+    kind: Literal["forecast"] = "forecast"
+    prompt: str = ""
+    series: SeriesSettings
+    """Where the series stand, how far ahead is forecast (horizon), and the season that scores compare with."""
+    origins: int = Field(default=1, ge=1)
+    """So many times each series is forecast, the last time to its end."""
+    step: int | None = Field(default=None, ge=1)
+    """Values from one origin to the next; null: the horizon."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.series.horizon is None:
+            raise ValueError("series.horizon: how many values ahead are scored?")
+        if self.series.stride != 1:
+            raise ValueError("series.stride is for training; step says how far apart the origins are")
+        if self.prompt or self.chat:
+            raise ValueError("a model of series is given no prompt")
+        return self
+
+    def read(self, limit: int | None) -> "list[Example]":
+        """An example for each origin of each series; series that cannot be used are logged.
+
+        Raises:
+            DoraError: if none is left.
+        """
+        from ..data.series import read_series  # noqa: PLC0415  see `read_examples`
+        from ..data.windows import Origin  # noqa: PLC0415
+
+        assert self.series.horizon is not None, "checked by _whole"
+        horizon, step = self.series.horizon, self.step or self.series.horizon
+        table = read_series(self.data or "", f"task {self.name}: data", self.series, self.split)
+        report = table.report
+        made: list[Example] = []
+        for series in table.series:
+            places = [len(series.values) - horizon - step * i for i in range(self.origins)]
+            if min(places) < max(horizon, 2):
+                needed = 2 * horizon + step * (self.origins - 1)
+                report.drop(series.name, BadRow(f"shorter than {needed}", f"{len(series.values)} values"))
+                continue
+            origins = [Origin(series, at, horizon) for at in reversed(places)]
+            made += [ForecastExample(origin.name(), "", origin=origin) for origin in origins]
+        if lines := report.lines():
+            log.warning("\n".join([f"task {self.name}: {lines[0]}", *lines[1:]]))
+        if not made:
+            raise DoraError(f"task {self.name}: no series can be scored")
+        return made[:limit]
+
+
 KINDS: dict[str, type[Task]] = {
     "choice": ChoiceTask,
     "classification": ClassificationTask,
@@ -336,6 +395,7 @@ KINDS: dict[str, type[Task]] = {
     "caption": CaptionTask,
     "bertscore": BertScoreTask,
     "perplexity": PerplexityTask,
+    "forecast": ForecastTask,
 }
 
 
@@ -356,6 +416,13 @@ class Example:
     """What the prompt is about."""
 
 
+@dataclass(frozen=True)
+class ForecastExample(Example):
+    """A series and a time from which on it is forecast."""
+
+    origin: "Origin" = field(kw_only=True)
+
+
 def fill(template: str, row: Row) -> str:
     """The template with the row's values as text; braces in values stay as they are."""
     return fill_template(template, {name: value_text(row[name]) for name in columns_in(template)})
@@ -372,6 +439,8 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
 
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
+    if isinstance(task, ForecastTask):
+        return task.read(limit)
     data = task.data
     if task.in_folder and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser() / task.in_folder)

@@ -26,6 +26,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """What lies between two lines of a chart."""
+
+    low: Sequence[Point]
+    high: Sequence[Point]
+    color: str = "a"
+
+
+@dataclass(frozen=True)
 class _Scale:
     """From values to places on the paper."""
 
@@ -39,13 +48,14 @@ class _Scale:
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
-    """A figure of the lines over each other by step, or None if there is no point to draw."""
+def line_chart(title: str, series: Sequence[Series], bands: Sequence[Band] = (), x_name: str = "step") -> Markup | None:
+    """A figure of the lines over each other by step, or None if there is no point to draw; bands lie under them."""
     series = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return None
-    xs, ys = zip(*(point for s in series for point in s.points), strict=True)
+    edges = [point for band in bands for point in (*band.low, *band.high) if all(map(math.isfinite, point))]
+    xs, ys = zip(*(point for s in series for point in s.points), *edges, strict=True)
     x_ticks, y_ticks = _ticks(xs), _ticks(ys)
     x = _Scale(*_range(min(xs), max(xs)), _LEFT, _WIDTH - _RIGHT)
     y = _Scale(*_range(min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])), _HEIGHT - _BOTTOM, _TOP)
@@ -53,7 +63,8 @@ def line_chart(title: str, series: Sequence[Series]) -> Markup | None:
         "svg",
         *(_y_tick(value, y) for value in y_ticks),
         *(_x_tick(value, x) for value in x_ticks if x.low <= value <= x.high),
-        el("text", "step", class_="t", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 2, text_anchor="middle"),
+        el("text", x_name, class_="t", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 2, text_anchor="middle"),
+        *(_draw_band(band, x, y) for band in bands),
         *(_draw(s, x, y) for s in series),
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
@@ -95,6 +106,13 @@ def _draw(series: Series, x: _Scale, y: _Scale) -> Markup:
         hint = el("title", f"{series.name} at {number_text(at)}: {number_text(value)}")
         lines.append(el("circle", hint, class_=series.color, cx=x(at), cy=y(value), r=3.5))
     return join(*lines)
+
+
+def _draw_band(band: Band, x: _Scale, y: _Scale) -> Markup:
+    outline = [*band.low, *reversed(band.high)]
+    return el(
+        "polygon", class_=f"band {band.color}", points=_path([p for p in outline if all(map(math.isfinite, p))], x, y)
+    )
 
 
 def _path(points: Sequence[Point], x: _Scale, y: _Scale) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from .. import disk, files
 from ..errors import UsageError, list_some
-from ..recipe import PROMPT_FILE, Recipe
+from ..recipe import PROMPT_FILE, SERIES_FILE, Recipe
 from . import checkpointing, lock
 from .machine import cpu_name, package_versions
 
@@ -25,7 +25,7 @@ _WRITTEN = (
     *("report.html", "figures/*.png", "tensorboard/events.out.tfevents.*", "checkpoints/checkpoint-*/*"),
     *("adapter_config.json", "doralib_config.json", "adapter_model.safetensors", "data.json"),
     *("pytorch_lora_weights.safetensors", "*_emb.safetensors"),
-    *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE),
+    *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE, SERIES_FILE),
     *("doralib_visual.json", "predictions/*"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),

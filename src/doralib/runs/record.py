@@ -182,6 +182,12 @@ def _fit(values: Values, form: type[_Form], name: str, notes: list[str]) -> Valu
     return values
 
 
+def is_series(sample: Values) -> bool:
+    """Whether a sample is a series and not a text."""
+    given = sample.get("given")
+    return isinstance(given, dict) and "past" in given
+
+
 def numbers(lines: list[Values], name: str) -> list[tuple[float, float]]:
     """(step, value) of every line that has a number by this name."""
     return [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), int | float)]

@@ -8,10 +8,11 @@ from . import plots
 from .charts import Series, line_chart, number_text, time_text
 from .markup import Child, Markup, el, html_table
 from .page import write_page
-from .record import METHODS, OBJECTIVE_CURVES, RunRecord, numbers, read_run
+from .record import METHODS, OBJECTIVE_CURVES, RunRecord, is_series, numbers, read_run
 from .report_data import data_section
 from .report_pictures import is_picture, picture_table
 from .report_results import confusion_section, results_section, wrong_section
+from .report_series import series_section
 from .use import list_commands
 
 _STATUS = {
@@ -45,6 +46,7 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
         results_section(record),
         _curves(record),
         confusion_section(record),
+        series_section(record),
         _samples(record),
         wrong_section(record),
         _use_section(record),
@@ -133,11 +135,12 @@ def _objective_curves(record: RunRecord) -> list[Markup | None]:
 
 
 def _samples(record: RunRecord) -> Markup | None:
-    if not record.samples:
+    samples = [sample for sample in record.samples if not is_series(sample)]
+    if not samples:
         return None
-    if any(is_picture(sample.get("after")) or is_picture(sample.get("before")) for sample in record.samples):
-        return _section("What it draws", "Each prompt from the same seed.", picture_table(record.samples))
-    return _section("What it says", "Generated before and after training.", *map(_sample, record.samples))
+    if any(is_picture(sample.get("after")) or is_picture(sample.get("before")) for sample in samples):
+        return _section("What it draws", "Each prompt from the same seed.", picture_table(samples))
+    return _section("What it says", "Generated before and after training.", *map(_sample, samples))
 
 
 def _sample(sample: dict[str, Any]) -> Markup:

@@ -14,7 +14,7 @@ _SHARES = (
     *("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy"),
     *("precision", "recall", "f1", "yes_rate"),
 )
-_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss")
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "mase", "smape", "pinball")
 
 
 @dataclass(frozen=True)

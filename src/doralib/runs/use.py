@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from .charts import number_text, time_text
-from .record import RunRecord, Values, numbers
+from .record import RunRecord, Values, is_series, numbers
 
 _SHOWN = 80  # characters of an example
 
@@ -35,13 +35,15 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
 
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
+    command = f"doralib generate {shlex.quote(place or str(record.path))}"
+    if any(is_series(sample) for sample in record.samples):
+        train = record.config.get("data", {}).get("train") if place is None else None
+        return f"{command} --file {shlex.quote(train if isinstance(train, str) else 'SERIES.csv')} --out forecasts.csv"
     if record.unit == "pictures":
         prompt = str(record.samples[0].get("prompt", "")) if record.samples and place is None else "PROMPT"
-        run = shlex.quote(place or str(record.path))
-        return f"doralib generate {run} --prompt {shlex.quote(prompt)} --out picture.png"
+        return f"{command} --prompt {shlex.quote(prompt)} --out picture.png"
     if not record.form:
         return None
-    command = f"doralib generate {shlex.quote(place or str(record.path))}"
     if record.form.get("pictures"):
         return f"{command} --image PICTURE{' --prompt TEXT' if record.form.get('fields') else ''}"
     if record.form.get("style") == "chat":

@@ -1,8 +1,9 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
-from ..checkpoints.kind import has_tower, read_label_kind
+from ..checkpoints.kind import has_tower, read_label_kind, reads_series
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
+from ..data.sources import list_files
 from ..data.tables import read_head
 from ..errors import DoraError, collecting, raise_all
 from ..evaluation.task_file import load_tasks
@@ -24,7 +25,9 @@ def check_early(recipe: Recipe) -> None:
         load_tasks(recipe.eval.tasks)
     if not trl:
         kind = read_label_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
-        if kind != "image-text" and not (recipe.model.kind == "auto" and has_tower(recipe.model.path)):
+        if kind == "forecast" or (recipe.model.kind == "auto" and reads_series(recipe.model.path)):
+            problems += _find_missing_files(recipe.data)
+        elif kind != "image-text" and not (recipe.model.kind == "auto" and has_tower(recipe.model.path)):
             problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 
@@ -41,6 +44,17 @@ def find_data_problems(data: DataSettings, *, has_labels: bool = False) -> list[
         found = next((each for each in styles if each is not None), data)
         with collecting(problems):
             _check_source(found, data.validation, "data.validation", data.validation_split, has_labels=has_labels)
+    return problems
+
+
+def _find_missing_files(data: DataSettings) -> list[DoraError]:
+    """Which files are not there; of series the columns say nothing before all values are read."""
+    problems: list[DoraError] = []
+    named = [("data.train", source.path) for source in data.sources()]
+    named += [("data.validation", data.validation)] if isinstance(data.validation, str) else []
+    for setting, path in named:
+        with collecting(problems):
+            list_files(path, setting)
     return problems
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.prepare import IGNORED
+from .forecast_loss import ForecastLoss
 from .loss import HeadLoss, LabelLoss
 from .trainer import AdapterTrainer
 
@@ -21,11 +22,13 @@ class LabelTrainer(AdapterTrainer):
         super().__init__(model, args, *others, **more)
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
-        self.label_loss: LabelLoss | HeadLoss | None = None
+        self.label_loss: LabelLoss | HeadLoss | ForecastLoss | None = None
         if possible:
             self.label_loss = LabelLoss(model, args.label_smoothing_factor)
         elif HeadLoss.is_possible(model):
             self.label_loss = HeadLoss(args.label_smoothing_factor)
+        elif ForecastLoss.is_possible(model):
+            self.label_loss = ForecastLoss(model)
         if self.label_loss is not None:
             # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
             self.model_accepts_loss_kwargs = True

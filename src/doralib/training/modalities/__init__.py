@@ -8,17 +8,20 @@ from ...recipe import Recipe
 from ..modality import Modality
 from . import text
 from .classify import Classification
+from .forecast import Forecasting
 from .image_text import ImageText
 from .preference import Preference
 from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
-_BY_KIND: dict[str, Callable[[], Modality]] = {
+_MADE_ANEW: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
     "image-text": ImageText,
+    "forecast": Forecasting,
 }
+"""Those that know the data once they have seen them."""
 
 
 def choose_modality(recipe: Recipe) -> Modality:
@@ -26,7 +29,8 @@ def choose_modality(recipe: Recipe) -> Modality:
     if recipe.objective.kind != "sft":
         return Preference(recipe.objective)
     settings = recipe.model
-    if settings.kind == "vl-bart":
+    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    if kind == "vl-bart":
         return VisualTasks(recipe)
     if settings.kind == "text-to-image" or (settings.kind == "auto" and is_pipeline(settings.path)):
         import_diffusers()
@@ -34,5 +38,4 @@ def choose_modality(recipe: Recipe) -> Modality:
         from .text_to_image import Pictures  # noqa: PLC0415
 
         return Pictures(recipe)
-    kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
-    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES["text"]
+    return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES["text"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import find_kind, find_label_kind, is_pipeline
+from ...checkpoints.kind import HEADS, HeadKind, find_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -118,12 +118,14 @@ def estimate_run(
     if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
-    if recipe.model.kind in ("auto", "image-text") and find_kind(config.to_dict()) == "image-text":
-        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
-    kind = find_label_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
     if kind == "vl-bart":
         raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
-    head = kind if kind == "classify" or kind == "tokens" else None
+    if kind == "image-text":
+        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
+    if kind == "forecast":
+        raise UsageError("a plan is made for models of text; those of series are small enough to try")
+    head: HeadKind | None = kind if kind in HEADS else None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
