@@ -143,12 +143,12 @@ class DataSettings(Checked):
     """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
-    series: SeriesSettings = SeriesSettings()
-    """Of series over time (model.kind forecast) alone."""
     layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
     """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
     question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
     vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
+    series: SeriesSettings = SeriesSettings()
+    """Of series over time (model.kind forecast) alone."""
     tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
     """vl-bart: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
     {vqa: 1, nlvr: 0.33}; none: all of the layout, in batches alike."""

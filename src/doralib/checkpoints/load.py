@@ -31,7 +31,7 @@ from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
 from ..data.prompt_form import read_form
-from ..data.series_form import read_series_form
+from ..data.series_form import SeriesForm, read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -42,7 +42,7 @@ from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import Kind, find_kind, find_label_kind, read_kind, read_label_kind
+from .kind import HEADS, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .vl_bart import VLBart, extend_vocabulary, read_visual
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-"""A model and its tokenizer or processor; of a model of series a `SeriesForm` stands there."""
+"""A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -360,8 +360,8 @@ def load_model(
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
     if is_adapter(folder):
-        model, tokenizer = _load_adapted(path, folder, base, dtype, given)
-        return model.eval(), tokenizer
+        model, beside = _load_adapted(path, folder, base, dtype, given)
+        return model.eval(), beside
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
@@ -370,14 +370,8 @@ def load_model(
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     kind = find_model_kind(settings)
-    if kind == "forecast":
-        return load_forecaster(settings).eval(), read_series_form(folder)
-    others: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"vl-bart": load_vl_bart}
-    others |= {"image-text": load_image_text, **dict.fromkeys(("classify", "tokens"), load_classifier)}
-    model, tokenizer = others.get(kind, load_base)(settings)
-    if kind == "image-text":
-        _set_picture_size(model, folder)
-    return model.eval(), tokenizer
+    model, beside = _load_kind(kind)(settings)
+    return model.eval(), _take_own(model, beside, folder, kind)
 
 
 def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
@@ -389,26 +383,50 @@ def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: 
     where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-    kind = find_model_kind(settings) if head is None and visual is None else None
     with nullcontext() if base else telling_places(folder, where):
         if visual is not None:
-            model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
-        elif kind == "forecast":
-            model = load_forecaster(settings)
-        elif kind == "image-text":
-            model, processor = load_image_text(settings)
+            kind: Kind | None = "vl-bart"
+            model, beside = load_vl_bart(settings.model_copy(update={"visual": visual}))
+        elif head is not None:
+            kind = head.kind
+            model, beside = load_classifier(settings, head)
         else:
-            model = load_language_model(settings) if head is None else load_classifier(settings, head)[0]
+            kind = find_model_kind(settings)
+            # the adapter may have a tokenizer of its own, and the base none
+            model, beside = (load_language_model(settings), None) if kind is None else _load_kind(kind)(settings)
     load_adapter(model, folder, given=given)
     _warn_other_base(path, folder, where, depth=4)
+    if kind in (None, "vl-bart", *HEADS):
+        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
+        if kind is None:
+            set_end_tokens(model, beside)
+    return model, _take_own(model, beside, folder, kind)
+
+
+def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
+    """What loads a model of a kind, and what belongs beside it."""
+    loaders: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+        "classify": load_classifier,
+        "tokens": load_classifier,
+        "vl-bart": load_vl_bart,
+        "image-text": load_image_text,
+        "forecast": lambda settings: (load_forecaster(settings), SeriesForm()),
+    }
+    return loaders.get(kind, load_base)
+
+
+def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None) -> Any:
+    """What lies in the folder of what was trained, in place of the base's."""
     if kind == "forecast":
-        return model, read_series_form(folder)
+        return read_series_form(folder)
     if kind == "image-text":
-        return model, _find_own_processor(model, folder, processor)
-    tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-    if head is None and visual is None:
-        set_end_tokens(model, tokenizer)
-    return model, tokenizer
+        form = read_form(folder)
+        # how large pictures were in training
+        model.doralib_image_pixels = None if form is None else form.image_pixels
+        if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+            beside = _load_processor(str(folder), folder)
+        set_end_tokens(model, beside.tokenizer)
+    return beside
 
 
 def find_model_kind(settings: ModelSettings) -> Kind | None:
@@ -416,21 +434,6 @@ def find_model_kind(settings: ModelSettings) -> Kind | None:
     if (Path(settings.path).expanduser() / "config.json").is_file():
         return read_kind(settings.path)
     return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
-
-
-def _find_own_processor(model: PreTrainedModel, folder: Path, base: Any) -> Any:
-    """The processor that an adapter was trained with, where it is there, else the base's."""
-    own = any((folder / name).is_file() for name in _PROCESSOR_FILES)
-    processor = _load_processor(str(folder), folder) if own else base
-    _set_picture_size(model, folder)
-    set_end_tokens(model, processor.tokenizer)
-    return processor
-
-
-def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
-    """Let the model know how large its pictures were in training."""
-    form = read_form(folder)
-    model.doralib_image_pixels = None if form is None else form.image_pixels
 
 
 def load_own_tokenizer(

@@ -269,19 +269,6 @@ def _check_no_text(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{', '.join(wrong)}: a diffusion pipeline draws pictures and says nothing; leave it out")
 
 
-def _list_asked(
-    prompt: str | None, fields: Values, file: Path | None, form: "PromptForm | None", *, about: bool
-) -> list[Values]:
-    """What is asked; a caption of pictures in the words of the training."""
-    from .prompt_file import read_prompts
-
-    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
-    asked += read_prompts(file, form) if file else []
-    if about and not asked and form is not None and form.pictures and not form.fields:
-        return [{}]
-    return asked
-
-
 def _tell_answers(
     asking: _Asking,
     complete: Mapping[str, Sequence[Values]],
@@ -302,6 +289,19 @@ def _tell_answers(
         else:
             write_answers(out, asked, answers)
             console.print(f"{len(answers)} answers written: {out}")
+
+
+def _list_asked(
+    prompt: str | None, fields: Values, file: Path | None, form: "PromptForm | None", *, about: bool
+) -> list[Values]:
+    """What is asked; a caption of pictures in the words of the training."""
+    from .prompt_file import read_prompts
+
+    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
+    asked += read_prompts(file, form) if file else []
+    if about and not asked and form is not None and form.pictures and not form.fields:
+        return [{}]
+    return asked
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":

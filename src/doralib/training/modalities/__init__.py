@@ -15,7 +15,7 @@ from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text}
 
-_MADE_ANEW: dict[str, Callable[[], Modality]] = {
+_BY_KIND: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
     "image-text": ImageText,
@@ -38,4 +38,4 @@ def choose_modality(recipe: Recipe) -> Modality:
         from .text_to_image import Pictures  # noqa: PLC0415
 
         return Pictures(recipe)
-    return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES["text"]
+    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES["text"]

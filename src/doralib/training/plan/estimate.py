@@ -119,10 +119,10 @@ def estimate_run(
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    if kind == "vl-bart":
-        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     if kind == "image-text":
         raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
+    if kind == "vl-bart":
+        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     if kind == "forecast":
         raise UsageError("a plan is made for models of text; those of series are small enough to try")
     head: HeadKind | None = kind if kind in HEADS else None
