@@ -15,7 +15,7 @@ from ..errors import DoraError, UsageError, check_given_once, collecting, raise_
 from .console import console
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipe import ModelSettings, Recipe
 
 _BAR_WIDTH = 40
 
@@ -52,6 +52,7 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
+    _check_shown(chosen.model)
     from ..checkpoints.load import load_tokenizer
     from ..runs.report_data import write_data_page
 
@@ -99,6 +100,21 @@ def _prepare(recipe: "Recipe", shown: int, problems: list[DoraError]) -> tuple[A
     raise_all(problems)
     made = text.tokenize(raw, recipe.data, model, tokenizer)
     return made, text.survey(made, tokenizer, shown, tasks)
+
+
+def _check_shown(model: "ModelSettings") -> None:
+    """Check that the rows are texts, maybe about pictures, each of which becomes one row of tokens.
+
+    Raises:
+        UsageError: if they are pairs, pictures alone, sounds or series.
+    """
+    from ..checkpoints.kind import is_pipeline, read_kind
+
+    kind = read_kind(model.path) if model.kind == "auto" else model.kind
+    if is_pipeline(model.path):
+        kind = "text-to-image"
+    if kind not in (None, "causal", "classify", "tokens", "image-text"):
+        raise UsageError(f"doralib data shows rows of one text; for a model of kind {kind} see doralib check")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:
