@@ -466,6 +466,7 @@ def test_what_does_not_go_together(recipe, tmp_path):
         fine_tune(recipe(data={"train": str(make_pictures(tmp_path / "bare", captions=False))}))
 
 
+@pytest.mark.long
 def test_class_pictures_are_drawn_by_the_base_and_kept(recipe, tmp_path):
     kept = tmp_path / "class"
     asked = {"class_prompt": "a dog", "class_images": str(kept), "num_class_images": 3}
@@ -533,6 +534,7 @@ def test_rates_of_text_encoders(bases):
     assert model.find_rate_ratio("text_encoder.encoder.layers.0.self_attn.q_proj.lora_A") == 0.25
 
 
+@pytest.mark.long
 def test_prodigy(recipe):
     pytest.importorskip("prodigyopt", reason="prodigyopt is not installed here")
     run = fine_tune(recipe(training={"optim": "prodigy", "learning_rate": 1.0, "max_steps": 3, "save_steps": 3}))
