@@ -9,6 +9,9 @@ os.environ.setdefault("COLUMNS", "160")
 
 import pytest
 import torch
+from torchvision_beside_cpu import declare_operators
+
+declare_operators()
 
 TEXT = [
     "the movie was wonderful and the actors were brilliant",

@@ -37,6 +37,7 @@ OPTIONAL = {
     "soundfile": {"data/sounds.py"},
     "soxr": {"data/sounds.py"},
     "jiwer": {"evaluation/transcripts.py"},
+    "PIL": {"data/pictures.py", "data/captioned.py", "evaluation/pictures.py", "training/diffusion/"},
     "diffusers": {"training/diffusion/"},
     "prodigyopt": {"training/optimizers.py"},
     "psutil": {"process.py"},

@@ -29,7 +29,17 @@ class VisualSettings(Checked):
 
 
 ModelKind = Literal[
-    "auto", "causal", "classify", "tokens", "seq2seq", "vl-bart", "speech", "audio-class", "forecast", "text-to-image"
+    "auto",
+    "causal",
+    "classify",
+    "tokens",
+    "seq2seq",
+    "vl-bart",
+    "image-text",
+    "speech",
+    "audio-class",
+    "forecast",
+    "text-to-image",
 ]
 
 
@@ -41,8 +51,9 @@ class ModelSettings(Checked):
     kind: ModelKind = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
     seq2seq: an encoder reads a text, and a decoder writes another; vl-bart: a BART that reads features of pictures or
-    videos too; speech: text for a sound; audio-class: a label for a sound; forecast: series over time; text-to-image: a
-    diffusion pipeline; auto: as a local model's config.json or model_index.json says, else causal."""
+    videos too; image-text: text about pictures; speech: text for a sound; audio-class: a label for a sound; forecast:
+    series over time; text-to-image: a diffusion pipeline; auto: as a local model's config.json or model_index.json
+    says, else causal."""
     visual: VisualSettings = VisualSettings()
     """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -138,7 +149,12 @@ class DataSettings(Checked):
     """What is a row of a .txt file: a line, a paragraph between blank lines, or the whole file; null: the whole file if
     it has blank lines, else a line."""
     images: str | None = None
-    """text-to-image: the column of pictures, a path or the picture itself; null: image or file_name."""
+    """image-text, text-to-image: the column of pictures; null: the first of the usual names, or one that holds names of
+    pictures."""
+    root: str | None = None
+    """The folder in which relative names of pictures and sounds begin; null: that of the file of rows."""
+    image_pixels: Annotated[int, Field(ge=1, lt=2**31)] | None = 448
+    """image-text: a picture with a longer side is made smaller before the model's processor gets it; null: never."""
     instance_prompt: str | None = None
     """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
@@ -149,8 +165,6 @@ class DataSettings(Checked):
     audio_seconds: Annotated[int, Field(ge=1, lt=3600)] | None = None
     """The longest sound. Whisper hears so many seconds then in place of 30, which takes less time, and has to learn
     where a text ends in so short a window; it belongs to what was trained."""
-    root: str | None = None
-    """The folder that files in a column are searched from; null: where the file of rows lies."""
     translate: bool = False
     """speech: the targets are English, whatever is spoken; Whisper's second task."""
     language: str | None = None
@@ -158,11 +172,12 @@ class DataSettings(Checked):
     ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""
     source_language: str | None = None
     """seq2seq: the language of the prompts, where the tokenizer marks it."""
+    layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
+    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
+    question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
+    vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
     series: SeriesSettings = SeriesSettings()
     """Of series over time (model.kind forecast) alone."""
-    layout: Literal["auto", "vlbart", "value"] = "auto"
-    """vl-bart: train, and validation, are folders of several tasks: vlbart has VL-T5's of pictures, value those of
-    VALUE, of videos; validation_split is validation or test."""
     tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
     """vl-bart: the tasks, and how many rows a batch of each has over training.per_device_train_batch_size, as in
     {vqa: 1, nlvr: 0.33}; none: all of the layout, in batches alike."""

@@ -15,7 +15,7 @@ from pipelines import make_pictures, make_pipeline
 
 from doralib.adapters.adapt import adapt
 from doralib.checkpoints.pipelines import find_pipeline, load_adapted_pipeline
-from doralib.data.pictures import fit_picture, open_picture, read_pictures
+from doralib.data.captioned import fit_picture, open_captioned, read_pictures
 from doralib.data.prepare import BadRow
 from doralib.errors import UsageError
 from doralib.evaluation.pictures import Drawing, draw_pictures
@@ -306,11 +306,11 @@ def test_a_picture_is_cut_to_its_middle():
 
 def test_where_a_picture_is_transparent_it_is_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert open_picture({"picture": str(tmp_path / "a.png")}).getpixel((1, 1)) == (255, 255, 255)
+    assert open_captioned({"picture": str(tmp_path / "a.png")}).getpixel((1, 1)) == (255, 255, 255)
     (tmp_path / "b.png").write_bytes(b"no picture")
     for path, told in (("b.png", "b.png: cannot identify"), ("c.png", "there is no file")):
         with pytest.raises(BadRow, match=told):
-            open_picture({"picture": str(tmp_path / path)})
+            open_captioned({"picture": str(tmp_path / path)})
 
 
 def captions_of(rows):
@@ -327,7 +327,7 @@ def test_where_captions_come_from(tmp_path):
     read = lambda **more: read_pictures(DataSettings(train=str(folder), **more), 0)
     assert captions_of(read().train) == ["number 0", "number 1", "number 2"]
     assert captions_of(read(prompt="a {kind}, {text}").train)[1] == "a square, number 1"
-    assert open_picture(read().train[2]).size == (20, 16)
+    assert open_captioned(read().train[2]).size == (20, 16)
     held = read(validation=0.34)
     assert len(held.train) == 2
     assert len(held.validation) == 1
@@ -337,7 +337,7 @@ def test_where_captions_come_from(tmp_path):
         read(target="label")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"image": f"p/{i}.png", "caption": f"c{i}"}) for i in range(2)))
-    assert open_picture(read_pictures(DataSettings(train=str(rows)), 0).train[1]).size == (20, 16)
+    assert open_captioned(read_pictures(DataSettings(train=str(rows)), 0).train[1]).size == (20, 16)
 
 
 def test_pictures_inside_rows(tmp_path):
@@ -348,7 +348,7 @@ def test_pictures_inside_rows(tmp_path):
     made.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
     rows = read_pictures(DataSettings(train=str(tmp_path / "train.parquet")), 0).train
     assert captions_of(rows) == ["3d icon", "a 3dicon"]
-    assert open_picture(rows[0]).size == (6, 4)
+    assert open_captioned(rows[0]).size == (6, 4)
 
 
 @pytest.fixture

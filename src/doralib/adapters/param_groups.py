@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..config import DoraConfig
+from ..layers.wrapper import AdapterLayer
 from ..state import MAGNITUDE
-from .registry import config_of, trainable
+from .registry import config_of, places_of, trainable
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -26,11 +27,22 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     ]
 
 
-def learning_rates(model: nn.Module, config: DoraConfig, learning_rate: float) -> dict[nn.Parameter, float]:
-    """The learning rate of every trained parameter."""
+def learning_rates(
+    model: nn.Module, config: DoraConfig, learning_rate: float, whole_rate: float | None = None
+) -> dict[nn.Parameter, float]:
+    """The learning rate of every trained parameter.
+
+    Args:
+        whole_rate: Of modules that are trained whole; None: as of all others.
+    """
     # a model of several networks may have a rate of its own for some of them
     ratio: Callable[[str], float] = getattr(model, "find_rate_ratio", lambda _: 1.0)
-    return {p: ratio(name) * _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
+    rates = {p: ratio(name) * _rate(name.rpartition(".")[2], config, learning_rate) for name, p in trainable(model)}
+    if whole_rate is not None:
+        places = (place for _, place in places_of(model))
+        whole = [place for place in places if isinstance(place, AdapterLayer) and place.trains_whole]
+        rates |= {p: whole_rate for place in whole for p in place.parameters() if p in rates}
+    return rates
 
 
 def _rate(name: str, config: DoraConfig, learning_rate: float) -> float:

@@ -26,6 +26,7 @@ _TABLES: dict[Kind | None, tuple[str, ...]] = {
     "forecast": ("TIME_SERIES_PREDICTION",),
 }
 _AUTO: dict[Kind | None, str] = {
+    "image-text": "AutoModelForImageTextToText",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "speech": "AutoModelForSpeechSeq2Seq",
     "audio-class": "AutoModelForAudioClassification",
@@ -93,10 +94,15 @@ def read_label_kind(path: str) -> HeadKind | None:
     return find_label_kind(config) if config else None
 
 
-def reads_series(path: str) -> bool:
-    """Whether a local model's config.json names a class that forecasts, told without an import of transformers."""
-    config = _read_config(path)
-    return config is not None and any(name.endswith("ForPrediction") for name in _read_classes(config))
+def guess_kind(path: str) -> Kind | None:
+    """The kind of a local model that is no language model of words, as far as its config.json tells it by itself.
+
+    `read_kind` is sure, and imports transformers, which takes seconds.
+    """
+    config = _read_config(path) or {}
+    if any(name.endswith("ForPrediction") for name in _read_classes(config)):
+        return "forecast"
+    return find_label_kind(config) or ("image-text" if "vision_config" in config else None)
 
 
 def _read_classes(config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Models and tokenizers from a hub name, a folder, a .gguf file, an adapter folder or a run."""
 
+import importlib.util
 import logging
 import sys
 import warnings
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForCTC,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
@@ -34,7 +36,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..adapters.load import load_adapter
 from ..adapters.multiple import set_adapter
 from ..data.encoding import count_embeddings, find_largest_id
-from ..data.series_form import read_series_form
+from ..data.prompt_form import read_form
+from ..data.series_form import SeriesForm, read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
@@ -56,7 +59,8 @@ log = logging.getLogger(__name__)
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-"""A model and its tokenizer; of a model of series a `SeriesForm` stands there."""
+"""A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @contextmanager
@@ -85,6 +89,55 @@ def load_base(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     model = _make_empty(settings, AutoModelForCausalLM) if empty else load_language_model(settings)
     set_end_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_image_text(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load a model that takes pictures and text, and its processor, whose tokenizer has the processor's chat template.
+
+    Args:
+        empty: as for `load_base`.
+
+    Raises:
+        UsageError: as `load_base`, or if there is no processor, or a package is missing that it needs.
+        DoraError: if its files are damaged.
+    """
+    where, options = _locate_with_options(settings)
+    processor = _load_processor(settings.path, where, **options)
+    if empty:
+        model = _make_empty(settings, AutoModelForImageTextToText)
+    else:
+        model, info = _load_weights(settings, AutoModelForImageTextToText, output_loading_info=True)
+        _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    set_end_tokens(model, processor.tokenizer)
+    return model, processor
+
+
+def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
+    missing = [name for name in ("PIL", "torchvision", "num2words") if importlib.util.find_spec(name) is None]
+    try:
+        # pillow and torchvision come with it, which are extras
+        from transformers import AutoProcessor  # noqa: PLC0415
+
+        with _explaining(path):
+            processor = AutoProcessor.from_pretrained(where, **options)
+    except (DoraError, ImportError) as error:
+        # transformers' own words for what is missing are those of Python: no attribute, no such operator
+        lacks = ", ".join({"PIL": "pillow"}.get(name, name) for name in missing)
+        told = f"; not installed are {lacks}, which it may need: pip install 'doralib[vision]'" if lacks else ""
+        if isinstance(error, DoraError) and not lacks:
+            raise
+        raise UsageError(f"model: the processor of {path} cannot be loaded: {_first_line(error)}{told}") from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UsageError(
+            f"model: {path} has no processor of pictures (no preprocessor_config.json beside it), only a "
+            f"{type(processor).__name__}; to train it on text alone set model.kind: causal"
+        )
+    _with_pad(processor.tokenizer)
+    if isinstance(template := processor.chat_template, dict):
+        template = template.get("default")
+    if template:
+        processor.tokenizer.chat_template = template
+    return processor
 
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
@@ -116,17 +169,17 @@ def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     return _load_whole(settings, auto, empty=empty), processor
 
 
-def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings, kind: Kind) -> Any:
-    """What makes a model's inputs, as it lies beside an adapter, to whose window the model is cut, or the base's."""
-    auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
-    own = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    where, options = (str(folder), {}) if own else _locate_with_options(settings)
-    with _explaining(where):
-        processor = auto.from_pretrained(where, **options)
-    extractor = processor if kind == "audio-class" else processor.feature_extractor
-    if own and has_window(extractor):
+def _take_own_processor(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind) -> Any:
+    """What makes a model's inputs of sounds, as it lies beside an adapter, to whose window the model is cut."""
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return beside
+    with _explaining(str(folder)):
+        auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
+        beside = auto.from_pretrained(str(folder))
+    extractor = getattr(beside, "feature_extractor", beside)
+    if has_window(extractor):
         fit_positions(model, extractor)
-    return processor
+    return beside
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -371,8 +424,8 @@ def load_model(
     path = add_revision(path, revision)
     folder = find_hub_adapter(path) or Path(path)
     if is_adapter(folder):
-        model, tokenizer = _load_adapted(path, folder, base, dtype, given)
-        return model.eval(), tokenizer
+        model, beside = _load_adapted(path, folder, base, dtype, given)
+        return model.eval(), beside
     said = {"--base": base, "--alpha": given and given.alpha, "--component": given and given.component}
     if unread := [option for option, value in said.items() if value is not None]:
         raise UsageError(f"{', '.join(unread)}: {path} is a model and no adapter, so nothing reads it; leave it out")
@@ -381,20 +434,8 @@ def load_model(
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     kind = find_model_kind(settings)
-    if kind == "forecast":
-        return load_forecaster(settings).eval(), read_series_form(folder)
-    others: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {"vl-bart": load_vl_bart, **_LOADERS}
-    others |= dict.fromkeys(("classify", "tokens"), load_classifier)
-    model, tokenizer = others.get(kind, load_base)(settings)
-    return model.eval(), tokenizer
-
-
-_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
-    "seq2seq": load_seq2seq,
-    "speech": load_speech,
-    "audio-class": load_sound_classifier,
-}
-"""Kinds that write text and are no language models, or hear."""
+    model, beside = _load_kind(kind)(settings)
+    return model.eval(), _take_own(model, beside, folder, kind)
 
 
 def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
@@ -406,29 +447,57 @@ def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: 
     where, head, visual = base or locate_base(folder, named), find_head(folder), read_visual(folder)
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
-    kind: Kind | None = "vl-bart" if visual is not None else head.kind if head else _find_base_kind(settings, folder)
     with nullcontext() if base else telling_places(folder, where):
         if visual is not None:
-            model = load_vl_bart(settings.model_copy(update={"visual": visual}))[0]
+            kind: Kind | None = "vl-bart"
+            model, beside = load_vl_bart(settings.model_copy(update={"visual": visual}))
         elif head is not None:
-            model = load_with_head(settings, head)[0]
-        elif kind == "forecast":
-            model = load_forecaster(settings)
+            kind = head.kind
+            model, beside = load_with_head(settings, head)
         else:
-            model = _LOADERS[kind](settings)[0] if kind in _LOADERS else load_language_model(settings)
+            kind = _find_base_kind(settings, folder)
+            # the adapter may have a tokenizer of its own, and the base none
+            model, beside = (load_language_model(settings), None) if kind is None else _load_kind(kind)(settings)
     load_adapter(model, folder, given=given)
     _warn_other_base(path, folder, where, depth=4)
+    if kind in (None, "vl-bart", "classify", "tokens", "seq2seq"):
+        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
+        if kind is None:
+            set_end_tokens(model, beside)
+    return model, _take_own(model, beside, folder, kind)
+
+
+def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
+    """What loads a model of a kind, and what belongs beside it."""
+    loaders: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+        "classify": load_classifier,
+        "tokens": load_classifier,
+        "seq2seq": load_seq2seq,
+        "vl-bart": load_vl_bart,
+        "image-text": load_image_text,
+        "speech": load_speech,
+        "audio-class": load_sound_classifier,
+        "forecast": lambda settings: (load_forecaster(settings), SeriesForm()),
+    }
+    return loaders.get(kind, load_base)
+
+
+def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None) -> Any:
+    """What lies in the folder of what was trained, in place of the base's."""
     if kind == "forecast":
-        return model, read_series_form(folder)
-    if kind in ("speech", "audio-class"):
-        tokenizer = _load_own_processor(model, folder, settings, kind)
-    else:
-        tokenizer = load_own_tokenizer(model, folder, lambda: load_tokenizer(settings))
-    if kind in _LOADERS:
+        return read_series_form(folder)
+    if kind in ("seq2seq", "speech"):
         _take_generation(model, folder)
-    elif head is None and visual is None:
-        set_end_tokens(model, tokenizer)
-    return model, tokenizer
+    if kind in ("speech", "audio-class"):
+        return _take_own_processor(model, beside, folder, kind)
+    if kind == "image-text":
+        form = read_form(folder)
+        # how large pictures were in training
+        model.doralib_image_pixels = None if form is None else form.image_pixels
+        if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+            beside = _load_processor(str(folder), folder)
+        set_end_tokens(model, beside.tokenizer)
+    return beside
 
 
 def _find_base_kind(settings: ModelSettings, adapter: Path) -> Kind | None:

@@ -7,17 +7,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..adapters.adapt import disable, enable
 from ..adapters.multiple import set_adapter
+from ..data.conversations import Conversation
 from ..data.encoding import chat_text, context_length, encode
+from ..data.picture_rows import PictureRow, ask_with_pictures
+from ..data.picture_tokens import PictureEncoder, PictureText
+from ..data.pictures import Picture, measure_pictures
+from ..data.prepare import BadRow
 from ..data.prompt_form import PromptForm
 from ..disk import replacing
 from ..errors import UsageError, did_you_mean
-from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream
+from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream, stream_about
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +60,17 @@ class Chat:
     """Names of the model's adapters that can be switched to, each with its tokenizer."""
     form: PromptForm | None = None
     """Ask each question by itself in this form; None: a conversation, in the chat template."""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     """What was said since the last /reset; of single questions the last."""
+    encoder: PictureEncoder | None = None
+    """Of a model that takes pictures."""
+    waiting: list[Picture] = field(default_factory=list)
+    """Pictures that the next question is about."""
+    pictures: list[Picture] = field(default_factory=list)
+    """Those of the messages, in their order."""
 
     def __post_init__(self) -> None:
-        if self.form is None:
+        if self.form is None and self.encoder is None:
             chat_text(self.tokenizer, [{"role": "user", "content": ""}])
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "this list"),
@@ -71,17 +82,20 @@ class Chat:
             ),
             "/save": (self._save, "FILE: add the conversation to a .jsonl file, as a row that `train` reads"),
         }
-        if self.form is not None:
+        if self.encoder is not None:
+            self._commands["/image"] = (self._add_image, "FILE: the next question is about this picture too")
+        if self._asks_alone():
             # nothing is remembered
             del self._commands["/reset"], self._commands["/save"], self._commands["/system"]
         if self.adapters:
             self._commands["/adapter"] = (self._switch, f"NAME: answer with {', '.join(self.adapters)} or {_BASE}")
 
-    def run(self) -> list[dict[str, str]]:
+    def run(self) -> list[dict[str, Any]]:
         """Talk until /quit or the end of the input; returns the messages since the last /reset."""
         ends = describe_ends(self.model, self.tokenizer)
         self.write(f"/help shows the commands, /quit ends the chat; an answer ends at {ends}\n")
-        if self.form is not None:
+        if self._asks_alone():
+            assert self.form is not None
             asked = self.form.prompt or f"style {self.form.style}"
             self.write(f"each question stands by itself, in the form of the training: {asked!r}\n")
         while (text := self._read_text()) is not None and text != "/quit":
@@ -120,8 +134,20 @@ class Chat:
         self.write(f"{'/quit':10}end the chat, as Ctrl-D and Ctrl-C do; Ctrl-C during an answer ends the answer\n")
         self.write(f"{_BLOCK:10}begins and ends a text of several lines\n")
 
+    def _asks_alone(self) -> bool:
+        """Whether each question stands by itself; about pictures there is a conversation."""
+        return self.form is not None and not self.form.pictures
+
+    def _add_image(self, name: str) -> None:
+        picture = Picture(str(Path(name).expanduser()))
+        (found,) = measure_pictures([picture]).values()
+        if not name or isinstance(found, BadRow):
+            raise UsageError(f"/image FILE: {found}" if name else "/image FILE: name a file")
+        self.waiting.append(picture)
+        self.write(f"{name}, {found[0]} x {found[1]} pixels: ask about it\n")
+
     def _reset(self, _rest: str) -> None:
-        self.messages = []
+        self.messages, self.pictures = [], []
         self.write("forgotten\n")
 
     def _set_system(self, text: str) -> None:
@@ -149,7 +175,8 @@ class Chat:
         if path.suffix != ".jsonl":
             raise UsageError(f"/save {name}: a conversation is a line of a .jsonl file; give the name that ending")
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
-        row = json.dumps({"messages": self._with_system(self.messages)}, ensure_ascii=False)
+        images = {"images": [str(Path(each.path).absolute()) for each in self.pictures]} if self.pictures else {}
+        row = json.dumps({"messages": self._with_system(self.messages), **images}, ensure_ascii=False)
         with replacing(path) as part:
             gap = "" if before.endswith("\n") or not before else "\n"
             part.write_text(f"{before}{gap}{row}\n", encoding="utf-8")
@@ -169,6 +196,9 @@ class Chat:
 
     def _say(self, text: str) -> None:
         """Answer, or forget the question where no answer comes."""
+        if self.encoder is not None:
+            self._say_about(self.encoder, text)
+            return
         if self.form is not None:
             self.messages = []
         self.messages.append({"role": "user", "content": text})
@@ -180,7 +210,42 @@ class Chat:
         else:
             self.messages.append({"role": "assistant", "content": answer})
 
-    def _with_system(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    def _say_about(self, encoder: PictureEncoder, text: str) -> None:
+        """Answer with the pictures of the conversation in view, or forget the question."""
+        if self.form is not None and len(self.form.fields) == 1:
+            text = self.form.ask({"prompt": text})
+        try:
+            asked = ask_with_pictures(text, self.waiting)
+        except BadRow as bad:
+            self.write(f"{bad}\n")
+            return
+        before, seen = len(self.messages), len(self.pictures)
+        self.messages += asked.talk.messages
+        self.pictures += asked.pictures
+        prompt = self._fit_about(encoder)
+        answer = None if prompt is None else self._answer(prompt)
+        self.write("\n")
+        if answer is None:
+            del self.messages[before:], self.pictures[seen:]
+            return
+        self.waiting = []
+        self.messages.append({"role": "assistant", "content": answer.strip()})
+
+    def _fit_about(self, encoder: PictureEncoder) -> PictureText | None:
+        """`_fit` for a conversation about pictures, which is not shortened."""
+        talk = Conversation(self._with_system(self.messages), [False] * (len(self.messages) + bool(self.system)))
+        limit = context_length(self.model)
+        try:
+            prompt = encoder.ask(PictureRow(talk, tuple(self.pictures)))
+            too_long = limit is not None and encoder.count(prompt) + self.max_new_tokens > limit
+        except BadRow as bad:
+            self.write(str(bad))
+            return None
+        if too_long:
+            self.write(f"that is too long: the model takes {limit} tokens with its pictures; /reset begins anew")
+        return None if too_long else prompt
+
+    def _with_system(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
 
     def _fit(self) -> str | None:
@@ -216,18 +281,15 @@ class Chat:
             return None
         return prompt
 
-    def _answer(self, prompt: str) -> str | None:
+    def _answer(self, prompt: str | PictureText) -> str | None:
         """The answer, written as it comes; None if the user stopped it."""
+        given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
         try:
-            answer = stream(
-                self.model,
-                self.tokenizer,
-                prompt,
-                self.write,
-                max_new_tokens=self.max_new_tokens,
-                chat=self.form is None,
-                sampling=self.sampling,
-            )
+            if isinstance(prompt, PictureText):
+                assert self.encoder is not None
+                answer = stream_about(self.model, self.encoder, prompt, self.write, **given)
+            else:
+                answer = stream(self.model, self.tokenizer, prompt, self.write, chat=self.form is None, **given)
         except KeyboardInterrupt:
             self.write("\n(stopped)")
             return None

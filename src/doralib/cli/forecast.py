@@ -24,7 +24,7 @@ class ForecastRequest:
 
 def is_series_model(model: str, base: str | None) -> bool:
     """Whether a run, an adapter or a model folder is one of series over time."""
-    from ..checkpoints.kind import reads_series
+    from ..checkpoints.kind import guess_kind
     from ..formats.files import find_base_name, is_adapter
     from ..recipe import SERIES_FILE
 
@@ -32,7 +32,7 @@ def is_series_model(model: str, base: str | None) -> bool:
     if any((place / SERIES_FILE).is_file() for place in (folder, folder / "model")):
         return True
     named = base or (find_base_name(folder) if is_adapter(folder) else None)
-    return reads_series(named or model)
+    return guess_kind(named or model) == "forecast"
 
 
 def write_forecasts(model: str, load: Callable[[], tuple[Any, Any]], asked: ForecastRequest, batch_size: int) -> None:

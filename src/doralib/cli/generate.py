@@ -14,7 +14,10 @@ from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
+    from ..data.picture_tokens import PictureEncoder
+    from ..data.pictures import Picture
     from ..data.prompt_form import PromptForm
+    from ..evaluation.generation import Answer
 
 Values = Mapping[str, str]
 
@@ -24,6 +27,9 @@ def generate_command(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One prompt.")] = None,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="One field of the prompt that the run was trained on.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
     audio: Annotated[
@@ -67,7 +73,6 @@ def generate_command(
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
     from ..checkpoints.pipelines import find_pipeline
-    from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
@@ -93,7 +98,8 @@ def generate_command(
     drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
     if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
         _check_no_text(
-            {"--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter, "--audio": audio}
+            {"--image": image, "--audio": audio, "--field": fields, "--system": system, "--chat": chat is not None}
+            | {"--adapter": adapter}
         )
         prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
         draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
@@ -112,21 +118,33 @@ def generate_command(
     print_log(errors)
     model, named = add_revision(model, revision), read_named_adapters(adapter or [])
     forms = _find_forms(model, named, chat)
-    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
-    asked += read_prompts(file, next(iter(forms.values()))) if file else []
+    asked = _list_asked(prompt, fields, file, next(iter(forms.values())), about=bool(image))
+    pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
     loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
-    if find_head_kind(loaded) is not None:
-        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
+    _check_writes(loaded, model)
     if _write_down(loaded, tokenizer, audio or [], out, batch_size):
         return
     load_named_adapters(loaded, named)
-    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling)
+    seen = (_make_encoder(loaded, tokenizer, model, pictures), pictures)
+    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, *seen)
     if not asked:
         asking.chat(system)
         return
     _tell_answers(asking, complete, asked, out, batch_size)
+
+
+def _check_writes(loaded: Any, model: str) -> None:
+    """Check that a model writes text.
+
+    Raises:
+        UsageError: if it gives labels.
+    """
+    from ..evaluation.classifier import find_head_kind
+
+    if find_head_kind(loaded) is not None:
+        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
 
 
 def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> bool:
@@ -139,7 +157,7 @@ def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | 
     from ..evaluation.transcripts import transcribe
     from .prompt_file import write_answers
 
-    if not hasattr(processor, "feature_extractor"):
+    if model.main_input_name == "input_ids" or not hasattr(processor, "feature_extractor"):
         if sounds:
             raise UsageError("--audio: this model reads text; give a --prompt")
         return False
@@ -170,6 +188,10 @@ class _Asking:
     forms: "Mapping[str, PromptForm | None]"
     max_new_tokens: int
     sampling: Any
+    encoder: "PictureEncoder | None" = None
+    """Of a model that takes pictures."""
+    pictures: "Sequence[Picture]" = ()
+    """What every prompt is about."""
 
     def chat(self, system: str) -> None:
         """A conversation; or single questions, where the model was trained on those."""
@@ -181,14 +203,16 @@ class _Asking:
         with unchanged(self.model):
             Chat(
                 self.model,
-                next(iter(own.values()), self.tokenizer),
+                next(iter(own.values()), self.tokenizer if self.encoder is None else self.encoder.tokenizer),
                 _reader(),
                 _write,
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
                 system=system,
                 adapters=own,
-                form=None if form is None or form.closed else form,
+                form=form if form is not None and (form.pictures or not form.closed) else None,
+                encoder=self.encoder,
+                waiting=list(self.pictures),
             ).run()
 
     def answer(self, name: str, questions: Sequence[Values], batch_size: int) -> list[str]:
@@ -199,6 +223,8 @@ class _Asking:
 
         if name in self.named:
             set_adapter(self.model, name)
+        if self.encoder is not None:
+            return self._answer_about(self.encoder, questions, batch_size)
         form, tokenizer = self.forms[name], self._find_tokenizer(name)
         texts = [form.render(values, tokenizer) if form else values["prompt"] for values in questions]
         with unchanged(self.model):
@@ -211,17 +237,80 @@ class _Asking:
                 chat=form is not None and form.closed,
                 sampling=self.sampling,
             )
-        for number, each in enumerate(answers, 1):
-            if each.empty:
-                errors.print(f"the answer to prompt {number} is empty: {each.empty}")
-        return [each.text for each in answers]
+        return _tell_empty(answers)
+
+    def _answer_about(self, encoder: "PictureEncoder", questions: Sequence[Values], batch_size: int) -> list[str]:
+        """The answers to questions, each about the pictures."""
+        from ..adapters.inference import unchanged
+        from ..data.picture_rows import ask_with_pictures
+        from ..data.prepare import BadRow
+        from ..evaluation.generation import answer_pictures
+
+        try:
+            asked = [
+                encoder.ask(ask_with_pictures(values["prompt"], self.pictures, values.get("system", "")))
+                for values in questions
+            ]
+        except BadRow as bad:
+            raise UsageError(f"--image: {bad}") from None
+        with unchanged(self.model):
+            answers = answer_pictures(
+                self.model,
+                encoder,
+                asked,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=batch_size,
+                sampling=self.sampling,
+            )
+        return [each.strip() for each in _tell_empty(answers)]
 
     def _find_tokenizer(self, name: str) -> Any:
         from ..checkpoints.load import load_own_tokenizer
 
-        if name not in self.named:
-            return self.tokenizer
+        if name not in self.named or self.encoder is not None:
+            return self.tokenizer if self.encoder is None else self.encoder.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _tell_empty(answers: "Sequence[Answer]") -> list[str]:
+    for number, each in enumerate(answers, 1):
+        if each.empty:
+            errors.print(f"the answer to prompt {number} is empty: {each.empty}")
+    return [each.text for each in answers]
+
+
+def _find_pictures(images: Sequence[Path], chat: bool | None) -> "list[Picture]":
+    """The pictures of --image, each of which can be read.
+
+    Raises:
+        UsageError: if one cannot, or the prompt is to be given as it is.
+    """
+    from ..data.pictures import Picture, measure_pictures
+    from ..data.prepare import BadRow
+
+    if not images:
+        return []
+    if chat is False:
+        raise UsageError("--image: with --raw no chat template makes a place for a picture; leave --raw out")
+    pictures = [Picture(str(path.expanduser())) for path in images]
+    if bad := [str(found) for found in measure_pictures(pictures).values() if isinstance(found, BadRow)]:
+        raise UsageError("\n".join(f"--image: {each}" for each in bad))
+    return pictures
+
+
+def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[Picture]") -> "PictureEncoder | None":
+    """What writes questions for a model that takes pictures; None for others.
+
+    Raises:
+        UsageError: if there are pictures and the model takes none.
+    """
+    from ..data.picture_tokens import PictureEncoder
+
+    if hasattr(processor, "image_processor"):
+        return PictureEncoder(processor, getattr(loaded, "doralib_image_pixels", None))
+    if pictures:
+        raise UsageError(f"--image: {model} takes text alone, and no pictures; leave --image out")
+    return None
 
 
 def _check_no_text(given: Mapping[str, Any]) -> None:
@@ -254,6 +343,19 @@ def _tell_answers(
         else:
             write_answers(out, asked, answers)
             console.print(f"{len(answers)} answers written: {out}")
+
+
+def _list_asked(
+    prompt: str | None, fields: Values, file: Path | None, form: "PromptForm | None", *, about: bool
+) -> list[Values]:
+    """What is asked; a caption of pictures in the words of the training."""
+    from .prompt_file import read_prompts
+
+    asked: list[Values] = [{"prompt": prompt}] if prompt is not None else [fields] if fields else []
+    asked += read_prompts(file, form) if file else []
+    if about and not asked and form is not None and form.pictures and not form.fields:
+        return [{}]
+    return asked
 
 
 def _find_forms(model: str, named: Mapping[str, Path], chat: bool | None) -> "dict[str, PromptForm | None]":
@@ -293,6 +395,9 @@ def _complete(asked: "Sequence[Values]", form: "PromptForm | None", model: str, 
         if other := next((name for values in asked for name in values if name != "prompt"), None):
             raise UsageError(f"--field {other}: {model} does not say in which form it was trained; give a --prompt")
         return list(asked)
+    if form.pictures:
+        told = {"system": system} if system else {}
+        return [{"prompt": form.ask(values), **told} for values in asked]
     if system and form.style not in ("chat", "alpaca"):
         raise UsageError(f"--system: {model} was trained on prompts of style {form.style}, which have no such part")
     found: list[Values] = []

@@ -33,20 +33,15 @@ def targets_command(
 
 def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
     """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
-    from ..checkpoints.load import load_base
-    from ..recipe import ModelSettings
-
-    loaded, _ = load_base(ModelSettings(path=model))
+    loaded = _load(model)
     return [_make_table(loaded, title=model, every=every), *(_probe(loaded) if probe else [])]
 
 
 def describe_layers(model: str) -> list[dict[str, Any]]:
     """Each layer, and stack of experts, that can be adapted: name, shape, and numbers that rank 16 would train."""
     from ..adapters.scan import Scan
-    from ..checkpoints.load import load_base
-    from ..recipe import ModelSettings
 
-    found = Scan(load_base(ModelSettings(path=model))[0])
+    found = Scan(_load(model))
     passed_by = {name for name, each in found.bypassed.items() if each.always}
     layers = [
         {
@@ -59,6 +54,15 @@ def describe_layers(model: str) -> list[dict[str, Any]]:
     ]
     stacks = [{"name": name, "shape": list(stack.shape), "stack": True} for name, stack in found.stacks.items()]
     return [*layers, *stacks]
+
+
+def _load(model: str) -> Any:
+    from ..checkpoints.kind import read_kind
+    from ..checkpoints.load import load_base, load_image_text
+    from ..recipe import ModelSettings
+
+    load = load_image_text if read_kind(model) == "image-text" else load_base
+    return load(ModelSettings(path=model))[0]
 
 
 def _count(shape: tuple[int, ...]) -> int:

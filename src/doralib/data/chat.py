@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import UsageError
 from .answers import REFUSALS, THOUGHTS, ChatTemplate, Span, invert_spans, merge_spans
-from .conversations import Conversation, Message, WrittenArguments
+from .conversations import Conversation, Message, WrittenArguments, list_texts
 from .prepare import BadRow, RenderedRow
 
 _Faults = tuple[int, int, int]
@@ -102,7 +102,7 @@ def _put_in_form(message: Message, *, parts: bool, as_text: bool, empty: str | N
     made = dict(message)
     if made["content"] is None:
         made["content"] = empty
-    if parts and made["content"] is not None:
+    if parts and isinstance(made["content"], str):
         made["content"] = [{"type": "text", "text": made["content"]}]
     if as_text and "tool_calls" in made:
         calls = [dict(call) for call in made["tool_calls"]]
@@ -123,8 +123,8 @@ def _count_faults(text: str, messages: Sequence[Message]) -> _Faults:
     """How many calls and contents the text lacks, and how often it holds what Python prints of an object or of None."""
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     objects = [call["arguments"] for call in calls if isinstance(call["arguments"], dict) and call["arguments"]]
-    printed = sum(str(dict(one)) in text for one in objects) + text.count("None") + text.count("[{'type': 'text'")
-    said = sum(message["content"] is not None and not _is_in(message["content"], text) for message in messages)
+    printed = sum(str(dict(one)) in text for one in objects) + text.count("None") + text.count("[{'type': '")
+    said = sum(not _is_in(words, text) for message in messages for words in list_texts(message["content"]))
     return sum(call["name"] not in text for call in calls), said, printed
 
 
@@ -145,5 +145,5 @@ def _find_omissions(template: ChatTemplate, text: str) -> Iterator[str]:
     if not all(thought.strip() in text for thought in thoughts):
         yield "thoughts that the chat template leaves out"
     said = [message["content"] for message in template.messages if message["role"] != "assistant"]
-    if not all(_is_in(words if isinstance(words, str) else words[0]["text"], text) for words in said):
+    if not all(_is_in(words, text) for content in said for words in list_texts(content)):
         yield "messages that the chat template leaves out or rewrites"

@@ -134,6 +134,15 @@ def read_messages(value: Any, column: str) -> list[Message]:
     Raises:
         BadRow: if they have a form that is not known.
     """
+    return [made for message in parse_messages(value, column) for made in _read_message(message, column)]
+
+
+def parse_messages(value: Any, column: str) -> list[Message]:
+    """The messages in a column as they are written, each without the keys that it does not have.
+
+    Raises:
+        BadRow: if they are no list of objects.
+    """
     if isinstance(value, str) and value.strip():
         value = _read_json(value, column)
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
@@ -144,8 +153,7 @@ def read_messages(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise BadRow("malformed", f"column {column!r} is not a list of {{role, content}} or {{from, value}}")
     # a column's rows share their keys in Arrow, so one row's key is None in all others
-    given = [{key: part for key, part in message.items() if part is not None} for message in value]
-    return [made for message in given for made in _read_message(message, column)]
+    return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
 def _read_message(given: Message, column: str) -> list[Message]:
@@ -202,6 +210,13 @@ def _read_parts(message: Message, parts: list[Any], column: str) -> list[Message
     if calls:
         message["tool_calls"] = calls
     return results
+
+
+def list_texts(content: Any) -> list[str]:
+    """The texts of a content: itself, or those among its parts."""
+    if isinstance(content, list):
+        return [part["text"] for part in content if part["type"] == "text"]
+    return [] if content is None else [content]
 
 
 def _read_part(part: Any, column: str) -> Message:

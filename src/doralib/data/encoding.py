@@ -107,6 +107,8 @@ def find_largest_id(tokenizer: Tokenizer) -> int:
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens the model takes, if its configuration says."""
+    """The most tokens the model takes, if its configuration says, or that of the language model in it."""
     length = getattr(model.config, "max_position_embeddings", None)
+    if length is None and getattr(model.config, "vision_config", None) is not None:
+        length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

@@ -27,17 +27,21 @@ def label_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Labele
     A text that is not closed gets the tokens that the tokenizer puts around a text, and at its end the end-of-text
     token, which is learned with what stands before it.
     """
-    closed = _encode(tokenizer, [row for row in rows if row.closed], special=False)
-    others = _encode(tokenizer, [row for row in rows if not row.closed], special=True)
+    closed = _encode(tokenizer, [row for row in rows if _spells_start(row)], special=False)
+    others = _encode(tokenizer, [row for row in rows if not _spells_start(row)], special=True)
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     made = []
     for row in rows:
-        ids, taken, lost = next(closed if row.closed else others)
+        ids, taken, lost = next(closed if _spells_start(row) else others)
         if not row.closed and ids[-1:] != end:
             ids, taken = ids + end, taken + [_reaches_end(row)] * len(end)
         labels = [token if learned else IGNORED for token, learned in zip(ids, taken, strict=True)]
         made.append(LabeledRow(ids, labels, lost))
     return made
+
+
+def _spells_start(row: RenderedRow) -> bool:
+    return row.closed and not row.begins_bare
 
 
 def count_common(one: Sequence[object], other: Sequence[object]) -> int:

@@ -1,199 +1,212 @@
-"""Pictures and their captions: a folder of them, or rows of a file or hub data set with a column of pictures."""
+"""Pictures that rows name: where each is, how large it is without being read, and the picture when it is needed."""
 
+import base64
+import binascii
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from ..errors import DoraError, UsageError
+from .prepare import BadRow
 
-from ..errors import UsageError, list_some
-from ..recipe import DataSettings, DataSource
-from .prepare import BadRow, Row
-from .rows import RawRows, hold_out, read_dataset, repeat_rows
-from .templates import columns_in, fill_template, value_text
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
 
-PICTURE, CAPTION = "picture", "caption"
-"""The columns of rows of pictures: the path or the bytes of a file; a text, or None."""
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_PICTURE_COLUMNS = ("image", "file_name", "picture", "path")
-_CAPTION_COLUMNS = ("caption", "text", "prompt")
-_WHITE = (255, 255, 255)
-_UNREAD = ("target", "documents", "too_long")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""Names of pictures end so."""
 
+Size = tuple[int, int]
+"""Width and height."""
 
-def read_pictures(settings: DataSettings, seed: int) -> RawRows:
-    """The pictures and captions of training and validation; a fraction is drawn by the seed.
-
-    A caption is what `data.prompt` makes of a row's columns, or its column caption, text or prompt; else the text in
-    NAME.txt beside NAME.png; else `data.instance_prompt`.
-
-    Raises:
-        UsageError: if a source is missing, holds no pictures, or a setting means nothing for them.
-    """
-    if unread := [name for name in _UNREAD if getattr(settings, name) is not None]:
-        raise UsageError(f"data.{unread[0]}: pictures have captions and nothing of that kind; leave it out")
-    made = [_read_set(source, settings, seed) for source in settings.sources()]
-    held = [each.validation for each in made if each.validation is not None]
-    if isinstance(settings.validation, str):
-        own = settings.of_source(DataSource(path=settings.validation, split=settings.validation_split))
-        held = [_read(own, "data.validation")]
-    return RawRows(
-        datasets.concatenate_datasets([each.train for each in made]),
-        datasets.concatenate_datasets(held) if held else None,
-        tuple(number for each in made for number in each.train_numbers),
-        tuple(range(1, sum(map(len, held)) + 1)),
-    )
-
-
-def _read_set(source: DataSource, settings: DataSettings, seed: int) -> RawRows:
-    own = settings.of_source(source)
-    rows = _read(own, "data.train")
-    rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
-    kept, held = hold_out(rows, settings.validation, seed)
-    kept = repeat_rows(kept, source.weight, seed)
-    numbers = tuple(i + 1 for i in kept)
-    return RawRows(rows.select(kept), rows.select(held) if held else None, numbers)
-
-
-def _read(settings: DataSettings, setting: str) -> datasets.Dataset:
-    """The rows of one source as pictures and captions."""
-    assert isinstance(settings.train, str)
-    folder = Path(settings.train).expanduser()
-    files = list_pictures(folder) if folder.is_dir() else []
-    if not files:
-        return _read_columns(read_dataset(settings.train, setting, settings.split), settings, setting, _root(folder))
-    described = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
-    if described is not None:
-        rows = read_dataset(str(described), setting, settings.split)
-        return _read_columns(rows, settings, setting, folder)
-    if settings.prompt:
-        raise UsageError(f"{setting}: data.prompt names a column, and {folder} has none; it would be in {_METADATA[0]}")
-    captions = [_read_beside(file) or settings.instance_prompt for file in files]
-    return _make([str(file) for file in files], captions)
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, at any depth, in the order of their names."""
-    visible = lambda file: not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _ENDINGS and visible(file)]
-
-
-def _root(path: Path) -> Path:
-    return path.parent if path.is_file() else path if path.is_dir() else Path()
-
-
-def _read_columns(rows: datasets.Dataset, settings: DataSettings, setting: str, root: Path) -> datasets.Dataset:
-    """Pictures and captions of rows with columns; paths are from ``root``."""
-    names = rows.column_names
-    picture = settings.images or next((name for name in _PICTURE_COLUMNS if name in names), None)
-    if picture not in names:
-        asked = f"no column {picture!r}" if picture else f"none of the columns {', '.join(_PICTURE_COLUMNS)}"
-        raise UsageError(f"{setting}: {asked}; there are {list_some(names, 10, ', ')}: set data.images")
-    template = settings.prompt or next((name for name in _CAPTION_COLUMNS if name in names), "")
-    if lost := [name for name in columns_in(template, "data.prompt") if name not in names]:
-        raise UsageError(f"{setting}: data.prompt: no column {lost[0]!r}; there are {list_some(names, 10, ', ')}")
-    if isinstance(rows.features.get(picture), datasets.Image):
-        rows = rows.cast_column(picture, datasets.Image(decode=False))
-    found = [_locate(value, root) for value in rows[picture][:]]
-    captions = [_fill(template, rows[i]) for i in range(len(rows))] if template else [None] * len(rows)
-    beside = lambda value: _read_beside(Path(value)) if isinstance(value, str) else None
-    return _make(
-        found, [c or beside(value) or settings.instance_prompt for c, value in zip(captions, found, strict=True)]
-    )
-
-
-def _fill(template: str, row: Row) -> str:
-    return fill_template(template, {name: value_text(row[name]) for name in columns_in(template)}).strip()
-
-
-def _locate(value: Any, root: Path) -> Any:
-    """The file's path, or its bytes where the row itself has them."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    return str(root / value) if isinstance(value, str) else value
-
-
-def _make(pictures: list[Any], captions: list[str | None]) -> datasets.Dataset:
-    files = [each if isinstance(each, str) else None for each in pictures]
-    inside = [each if isinstance(each, bytes) else None for each in pictures]
-    return datasets.Dataset.from_dict(
-        {PICTURE: files, "bytes": inside, CAPTION: captions},
-        datasets.Features(
-            {PICTURE: datasets.Value("string"), "bytes": datasets.Value("binary"), CAPTION: datasets.Value("string")}
-        ),
-    )
-
-
-def _read_beside(picture: Path) -> str | None:
-    """The caption in NAME.txt, if there is one."""
-    file = picture.with_suffix(".txt")
-    return (file.read_text(encoding="utf-8", errors="replace").strip() or None) if file.is_file() else None
+_TURNED = (5, 6, 7, 8)
+"""The orientations of a camera that exchange width and height."""
+_ORIENTATION = 0x0112
+_THUMBNAIL = 256
 
 
 @dataclass(frozen=True)
-class FittedPicture:
-    """The middle of a picture, as large as it is learned."""
+class Picture:
+    """A picture that is not read yet."""
 
-    pixels_CHW: Tensor
-    """From -1 to 1."""
-    original: tuple[int, int]
-    """Height and width of the file's picture."""
-    corner: tuple[int, int]
-    """Top and left of the part, once the picture was scaled."""
+    path: str = ""
+    """Its file, or what it is called where `data` has it."""
+    data: bytes | None = None
+    """The file's content, of pictures that rows hold themselves."""
 
-    @property
-    def sizes(self) -> list[int]:
-        """What SDXL is told."""
-        return [*self.original, *self.corner, *self.pixels_CHW.shape[1:]]
+    def name(self) -> str:
+        """For a person."""
+        return self.path or "a picture in the row"
 
 
-def open_picture(row: Row) -> Image.Image:
-    """The picture of a row, turned as its camera says, on white where it is transparent.
+def find_picture(value: Any, root: Path) -> Picture:
+    """The picture that a value of a row stands for: a path, a data URI, base64, or an object with one of them.
+
+    Args:
+        root: Relative paths begin there.
 
     Raises:
-        BadRow: if there is no such file, or it is no picture.
+        BadRow: if it is none of these.
     """
-    inside, path = row.get("bytes"), row.get(PICTURE)
-    if not inside and not path:
-        raise BadRow("without a picture", "no picture")
+    if isinstance(value, Mapping):
+        inner = next((value[key] for key in _KEYS if value.get(key) is not None), None)
+        if isinstance(inner, bytes):
+            return Picture(str(value.get("path") or ""), inner)
+        return find_picture(inner, root)
+    if isinstance(value, bytes):
+        return Picture(data=value)
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow("without its picture", f"{value!r:.60} names no picture")
+    if value.startswith("data:"):
+        return Picture("", _decode(value.partition(",")[2]))
+    if value.startswith(("http://", "https://")):
+        raise BadRow("with a picture on the net", f"{value:.100} is not here; fetch it and name the file")
+    path = Path(value.removeprefix("file://")).expanduser()
+    return Picture(str(path if path.is_absolute() else root / path))
+
+
+_KEYS = ("bytes", "image", "image_url", "url", "path", "base64")
+"""Where the forms of the field keep a picture: datasets, transformers, OpenAI."""
+
+
+def _decode(text: str) -> bytes:
     try:
-        with Image.open(io.BytesIO(inside) if inside else str(path)) as file:
-            turned = ImageOps.exif_transpose(file)
-            if "transparency" in turned.info or turned.mode in ("RGBA", "LA", "PA"):
-                seen = turned.convert("RGBA")
-                turned = Image.new("RGB", seen.size, _WHITE)
-                turned.paste(seen, mask=seen.getchannel("A"))
-            return turned.convert("RGB")
-    except FileNotFoundError:
-        raise BadRow("of a file that is not there", f"there is no file {path}") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRow("that is no picture", f"{path or 'the bytes'}: {str(error).splitlines()[0]}") from None
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise BadRow("with a picture that cannot be read", f"a data URI is not base64: {error}") from None
 
 
-def fit_picture(picture: Image.Image, size: tuple[int, int]) -> FittedPicture:
-    """The middle of a picture, scaled so that it just covers this height and width."""
-    (width, height), (H, W) = picture.size, size
-    scale = max(H / height, W / width)
-    scaled = (max(W, round(width * scale)), max(H, round(height * scale)))
-    top, left = (scaled[1] - H) // 2, (scaled[0] - W) // 2
-    part = picture.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + W, top + H))
-    pixels_HWC = torch.from_numpy(np.asarray(part, dtype=np.float32).copy())
-    return FittedPicture(pixels_HWC.permute(2, 0, 1) / 127.5 - 1, (height, width), (top, left))
+def find_root(named: str | None, source: str) -> Path:
+    """Where relative paths of pictures begin: in the folder that is named, or else in that of the rows."""
+    if named is not None:
+        return Path(named).expanduser()
+    path = Path(source).expanduser()
+    while re.search(r"[*?\[]", path.name) and path != path.parent:
+        path = path.parent
+    if path.is_file():
+        return path.parent
+    return path if path.is_dir() else Path()
 
 
-def read_caption(row: Row) -> str:
-    """The caption of a row.
+def keep_picture_files(rows: "Dataset") -> "Dataset":
+    """Rows of `datasets` with columns of pictures as they are stored, not opened."""
+    import datasets  # noqa: PLC0415  a task is checked without it
+
+    for name, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.Image):
+            closed = datasets.Image(decode=False)
+            rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))
+    return rows
+
+
+def open_picture(picture: Picture, longest: int | None = None) -> "Image":
+    """The picture upright, in three colors on white, made smaller where a side has more than ``longest`` pixels.
 
     Raises:
-        BadRow: if it has none.
+        BadRow: if it is not there, or is none.
     """
-    if not row.get(CAPTION):
-        raise BadRow("without a caption", "no caption: give data.prompt, NAME.txt beside it, or data.instance_prompt")
-    return str(row[CAPTION])
+    from PIL import ImageOps  # noqa: PLC0415
+
+    with _reading(picture), _open(picture) as opened:
+        made = ImageOps.exif_transpose(opened)
+        if made.mode in ("RGBA", "LA", "PA") or "transparency" in made.info:
+            layered = made.convert("RGBA")
+            made = _images().new("RGBA", layered.size, (255, 255, 255, 255))
+            made.alpha_composite(layered)
+        made = made.convert("RGB")
+    size = shrink(made.size, longest)
+    return made if size == made.size else made.resize(size, _images().Resampling.BICUBIC)
+
+
+def shrink(size: Size, longest: int | None) -> Size:
+    """The size within a longest side; at least one pixel."""
+    if longest is None or max(size) <= longest:
+        return size
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height
+
+
+def measure_pictures(pictures: Iterable[Picture]) -> dict[Picture, Size | BadRow]:
+    """The size of each picture, or why it cannot be used: each is read once, in threads, and none is kept."""
+    each = list(dict.fromkeys(pictures))
+    _images()
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(each, pool.map(_measure, each), strict=True))
+
+
+def _measure(picture: Picture) -> Size | BadRow:
+    try:
+        with _reading(picture), _open(picture) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(_ORIENTATION) in _TURNED
+            # the file to its end, of a JPEG at an eighth of its size: a cut one is told before training
+            opened.draft("RGB", (width // 8, height // 8))
+            opened.load()
+    except BadRow as bad:
+        return bad
+    return (height, width) if turned else (width, height)
+
+
+def make_blank(size: Size) -> "Image":
+    """A white picture."""
+    return _images().new("RGB", size, (255, 255, 255))
+
+
+def make_thumbnail(picture: Picture) -> str:
+    """A data URI of the picture as WebP, 256 pixels at most.
+
+    Raises:
+        BadRow: if it cannot be read.
+    """
+    file = io.BytesIO()
+    open_picture(picture, _THUMBNAIL).save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def is_picture_name(value: Any) -> bool:
+    """Whether a value of a row is the name of a picture, or one that `datasets` holds."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or is_picture_name(value.get("path"))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return bool(value) and all(map(is_picture_name, value))
+    return isinstance(value, str) and (value.startswith("data:image/") or value.lower().endswith(ENDINGS))
+
+
+def _open(picture: Picture) -> "Image":
+    source: Any = io.BytesIO(picture.data) if picture.data is not None else picture.path
+    return _images().open(source)
+
+
+@contextmanager
+def _reading(picture: Picture) -> Iterator[None]:
+    """Tell what Pillow raises, which has many ways to say it, as a bad row."""
+    try:
+        yield
+    except (BadRow, DoraError):
+        raise
+    except FileNotFoundError:
+        raise BadRow("without its picture", f"there is no file {picture.path}") from None
+    except Exception as error:  # noqa: BLE001  each kind of file has errors of its own
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadRow("with a picture that cannot be read", f"{picture.name()}: {why}") from None
+
+
+def _images() -> Any:
+    """Pillow's module, which is an extra.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        from PIL import Image  # noqa: PLC0415
+    except ImportError as error:
+        raise UsageError(f"pictures are read by pillow: pip install 'doralib[vision]' ({error})") from None
+    return Image

@@ -128,6 +128,8 @@ class RenderedRow:
     """Start and end of each stretch of characters whose tokens are labels, in order."""
     closed: bool = False
     """The text spells its own start and end tokens."""
+    begins_bare: bool = False
+    """Of a closed text: but for the start token, which the tokenizer puts before it."""
     notes: tuple[str, ...] = ()
     """What of the row is not in the text, or not learned: texts to follow `rows with`."""
 
@@ -159,10 +161,7 @@ class Sample:
     expected: str
     given: Mapping[str, str] = field(default_factory=dict)
     """What the row has in the fields that the prompt is made of."""
+    pictures: tuple[str, ...] = ()
+    """Data URIs of what is asked about, small."""
     sound: str = ""
-    """What is heard, as a data URI for the report."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values; a text has no sound."""
-        said = {"prompt": self.prompt, "expected": self.expected, "given": dict(self.given)}
-        return {**said, "sound": self.sound} if self.sound else said
+    """What is heard, as a data URI."""

@@ -14,7 +14,7 @@ from ..recipe import PROMPT_FILE, DataSettings
 from .encoding import chat_text
 from .prepare import BadRow, Row
 from .prompts import STYLES, render_row
-from .templates import columns_in, value_text
+from .templates import columns_in, fill_template, value_text
 
 _ANSWER = "doralib answer"  # a column that no template can name: of what is rendered it is cut off again
 _OPTIONAL = {"alpaca": ("input", "system"), "chat": ("system",)}
@@ -30,6 +30,10 @@ class PromptForm(Checked):
     """completion: the template, or a column's name."""
     fields: tuple[str, ...] = ()
     """What a prompt is made of."""
+    pictures: bool = False
+    """Whether it is asked about pictures."""
+    image_pixels: int | None = None
+    """The longest side that a picture had in training; None: any."""
 
     @property
     def closed(self) -> bool:
@@ -55,6 +59,17 @@ class PromptForm(Checked):
                 f"the prompts of its training are made of {parts}, and {' and '.join(missing)} is not given"
             )
         return given
+
+    def ask(self, values: Mapping[str, str]) -> str:
+        """The words of a question about pictures; a ``prompt`` that is no field takes the place of all.
+
+        Raises:
+            UsageError: as `read`.
+        """
+        if values.keys() == {"prompt"} and len(self.fields) != 1:
+            return values["prompt"]
+        given = self.read(values)
+        return fill_template(self.prompt, given) if self.prompt and self.fields else self.prompt or given["prompt"]
 
     def pick(self, row: Row) -> dict[str, str] | None:
         """What a row of a file has of the fields, or its ``prompt`` for the only one; None: it lacks some."""

@@ -17,6 +17,7 @@ from ..recipe import DataSettings
 from .json_rows import ParseColumns
 from .large_rows import read_large_rows
 from .layouts import list_layout_files, read_layout
+from .picture_rows import list_captioned
 from .prepare import RowNumber
 from .problems import make_problems
 from .sources import is_problems, is_saved_dataset, list_files, match_hub
@@ -83,7 +84,7 @@ def read_sets(settings: DataSettings, seed: int) -> list[RawRows]:
     sources, made = settings.sources(), []
     for i, source in enumerate(sources):
         own, setting = settings.of_source(source), "data.train" if len(sources) == 1 else f"data.train[{i}]"
-        rows, numbers = _read_source(settings, source.path, setting, own.split)
+        rows, numbers = _read_source(own, source.path, setting, own.split)
         if not settings.has_tasks:
             rows = rows.select(range(min(settings.limit or len(rows), len(rows))))
         if len(sources) > 1 and isinstance(next(iter(numbers)), int):
@@ -112,6 +113,8 @@ def _read_source(
 ) -> tuple[datasets.Dataset, Sequence[RowNumber]]:
     if settings.has_tasks:
         return read_layout(settings, source, split, setting)
+    if settings.layout == "caption" and (found := list_captioned(source)) is not None:
+        return found, found["image"][:]
     return _read(source, setting, split, settings.documents)
 
 

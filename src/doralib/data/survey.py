@@ -1,5 +1,6 @@
 """What rows are like as the model sees them: lengths, what is learned, what is left out, what is there twice."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ _ROWS_AT_ONCE = 1000
 _BARS = 12
 _DUPLICATES_SHOWN = 5
 _MOST_CHARACTERS = 400
+
+_NOTHING = np.array([], dtype=np.int32)
 
 Piece = tuple[str, bool]
 
@@ -172,10 +175,16 @@ def shorten(text: str) -> str:
 
 
 def _iterate(prepared: PreparedRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and labels of each row, int32, whose bytes can be compared."""
-    for rows in prepared.rows.with_format("numpy").iter(_ROWS_AT_ONCE):
-        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
-            yield np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
+    """Tokens and labels of each row, int32, whose bytes can be compared; before them what its pictures are."""
+    names = [name for name in ("input_ids", "labels", "pictures_hash") if name in prepared.rows.column_names]
+    for rows in prepared.rows.select_columns(names).with_format("numpy").iter(_ROWS_AT_ONCE):
+        seen = rows["pictures_hash"][:, None].view(np.int32) if "pictures_hash" in rows else itertools.repeat(_NOTHING)
+        for ids, labels, mark in zip(rows["input_ids"], rows["labels"], seen, strict=False):
+            unlearned = np.full(len(mark), IGNORED, dtype=np.int32)
+            yield (
+                np.concatenate([mark, np.asarray(ids, dtype=np.int32)]),
+                np.concatenate([unlearned, np.asarray(labels, dtype=np.int32)]),
+            )
 
 
 def _read_beginning(ids: np.ndarray, labels: np.ndarray) -> bytes:

@@ -15,15 +15,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
 from ..data.forecaster import is_forecaster
+from ..data.picture_rows import ask_with_pictures
+from ..data.picture_tokens import PictureEncoder, PictureText
+from ..data.prepare import BadRow
 from ..data.sounds import Clip, name_clip
 from ..data.windows import Origin
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
+from .captions import caption_scores, check_caption_tools
 from .classifier import find_head_kind, list_labels, predict_labels, predict_sounds, predict_tags
 from .forecast import Scoring, score_origins
-from .generation import Sampling, answer_each, evaluation_mode, stop_at_turn_end, tell_ends
-from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
+from .generation import Sampling, answer_each, answer_pictures, evaluation_mode, stop_at_turn_end, tell_ends
+from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options, text_requests
 from .metrics import (
     Score,
     accuracy_score,
@@ -33,10 +37,12 @@ from .metrics import (
     mean_score,
     perplexity_scores,
     tag_score,
+    yes_no_scores,
 )
 from .overlap import rouge_scores, translation_scores
 from .task import (
     BertScoreTask,
+    CaptionTask,
     ChoiceTask,
     ClassificationTask,
     Example,
@@ -48,12 +54,17 @@ from .task import (
     SummaryTask,
     Task,
     TranslationTask,
+    VqaTask,
     WordsTask,
+    YesNoTask,
     read_examples,
 )
 from .transcripts import Spoken, choose_normalizer, score_transcripts, transcribe
+from .vqa import normalize_answer, soft_accuracy, vqa_scores
 
 _WRONG_KEPT = 20
+_MOSTLY = 0.5
+"""From here on a soft accuracy counts as right, where answers are compared row by row."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class _Scorer:
     seed: int
     tick: Callable[[float], None]
     """Takes the share of the task done since the last call."""
+    encoder: PictureEncoder | None = None
+    """Of a model that takes pictures."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,12 @@ def evaluate(
         UsageError: if data, columns or labels do not fit, for all tasks at once.
         DoraError: if the data is damaged or the model gives NaN.
     """
+    encoder = None
+    if hasattr(tokenizer, "image_processor"):
+        encoder = PictureEncoder(tokenizer, getattr(model, "doralib_image_pixels", None))
+        tokenizer = encoder.tokenizer
+    if blind := [task.name for task in tasks if task.images is not None and encoder is None]:
+        raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")
     examples = read_all(tasks, limit)
     if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
         tell_ends(model, tokenizer)
@@ -150,7 +169,7 @@ def evaluate(
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
             advance = lambda share, name=task.name: tick(name, share, 1.0)
-            scorer = _Scorer(model, tokenizer, batch_size, seed, advance)
+            scorer = _Scorer(model, tokenizer, batch_size, seed, advance, None if task.images is None else encoder)
             results[task.name] = _result(task, examples[task.name], scorer)
             advance(1.0)
     return results
@@ -421,6 +440,8 @@ def _run_summary(task: SummaryTask, examples: Sequence[Example], scorer: _Scorer
 
 def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> tuple[list[str], int]:
     """What the model writes after each prompt, and how many prompts were cut: at their end for an encoder."""
+    if scorer.encoder is not None:
+        return _answer_about(task, examples, scorer, scorer.encoder), 0
     encoded = has_encoder(scorer.model)
     prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
     cut = 0
@@ -444,6 +465,65 @@ def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) 
         tick=lambda done: scorer.tick(done / len(examples)),
     )
     return [answer.text for answer in answers], cut
+
+
+def _answer_about(
+    task: GenerationTask, examples: Sequence[Example], scorer: _Scorer, encoder: PictureEncoder
+) -> list[str]:
+    """What the model writes about the pictures of each example."""
+    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
+    answers = answer_pictures(
+        scorer.model,
+        encoder,
+        [_ask_about(task, row, example, encoder) for row, example in enumerate(examples, 1)],
+        max_new_tokens=task.max_new_tokens,
+        batch_size=scorer.batch_size,
+        sampling=stop_at_turn_end(sampling, scorer.tokenizer),
+        tick=lambda done: scorer.tick(done / len(examples)),
+    )
+    return [answer.text for answer in answers]
+
+
+def _ask_about(task: Task, row: int, example: Example, encoder: PictureEncoder) -> PictureText:
+    try:
+        return encoder.ask(ask_with_pictures(example.prompt, example.pictures))
+    except BadRow as bad:
+        raise DoraError(f"task {task.name}, row {row}: {bad}") from None
+
+
+def _run_vqa(task: VqaTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    # one answer is compared in the form that several are
+    alone = [len(set(example.answers)) == 1 for example in examples]
+    given = [
+        [normalize_answer(answer) for answer in example.answers] if one else example.answers
+        for example, one in zip(examples, alone, strict=True)
+    ]
+    heard = [normalize_answer(text) if one else text for text, one in zip(said, alone, strict=True)]
+    right = [soft_accuracy(text, answers) >= _MOSTLY for text, answers in zip(heard, given, strict=True)]
+    return _Outcome(vqa_scores(heard, given, scorer.seed), said, right, texts, cut)
+
+
+def _run_yes_no(task: YesNoTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    right = [answer == example.answer for answer, example in zip(said, examples, strict=True)]
+    return _Outcome(
+        yes_no_scores([one.answer == "yes" for one in examples], [each == "yes" for each in said], scorer.seed),
+        said,
+        right,
+        texts,
+        cut,
+    )
+
+
+def _run_caption(task: CaptionTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    # first, so that nothing is generated in vain
+    check_caption_tools(f"task {task.name}")
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    return _Outcome(caption_scores(said, [example.answers for example in examples], scorer.seed), cut=cut)
 
 
 def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
@@ -475,6 +555,9 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     BertScoreTask: _run_bertscore,
     TranslationTask: _run_translation,
     SummaryTask: _run_summary,
+    VqaTask: _run_vqa,
+    YesNoTask: _run_yes_no,
+    CaptionTask: _run_caption,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
     ForecastTask: _run_forecast,
@@ -483,6 +566,8 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
 
 def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalize: str = "none") -> tuple[list[int], int]:
     """The most probable option of each example, and how many prompts were cut."""
+    if scorer.encoder is not None:
+        return _choose_about(task, examples, scorer, scorer.encoder, normalize), 0
     asked = [_ask(task, row, example, scorer) for row, example in enumerate(examples, 1)]
     logp = iter(_log_likelihoods(scorer, [request for found, _ in asked for request in found]))
     chosen = []
@@ -494,6 +579,25 @@ def _choose(task: Task, examples: Sequence[Example], scorer: _Scorer, normalize:
         }[normalize]
         chosen.append(int(np.argmax([next(logp) / length for length in lengths])))
     return chosen, sum(cut for _, cut in asked)
+
+
+def _choose_about(
+    task: Task, examples: Sequence[Example], scorer: _Scorer, encoder: PictureEncoder, normalize: str
+) -> list[int]:
+    """The most probable option about the pictures of each example; those of one example go through together."""
+    chosen = []
+    for row, example in enumerate(examples, 1):
+        asked = _ask_about(task, row, example, encoder)
+        found = score_options(scorer.model, encoder, asked, example.options)
+        divide = {
+            "none": lambda *_: 1,
+            "tokens": lambda count, _: count,
+            "bytes": lambda _, option: len(option.encode()),
+        }[normalize]
+        values = [logp / divide(count, text) for (logp, count), text in zip(found, example.options, strict=True)]
+        chosen.append(int(np.argmax(values)))
+        scorer.tick(1 / len(examples))
+    return chosen
 
 
 def _ask(task: Task, row: int, example: Example, scorer: _Scorer) -> tuple[list[LikelihoodRequest], bool]:

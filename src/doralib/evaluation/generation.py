@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.registry import find_record
 from ..config import Checked
 from ..data.encoding import check_ids, context_length, encode, first_token, has_encoder, pad_token, user_text
+from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
 
@@ -172,6 +174,66 @@ def answer_each(
     return found
 
 
+def answer_pictures(
+    model: nn.Module,
+    encoder: PictureEncoder,
+    asked: Sequence[PictureText],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    tick: Callable[[int], None] = lambda _: None,
+) -> list[Answer]:
+    """The answer to each question about pictures, which are read now; questions without pictures are asked by
+    themselves.
+
+    Raises:
+        UsageError: if a question and its answer are longer than the model takes.
+        DoraError: if a picture cannot be read.
+    """
+    order = sorted(range(len(asked)), key=lambda i: (not asked[i].pictures, -len(asked[i].text)))
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: not asked[i].pictures)]
+    batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+    found: dict[int, Answer] = {}
+    with evaluation_mode(model), _seeded(model, sampling.seed):
+        for here in batches:
+            inputs = _call(model, encoder, [asked[i] for i in here], max_new_tokens)
+            answers = _generate(model, encoder.tokenizer, inputs, max_new_tokens, sampling)
+            found |= dict(zip(here, answers, strict=True))
+            tick(len(here))
+    return [found[i] for i in range(len(asked))]
+
+
+def stream_about(
+    model: nn.Module,
+    encoder: PictureEncoder,
+    asked: PictureText,
+    write: Callable[[str], None],
+    *,
+    max_new_tokens: int = 512,
+    sampling: Sampling = GREEDY,
+) -> Answer:
+    """As `stream`, for a question about pictures."""
+    pieces = _Pieces(encoder.tokenizer, write)
+    with evaluation_mode(model), _seeded(model, sampling.seed):
+        inputs = _call(model, encoder, [asked], max_new_tokens)
+        return _generate(model, encoder.tokenizer, inputs, max_new_tokens, sampling, streamer=pieces)[0]
+
+
+def _call(
+    model: nn.Module, encoder: PictureEncoder, asked: Sequence[PictureText], max_new_tokens: int
+) -> dict[str, Tensor]:
+    """The inputs of one batch, padded at the left."""
+    inputs = encoder.call(asked, left=True)
+    limit, width = context_length(model), inputs["input_ids"].shape[1]
+    if limit is not None and width + max_new_tokens > limit:
+        raise UsageError(
+            f"a prompt has {width} tokens with its pictures: the model takes {limit} with the {max_new_tokens} new "
+            "ones; make the pictures smaller, shorten the text or lower max_new_tokens"
+        )
+    return inputs
+
+
 def stream(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -243,15 +305,35 @@ def _continue(
 ) -> list[Answer]:
     """The answers of one batch, padded at the left; at the right for an encoder, whose decoder begins by itself."""
     width, pad = max(map(len, rows)), pad_token(tokenizer, model)
-    device, encoded = next(model.parameters()).device, has_encoder(model)
+    encoded = has_encoder(model)
     fill = lambda row, padding: [*row, *padding] if encoded else [*padding, *row]
-    ids_BT = torch.tensor([fill(row, [pad] * (width - len(row))) for row in rows], device=device)
-    mask_BT = torch.tensor([fill([1] * len(row), [0] * (width - len(row))) for row in rows], device=device)
-    begin = 1 if encoded else width
+    ids_BT = torch.tensor([fill(row, [pad] * (width - len(row))) for row in rows])
+    mask_BT = torch.tensor([fill([1] * len(row), [0] * (width - len(row))) for row in rows])
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    return _generate(model, tokenizer, inputs, max_new_tokens, sampling, streamer)
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> list[Answer]:
+    """The answers to one batch of inputs of the model, padded at the left; at the right for an encoder."""
+    width, pad = inputs["input_ids"].shape[1], pad_token(tokenizer, model)
+    parameter = next(model.parameters())
+    dtype = getattr(model, "dtype", parameter.dtype)
+    # pictures in the numbers of the model, tokens as they are
+    placed = {
+        name: value.to(parameter.device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    begin = 1 if has_encoder(model) else width
     stops = [_Stops(tokenizer, sampling.stop, begin)] if sampling.stop else []
     out_BT = model.generate(  # type: ignore[operator]
-        ids_BT,
-        attention_mask=mask_BT,
+        **placed,
         generation_config=_config(model, tokenizer, pad, max_new_tokens, sampling),
         stopping_criteria=StoppingCriteriaList(stops),
         streamer=streamer,

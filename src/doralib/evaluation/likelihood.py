@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.encoding import encode, first_token
+from ..data.picture_tokens import PictureEncoder, PictureText
 from ..errors import DoraError, UsageError
 
 _Body = Callable[[Tensor, Tensor], Tensor]
@@ -119,6 +120,33 @@ def log_likelihoods(
     if bad := int(totals.isnan().sum()):
         raise DoraError(f"the model gives NaN for {bad} of {len(totals)} texts; its weights or its dtype are at fault")
     return totals.tolist()
+
+
+def score_options(
+    model: nn.Module, encoder: PictureEncoder, asked: PictureText, options: Sequence[str]
+) -> list[tuple[float, int]]:
+    """The log-probability of each option after a question about pictures, and how many tokens it has.
+
+    Raises:
+        UsageError: if the tokenizer maps an option to nothing.
+    """
+    parameter = next(model.parameters())
+    texts = [asked, *(replace(asked, text=asked.text + option) for option in options)]
+    inputs = {name: value.to(parameter.device) for name, value in encoder.call(texts).items()}
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    shared = _num_shared(rows)
+    if nothing := [option for option, row in zip(options, rows[1:], strict=True) if len(row) == shared]:
+        raise UsageError(f"the tokenizer maps {', '.join(map(repr, nothing))} to nothing; choose other labels")
+    dtype = getattr(model, "dtype", parameter.dtype)
+    placed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.inference_mode():
+        logits_BTV = model(**placed, use_cache=False).logits[1:]
+    found = []
+    for logits_TV, row in zip(logits_BTV, rows[1:], strict=True):
+        logp_TV = logits_TV[shared - 1 : len(row) - 1].float().log_softmax(-1)
+        tokens = torch.tensor(row[shared:], device=logp_TV.device)
+        found.append((float(logp_TV.gather(1, tokens[:, None]).sum()), len(tokens)))
+    return found
 
 
 def _num_shared(rows: Sequence[Sequence[int]]) -> int:

@@ -75,6 +75,22 @@ def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
     return _score(hits / rows, drawn_S)
 
 
+def yes_no_scores(truth: Sequence[bool], said: Sequence[bool], seed: int) -> dict[str, Score]:
+    """Accuracy, and of yes precision, recall, F1 and how often it is said."""
+    table_22 = confusion_counts([int(each) for each in truth], [int(each) for each in said], 2)
+    rows = table_22.sum()
+    drawn_S22 = np.random.default_rng(seed).multinomial(rows, table_22.ravel() / rows, size=RESAMPLES).reshape(-1, 2, 2)
+    share = lambda part, whole: part / np.maximum(whole, 1)
+    metrics = {
+        "accuracy": accuracy,
+        "precision": lambda each: share(each[..., 1, 1], each[..., :, 1].sum(axis=-1)),
+        "recall": lambda each: share(each[..., 1, 1], each[..., 1, :].sum(axis=-1)),
+        "f1": lambda each: share(2 * each[..., 1, 1], each[..., 1, :].sum(axis=-1) + each[..., :, 1].sum(axis=-1)),
+        "yes_rate": lambda each: share(each[..., :, 1].sum(axis=-1), each.sum(axis=(-2, -1))),
+    }
+    return {name: _score(float(metric(table_22)), metric(drawn_S22)) for name, metric in metrics.items()}
+
+
 def weighted_f1(truth_N: Counts, said_N: Counts) -> float:
     """Mean F1 of the true labels, each by how often it is true; what was said may be none of them."""
     num_labels = int(max(truth_N.max(), said_N.max())) + 1

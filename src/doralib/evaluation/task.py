@@ -3,13 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked, explain_regex, search_text
+from ..data.pictures import Picture, find_picture, find_root, keep_picture_files, measure_pictures
 from ..data.prepare import BadRow, Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
@@ -60,6 +61,10 @@ class Task(Checked):
     """A column's name, or a template with {column}."""
     chat: bool = False
     """Put the prompt into the tokenizer's chat template."""
+    images: str | None = None
+    """The column of the pictures that the prompt is about; it is then put into the processor's chat template."""
+    root: str | None = None
+    """The folder in which relative names of pictures begin; null: that of the data; within data with in_folder."""
 
     def templates(self) -> list[str]:
         """Every text that names columns."""
@@ -94,7 +99,7 @@ class ChoiceTask(Task):
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         made, bad = [], Counter[str]()
-        before = self.before_choice if self.before_choice is not None else "" if self.chat else " "
+        before = self.before_choice if self.before_choice is not None else "" if self.chat or self.images else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
@@ -251,6 +256,49 @@ class FirstLabelTask(GenerationTask):
         return min(found)[2] if found else ""
 
 
+class VqaTask(GenerationTask):
+    """The generated text is compared with what people answered: VQA's soft accuracy.
+
+    The answer column holds a list of answers, or of {answer: ...}, or one text, which is then right or wrong.
+    """
+
+    kind: Literal["vqa"] = "vqa"
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        return [_with_answers(fill(self.prompt, row), _value(self.answer, row)) for row in rows]
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
+class CaptionTask(GenerationTask):
+    """The generated text is compared with the captions that people wrote: CIDEr and BLEU-4."""
+
+    kind: Literal["caption"] = "caption"
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        return [_with_answers(fill(self.prompt, row), _value(self.answer, row)) for row in rows]
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
+class YesNoTask(GenerationTask):
+    """Yes or no, as POPE reads it: no, where the first sentence says no or not, and yes elsewhere."""
+
+    kind: Literal["yes_no"] = "yes_no"
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        answers = [plain_text(_value(self.answer, row)).lower() for row in rows]
+        answers = [{"true": "yes", "1": "yes", "false": "no", "0": "no"}.get(answer, answer) for answer in answers]
+        _check_answers(self.name, len(rows), Counter(a for a in answers if a not in ("yes", "no")), "yes, no")
+        return [Example(fill(self.prompt, row), answer) for row, answer in zip(rows, answers, strict=True)]
+
+    def predicted(self, text: str) -> str:
+        words = self.counted(text).strip().partition(".")[0].replace(",", "").split(" ")
+        return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
 class BertScoreTask(GenerationTask):
     """How alike the generated text and the answer are to an encoder: BERTScore (arXiv 1904.09675)."""
 
@@ -382,6 +430,9 @@ KINDS: dict[str, type[Task]] = {
     "regex": RegexTask,
     "number": NumberTask,
     "first_label": FirstLabelTask,
+    "vqa": VqaTask,
+    "yes_no": YesNoTask,
+    "caption": CaptionTask,
     "bertscore": BertScoreTask,
     "translation": TranslationTask,
     "summary": SummaryTask,
@@ -402,6 +453,10 @@ class Example:
     """The texts to choose from, with the space before them."""
     truth: int = -1
     """Which option is right."""
+    answers: tuple[str, ...] = ()
+    """What several people answered."""
+    pictures: tuple[Picture, ...] = ()
+    """What the prompt is about."""
 
 
 @dataclass(frozen=True)
@@ -433,16 +488,52 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     if task.in_folder and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser() / task.in_folder)
     dataset = read_dataset(data, f"task {task.name}: data", task.split)
+    if task.images is not None:
+        dataset = keep_picture_files(dataset)
     rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
     known = dataset.column_names
-    wanted = list(dict.fromkeys(column for template in task.templates() for column in columns_in(template)))
+    templates = [*task.templates(), *([task.images] if task.images else [])]
+    wanted = list(dict.fromkeys(column for template in templates for column in columns_in(template)))
     if unknown := [column for column in wanted if column not in known]:
         lines = [f"  there is no column {column!r}{did_you_mean(column, known)}" for column in unknown]
         raise UsageError("\n".join([f"task {task.name}: {task.data} has the columns {', '.join(known)}", *lines]))
     absent = {column: sum(row[column] is None for row in rows) for column in wanted}
     if partly := ", ".join(f"{column!r} in {count}" for column, count in absent.items() if count):
         raise DoraError(f"task {task.name}: of {len(rows)} rows, a value is missing for {partly}; fill or remove them")
-    return task.examples(rows)
+    if task.images is None:
+        return task.examples(rows)
+    within = task.in_folder and task.root and data != task.data
+    root = str(Path(task.data).expanduser() / str(task.root)) if within else task.root
+    return _add_pictures(task, rows, find_root(root, data))
+
+
+def _add_pictures(task: Task, rows: Sequence[Row], root: Path) -> list[Example]:
+    """The examples with their pictures, each of which was opened once.
+
+    Raises:
+        DoraError: if some cannot be read.
+    """
+    given = [row[task.images or ""] for row in rows]
+    problems: list[str] = []
+    found: list[tuple[Picture, ...]] = []
+    for number, value in enumerate(given, 1):
+        try:
+            each = value if isinstance(value, list | tuple) else [value]
+            found.append(tuple(find_picture(picture, root) for picture in each))
+        except BadRow as bad:
+            problems.append(f"row {number}: {bad}")
+    sizes = measure_pictures(picture for pictures in found for picture in pictures)
+    problems += [str(size) for size in sizes.values() if isinstance(size, BadRow)]
+    if problems:
+        told = list_some(problems, _SHOWN)
+        raise DoraError(f"task {task.name}: {len(problems)} pictures cannot be read:\n  {told}")
+    return [replace(one, pictures=each) for one, each in zip(task.examples(rows), found, strict=True)]
+
+
+def _with_answers(prompt: str, value: Any) -> Example:
+    given = value if isinstance(value, list | tuple) else [value]
+    answers = tuple(plain_text(each.get("answer") if isinstance(each, Mapping) else each) for each in given)
+    return Example(prompt, Counter(answers).most_common(1)[0][0] if answers else "", answers=answers or ("",))
 
 
 def _value(template: str, row: Row) -> Any:

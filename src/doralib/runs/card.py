@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
-from .use import diffusers_code, generate_command
+from .use import diffusers_code, generate_command, peft_code
 
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
@@ -61,7 +61,11 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
         base_model=base or None,
         base_model_relation="finetune" if whole else "adapter",
         library_name="diffusers" if draws else "transformers" if whole else "peft",
-        pipeline_tag="text-to-image" if draws else "text-generation",
+        pipeline_tag="text-to-image"
+        if draws
+        else "image-text-to-text"
+        if record.form.get("pictures")
+        else "text-generation",
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -134,14 +138,11 @@ doralib merge {place}{named} --out merged
 ```"""
     asked, new_line = generate_command(record, place), "\n"
     auto = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
-    known = auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-    served = "\nvllm serve merged" if auto == "AutoModelForCausalLM" else ""
     peft = auto.replace("AutoModel", "AutoPeftModel")
     code = f'from peft import {peft}\n\nmodel = {peft}.from_pretrained("{place}")'
-    if not known:
-        base = f'model = {auto}.from_pretrained("{_base(record)}")'
-        code = f"from peft import PeftModel\nfrom transformers import {auto}\n\n{base}\n"
-        code += f'model = PeftModel.from_pretrained(model, "{place}")'
+    if auto not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        code = peft_code(replace(record, summary={**record.summary, "base_model": _base(record)}), place)
+    served = "\nvllm serve merged" if auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText") else ""
     loads = "every server" if served else "transformers"
     return f"""## Use
 

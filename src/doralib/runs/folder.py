@@ -31,6 +31,7 @@ _WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 """Every file that a run may write, but for those of a whole model, which it lists when it has them."""
 

@@ -149,11 +149,18 @@ def _sample(sample: dict[str, Any]) -> Markup:
         for when in ("expected", "before", "after")
         if sample.get(when) is not None
     ]
+    asked = el("p", sample.get("prompt"), class_="text")
     sound = str(sample.get("sound") or "")
     # nothing but a sound in the page itself is played
     player = el("audio", src=sound, controls="", preload="metadata") if sound.startswith("data:audio/") else None
-    asked = el("p", sample.get("prompt"), class_="text")
-    return el("div", asked, player, el("div", *said, class_="said"), class_="sample")
+    return el("div", _pictures(sample), asked, player, el("div", *said, class_="said"), class_="sample")
+
+
+def _pictures(sample: dict[str, Any]) -> Markup | None:
+    """What a sample is about: small pictures that stand in the page itself."""
+    given = sample.get("pictures")
+    uris = [uri for uri in given if str(uri).startswith("data:image/")] if isinstance(given, list) else []
+    return el("div", *(el("img", src=uri, alt="") for uri in uris), class_="pictures") if uris else None
 
 
 def _use_section(record: RunRecord) -> Markup | None:

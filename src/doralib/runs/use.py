@@ -30,7 +30,7 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
     found["Load it in Python"] = f"from doralib import load_model\n\nmodel, tokenizer = load_model({name!r})"
     if record.form and not whole:
         # PEFT needs to be told of a head, and of what else is no language model
-        found["Load it in PEFT"] = _peft_code(record, name)
+        found["Load it in PEFT"] = peft_code(record, name)
     return found
 
 
@@ -49,6 +49,8 @@ def generate_command(record: RunRecord, place: str | None = None) -> str | None:
         return f"{command} --prompt {shlex.quote(prompt)} --out picture.png"
     if not record.form:
         return None
+    if record.form.get("pictures"):
+        return f"{command} --image PICTURE{' --prompt TEXT' if record.form.get('fields') else ''}"
     if record.form.get("style") == "chat":
         return command
     fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
@@ -95,15 +97,18 @@ def _shorten(text: str) -> str:
     return line if len(line) <= _SHOWN else line[:_SHOWN].rpartition(" ")[0] or line[:_SHOWN]
 
 
-def _peft_code(record: RunRecord, run: str) -> str:
-    base, auto = str(record.summary.get("base_model")), record.summary.get("auto_class", "AutoModelForCausalLM")
+def peft_code(record: RunRecord, run: str) -> str:
+    """What loads a run in PEFT, with its model's own class."""
+    base = str(record.summary.get("base_model"))
     where, more = repr(base), ""
     if base.endswith(".gguf"):
         where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
+    model = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
+    words = "Tokenizer" if model in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else "Processor"
     return (
         "from peft import PeftModel\n"
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"model = {auto}.from_pretrained({where}{more})\n"
+        f"from transformers import {model}, Auto{words}\n\n"
+        f"model = {model}.from_pretrained({where}{more})\n"
         f"model = PeftModel.from_pretrained(model, {run!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({run!r})"
+        f"{words.lower()} = Auto{words}.from_pretrained({run!r})"
     )

@@ -119,6 +119,7 @@ def make_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     if given.get("fp16") and not torch.cuda.is_available():
         raise UsageError("training.fp16 needs a GPU, and there is none here; bf16: true runs on a CPU")
     patient = given.pop("early_stopping_patience", None) is not None
+    given.pop("projector_learning_rate", None)
     check_prodigy(given)
     if given.get("optim") == PRODIGY:
         # the Trainer gets it beside its arguments
@@ -190,7 +191,7 @@ _LEAST = {
     **dict.fromkeys(("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0),
 }
-_ABOVE_0 = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_ABOVE_0 = ("learning_rate", "projector_learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 # no counter of torch or of a library below it holds more
 _TOO_LARGE = 2**31
 _BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")

@@ -1,6 +1,6 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
-from ..checkpoints.kind import read_label_kind, reads_series
+from ..checkpoints.kind import guess_kind
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.sources import list_files
@@ -24,10 +24,10 @@ def check_early(recipe: Recipe) -> None:
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
     if not trl:
-        kind = read_label_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
-        if kind == "forecast" or (recipe.model.kind == "auto" and reads_series(recipe.model.path)):
+        kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
+        if kind == "forecast":
             problems += _find_missing_files(recipe.data)
-        elif kind not in ("speech", "audio-class"):  # which have columns of their own, that are looked at later
+        elif kind not in ("image-text", "speech", "audio-class"):  # which have columns of their own
             problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 

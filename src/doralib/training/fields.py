@@ -25,8 +25,9 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """Where ours differ from the Trainer's; steps below 1 are shares of the whole run."""
 
-EXTRA: Mapping[str, Any] = {"early_stopping_patience": int}
-"""Keys that are ours and no field of TrainingArguments: stop after so many evaluations without a better loss."""
+EXTRA: Mapping[str, Any] = {"early_stopping_patience": int, "projector_learning_rate": float}
+"""Keys that are ours and no field of TrainingArguments: stop after so many evaluations without a better loss; the
+learning rate of what is trained whole (adapter.modules_to_save), such as a projector."""
 
 OWNED = {
     "output_dir": "a run's folder is the recipe's `out`",

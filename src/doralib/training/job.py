@@ -24,6 +24,7 @@ from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
 from ..data.encoding import has_encoder
+from ..data.prepare import Sample
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -45,12 +46,20 @@ from .callbacks import AtCheckpoints, MetricsFile, StepLog, StopOnSignal
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
-from .modality import Collate, DrawingModality, KeepingModality, Modality, Prepared, ScoringModality
+from .modality import (
+    Collate,
+    DrawingModality,
+    KeepingModality,
+    Modality,
+    Prepared,
+    ScoringModality,
+    TargetingModality,
+)
 from .optimizers import make_prodigy
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
-from .sampler import PADDING_WORTH_GROUPING, measure_padding
+from .sampler import PADDING_WORTH_GROUPING, count_rows, measure_padding
 from .sharding import is_shared_out, share_out, take_over_launcher
 from .task_batches import make_task_batches
 from .tokens import add_new_tokens
@@ -282,8 +291,10 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     if isinstance(plan.modality, DrawingModality):
         config = plan.modality.configure(model, processor, recipe.adapter)
     else:
-        config = add_new_tokens(model, processor, recipe)
+        config = add_new_tokens(model, getattr(processor, "tokenizer", processor), recipe)
     config = _train_head(config, find_head_modules(model))
+    if isinstance(plan.modality, TargetingModality):
+        config = plan.modality.choose_targets(model, config)
     if empty:
         return adapt(model, config), processor
     if plan.resume and trained.is_file():
@@ -381,10 +392,11 @@ def _count_answers(args: TrainingArguments) -> int:
 
 
 def _count_steps(job: _Job) -> tuple[int, int]:
-    args = job.plan.args
+    args, kinds = job.plan.args, job.data.kinds
     batches = make_task_batches(job.data, args)
-    count = None if batches is None else len(batches)
-    return _steps(args, len(job.data.train.rows) * max(_count_answers(args), 1), count)
+    several = len(set(kinds)) > 1
+    rows = count_rows(kinds, args.train_batch_size * args.world_size) if several else len(job.data.train.rows)
+    return _steps(args, rows * max(_count_answers(args), 1), None if batches is None else len(batches))
 
 
 def _steps(args: TrainingArguments, rows: int, batches: float | None = None) -> tuple[int, int]:
@@ -459,12 +471,16 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [sample.to_json() for sample in job.data.samples])
+    asked = run.read(run.samples, [_write_sample(sample) for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)
     if is_main():
         files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(asked, answers, strict=True)])
+
+
+def _write_sample(sample: Sample) -> dict[str, Any]:
+    return {key: value for key, value in asdict(sample).items() if key not in ("pictures", "sound") or value}
 
 
 def _train(job: _Job) -> None:
@@ -524,7 +540,9 @@ def _make_trainer(job: _Job) -> AdapterTrainer:
         plan.args._n_gpu = 1
     given = (job.model, plan.args, job.processor, job.collate(), job.data, plan.recipe.adapter)
     if (objective := plan.recipe.objective).kind == "sft":
-        return LabelTrainer(*given, optimizer_cls_and_kwargs=make_prodigy(plan.recipe.training, plan.args))
+        made = LabelTrainer(*given, optimizer_cls_and_kwargs=make_prodigy(plan.recipe.training, plan.args))
+        made.whole_rate = plan.recipe.training.get("projector_learning_rate")
+        return made
     # TRL is an extra
     from .objectives import TRAINERS  # noqa: PLC0415
 

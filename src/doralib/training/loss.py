@@ -33,7 +33,12 @@ class LabelLoss:
     @staticmethod
     def is_possible(model: nn.Module) -> bool:
         """Whether the loss is plain next-token cross entropy; a router's own loss, say, comes on top of it."""
-        plain = getattr(model, "loss_type", None) == "ForCausalLM"
+        # models of pictures and text have the same loss under the other name, models of two texts another one
+        two_texts = getattr(model.config, "is_encoder_decoder", False)
+        plain = getattr(model, "loss_type", None) in (
+            "ForCausalLM",
+            *([] if two_texts else ["ForConditionalGeneration"]),
+        )
         return (
             plain and isinstance(_head(model), nn.Module) and not getattr(model.config, "output_router_logits", False)
         )

@@ -35,6 +35,8 @@ class Prepared:
     """What the rows are like, for the report: see `data.survey`."""
     form: PromptForm | None = None
     """How the model is asked, if it answers."""
+    kinds: Sequence[int] = ()
+    """The kind of each row of train, where rows of two kinds may not share a batch."""
     ratios: Mapping[str, float] | None = None
     """Where a batch holds rows of one task alone: how many, over the batch size, by the names in the column `task`."""
     unit: str = "tokens"
@@ -92,6 +94,14 @@ class ScoringModality(Protocol):
         self, model: nn.Module, processor: Any, settings: DataSettings, *, batch_size: int, seed: int, tick: Tick | None
     ) -> dict[str, TaskResult]:
         """Results by name."""
+
+
+@runtime_checkable
+class TargetingModality(Protocol):
+    """A modality that says which layers are adapted where the settings name none."""
+
+    def choose_targets(self, model: nn.Module, adapter: DoraConfig) -> DoraConfig:
+        """The settings with targets that its models have; raises if those that are named mean too much."""
 
 
 @runtime_checkable

@@ -33,7 +33,7 @@ from ..state import MAGNITUDE
 from .distributed import is_main, wait_for_all
 from .meter import Meter
 from .modality import Collate, Prepared
-from .sampler import SeededSampler
+from .sampler import SeededSampler, SortedSampler
 from .sharding import gather_optimizer, scatter_optimizer
 from .task_batches import make_task_batches
 
@@ -62,6 +62,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
 
     sampler: Any = None
     """The order of the rows, once it is made; `set_epoch` begins an epoch."""
+    whole_rate: float | None = None
+    """The learning rate of modules that are trained whole; None: as of all else."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self.adapter = adapter
         self.resumed_from: Path | None = None
         self._lengths: list[int] = data.train.rows["length"][:]
+        self._kinds = data.kinds
         self._batches = make_task_batches(data, args)
         self._staging: Path | None = None
         self.shared_out = is_sharded(model)
@@ -195,7 +198,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             optimizer: torch.optim.Optimizer = super().create_optimizer(*args)
         if not fresh:
             return optimizer
-        rates = learning_rates(self.model, self.adapter, self.args.learning_rate)
+        rates = learning_rates(self.model, self.adapter, self.args.learning_rate, self.whole_rate)
         for group in list(optimizer.param_groups):
             members = group["params"]
             group["params"] = [p for p in members if rates[p] == self.args.learning_rate]
@@ -229,9 +232,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         if args.train_sampling_strategy not in ("group_by_length", "random"):
             return super()._get_train_sampler(train_dataset)
         grouped = args.train_sampling_strategy == "group_by_length"
-        self.sampler = SeededSampler(
-            self._lengths, self._rows_per_step if grouped else None, args.data_seed or args.seed
-        )
+        seed = args.data_seed or args.seed
+        if len(set(self._kinds)) > 1:
+            together = args.train_batch_size * args.world_size
+            self.sampler = SortedSampler(self._lengths, self._kinds, together, seed, grouped=grouped)
+        else:
+            self.sampler = SeededSampler(self._lengths, self._rows_per_step if grouped else None, seed)
         return self.sampler
 
     def _early_stoppings(self) -> list[EarlyStoppingCallback]:

@@ -11,15 +11,17 @@ from . import seq2seq, text
 from .audio_class import SoundLabels
 from .classify import Classification
 from .forecast import Forecasting
+from .image_text import ImageText
 from .preference import Preference
 from .speech import Speech
 from .vl_bart import VisualTasks
 
 MODALITIES: dict[str, Modality] = {"text": text, "seq2seq": seq2seq}
 
-_MADE_ANEW: dict[str, Callable[[], Modality]] = {
+_BY_KIND: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
+    "image-text": ImageText,
     "speech": Speech,
     "audio-class": SoundLabels,
     "forecast": Forecasting,
@@ -42,11 +44,11 @@ def choose_modality(recipe: Recipe) -> Modality:
         from .text_to_image import Pictures  # noqa: PLC0415
 
         return Pictures(recipe)
-    return _MADE_ANEW[kind]() if kind in _MADE_ANEW else MODALITIES.get(kind, MODALITIES["text"])
+    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES.get(kind, MODALITIES["text"])
 
 
 _READ_BY = {
-    **dict.fromkeys(("audio", "audio_seconds", "root"), ("speech", "audio-class")),
+    **dict.fromkeys(("audio", "audio_seconds"), ("speech", "audio-class")),
     "translate": ("speech",),
     "language": ("seq2seq", "speech"),
     "source_language": ("seq2seq",),

@@ -150,7 +150,7 @@ class _Spelling:
 def make_sample(clip: Clip, text: str, hearing: Hearing) -> Sample:
     """A sound to play, with what is said in it."""
     name = name_clip(clip).rpartition("/")[2]
-    return Sample(name, text, {"audio": name_clip(clip)}, encode_clip(hearing.read(clip), hearing.rate))
+    return Sample(name, text, {"audio": name_clip(clip)}, sound=encode_clip(hearing.read(clip), hearing.rate))
 
 
 def describe_sounds(train: Clips, held: Clips | None, hearing: Hearing) -> str:

@@ -22,7 +22,7 @@ from ...checkpoints.pipelines import (
     read_pipeline_index,
 )
 from ...config import DoraConfig
-from ...data.pictures import FittedPicture, fit_picture, list_pictures, open_picture, read_caption, read_pictures
+from ...data.captioned import FittedPicture, fit_picture, list_pictures, open_captioned, read_caption, read_pictures
 from ...data.prepare import BadRow, PreparedRows, Row, RowNumber, RowReport, Sample
 from ...data.rows import RawRows
 from ...disk import replacing
@@ -197,7 +197,7 @@ class Pictures:
         asked = self.settings
         folder = Path(asked.class_images).expanduser() if asked.class_images else None
         there = list_pictures(folder)[: asked.num_class_images] if folder and folder.is_dir() else []
-        yield from (open_picture({"picture": str(file)}) for file in there)
+        yield from (open_captioned({"picture": str(file)}) for file in there)
         if lacking := asked.num_class_images - len(there):
             log.info(f"drawing {lacking} pictures of {asked.class_prompt!r}")
         size, device = self._list_sizes()[0], next(model.parameters()).device
@@ -247,7 +247,7 @@ class _Making:
         report, kept = RowReport(len(rows)), list[int]()
         for number, row in zip(numbers, rows, strict=False):
             try:
-                caption, picture = read_caption(row), open_picture(row)
+                caption, picture = read_caption(row), open_captioned(row)
             except BadRow as bad:
                 report.drop(number, bad)
                 continue

@@ -142,6 +142,8 @@ def estimate_run(
 
 def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "image-text":
+        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
     if kind == "vl-bart":
         raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     if kind == "forecast":

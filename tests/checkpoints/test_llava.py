@@ -1,0 +1,166 @@
+"""LLaVA-1.5 composed of its parts: the paper's counts, its conversation to the byte, and a projector of LLaVA's own."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import make_llama
+
+from doralib import adapt
+from doralib.adapters.towers import choose_language_layers
+from doralib.evaluation.task import read_examples
+from doralib.evaluation.task_file import load_tasks
+from doralib.training.recipe_file import packaged_recipes, read_recipe
+
+pytest.importorskip("PIL", reason="pictures are read by pillow")
+from PIL import Image
+from seeing_models import make_tokenizer
+
+from doralib.checkpoints.llava import VICUNA, compose_llava
+from doralib.checkpoints.load import load_image_text
+from doralib.data.picture_rows import read_picture_row
+from doralib.data.picture_tokens import PictureEncoder
+from doralib.data.pictures import Picture, measure_pictures
+from doralib.errors import UsageError
+from doralib.recipe import DataSettings, ModelSettings
+
+
+@pytest.mark.parametrize(("method", "count"), [("dora", 342_155_264), ("lora", 340_795_392)])
+def test_what_the_recipes_train_is_counted_as_in_the_paper(method, count):
+    recipe = read_recipe(f"llava/llava15-7b-{method}", [])
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=transformers.LlamaConfig(vocab_size=32064),  # LLaMA-7B's sizes are the defaults
+    )
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+        adapt(model, choose_language_layers(model, recipe.adapter))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_the_recipes_are_those_of_the_paper():
+    scores = packaged_recipes()["llava/llava15-7b-dora"].published
+    assert (scores["gqa"], scores["vizwiz"], scores["average"]) == (62.9, 52.2, 67.6)
+    recipe = read_recipe("llava/llava15-7b-dora", [])
+    assert (recipe.adapter.r, recipe.adapter.lora_alpha, recipe.adapter.lora_dropout) == (128, 256, 0.05)
+    assert (recipe.training["learning_rate"], recipe.training["projector_learning_rate"]) == (2e-4, 2e-5)
+    assert (recipe.data.max_length, recipe.data.layout, recipe.data.image_pixels) == (2048, "llava", None)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
+    make_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "vicuna")
+    tokenizer.save_pretrained(folder / "vicuna")
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.CLIPVisionModel(tower).save_pretrained(folder / "clip")
+    look = {
+        "crop_size": {"height": 28, "width": 28},
+        "size": {"shortest_edge": 28},
+        "image_processor_type": "CLIPImageProcessor",
+    }
+    mean = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps({**look, **mean}))
+    shapes = {"0.weight": (32, 16), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    torch.save(
+        {f"model.mm_projector.{name}": torch.randn(shape) for name, shape in shapes.items()},
+        folder / "mm_projector.bin",
+    )
+    return folder
+
+
+def test_a_composed_model_is_its_parts(parts, tmp_path):
+    out = compose_llava(
+        str(parts / "vicuna"), str(parts / "clip"), tmp_path / "llava", projector=parts / "mm_projector.bin"
+    )
+    model, processor = load_image_text(ModelSettings(path=str(out)))
+    text = transformers.AutoModelForCausalLM.from_pretrained(parts / "vicuna")
+    tower = transformers.CLIPVisionModel.from_pretrained(parts / "clip")
+    projector = torch.load(parts / "mm_projector.bin", weights_only=True)
+    seen = processor.image_processor(Image.new("RGB", (40, 20), (200, 30, 30)), return_tensors="pt")["pixel_values"]
+    # filled up with the mean color, which is nearly 0 once it is normalized
+    assert seen.shape == (1, 3, 28, 28)
+    assert seen[0, :, 0].abs().max() < 0.02 < seen[0, :, 14].abs().max()
+    with torch.no_grad():
+        hidden = tower(seen, output_hidden_states=True).hidden_states[-2][:, 1:]
+        weights = [projector[f"model.mm_projector.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+        made = torch.nn.functional.gelu(hidden @ weights[0].T + weights[1]) @ weights[2].T + weights[3]
+        place = processor.tokenizer.convert_tokens_to_ids("<image>")
+        ids = torch.tensor([[7, place, place, place, place, 9, 11]])
+        words = text.get_input_embeddings()(torch.tensor([[7, 9, 11]]))
+        want = text(inputs_embeds=torch.cat([words[:, :1], made, words[:, 1:]], 1)).logits
+        found = model(input_ids=ids, pixel_values=seen).logits
+    torch.testing.assert_close(found[..., : want.shape[-1]], want, atol=1e-5, rtol=1e-4)
+    assert found.shape[-1] % 64 == 0
+    with pytest.raises(UsageError, match="is there already"):
+        compose_llava(str(parts / "vicuna"), str(parts / "clip"), out)
+    torch.save({"model.mm_projector.0.weight": torch.zeros(3, 3)}, tmp_path / "other.bin")
+    with pytest.raises(UsageError, match="is of other parts"):
+        compose_llava(str(parts / "vicuna"), str(parts / "clip"), tmp_path / "b", projector=tmp_path / "other.bin")
+
+
+def test_a_published_row_is_written_as_llava_writes_it(parts, tmp_path):
+    out = compose_llava(str(parts / "vicuna"), str(parts / "clip"), tmp_path / "llava")
+    _, processor = load_image_text(ModelSettings(path=str(out)))
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg")
+    row = {
+        "image": "a.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A cat."},
+            {"from": "human", "value": "And now?"},
+            {"from": "gpt", "value": "A dog."},
+        ],
+    }
+    settings = DataSettings(train="-", layout="messages", messages="conversations", images="image")
+    encoder, read = PictureEncoder(processor), read_picture_row(row, settings, tmp_path)
+    given, made = encoder.write(read)
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert (
+        given.text == f"{system} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: And now? ASSISTANT: A dog.</s>"
+    )
+    assert [given.text[start:end] for start, end in made.learned] == [" A cat.</s>", " A dog.</s>"]
+    sizes = list(measure_pictures(read.pictures).values())
+    ids, labels, _ = encoder.encode(given, made, sizes)
+    assert ids[0] == processor.tokenizer.bos_token_id
+    assert processor.tokenizer.decode([label for label in labels if label >= 0]) == " A cat.</s> A dog.</s>"
+    assert processor.chat_template == VICUNA
+
+
+def test_popes_files_are_read_where_llava_has_them(tmp_path):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "val2014").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val2014" / "COCO_val2014_000000310196.jpg")
+    asked = {
+        "question_id": 1,
+        "image": "COCO_val2014_000000310196.jpg",
+        "text": "Is there a snowboard in the image?",
+        "label": "yes",
+    }
+    for name in ("random", "popular", "adversarial"):
+        (tmp_path / "coco" / f"coco_pope_{name}.json").write_text(
+            json.dumps(asked) + "\n" + json.dumps({**asked, "label": "no"}) + "\n"
+        )
+    tasks = load_tasks([f"pope={tmp_path}"])
+    assert [task.name for task in tasks] == ["pope/random", "pope/popular", "pope/adversarial"]
+    first, second = read_examples(tasks[0])
+    assert first.prompt == "Is there a snowboard in the image?\nAnswer the question using a single word or phrase."
+    assert (first.answer, second.answer) == ("yes", "no")
+    assert first.pictures == (Picture(str(tmp_path / "val2014" / "COCO_val2014_000000310196.jpg")),)
+    # as POPE's own script reads them
+    said = {"Yes, there is.": "yes", "No.": "no", "There is not. Yes": "no", "A snowboard": "yes", "no, it is": "no"}
+    assert {text: tasks[0].predicted(text) for text in said} == said
