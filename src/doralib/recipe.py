@@ -159,6 +159,10 @@ class DataSettings(Checked):
     """text-to-image: the caption of each picture that has none of its own."""
     packing: bool | None = None
     """Fill sequences of max_length with several rows, none of which sees the others; null: only with style text."""
+    layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
+    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
+    question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
+    vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
     audio: str = "audio"
     """speech, audio-class: the column of the files of sounds (wav, flac, ogg, mp3); or of sounds, as data sets hold
     them."""
@@ -172,10 +176,6 @@ class DataSettings(Checked):
     ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""
     source_language: str | None = None
     """seq2seq: the language of the prompts, where the tokenizer marks it."""
-    layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
-    """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
-    question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
-    vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
     series: SeriesSettings = SeriesSettings()
     """Of series over time (model.kind forecast) alone."""
     tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})

@@ -26,8 +26,8 @@ _TABLES: dict[Kind | None, tuple[str, ...]] = {
     "forecast": ("TIME_SERIES_PREDICTION",),
 }
 _AUTO: dict[Kind | None, str] = {
-    "image-text": "AutoModelForImageTextToText",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-text": "AutoModelForImageTextToText",
     "speech": "AutoModelForSpeechSeq2Seq",
     "audio-class": "AutoModelForAudioClassification",
 }

@@ -51,7 +51,8 @@ from .heads import Head, find_head, is_of_head
 from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
-from .vl_bart import VLBart, extend_vocabulary, read_visual
+from .visual_file import read_visual
+from .vl_bart import VLBart, extend_vocabulary
 from .window import fit_positions, has_window
 
 log = logging.getLogger(__name__)
@@ -169,17 +170,17 @@ def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     return _load_whole(settings, auto, empty=empty), processor
 
 
-def _take_own_processor(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind) -> Any:
-    """What makes a model's inputs of sounds, as it lies beside an adapter, to whose window the model is cut."""
-    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        return beside
-    with _explaining(str(folder)):
-        auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
-        beside = auto.from_pretrained(str(folder))
-    extractor = getattr(beside, "feature_extractor", beside)
-    if has_window(extractor):
+def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings, kind: Kind) -> Any:
+    """What makes a model's inputs, as it lies beside an adapter, to whose window the model is cut, or the base's."""
+    auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
+    own = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    where, options = (str(folder), {}) if own else _locate_with_options(settings)
+    with _explaining(where):
+        processor = auto.from_pretrained(where, **options)
+    extractor = processor if kind == "audio-class" else processor.feature_extractor
+    if own and has_window(extractor):
         fit_positions(model, extractor)
-    return beside
+    return processor
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -435,7 +436,17 @@ def load_model(
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     kind = find_model_kind(settings)
     model, beside = _load_kind(kind)(settings)
-    return model.eval(), _take_own(model, beside, folder, kind)
+    if kind == "image-text":
+        _set_picture_size(model, folder)
+    return model.eval(), read_series_form(folder) if kind == "forecast" else beside
+
+
+_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+    "seq2seq": load_seq2seq,
+    "speech": load_speech,
+    "audio-class": load_sound_classifier,
+}
+"""Kinds that write text and are no language models, or hear."""
 
 
 def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
@@ -448,23 +459,17 @@ def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: 
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
     with nullcontext() if base else telling_places(folder, where):
+        kind = "vl-bart" if visual is not None else head.kind if head else _find_base_kind(settings, folder)
         if visual is not None:
-            kind: Kind | None = "vl-bart"
             model, beside = load_vl_bart(settings.model_copy(update={"visual": visual}))
         elif head is not None:
-            kind = head.kind
             model, beside = load_with_head(settings, head)
         else:
-            kind = _find_base_kind(settings, folder)
             # the adapter may have a tokenizer of its own, and the base none
             model, beside = (load_language_model(settings), None) if kind is None else _load_kind(kind)(settings)
     load_adapter(model, folder, given=given)
     _warn_other_base(path, folder, where, depth=4)
-    if kind in (None, "vl-bart", "classify", "tokens", "seq2seq"):
-        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
-        if kind is None:
-            set_end_tokens(model, beside)
-    return model, _take_own(model, beside, folder, kind)
+    return model, _take_own(model, beside, folder, kind, settings)
 
 
 def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
@@ -482,22 +487,31 @@ def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
     return loaders.get(kind, load_base)
 
 
-def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None) -> Any:
-    """What lies in the folder of what was trained, in place of the base's."""
+def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None, settings: ModelSettings) -> Any:
+    """What lies beside an adapter, in place of what lies beside its base; the model is fitted to it."""
     if kind == "forecast":
         return read_series_form(folder)
-    if kind in ("seq2seq", "speech"):
-        _take_generation(model, folder)
-    if kind in ("speech", "audio-class"):
-        return _take_own_processor(model, beside, folder, kind)
     if kind == "image-text":
-        form = read_form(folder)
-        # how large pictures were in training
-        model.doralib_image_pixels = None if form is None else form.image_pixels
         if any((folder / name).is_file() for name in _PROCESSOR_FILES):
             beside = _load_processor(str(folder), folder)
+        _set_picture_size(model, folder)
         set_end_tokens(model, beside.tokenizer)
+        return beside
+    if kind in ("speech", "audio-class"):
+        beside = _load_own_processor(model, folder, settings, kind)
+    else:
+        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
+    if kind in ("seq2seq", "speech"):
+        _take_generation(model, folder)
+    elif kind is None:
+        set_end_tokens(model, beside)
     return beside
+
+
+def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
+    """Let the model know how large its pictures were in training."""
+    form = read_form(folder)
+    model.doralib_image_pixels = None if form is None else form.image_pixels
 
 
 def _find_base_kind(settings: ModelSettings, adapter: Path) -> Kind | None:

@@ -281,7 +281,7 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     """A table of the first mistakes for the terminal; nothing where there are none."""
     if not result.wrong:
         return Group()
-    num_wrong = result.right.count("0") if result.right else len(result.wrong)
+    num_wrong = result.right.count("0") or result.n - round(result.metrics["accuracy"].value * result.n)
     table = Table(title=f"{name}: {num_wrong} of {result.n} answers are wrong", show_lines=True)
     for column in ("Prompt", "Expected", "Predicted"):
         table.add_column(column, overflow="fold")

@@ -61,6 +61,9 @@ def generate_command(
     guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
     negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
+    features: Annotated[
+        list[Path] | None, typer.Option(help="Of a VL-BART: what doralib features wrote; once for each picture.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
@@ -80,6 +83,7 @@ def generate_command(
     from .prompt_file import read_prompts
 
     fields, given = _read_fields(field or []), Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
     if is_series_model(model, base):
         texts = {
             "--prompt": prompt,
@@ -87,25 +91,28 @@ def generate_command(
             "--chat": chat,
             "--system": system,
             "--adapter": adapter,
+            "--image": image,
             "--audio": audio,
         }
-        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
         write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
         return
-    if horizon is not None:
-        raise UsageError(f"--horizon: {model} does not forecast series")
     _check({"--prompt": prompt is not None, "--field": fields, "--file": file, "--audio": audio}, out, adapter or [])
     drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
     if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
         _check_no_text(
-            {"--image": image, "--audio": audio, "--field": fields, "--system": system, "--chat": chat is not None}
-            | {"--adapter": adapter}
+            {
+                "--image": image,
+                "--audio": audio,
+                "--field": fields,
+                "--system": system,
+                "--chat": chat is not None,
+                "--adapter": adapter,
+            }
         )
         prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
         draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
         return
-    if wrong := [name for name, value in drawn.items() if value is not None]:
-        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
+    _check_text_alone(model, horizon, drawn)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -122,29 +129,19 @@ def generate_command(
     pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
-    _check_writes(loaded, model)
-    if _write_down(loaded, tokenizer, audio or [], out, batch_size):
+    loaded, tokenizer = load()
+    if _answer_by_features(features or [], model, loaded, tokenizer, prompt, max_new_tokens) or _write_down(
+        loaded, tokenizer, audio or [], out, batch_size
+    ):
         return
+    _check_writes(model, loaded)
     load_named_adapters(loaded, named)
-    seen = (_make_encoder(loaded, tokenizer, model, pictures), pictures)
-    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, *seen)
-    if not asked:
+    encoder = _make_encoder(loaded, tokenizer, model, pictures)
+    asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, encoder, pictures)
+    if asked:
+        _tell_answers(asking, complete, asked, out, batch_size)
+    else:
         asking.chat(system)
-        return
-    _tell_answers(asking, complete, asked, out, batch_size)
-
-
-def _check_writes(loaded: Any, model: str) -> None:
-    """Check that a model writes text.
-
-    Raises:
-        UsageError: if it gives labels.
-    """
-    from ..evaluation.classifier import find_head_kind
-
-    if find_head_kind(loaded) is not None:
-        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
 
 
 def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> bool:
@@ -272,6 +269,38 @@ class _Asking:
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
 
 
+def _check_writes(name: str, model: Any) -> None:
+    """Raise UsageError if a model gives no text."""
+    from ..evaluation.classifier import find_head_kind
+
+    if find_head_kind(model) is not None:
+        raise UsageError(f"{name} gives labels and no text; score it with doralib eval")
+
+
+def _answer_by_features(
+    features: Sequence[Path], name: str, model: Any, tokenizer: Any, prompt: str | None, max_new_tokens: int
+) -> bool:
+    """Print what a VL-BART answers about some features; whether the model is one.
+
+    Raises:
+        UsageError: if features are given to another model, or none to a VL-BART.
+    """
+    from ..evaluation.visual import ask_about
+
+    if not hasattr(model, "visual_embedding"):
+        if features:
+            raise UsageError(f"--features: {name} is no VL-BART and reads none; leave it out")
+        return False
+    if prompt is None or not features:
+        raise UsageError(
+            f"{name} is a VL-BART: give one --prompt as in its training, such as 'vqa: what is it?', and --features"
+        )
+    if absent := [str(file) for file in features if not file.is_file()]:
+        raise UsageError(f"--features: there is no file {', '.join(absent)}; doralib features makes it of a picture")
+    print(show_controls(ask_about(model, tokenizer, prompt, list(map(str, features)), max_new_tokens)))
+    return True
+
+
 def _tell_empty(answers: "Sequence[Answer]") -> list[str]:
     for number, each in enumerate(answers, 1):
         if each.empty:
@@ -311,6 +340,18 @@ def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[P
     if pictures:
         raise UsageError(f"--image: {model} takes text alone, and no pictures; leave --image out")
     return None
+
+
+def _check_text_alone(model: str, horizon: int | None, drawn: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of a model of text that only others can do.
+
+    Raises:
+        UsageError: naming each option.
+    """
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series; leave it out")
+    if wrong := [name for name, value in drawn.items() if value is not None]:
+        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
 
 
 def _check_no_text(given: Mapping[str, Any]) -> None:

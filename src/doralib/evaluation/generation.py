@@ -305,8 +305,7 @@ def _continue(
 ) -> list[Answer]:
     """The answers of one batch, padded at the left; at the right for an encoder, whose decoder begins by itself."""
     width, pad = max(map(len, rows)), pad_token(tokenizer, model)
-    encoded = has_encoder(model)
-    fill = lambda row, padding: [*row, *padding] if encoded else [*padding, *row]
+    fill = lambda row, padding: [*row, *padding] if has_encoder(model) else [*padding, *row]
     ids_BT = torch.tensor([fill(row, [pad] * (width - len(row))) for row in rows])
     mask_BT = torch.tensor([fill([1] * len(row), [0] * (width - len(row))) for row in rows])
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
@@ -321,7 +320,7 @@ def _generate(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
 ) -> list[Answer]:
-    """The answers to one batch of inputs of the model, padded at the left; at the right for an encoder."""
+    """The answers to one batch of inputs of the model, padded as in `_continue`."""
     width, pad = inputs["input_ids"].shape[1], pad_token(tokenizer, model)
     parameter = next(model.parameters())
     dtype = getattr(model, "dtype", parameter.dtype)

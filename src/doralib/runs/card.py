@@ -10,6 +10,14 @@ from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
 from .use import diffusers_code, generate_command, peft_code
 
+_PIPELINES = {
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+}
+"""The hub's word for what a model of a class does."""
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
 _TRAINING = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")
@@ -63,9 +71,7 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
         library_name="diffusers" if draws else "transformers" if whole else "peft",
         pipeline_tag="text-to-image"
         if draws
-        else "image-text-to-text"
-        if record.form.get("pictures")
-        else "text-generation",
+        else _PIPELINES.get(str(record.summary.get("auto_class")), "text-generation"),
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -138,11 +144,11 @@ doralib merge {place}{named} --out merged
 ```"""
     asked, new_line = generate_command(record, place), "\n"
     auto = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
+    served = "\nvllm serve merged" if auto == "AutoModelForCausalLM" else ""
     peft = auto.replace("AutoModel", "AutoPeftModel")
     code = f'from peft import {peft}\n\nmodel = {peft}.from_pretrained("{place}")'
     if auto not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         code = peft_code(replace(record, summary={**record.summary, "base_model": _base(record)}), place)
-    served = "\nvllm serve merged" if auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText") else ""
     loads = "every server" if served else "transformers"
     return f"""## Use
 

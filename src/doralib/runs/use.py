@@ -99,16 +99,15 @@ def _shorten(text: str) -> str:
 
 def peft_code(record: RunRecord, run: str) -> str:
     """What loads a run in PEFT, with its model's own class."""
-    base = str(record.summary.get("base_model"))
+    base, auto = str(record.summary.get("base_model")), str(record.summary.get("auto_class", "AutoModelForCausalLM"))
     where, more = repr(base), ""
     if base.endswith(".gguf"):
         where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
-    model = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
-    words = "Tokenizer" if model in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else "Processor"
+    words = "Processor" if auto == "AutoModelForImageTextToText" or auto in _OF_SPEECH else "Tokenizer"
     return (
         "from peft import PeftModel\n"
-        f"from transformers import {model}, Auto{words}\n\n"
-        f"model = {model}.from_pretrained({where}{more})\n"
+        f"from transformers import {auto}, Auto{words}\n\n"
+        f"model = {auto}.from_pretrained({where}{more})\n"
         f"model = PeftModel.from_pretrained(model, {run!r})\n"
         f"{words.lower()} = Auto{words}.from_pretrained({run!r})"
     )

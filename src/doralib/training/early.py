@@ -23,11 +23,12 @@ def check_early(recipe: Recipe) -> None:
         problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    if not trl:
+    # folders of tasks are looked at later, all files of a task together
+    if not trl and not recipe.data.has_tasks:
         kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         if kind == "forecast":
             problems += _find_missing_files(recipe.data)
-        elif kind not in ("image-text", "speech", "audio-class"):  # which have columns of their own
+        elif kind not in ("image-text", "speech", "audio-class"):  # whose columns are looked at later
             problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 

@@ -24,7 +24,6 @@ from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
 from ..data.encoding import has_encoder
-from ..data.prepare import Sample
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -188,14 +187,17 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         for task in tasks:
             with collecting(problems):
                 read_examples(task, recipe.eval.limit)
+    hashes = hash_sources(recipe.data)
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
+        if isinstance(modality, DrawingModality):
+            hashes |= modality.hash_rows(rows)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
-        "data": hash_sources(recipe.data),
+        "data": hashes,
         "inputs": inputs,
     }
     with collecting(problems):
@@ -471,16 +473,12 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [_write_sample(sample) for sample in job.data.samples])
+    asked = run.read(run.samples, [sample.to_json() for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)
     if is_main():
         files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(asked, answers, strict=True)])
-
-
-def _write_sample(sample: Sample) -> dict[str, Any]:
-    return {key: value for key, value in asdict(sample).items() if key not in ("pictures", "sound") or value}
 
 
 def _train(job: _Job) -> None:

@@ -49,6 +49,7 @@ def choose_modality(recipe: Recipe) -> Modality:
 
 _READ_BY = {
     **dict.fromkeys(("audio", "audio_seconds"), ("speech", "audio-class")),
+    "root": ("image-text", "speech", "audio-class"),
     "translate": ("speech",),
     "language": ("seq2seq", "speech"),
     "source_language": ("seq2seq",),
