@@ -154,7 +154,7 @@ def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | 
     from ..evaluation.transcripts import transcribe
     from .prompt_file import write_answers
 
-    if not hasattr(processor, "feature_extractor"):
+    if model.main_input_name == "input_ids" or not hasattr(processor, "feature_extractor"):
         if sounds:
             raise UsageError("--audio: this model reads text; give a --prompt")
         return False
