@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,6 +13,9 @@ from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
 from .console import console
+
+if TYPE_CHECKING:
+    from ..recipe import ModelSettings
 
 _BAR_WIDTH = 40
 
@@ -49,6 +52,7 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
+    _check_shown(chosen.model)
     from ..checkpoints.load import load_config, load_tokenizer
     from ..evaluation.task_file import load_tasks
     from ..runs.report_data import write_data_page
@@ -78,6 +82,21 @@ def data_command(
         )
         count = write_rows(json_file, lines, tokenizer)
         console.print(f"{count:,} rows written: {json_file}")
+
+
+def _check_shown(model: "ModelSettings") -> None:
+    """Check that the rows are texts, each of which becomes one row of tokens.
+
+    Raises:
+        UsageError: if they are pairs, pictures, sounds or series.
+    """
+    from ..checkpoints.kind import is_pipeline, read_kind
+
+    kind = read_kind(model.path) if model.kind == "auto" else model.kind
+    if is_pipeline(model.path):
+        kind = "text-to-image"
+    if kind not in (None, "causal", "classify", "tokens"):
+        raise UsageError(f"doralib data shows rows of one text; for a model of kind {kind} see doralib check")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:
