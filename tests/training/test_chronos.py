@@ -1,4 +1,4 @@
-"""Chronos-2 fine-tuned by its own `fit`, as docs/forecast.md has it: PEFT's DoRA layers, computed by doralib's kernels."""
+"""Chronos-2 fine-tuned by its own `fit`, as docs/forecast.md has it: PEFT's DoRA layers, by doralib's kernels."""
 
 import re
 from pathlib import Path
