@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from doralib.cli.demo_fetch import Package, fetch_package, read_members
-from doralib.data.pictures import fit_picture
+from doralib.data.captioned import fit_picture
 from doralib.evaluation.pictures import Drawing, draw_pictures, join_pictures
 from doralib.files import write_json
 from doralib.recipe import DiffusionSettings

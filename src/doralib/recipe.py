@@ -28,16 +28,32 @@ class VisualSettings(Checked):
     """Pictures that one row may have."""
 
 
+ModelKind = Literal[
+    "auto",
+    "causal",
+    "classify",
+    "tokens",
+    "seq2seq",
+    "vl-bart",
+    "image-text",
+    "speech",
+    "audio-class",
+    "forecast",
+    "text-to-image",
+]
+
+
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
 
     path: str
     """Hub name, folder, or a .gguf file, which transformers dequantises."""
-    kind: Literal["auto", "causal", "classify", "tokens", "vl-bart", "image-text", "forecast", "text-to-image"] = "auto"
+    kind: ModelKind = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
-    vl-bart: a BART that reads features of pictures or videos too; image-text: text about pictures; forecast: series
-    over time; text-to-image: a diffusion pipeline; auto: as a local model's config.json or model_index.json names its
-    class, else causal."""
+    seq2seq: an encoder reads a text, and a decoder writes another; vl-bart: a BART that reads features of pictures or
+    videos too; image-text: text about pictures; speech: text for a sound; audio-class: a label for a sound; forecast:
+    series over time; text-to-image: a diffusion pipeline; auto: as a local model's config.json or model_index.json
+    says, else causal."""
     visual: VisualSettings = VisualSettings()
     """vl-bart: the features that it reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -136,7 +152,7 @@ class DataSettings(Checked):
     """image-text, text-to-image: the column of pictures; null: the first of the usual names, or one that holds names of
     pictures."""
     root: str | None = None
-    """image-text: the folder in which relative names of pictures begin; null: that of the file of rows."""
+    """The folder in which relative names of pictures and sounds begin; null: that of the file of rows."""
     image_pixels: Annotated[int, Field(ge=1, lt=2**31)] | None = 448
     """image-text: a picture with a longer side is made smaller before the model's processor gets it; null: never."""
     instance_prompt: str | None = None
@@ -147,6 +163,19 @@ class DataSettings(Checked):
     """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
     question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
     vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
+    audio: str = "audio"
+    """speech, audio-class: the column of the files of sounds (wav, flac, ogg, mp3); or of sounds, as data sets hold
+    them."""
+    audio_seconds: Annotated[int, Field(ge=1, lt=3600)] | None = None
+    """The longest sound. Whisper hears so many seconds then in place of 30, which takes less time, and has to learn
+    where a text ends in so short a window; it belongs to what was trained."""
+    translate: bool = False
+    """speech: the targets are English, whatever is spoken; Whisper's second task."""
+    language: str | None = None
+    """seq2seq: the language of the targets, speech: the one that is spoken; by the tokenizer's own word for it, such as
+    ron_Latn of NLLB, ro_RO of mBART, ro of Whisper."""
+    source_language: str | None = None
+    """seq2seq: the language of the prompts, where the tokenizer marks it."""
     series: SeriesSettings = SeriesSettings()
     """Of series over time (model.kind forecast) alone."""
     tasks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})
@@ -275,7 +304,7 @@ class Recipe(Checked):
     def _check_trainable(self) -> Self:
         if self.model.quantization and self.adapter.method == "full":
             raise ValueError("method full trains the weights themselves, which model.quantization freezes")
-        if self.model.kind in ("classify", "tokens") and self.adapter.has_bank:
+        if self.model.kind in ("classify", "tokens", "audio-class") and self.adapter.has_bank:
             raise ValueError(f"method {self.adapter.method!r} has no place for the head of a classifier")
         if self.model.new_tokens and self.adapter.method not in ("dora", "lora"):
             raise ValueError(f"model.new_tokens go with methods dora and lora, not with {self.adapter.method!r}")

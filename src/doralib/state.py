@@ -355,4 +355,5 @@ class AdapterState:
     resized: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen weights of adapted embeddings and heads, likewise; they count where the base has other sizes."""
     task_type: str | None = None
-    """PEFT's word for a language model, CAUSAL_LM, or for one whose head classifies, SEQ_CLS or TOKEN_CLS."""
+    """PEFT's word for a language model, CAUSAL_LM, an encoder-decoder, SEQ_2_SEQ_LM, or one whose head classifies,
+    SEQ_CLS or TOKEN_CLS."""

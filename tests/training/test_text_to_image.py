@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +27,7 @@ from doralib.formats.base import Hints
 from doralib.formats.files import read_any_format
 from doralib.formats.pipeline import find_component
 from doralib.recipe import DataSettings, DiffusionSettings, Recipe
-from doralib.training.diffusion.families import FAMILIES, find_family
+from doralib.training.diffusion.families import FAMILIES, find_family, list_encoder_targets
 from doralib.training.diffusion.model import TextToImage
 from doralib.training.diffusion.noise import Diffusion, Flow
 from doralib.training.diffusion.sizes import choose_size, list_sizes
@@ -418,6 +421,7 @@ def _without_t5(kind):
 
 def test_a_resumed_run_is_the_same_run(recipe):
     asked = {"diffusion": {"caption_dropout": 0.3, "noise_offset": 0.1, "snr_gamma": 5.0}}
+    asked["eval"] = {"before": False}
     whole = fine_tune(recipe(out="whole", **asked))
     cut = fine_tune(recipe(out="cut", **asked))
     (cut / "adapter_model.safetensors").unlink()
@@ -430,6 +434,15 @@ def test_a_resumed_run_is_the_same_run(recipe):
     losses = lambda run: [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses(whole) == losses(cut)
     assert len(losses(cut)) == 4
+
+
+def test_another_picture_is_another_run(recipe, tmp_path):
+    folder = make_pictures(tmp_path / "shown")
+    asked = {"data": {"train": str(folder)}, "eval": {"before": False}, "training": {"max_steps": 1, "save_steps": 1}}
+    fine_tune(recipe(**asked))
+    Image.new("RGB", (20, 16), "white").save(folder / "2.png")
+    with pytest.raises(UsageError, match="the file of pictures and captions is not the one that this run began with"):
+        fine_tune(recipe(**asked), resume=True)
 
 
 def test_looking_ahead_needs_no_weights(recipe):
@@ -456,11 +469,12 @@ def test_what_does_not_go_together(recipe, tmp_path):
 def test_class_pictures_are_drawn_by_the_base_and_kept(recipe, tmp_path):
     kept = tmp_path / "class"
     asked = {"class_prompt": "a dog", "class_images": str(kept), "num_class_images": 3}
-    fine_tune(recipe(diffusion=asked, training={"max_steps": 1}))
+    quick = {"training": {"max_steps": 1}, "eval": {"before": False}}
+    fine_tune(recipe(diffusion=asked, **quick))
     assert [file.name for file in sorted(kept.iterdir())] == ["00000.png", "00001.png", "00002.png"]
     before = (kept / "00001.png").read_bytes()
     (kept / "00002.png").unlink()
-    run = fine_tune(recipe(out="again", diffusion=asked, training={"max_steps": 1}))
+    run = fine_tune(recipe(out="again", diffusion=asked, **quick))
     assert (kept / "00001.png").read_bytes() == before
     assert (kept / "00002.png").is_file()
     assert read_json(run / "summary.json")["tokens"] == 4  # two pictures, and one of the class beside each
@@ -527,3 +541,68 @@ def test_prodigy(recipe):
     assert group["decouple"]
     assert group["safeguard_warmup"]
     assert group["d"] > 0
+
+
+def test_a_validation_picture_has_the_same_noise_each_time(recipe):
+    """Its loss is the same for any batch size, and before and after a step of size zero."""
+    asked = {"data": {"validation": 0.5}, "training": {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-12}}
+    losses = []
+    for batch_size in (1, 2):
+        more = {**asked["training"], "per_device_eval_batch_size": batch_size}
+        run = fine_tune(recipe(out=f"run{batch_size}", **asked | {"training": more}, eval={"before": False}))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses += [line["eval_loss"] for line in lines if line["kind"] == "eval"]
+    assert len(losses) == 4
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_what_nothing_sees_of_a_text_encoder_is_not_adapted(bases):
+    """SDXL takes the last layer but one of its first encoder, and of the second the last too."""
+    wanted = {"sdxl": {"text_encoder": 1, "text_encoder_2": 2}, "sd15": {"text_encoder": 2}}
+    for kind, layers in wanted.items():
+        family = next(each for each in FAMILIES if each.name == kind)
+        found = list_encoder_targets(model_of(bases[kind][1], kind, family.encoders), family)
+        assert {part: sum(name.startswith(f"{part}.") for name in found) for part in layers} == {
+            part: 4 * count for part, count in layers.items()
+        }
+
+
+def test_a_network_in_four_bits(tmp_path):
+    """NF4, as a GPU would load it: diffusers itself quantizes only there."""
+    bnb = pytest.importorskip("bitsandbytes")
+    pipeline = make_pipeline("flux", tmp_path / "base")
+    network = pipeline.transformer
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "blocks" in name:
+            made = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, quant_type="nf4")
+            made.load_state_dict(module.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, made.to("cpu"))
+    model = model_of(pipeline, "flux").train()
+    conditions = model.encode(["a cat", "a dog"])
+    adapt(model, {"r": 2, "target_modules": ["attn.to_q", "ff.net.2"]})
+    given = batch(2, dtype=torch.float32)
+    model(**given, conditions=conditions)["loss"].backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.long
+def test_two_processes_see_the_noise_of_one(recipe, tmp_path):
+    """One row each is two rows of one process: the same pictures, noise, time steps and dropped captions."""
+    asked = {"diffusion": {"caption_dropout": 0.3}, "eval": {"before": False}}
+    alone = recipe(out="alone", **asked)
+    shared = recipe(out="shared", **asked, training={**alone.training, "per_device_train_batch_size": 1})
+    runs = []
+    for each, processes in ((alone, 1), (shared, 2)):
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(each.to_yaml())
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*command, "-m", "doralib", "train", str(file)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(read_tensors(Path(each.out) / "adapter_model.safetensors"))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)

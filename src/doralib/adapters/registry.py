@@ -267,8 +267,17 @@ def _name_task(model: nn.Module, *, has_head: bool) -> str | None:
     """PEFT's word for a model, by its class or the one that this derives from; a head's only if the adapter has it."""
     names = [each.__name__ for each in type(model).__mro__]
     task = next((task for name in names for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    if task is None and _writes_from_text(model):
+        return "SEQ_2_SEQ_LM"
     # PEFT looks for the head in the file
     return task if task == "CAUSAL_LM" or has_head else None
+
+
+def _writes_from_text(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder of texts with its head: what PEFT's class for such models can call."""
+    encoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    can_generate = getattr(model, "can_generate", lambda: False)
+    return bool(encoded and getattr(model, "main_input_name", "") == "input_ids" and can_generate())
 
 
 def find_differences(into: AdapterState, given: AdapterState) -> list[str]:

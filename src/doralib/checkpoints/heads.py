@@ -28,6 +28,7 @@ _MODULES = (
     "pooler",
     "sequence_summary",
     "vocab_transform",
+    "projector",
 )
 
 
@@ -54,23 +55,26 @@ def find_head(adapter: Path) -> Head | None:
         DoraError: if its files are damaged.
     """
     file = find_adapter_file(adapter)
-    settings = file.parent / SETTINGS_FILE
+    settings, labels = file.parent / SETTINGS_FILE, file.parent / LABELS_FILE
     task = read_json(settings).get("task_type") if settings.is_file() else None
-    if not isinstance(task, str) or task not in TASKS:
+    said = read_json(labels) if labels.is_file() else {}
+    # PEFT has no word for labels of sounds
+    kind = said.get("kind", TASKS.get(str(task)))
+    if kind is None:
         return None
-    labels = file.parent / LABELS_FILE
-    if labels.is_file():
-        said = read_json(labels)
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise DoraError(f"{labels} is damaged: kind is {kind!r}, and heads are {', '.join(HEADS)}")
+    if said:
         names, pad = said.get("labels"), said.get("pad_token_id")
         if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
             raise DoraError(f"{labels} is damaged: labels is no list of names")
         if not isinstance(pad, int | None):
             raise DoraError(f"{labels} is damaged: pad_token_id is {pad!r} and no number")
-        return Head(TASKS[task], tuple(names), pad)
+        return Head(kind, tuple(names), pad)
     # only their number is in PEFT's file
     shapes = {key: tuple(tensor.shape) for key, tensor in read_raw_adapter(file).tensors.items()}
     last = next((shape for key, shape in shapes.items() if key.endswith(_LAST)), None)
-    return None if last is None else Head(TASKS[task], name_labels(last[0]))
+    return None if last is None else Head(kind, name_labels(last[0]))
 
 
 def name_labels(count: int) -> tuple[str, ...]:
@@ -80,14 +84,15 @@ def name_labels(count: int) -> tuple[str, ...]:
 
 def write_labels(folder: Path, head: Head) -> None:
     """Keep the labels beside an adapter, whose own files have no place for them."""
-    write_json(folder / LABELS_FILE, {"labels": list(head.labels), "pad_token_id": head.pad_token_id})
+    said = {"kind": head.kind, "labels": list(head.labels), "pad_token_id": head.pad_token_id}
+    write_json(folder / LABELS_FILE, said)
 
 
 def take_new_head(
     state: AdapterState, stored: Mapping[str, Sequence[int]], found: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Whole tensors of a head that the base does not have, or has for another number of labels."""
-    if state.task_type not in TASKS:
+    if state.task_type not in (*TASKS, None):
         return {}
     return {
         name: value
@@ -118,6 +123,7 @@ def _name_class(config: Mapping[str, Any], kind: HeadKind) -> str:
         named = {
             "classify": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
             "tokens": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+            "audio-class": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
         }[kind]
         if (name := named.get(config.get("model_type"))) is not None:
             return str(name)

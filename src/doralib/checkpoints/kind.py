@@ -8,9 +8,13 @@ from typing import Any, Literal, cast
 from ..files import read_json
 from ..formats.files import find_base_name, is_adapter
 
-HeadKind = Literal["classify", "tokens"]
+HeadKind = Literal["classify", "tokens", "audio-class"]
 Kind = Literal["classify", "tokens", "seq2seq", "vl-bart", "image-text", "speech", "audio-class", "forecast"]
-HEADS: dict[HeadKind, str] = {"classify": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+HEADS: dict[HeadKind, str] = {
+    "classify": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "audio-class": "ForAudioClassification",
+}
 
 # transformers' own tables of classes; a class that stands in several is of the first kind here
 _TABLES: dict[Kind | None, tuple[str, ...]] = {
@@ -21,6 +25,12 @@ _TABLES: dict[Kind | None, tuple[str, ...]] = {
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
     "forecast": ("TIME_SERIES_PREDICTION",),
 }
+_AUTO: dict[Kind | None, str] = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-text": "AutoModelForImageTextToText",
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "audio-class": "AutoModelForAudioClassification",
+}
 # prediction by these has no table of its own
 _FORECASTERS = ("PatchTSTForPrediction", "PatchTSMixerForPrediction")
 
@@ -30,7 +40,26 @@ def find_kind(config: Mapping[str, Any]) -> Kind | None:
     names = _read_classes(config)
     classes = _list_classes()
     known: list[Kind | None] = [classes[name] for name in names if name in classes]
-    return known[0] if known else find_label_kind(config)
+    return known[0] if known else find_label_kind(config) or _find_bare_kind(config)
+
+
+def _find_bare_kind(config: Mapping[str, Any]) -> Kind | None:
+    """Of an encoder-decoder whose files name the class without a head, as those of bart-base do."""
+    if not config.get("is_encoder_decoder"):
+        return None
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415  seconds
+
+    tables: dict[Kind, str] = {"speech": "SPEECH_SEQ_2_SEQ", "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM"}
+    types = {kind: getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES") for kind, table in tables.items()}
+    return next((kind for kind, table in types.items() if config.get("model_type") in table), None)
+
+
+def name_auto_class(name: str) -> str:
+    """The class of transformers by which everybody loads a model of this class."""
+    kind = _list_classes().get(name)
+    if kind == "speech" and name.endswith("ForCTC"):
+        return "AutoModelForCTC"
+    return _AUTO.get(kind, "AutoModelForCausalLM")
 
 
 def is_pipeline(folder: str | Path) -> bool:

@@ -31,7 +31,7 @@ VICUNA = (
     "{% if told %}{{ say(messages[0]['content']) }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions.{% endif %}{{ ' ' }}"
-    "{% for message in messages[1:] if told else messages %}{% if message['role'] == 'assistant' %}"
+    "{% for message in (messages[1:] if told else messages) %}{% if message['role'] == 'assistant' %}"
     "ASSISTANT: {{ say(message['content']) }}</s>{% else %}USER: {{ say(message['content']) }}{{ ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )

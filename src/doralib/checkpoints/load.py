@@ -14,11 +14,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -35,18 +41,19 @@ from ..data.series_form import SeriesForm, read_series_form
 from ..data.turns import set_end_tokens
 from ..errors import DoraError, Note, UsageError, list_some
 from ..files import list_folder, read_json, read_yaml
-from ..formats.base import Hints
+from ..formats.base import SETTINGS_FILE, Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
 from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_local, split_revision
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
-from .kind import HEADS, Kind, find_kind, find_label_kind, read_kind, read_label_kind
+from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .visual_file import read_visual
 from .vl_bart import VLBart, extend_vocabulary
+from .window import fit_positions, has_window
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +143,44 @@ def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
 
 def load_language_model(settings: ModelSettings) -> PreTrainedModel:
     """Load a causal language model alone; raises as `load_base`."""
-    model, info = _load_weights(settings, output_loading_info=True)
+    return _load_whole(settings, AutoModelForCausalLM)
+
+
+def _load_whole(settings: ModelSettings, auto: Any, *, empty: bool = False) -> PreTrainedModel:
+    """The model of a class, none of whose weights may be missing or left aside."""
+    if empty:
+        return _make_empty(settings, auto)
+    model, info = _load_weights(settings, auto, output_loading_info=True)
     _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
     return model
+
+
+def load_seq2seq(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load an encoder-decoder for texts and its tokenizer; arguments and errors as of `load_base`."""
+    return _load_whole(settings, AutoModelForSeq2SeqLM, empty=empty), load_tokenizer(settings)
+
+
+def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
+    """Load a model that writes what is spoken, and its processor; arguments and errors as of `load_base`."""
+    names = load_config(settings).architectures or [""]
+    auto = AutoModelForCTC if names[0].endswith("ForCTC") else AutoModelForSpeechSeq2Seq
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        processor = AutoProcessor.from_pretrained(where, **options)
+    return _load_whole(settings, auto, empty=empty), processor
+
+
+def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings, kind: Kind) -> Any:
+    """What makes a model's inputs, as it lies beside an adapter, to whose window the model is cut, or the base's."""
+    auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
+    own = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    where, options = (str(folder), {}) if own else _locate_with_options(settings)
+    with _explaining(where):
+        processor = auto.from_pretrained(where, **options)
+    extractor = processor if kind == "audio-class" else processor.feature_extractor
+    if own and has_window(extractor):
+        fit_positions(model, extractor)
+    return processor
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -194,14 +236,24 @@ def load_classifier(settings: ModelSettings, head: Head | None = None, *, empty:
     return model, tokenizer
 
 
-def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = False) -> PreTrainedModel:
+def load_sound_classifier(settings: ModelSettings, head: Head | None = None, *, empty: bool = False) -> Loaded:
+    """Load a model with a head that gives a sound a label, and its feature extractor; as `load_classifier`."""
+    where, options = _locate_with_options(settings)
+    with _explaining(settings.path):
+        extractor = AutoFeatureExtractor.from_pretrained(where, **options)
+    return _load_head(settings, head, "audio-class", empty=empty), extractor
+
+
+def _load_head(
+    settings: ModelSettings, head: Head | None, kind: HeadKind | None = None, *, empty: bool = False
+) -> PreTrainedModel:
     config = load_config(settings)
-    kind = find_label_kind(config.to_dict()) if head is None else head.kind
+    kind = kind or (find_label_kind(config.to_dict()) if head is None else head.kind)
     more: dict[str, Any] = {}
     if head is not None and tuple(config.id2label.values()) != head.labels:
         labels = dict(enumerate(head.labels))
         more = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    auto = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
+    auto = _WITH_HEADS[kind or "classify"]
     if empty:
         model = _make_empty(settings, auto, **more)
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
@@ -215,10 +267,22 @@ def _load_head(settings: ModelSettings, head: Head | None, *, empty: bool = Fals
     return model
 
 
+_WITH_HEADS: dict[HeadKind, Any] = {
+    "classify": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "audio-class": AutoModelForAudioClassification,
+}
+
+
 def _find_missing(model: PreTrainedModel, missing: Collection[str], *, whole: bool) -> list[str]:
     """What may not be missing: nothing of a model with its head; without it, nothing below the head."""
     below = f"{model.base_model_prefix}."
     return [name for name in missing if whole or (name.startswith(below) and not is_of_head(name))]
+
+
+def load_with_head(settings: ModelSettings, head: Head) -> Loaded:
+    """Load a model with this head, of texts or of sounds, and what makes its inputs; raises as `load_classifier`."""
+    return (load_sound_classifier if head.kind == "audio-class" else load_classifier)(settings, head)
 
 
 def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False) -> Loaded:
@@ -372,7 +436,17 @@ def load_model(
     settings = ModelSettings(path=str(folder) if folder.exists() else path, dtype=dtype, allow_nonfinite=allow)
     kind = find_model_kind(settings)
     model, beside = _load_kind(kind)(settings)
-    return model.eval(), _take_own(model, beside, folder, kind)
+    if kind == "image-text":
+        _set_picture_size(model, folder)
+    return model.eval(), read_series_form(folder) if kind == "forecast" else beside
+
+
+_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
+    "seq2seq": load_seq2seq,
+    "speech": load_speech,
+    "audio-class": load_sound_classifier,
+}
+"""Kinds that write text and are no language models, or hear."""
 
 
 def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
@@ -385,23 +459,17 @@ def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: 
     allow = given is not None and given.allow_nonfinite
     settings = ModelSettings(path=where, dtype=dtype, allow_nonfinite=allow, **quantized)
     with nullcontext() if base else telling_places(folder, where):
+        kind = "vl-bart" if visual is not None else head.kind if head else _find_base_kind(settings, folder)
         if visual is not None:
-            kind: Kind | None = "vl-bart"
             model, beside = load_vl_bart(settings.model_copy(update={"visual": visual}))
         elif head is not None:
-            kind = head.kind
-            model, beside = load_classifier(settings, head)
+            model, beside = load_with_head(settings, head)
         else:
-            kind = find_model_kind(settings)
             # the adapter may have a tokenizer of its own, and the base none
             model, beside = (load_language_model(settings), None) if kind is None else _load_kind(kind)(settings)
     load_adapter(model, folder, given=given)
     _warn_other_base(path, folder, where, depth=4)
-    if kind in (None, "vl-bart", *HEADS):
-        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
-        if kind is None:
-            set_end_tokens(model, beside)
-    return model, _take_own(model, beside, folder, kind)
+    return model, _take_own(model, beside, folder, kind, settings)
 
 
 def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
@@ -409,25 +477,49 @@ def _load_kind(kind: Kind | None) -> Callable[[ModelSettings], Loaded]:
     loaders: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
         "classify": load_classifier,
         "tokens": load_classifier,
+        "seq2seq": load_seq2seq,
         "vl-bart": load_vl_bart,
         "image-text": load_image_text,
+        "speech": load_speech,
+        "audio-class": load_sound_classifier,
         "forecast": lambda settings: (load_forecaster(settings), SeriesForm()),
     }
     return loaders.get(kind, load_base)
 
 
-def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None) -> Any:
-    """What lies in the folder of what was trained, in place of the base's."""
+def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | None, settings: ModelSettings) -> Any:
+    """What lies beside an adapter, in place of what lies beside its base; the model is fitted to it."""
     if kind == "forecast":
         return read_series_form(folder)
     if kind == "image-text":
-        form = read_form(folder)
-        # how large pictures were in training
-        model.doralib_image_pixels = None if form is None else form.image_pixels
         if any((folder / name).is_file() for name in _PROCESSOR_FILES):
             beside = _load_processor(str(folder), folder)
+        _set_picture_size(model, folder)
         set_end_tokens(model, beside.tokenizer)
+        return beside
+    if kind in ("speech", "audio-class"):
+        beside = _load_own_processor(model, folder, settings, kind)
+    else:
+        beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
+    if kind in ("seq2seq", "speech"):
+        _take_generation(model, folder)
+    elif kind is None:
+        set_end_tokens(model, beside)
     return beside
+
+
+def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
+    """Let the model know how large its pictures were in training."""
+    form = read_form(folder)
+    model.doralib_image_pixels = None if form is None else form.image_pixels
+
+
+def _find_base_kind(settings: ModelSettings, adapter: Path) -> Kind | None:
+    """The kind of an adapter's base; PEFT's word for it comes first, as a model's files may name no head."""
+    file = adapter / SETTINGS_FILE
+    if file.is_file() and read_json(file).get("task_type") == "SEQ_2_SEQ_LM":
+        return "seq2seq"
+    return find_model_kind(settings)
 
 
 def find_model_kind(settings: ModelSettings) -> Kind | None:
@@ -435,6 +527,13 @@ def find_model_kind(settings: ModelSettings) -> Kind | None:
     if (Path(settings.path).expanduser() / "config.json").is_file():
         return read_kind(settings.path)
     return None if settings.path.endswith(".gguf") else find_kind(load_config(settings).to_dict())
+
+
+def _take_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the settings of generation that lie beside its adapter: with what a target begins."""
+    if (folder / "generation_config.json").is_file():
+        with _explaining(str(folder)):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def load_own_tokenizer(

@@ -42,6 +42,7 @@ from .stream import (
     write_headers,
 )
 from .tokenizer import read_template, take_tokenizer
+from .window import POSITIONS, read_positions
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "doralib_merge.json"
@@ -174,9 +175,14 @@ def merge_checkpoint(
             head = find_head(ingredients[0].path)
             assert head is not None
             write_json(part / "config.json", change_config(read_json(part / "config.json"), head))
+        if starts.window and checkpoint.config():
+            (positions,) = starts.window.values()
+            config = {**read_json(part / "config.json"), "max_source_positions": len(positions)}
+            write_json(part / "config.json", config)
         notes += take_tokenizer([each.path for each in ingredients], part)
         for name in (PROMPT_FILE, SERIES_FILE):
             _take_form([each.path for each in ingredients], part, name)
+        _take_settings([each.path for each in ingredients], part)
         if not starts.head:
             notes += _write_end_tokens(part)
         write_json(
@@ -251,6 +257,19 @@ def _take_form(adapters: Sequence[Path], folder: Path, name: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _take_settings(adapters: Sequence[Path], folder: Path) -> None:
+    """Keep what a lone adapter of an encoder-decoder has beside it: with what a target begins, and what is heard."""
+    if len(adapters) > 1:
+        return
+    processors = ("processor_config.json", "preprocessor_config.json")
+    if any((adapters[0] / name).is_file() for name in processors):
+        for name in processors:
+            (folder / name).unlink(missing_ok=True)
+    for name in ("generation_config.json", *processors):
+        if (adapters[0] / name).is_file():
+            (folder / name).write_bytes((adapters[0] / name).read_bytes())
+
+
 def _write_end_tokens(folder: Path) -> list[str]:
     """Add the end of an assistant's turn to the generation settings, where there is a chat template."""
     if not (folder / "config.json").is_file() or read_template(folder) is None:
@@ -294,6 +313,8 @@ class _Starts:
     """The head of a language model, in whose place the classifier comes."""
     untied: bool = False
     """Whether the output head no longer is the embedding."""
+    window: dict[str, Tensor] = field(default_factory=dict)
+    """The positions of a model that hears fewer seconds than the base."""
 
 
 def _collect_changes(
@@ -312,11 +333,12 @@ def _collect_changes(
             other = find_other_base(adapter.state.base_model, checkpoint.folder)
             matched = _match(adapter, checkpoint, other, untie=untie)
             _add_starts(starts, matched, checkpoint)
-            if (starts.resized or starts.head) and (each.weight != 1 or len(ingredients) > 1):
-                others = ", ".join(sorted(starts.resized | starts.head))
+            _add_window(starts, each.path, checkpoint)
+            if (starts.resized or starts.head or starts.window) and (each.weight != 1 or len(ingredients) > 1):
+                others = ", ".join(sorted(starts.resized | starts.head | starts.window))
                 raise DoraError(
-                    f"has another vocabulary or head than the base ({others}), which nothing can be added to by a "
-                    "weight; merge it alone first, and the others into what comes out"
+                    f"has another vocabulary, head or window than the base ({others}), which nothing can be added to "
+                    "by a weight; merge it alone first, and the others into what comes out"
                 )
             for name, layer in matched.layers.items():
                 changes[name].append(TensorChange(each.weight, layer, name in matched.transposed))
@@ -347,13 +369,21 @@ def _add_starts(starts: _Starts, matched: MatchedAdapter, checkpoint: Checkpoint
             starts.resized[name] = torch.cat([old, old.new_zeros(more, old.shape[1])])
 
 
+def _add_window(starts: _Starts, adapter: Path, checkpoint: Checkpoint) -> None:
+    """Add the base's first positions, where the adapter was trained to hear fewer seconds."""
+    count = read_positions(adapter)
+    name = next((name for name in checkpoint.slots if name.endswith(POSITIONS)), None)
+    if count is not None and name is not None and count < checkpoint.slots[name].shape[0]:
+        starts.window[name] = read_whole(checkpoint.slots[name])[:count].clone()
+
+
 def _add_new(plan: Plan, starts: _Starts, checkpoint: Checkpoint) -> Plan:
     """The plan with new tensors in it: in the last file, and of the dtype that the last plain matrix there has."""
     stay = [slot for slot in checkpoint.shards[-1].slots if slot.name not in starts.dropped and slot.plain]
     like = max(stay, key=lambda slot: len(slot.shape) > 1).name if starts.head else ""
     return replace(
         plan,
-        resized={**starts.resized, **starts.head},
+        resized={**starts.resized, **starts.head, **starts.window},
         copies={**starts.copies, **dict.fromkeys((name for name in starts.head if name not in checkpoint.slots), like)},
         dropped=frozenset(starts.dropped),
     )

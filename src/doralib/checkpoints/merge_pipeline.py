@@ -46,7 +46,10 @@ def merge_pipeline(
         shutil.copytree(base, part, ignore=lambda folder, _: wanted if Path(folder) == base else [], symlinks=False)
         for name in wanted:
             own = [_restrict(each, name) for each in adapters if name in parts[each.path]]
-            done[name] = replace(merge_checkpoint(own, base / name, part / name, dtype=dtype), out=out / name)
+            summary = merge_checkpoint(own, base / name, part / name, dtype=dtype)
+            # what one part leaves, another takes
+            notes = tuple(note for note in summary.notes if "layers of other parts" not in note)
+            done[name] = replace(summary, out=out / name, notes=notes)
             if exact:
                 replays.append(_verify(part / name, own, base / name, dtype))
         record = {"base": str(base), "dtype": dtype, "adapters": [str(each.path) for each in adapters]}

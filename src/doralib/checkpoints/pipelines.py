@@ -117,7 +117,10 @@ def _load_quantized(settings: ModelSettings, where: str, part: str, kind: str, c
             bnb_4bit_compute_dtype=common["dtype"],
         )
     cls: Any = getattr(diffusers, kind)
-    return cls.from_pretrained(where, subfolder=part, quantization_config=quantized, **common)
+    try:
+        return cls.from_pretrained(where, subfolder=part, quantization_config=quantized, **common)
+    except (RuntimeError, ImportError) as error:
+        raise UsageError(f"model.quantization: diffusers refuses: {error}") from error
 
 
 def make_empty_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -188,12 +191,12 @@ def find_pipeline(path: str, base: str | None = None, *, assume: bool = False) -
         return path if assume else None
     if (folder := find_pipeline_folder(place, base)) is not None:
         return str(folder)
+    said = _read_model_group(place)
+    if is_pipeline(str(said.get("path"))):
+        # a run that has no adapter yet
+        return str(said["path"])
     named = base or (find_base_name(place) if is_adapter(place) else None)
-    return named if assume or _says_pipeline(place) else None
-
-
-def _says_pipeline(run: Path) -> bool:
-    return _read_model_group(run).get("kind") == "text-to-image"
+    return named if assume or said.get("kind") == "text-to-image" else None
 
 
 def _read_model_group(run: Path) -> Mapping[str, Any]:
@@ -212,6 +215,15 @@ def find_network(index: Mapping[str, Any]) -> str:
 def find_clip_encoders(pipeline: Any) -> list[str]:
     """The text encoders of CLIP's kind, by the names of their parts."""
     return [name for name, part in list_modules(pipeline).items() if type(part).__name__.startswith("CLIPText")]
+
+
+def load_empty_parts(path: str) -> nn.ModuleDict:
+    """The parts of a pipeline that an adapter can have layers in, without weights, on the device `meta`.
+
+    Raises:
+        UsageError: if there is no pipeline.
+    """
+    return nn.ModuleDict(make_empty_parts(ModelSettings(path=path), COMPONENTS))
 
 
 def load_adapted_pipeline(path: str, base: str, *, dtype: str = "auto", given: Hints | None = None) -> Any:

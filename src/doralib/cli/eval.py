@@ -24,9 +24,6 @@ _ONLY_WITH = {
     "--tasks": ("--resume", "--published"),
     "--mt-bench": ("--judge-url", "--judge-model", "--judge-price", "--against", "--yes"),
 }
-_SHARES = frozenset(
-    ("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy", "precision", "recall", "f1", "yes_rate")
-)
 _WRONG_SHOWN = 5
 _PROMPT_SHOWN = 300  # characters: the end of a prompt says most
 
@@ -274,8 +271,8 @@ def results_table(results: Mapping[str, "TaskResult"], title: str) -> Table:
     for result in results.values():
         first = [result.task, str(result.n)]
         for name, score in result.metrics.items():
-            interval = f"{_score_text(name, score.low)} to {_score_text(name, score.high)}"
-            table.add_row(*first, name.replace("_", " "), _score_text(name, score.value), interval)
+            interval = f"{score_text(name, score.low)} to {score_text(name, score.high)}"
+            table.add_row(*first, name.replace("_", " "), score_text(name, score.value), interval)
             first = ["", ""]
     return table
 
@@ -284,7 +281,7 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     """A table of the first mistakes for the terminal; nothing where there are none."""
     if not result.wrong:
         return Group()
-    num_wrong = result.right.count("0") if result.right else len(result.wrong)
+    num_wrong = result.right.count("0") or result.n - round(result.metrics["accuracy"].value * result.n)
     table = Table(title=f"{name}: {num_wrong} of {result.n} answers are wrong", show_lines=True)
     for column in ("Prompt", "Expected", "Predicted"):
         table.add_column(column, overflow="fold")
@@ -297,6 +294,8 @@ def wrong_answers(name: str, result: "TaskResult") -> Group:
     return Group(table)
 
 
-def _score_text(metric: str, value: float) -> str:
+def score_text(metric: str, value: float) -> str:
     """Shares in per cent, the rest as numbers."""
-    return f"{100 * value:.1f} %" if metric in _SHARES else f"{value:.3f}"
+    from ..runs.report_results import SHARES
+
+    return f"{100 * value:.1f} %" if metric in SHARES else f"{value:.3f}"

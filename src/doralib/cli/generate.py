@@ -32,8 +32,12 @@ def generate_command(
         list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A sound to write down; may be given several times.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the answers of --file as .jsonl; pictures as .png; forecasts as .csv.")
+        Path | None,
+        typer.Option(help="Write the answers of --file or --audio as .jsonl; pictures as .png; forecasts as .csv."),
     ] = None,
     chat: Annotated[
         bool | None,
@@ -79,24 +83,36 @@ def generate_command(
     from .prompt_file import read_prompts
 
     fields, given = _read_fields(field or []), Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
     if is_series_model(model, base):
-        texts = {"--prompt": prompt, "--field": fields, "--chat": chat, "--system": system, "--adapter": adapter}
-        load = lambda: load_model(add_revision(model, revision), base=base, dtype=dtype, given=given)
+        texts = {
+            "--prompt": prompt,
+            "--field": fields,
+            "--chat": chat,
+            "--system": system,
+            "--adapter": adapter,
+            "--image": image,
+            "--audio": audio,
+        }
         write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
         return
-    if horizon is not None:
-        raise UsageError(f"--horizon: {model} does not forecast series")
-    _check(prompt, fields, file, out, adapter or [])
+    _check({"--prompt": prompt is not None, "--field": fields, "--file": file, "--audio": audio}, out, adapter or [])
     drawn = {"--steps": steps, "--guidance": guidance, "--size": size, "--negative": negative}
     if (pipeline := find_pipeline(model, base, assume=out is not None and out.suffix.lower() in PICTURES)) is not None:
         _check_no_text(
-            {"--image": image, "--field": fields, "--system": system, "--chat": chat is not None, "--adapter": adapter}
+            {
+                "--image": image,
+                "--audio": audio,
+                "--field": fields,
+                "--system": system,
+                "--chat": chat is not None,
+                "--adapter": adapter,
+            }
         )
         prompts = [prompt] if prompt is not None else [each["prompt"] for each in read_prompts(file)] if file else []
         draw(Drawn(model, pipeline, dtype, given), prompts, out, seed, drawn)
         return
-    if wrong := [name for name, value in drawn.items() if value is not None]:
-        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
+    _check_text_alone(model, horizon, drawn)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -113,8 +129,10 @@ def generate_command(
     pictures = _find_pictures(image or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
-    loaded, tokenizer = load_model(model, base=base, dtype=dtype, given=given)
-    if _answer_by_features(features or [], model, loaded, tokenizer, prompt, max_new_tokens):
+    loaded, tokenizer = load()
+    if _answer_by_features(features or [], model, loaded, tokenizer, prompt, max_new_tokens) or _write_down(
+        loaded, tokenizer, audio or [], out, batch_size
+    ):
         return
     _check_writes(model, loaded)
     load_named_adapters(loaded, named)
@@ -124,6 +142,36 @@ def generate_command(
         _tell_answers(asking, complete, asked, out, batch_size)
     else:
         asking.chat(system)
+
+
+def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> bool:
+    """Write what is said in each sound; False if the model is one of text, and there is no sound.
+
+    Raises:
+        UsageError: if the model hears nothing, there is no sound, or one of them cannot be heard.
+    """
+    from ..data.prepare import BadRow
+    from ..evaluation.transcripts import transcribe
+    from .prompt_file import write_answers
+
+    if not hasattr(processor, "feature_extractor"):
+        if sounds:
+            raise UsageError("--audio: this model reads text; give a --prompt")
+        return False
+    if not sounds:
+        raise UsageError("this model writes what it hears: give a sound with --audio FILE")
+    try:
+        texts = transcribe(model, processor, [str(sound.expanduser()) for sound in sounds], batch_size=batch_size)
+    except BadRow as bad:
+        raise UsageError(f"--audio: {bad}") from None
+    if out is not None:
+        write_answers(out, [{"audio": str(sound)} for sound in sounds], texts)
+        console.print(f"{len(texts)} answers written: {out}")
+        return True
+    for sound, text in zip(sounds, texts, strict=True):
+        shown = show_controls(text) if sys.stdout.isatty() else text
+        print(f"{sound}: {shown}" if len(sounds) > 1 else shown)
+    return True
 
 
 @dataclass(frozen=True)
@@ -294,6 +342,18 @@ def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[P
     return None
 
 
+def _check_text_alone(model: str, horizon: int | None, drawn: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of a model of text that only others can do.
+
+    Raises:
+        UsageError: naming each option.
+    """
+    if horizon is not None:
+        raise UsageError(f"--horizon: {model} does not forecast series; leave it out")
+    if wrong := [name for name, value in drawn.items() if value is not None]:
+        raise UsageError(f"{', '.join(wrong)}: {model} is no diffusion pipeline and draws no pictures; leave it out")
+
+
 def _check_no_text(given: Mapping[str, Any]) -> None:
     """Check that nothing is asked of a diffusion pipeline that only models of text can do.
 
@@ -391,13 +451,12 @@ def _complete(asked: "Sequence[Values]", form: "PromptForm | None", model: str, 
     return found
 
 
-def _check(prompt: str | None, fields: Values, file: Path | None, out: Path | None, adapters: list[str]) -> None:
+def _check(given: Mapping[str, Any], out: Path | None, adapters: list[str]) -> None:
     """Check options that depend on each other."""
     from ..disk import check_writable
 
-    given = {"--prompt": prompt is not None, "--field": bool(fields), "--file": file is not None}
-    if sum(given.values()) > 1:
-        raise UsageError(f"{' and '.join(name for name, is_given in given.items() if is_given)}: give one of them")
+    if len(asked := [name for name, value in given.items() if value]) > 1:
+        raise UsageError(f"{' and '.join(asked)}: give one of them")
     if len(adapters) > 1 and out is not None:
         raise UsageError("--out is for one --adapter; several answer on the terminal")
     if out is not None:

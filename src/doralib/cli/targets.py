@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from ..errors import UsageError
 from .console import console, print_json
 from .options import Json, Revision
 
@@ -34,6 +35,8 @@ def targets_command(
 def list_targets(model: str, *, every: bool = False, probe: bool = False) -> list[Table | str]:
     """The layers that can be adapted, and with ``probe`` a line for each that would be adapted in vain."""
     loaded = _load(model)
+    if probe and not hasattr(loaded, "config"):
+        raise UsageError(f"--probe runs a few tokens, and {model} is a pipeline that draws; leave it out")
     return [_make_table(loaded, title=model, every=every), *(_probe(loaded) if probe else [])]
 
 
@@ -57,10 +60,14 @@ def describe_layers(model: str) -> list[dict[str, Any]]:
 
 
 def _load(model: str) -> Any:
-    from ..checkpoints.kind import read_kind
+    """The model; of a diffusion pipeline its parts, without weights."""
+    from ..checkpoints.kind import is_pipeline, read_kind
     from ..checkpoints.load import load_base, load_image_text
+    from ..checkpoints.pipelines import load_empty_parts
     from ..recipe import ModelSettings
 
+    if is_pipeline(model):
+        return load_empty_parts(model)
     load = load_image_text if read_kind(model) == "image-text" else load_base
     return load(ModelSettings(path=model))[0]
 

@@ -64,6 +64,32 @@ class Collator:
 
 
 @dataclass(frozen=True)
+class PairCollator:
+    """Sources and targets of one batch, each padded on the right: input_ids, attention_mask, labels and num_tokens."""
+
+    pad_id: int
+    multiple: int = 8
+    most: int | None = None
+    """Positions that encoder and decoder have, where padding would go beyond them."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        sources, targets = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        return {
+            "input_ids": self.pad(sources, self.pad_id),
+            "attention_mask": self.pad([[1] * len(source) for source in sources], 0),
+            "labels": self.pad(targets, IGNORED),
+            "num_tokens": torch.tensor(sum(map(len, (*sources, *targets)))),
+        }
+
+    def pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        """(rows, longest)."""
+        longest = max(map(len, rows))
+        padded = longest + -longest % self.multiple
+        longest = padded if self.most is None else max(longest, min(padded, self.most))
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+@dataclass(frozen=True)
 class OddsCollator:
     """Pairs of answers as ORPO takes them: each answer with its prompt, padded on the right.
 

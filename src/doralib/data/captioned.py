@@ -1,6 +1,7 @@
 """Pictures and their captions: a folder of them, or rows of a file or hub data set with a column of pictures."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError, list_some
+from ..files import hash_file
 from ..recipe import DataSettings, DataSource
 from .pictures import ENDINGS, Picture, open_picture
 from .prepare import BadRow, Row
@@ -48,6 +50,16 @@ def read_pictures(settings: DataSettings, seed: int) -> RawRows:
         tuple(number for each in made for number in each.train_numbers),
         tuple(range(1, sum(map(len, held)) + 1)),
     )
+
+
+def list_hashes(rows: RawRows) -> Iterator[str]:
+    """For each picture a text that is another one if the picture or its caption is; no matter where it lies."""
+    for part in (rows.train, rows.validation):
+        for row in part or ():
+            path = row[PICTURE]
+            there = path is not None and Path(path).is_file()
+            found = hash_file(Path(path)) if there else hashlib.sha256(row["bytes"] or b"").hexdigest()
+            yield f"{found} {row[CAPTION]}"
 
 
 def _read_set(source: DataSource, settings: DataSettings, seed: int) -> RawRows:

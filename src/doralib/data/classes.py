@@ -122,7 +122,7 @@ def label_texts(
         UsageError: if no row is usable.
         DoraError: if a row is bad and bad rows are errors.
     """
-    report, ids = RowReport(len(rows)), _number_labels(rows, settings, labels)
+    report, ids = RowReport(len(rows)), number_labels(rows, settings, labels)
     encode: Callable[..., tuple[list[int], Any]] = _encode_words if by_word else _encode_text
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     for number, row in zip(numbers, rows, strict=False):
@@ -146,7 +146,7 @@ def label_texts(
     return PreparedRows(datasets.Dataset.from_dict(columns), report)
 
 
-def _number_labels(rows: datasets.Dataset, settings: DataSettings, labels: Sequence[str]) -> dict[str, int]:
+def number_labels(rows: datasets.Dataset, settings: DataSettings, labels: Sequence[str]) -> dict[str, int]:
     """The number of each label, by how the rows say it: a column of classes says numbers."""
     if _find_named(rows, settings.target or "") is not None:
         return {str(i): i for i in range(len(labels))}

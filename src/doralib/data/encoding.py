@@ -12,13 +12,18 @@ from ..errors import UsageError, list_some
 Message = Mapping[str, str]
 
 
-def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False, whole: bool = False) -> list[int]:
     """Tokens of a text that goes on: with what the tokenizer puts before a text, without what it puts behind one.
 
-    A text made by a chat template already spells its special tokens.
+    A text made by a chat template already spells its special tokens; a whole one, which an encoder reads, has both.
     """
     ids = list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
-    return ids if chat else ids[: len(ids) - _count_ending(tokenizer)]
+    return ids if chat or whole else ids[: len(ids) - _count_ending(tokenizer)]
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether an encoder reads the prompt, and a decoder writes the answer from its own beginning."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _count_ending(tokenizer: Tokenizer) -> int:

@@ -163,3 +163,11 @@ class Sample:
     """What the row has in the fields that the prompt is made of."""
     pictures: tuple[str, ...] = ()
     """Data URIs of what is asked about, small."""
+    sound: str = ""
+    """What is heard, as a data URI for the report."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, without what there is none of."""
+        said = {"prompt": self.prompt, "expected": self.expected, "given": dict(self.given)}
+        more = {"pictures": list(self.pictures), "sound": self.sound}
+        return {**said, **{name: value for name, value in more.items() if value}}

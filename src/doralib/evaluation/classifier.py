@@ -1,6 +1,7 @@
-"""What a model with a head says: a label for each text, or for each word."""
+"""What a model with a head says: a label for each text, for each word, or for each sound."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.classes import encode_words
 from ..data.encoding import context_length, pad_token
+from ..data.sounds import Clip, Hearing
 from ..errors import DoraError
+from .generation import evaluation_mode
 
 
 def find_head_kind(model: nn.Module) -> str | None:
-    """classify or tokens, by the class of a model with a head; None for others."""
+    """classify, tokens or audio-class, by the class of a model with a head; None for others."""
     name = type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" and name.endswith("Classification"):
+        return "audio-class"
     endings = {"ForSequenceClassification": "classify", "ForTokenClassification": "tokens"}
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
 
@@ -56,6 +61,29 @@ def predict_tags(
         [-1 if first is None or first >= len(logits_TL) else int(logits_TL[first].argmax()) for first in firsts]
         for (_, firsts), logits_TL in zip(coded, found, strict=True)
     ]
+
+
+@torch.inference_mode()
+def predict_sounds(
+    model: nn.Module, extractor: Any, clips: Sequence[Clip], batch_size: int, tick: Callable[[float], None]
+) -> list[int]:
+    """The number of the likeliest label of each sound; the end of one too long for the model is left out.
+
+    Raises:
+        BadRow: if a sound cannot be heard.
+        DoraError: if the model gives NaN.
+    """
+    hearing, device, found = Hearing(extractor), next(model.parameters()).device, list[int]()
+    with evaluation_mode(model):
+        for start in range(0, len(clips), batch_size):
+            sounds = [hearing.read(clip) for clip in clips[start : start + batch_size]]
+            features = {name: value.to(device) for name, value in hearing.make_features(sounds).items()}
+            logits_NL = model(**features).logits.float()
+            if not bool(logits_NL.isfinite().all()):
+                raise DoraError("the model gives NaN or infinite numbers; was it trained to its end?")
+            found += logits_NL.argmax(-1).tolist()
+            tick(len(sounds) / len(clips))
+    return found
 
 
 @torch.inference_mode()

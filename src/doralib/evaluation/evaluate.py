@@ -13,18 +13,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
-from ..data.encoding import check_ids, context_length, encode, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
 from ..data.forecaster import is_forecaster
 from ..data.layouts import choose_tasks
 from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
+from ..data.sounds import Clip, name_clip
 from ..data.windows import Origin
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
 from .captions import caption_scores, check_caption_tools
-from .classifier import find_head_kind, list_labels, predict_labels, predict_tags
+from .classifier import find_head_kind, list_labels, predict_labels, predict_sounds, predict_tags
 from .forecast import Scoring, score_origins
 from .generation import Sampling, answer_each, answer_pictures, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options, text_requests
@@ -39,6 +40,7 @@ from .metrics import (
     tag_score,
     yes_no_scores,
 )
+from .overlap import rouge_scores, translation_scores
 from .task import (
     BertScoreTask,
     CaptionTask,
@@ -51,11 +53,15 @@ from .task import (
     ForecastTask,
     GenerationTask,
     PerplexityTask,
+    SummaryTask,
     Task,
+    TranslationTask,
     VqaTask,
+    WordsTask,
     YesNoTask,
     read_examples,
 )
+from .transcripts import Spoken, choose_normalizer, score_transcripts, transcribe
 from .visual import VisualModel, score_answers
 from .vqa import normalize_answer, soft_accuracy, vqa_scores
 
@@ -216,6 +222,58 @@ def score_labels(
     return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
 
 
+def rate_sounds(
+    name: str,
+    rows: Sequence[tuple[Clip, str]],
+    model: nn.Module,
+    extractor: Any,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[float], None],
+) -> TaskResult:
+    """The result of a model with a head on sounds and their labels; ``tick`` as for `rate_transcripts`."""
+    start, labels = time.perf_counter(), list_labels(model)
+    with unchanged(model):
+        found = predict_sounds(model, extractor, [clip for clip, _ in rows], batch_size, tick)
+    truth = [labels.index(label) for _, label in rows]
+    counts_LL = confusion_counts(truth, found, len(labels))
+    wrong = [
+        {"prompt": name_clip(clip).rpartition("/")[2], "expected": label, "predicted": labels[got]}
+        for (clip, label), got in zip(rows, found, strict=True)
+        if labels[got] != label
+    ]
+    right = "".join("01"[one == other] for one, other in zip(truth, found, strict=True))
+    confusion = {"labels": labels, "counts": counts_LL.tolist()}
+    metrics, seconds = classification_scores(counts_LL, seed), time.perf_counter() - start
+    return TaskResult(name, "audio-class", len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+
+
+def rate_transcripts(
+    name: str,
+    spoken: Spoken,
+    model: nn.Module,
+    processor: Any,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[float], None],
+) -> TaskResult:
+    """The result of a model on sounds and what is said in them; ``tick`` gets the share done since its last call."""
+    start, rows, language = time.perf_counter(), spoken.rows, spoken.language
+    advance = lambda done: tick(done / len(rows))
+    clips, wanted = [clip for clip, _ in rows], [text for _, text in rows]
+    with unchanged(model):
+        said = transcribe(model, processor, clips, batch_size=batch_size, language=language, tick=advance)
+    found = score_transcripts(said, wanted, choose_normalizer(model, processor, language), seed)
+    wrong = [
+        {"prompt": name_clip(clip).rpartition("/")[2], "expected": text, "predicted": heard}
+        for clip, text, heard, right in zip(clips, wanted, said, found.right, strict=True)
+        if not right
+    ]
+    right = "".join("01"[each] for each in found.right)
+    seconds = time.perf_counter() - start
+    return TaskResult(name, "words", len(rows), found.metrics, None, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+
+
 def score_series(
     name: str, origins: Sequence[Origin], model: nn.Module, scoring: Scoring, tick: Tick | None
 ) -> TaskResult:
@@ -229,9 +287,12 @@ def score_series(
     return TaskResult(name, "forecast", len(origins), scores, None, (), 0, time.perf_counter() - start)
 
 
-def encode_prompts(task: Task, examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each prompt as the model gets them."""
-    return [encode(tokenizer, _prompt_text(task, example, tokenizer), chat=task.chat) for example in examples]
+def encode_prompts(
+    task: Task, examples: Sequence[Example], tokenizer: Tokenizer, *, whole: bool = False
+) -> list[list[int]]:
+    """The tokens of each prompt as the model gets them, whole for an encoder."""
+    texts = [_prompt_text(task, example, tokenizer) for example in examples]
+    return [encode(tokenizer, text, chat=task.chat, whole=whole) for text in texts]
 
 
 def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[Example]]:
@@ -251,15 +312,26 @@ def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[
 
 def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     start = time.perf_counter()
-    run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
     head = find_head_kind(scorer.model)
-    if head == "tokens" or (head is not None and not isinstance(task, ClassificationTask)):
+    if head in ("tokens", "audio-class") or (head is not None and not isinstance(task, ClassificationTask)):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
         )
     if is_forecaster(scorer.model) != isinstance(task, ForecastTask):
         asks = "a model of series" if isinstance(task, ForecastTask) else "a language model"
         raise UsageError(f"task {task.name}: kind {task.kind} asks {asks}, not a {type(scorer.model).__name__}")
+    if isinstance(task, WordsTask):
+        spoken = Spoken([(example.prompt, example.answer) for example in examples], task.language)
+        if not hasattr(scorer.tokenizer, "feature_extractor"):
+            raise UsageError(f"task {task.name}: kind words asks a model of speech, and this one hears nothing")
+        asked_of = (scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick)
+        return rate_transcripts(task.name, spoken, *asked_of)
+    if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask):
+        raise UsageError(
+            f"task {task.name}: kind {task.kind} asks how likely a text is to go on so, and this model writes its own; "
+            "use a kind with generated text, such as exact_match or translation"
+        )
+    run = next(run for kind, run in _RUNS.items() if isinstance(task, kind))
     outcome = run(task, examples, scorer)
     asked = outcome.asked or examples
     wrong = [
@@ -356,21 +428,35 @@ def _run_bertscore(task: BertScoreTask, examples: Sequence[Example], scorer: _Sc
     return _Outcome(metrics, cut=cut)
 
 
+def _run_translation(task: TranslationTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    metrics = translation_scores(said, [example.answer for example in examples], task.tokenize, scorer.seed)
+    return _Outcome(metrics, cut=cut)
+
+
+def _run_summary(task: SummaryTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    texts, cut = _answer(task, examples, scorer)
+    said = [task.predicted(text) for text in texts]
+    return _Outcome(rouge_scores(said, [example.answer for example in examples], scorer.seed), cut=cut)
+
+
 def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> tuple[list[str], int]:
-    """What the model writes after each prompt, and how many prompts were cut."""
+    """What the model writes after each prompt, and how many prompts were cut: at their end for an encoder."""
     if scorer.encoder is not None:
         return _answer_about(task, examples, scorer, scorer.encoder), 0
-    prompts = encode_prompts(task, examples, scorer.tokenizer)
+    encoded = has_encoder(scorer.model)
+    prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
-        room = limit - task.max_new_tokens
+        room = limit if encoded else limit - task.max_new_tokens
         if room < 1:
             raise UsageError(
                 f"task {task.name}: max_new_tokens {task.max_new_tokens} leaves no room for a prompt: "
                 f"the model takes {limit} tokens in all"
             )
         cut = sum(len(tokens) > room for tokens in prompts)
-        prompts = [tokens[-room:] for tokens in prompts]
+        prompts = [tokens[:room] if encoded else tokens[-room:] for tokens in prompts]
     sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     answers = answer_each(
         scorer.model,
@@ -488,6 +574,8 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     VqaTask: _run_vqa,
     YesNoTask: _run_yes_no,
     CaptionTask: _run_caption,
+    TranslationTask: _run_translation,
+    SummaryTask: _run_summary,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
     FolderTask: _run_folder,

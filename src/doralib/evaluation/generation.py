@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.registry import find_record
 from ..config import Checked
-from ..data.encoding import check_ids, context_length, encode, first_token, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, first_token, has_encoder, pad_token, user_text
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
@@ -79,7 +80,8 @@ def generate(
 ) -> list[str]:
     """The text that follows each prompt; the same for the same seed, and without sampling for any batch size.
 
-    The model is a causal language model of `transformers`, in eval mode for the time of the call. With ``chat`` each
+    The model is a causal language model of `transformers` or an encoder-decoder, which writes its text from the prompt
+    and does not go on with it; it is in eval mode for the time of the call. With ``chat`` each
     prompt is put into the tokenizer's chat template, and a log line says what ends an answer.
 
     Raises:
@@ -104,13 +106,16 @@ def answer_texts(
     if chat:
         tell_ends(model, tokenizer)
         sampling = stop_at_turn_end(sampling, tokenizer)
-    tokens = [encode(tokenizer, text, chat=chat) for text in texts]
+    tokens = [encode(tokenizer, text, chat=chat, whole=has_encoder(model)) for text in texts]
     limit = context_length(model)
-    if limit is not None and (long := [i for i, ids in enumerate(tokens) if len(ids) + max_new_tokens > limit]):
+    room = math.inf if limit is None else limit if has_encoder(model) else limit - max_new_tokens
+    if long := [i for i, ids in enumerate(tokens) if len(ids) > room]:
+        beside = (
+            "; shorten them" if has_encoder(model) else f" with the {max_new_tokens} new ones; shorten them or lower"
+        )
         raise UsageError(
             f"{len(long)} of {len(tokens)} prompts, first number {long[0] + 1} with {len(tokens[long[0]])} tokens, "
-            f"are too long: the model takes {limit} with the {max_new_tokens} new ones; "
-            "shorten them or lower max_new_tokens"
+            f"are too long: the model takes {limit}{beside}{'' if has_encoder(model) else ' max_new_tokens'}"
         )
     return answer_each(
         model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling
@@ -244,7 +249,7 @@ def stream(
     With ``chat`` the text is already in the chat template, and spells its special tokens itself.
     """
     pieces = _Pieces(tokenizer, write)
-    row = encode(tokenizer, text, chat=chat) or [first_token(tokenizer)]
+    row = encode(tokenizer, text, chat=chat, whole=has_encoder(model)) or [first_token(tokenizer)]
     check_ids(model, tokenizer, [row], "the prompt")
     sampling = stop_at_turn_end(sampling, tokenizer) if chat else sampling
     with evaluation_mode(model), _seeded(model, sampling.seed):
@@ -298,10 +303,11 @@ def _continue(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
 ) -> list[Answer]:
-    """The answers of one batch, padded at the left."""
+    """The answers of one batch, padded at the left; at the right for an encoder, whose decoder begins by itself."""
     width, pad = max(map(len, rows)), pad_token(tokenizer, model)
-    ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    fill = lambda row, padding: [*row, *padding] if has_encoder(model) else [*padding, *row]
+    ids_BT = torch.tensor([fill(row, [pad] * (width - len(row))) for row in rows])
+    mask_BT = torch.tensor([fill([1] * len(row), [0] * (width - len(row))) for row in rows])
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     return _generate(model, tokenizer, inputs, max_new_tokens, sampling, streamer)
 
@@ -314,7 +320,7 @@ def _generate(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
 ) -> list[Answer]:
-    """The answers to one batch of inputs of the model, whose tokens are padded at the left."""
+    """The answers to one batch of inputs of the model, padded as in `_continue`."""
     width, pad = inputs["input_ids"].shape[1], pad_token(tokenizer, model)
     parameter = next(model.parameters())
     dtype = getattr(model, "dtype", parameter.dtype)
@@ -323,7 +329,8 @@ def _generate(
         name: value.to(parameter.device, dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-    stops = [_Stops(tokenizer, sampling.stop, width)] if sampling.stop else []
+    begin = 1 if has_encoder(model) else width
+    stops = [_Stops(tokenizer, sampling.stop, begin)] if sampling.stop else []
     out_BT = model.generate(  # type: ignore[operator]
         **placed,
         generation_config=_config(model, tokenizer, pad, max_new_tokens, sampling),
@@ -331,7 +338,7 @@ def _generate(
         streamer=streamer,
     )
     ends = find_end_tokens(_own_end(model), tokenizer)
-    return [_read_answer(tokenizer, ids, max_new_tokens, ends, sampling.stop) for ids in out_BT[:, width:].tolist()]
+    return [_read_answer(tokenizer, ids, max_new_tokens, ends, sampling.stop) for ids in out_BT[:, begin:].tolist()]
 
 
 def _read_answer(

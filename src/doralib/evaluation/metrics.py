@@ -1,7 +1,7 @@
 """Scores of predictions, each with a 95 % bootstrap interval over the rows; numpy alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,22 @@ def mean_score(values_N: Sequence[float], seed: int) -> Score:
     table_N, rows = np.array(values_N), len(values_N)
     drawn_SN = np.random.default_rng(seed).integers(rows, size=(RESAMPLES, rows))
     return _score(float(table_N.mean()), table_N[drawn_SN].mean(axis=1))
+
+
+def corpus_score(counts_NK: Counts, score: Callable[[Counts], float], seed: int) -> Score:
+    """A score of the rows' summed counts, (K,), however it is computed."""
+    rows = len(counts_NK)
+    drawn_SK = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) @ counts_NK
+    return _score(score(counts_NK.sum(axis=0)), np.array([score(counts_K) for counts_K in drawn_SK]))
+
+
+def ratio_score(counts_N: Sequence[float], sizes_N: Sequence[float], seed: int) -> Score:
+    """The sum of the rows' counts over that of their sizes; of no size at all the sum itself."""
+    table_N2 = np.array([counts_N, sizes_N], dtype=np.float64).T
+    rows = len(table_N2)
+    drawn_S2 = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) @ table_N2
+    count, size = table_N2.sum(axis=0)
+    return _score(float(count / max(size, 1)), drawn_S2[:, 0] / np.maximum(drawn_S2[:, 1], 1))
 
 
 def compare_answers(before: str, after: str, seed: int) -> Score:

@@ -312,6 +312,26 @@ class BertScoreTask(GenerationTask):
         return self.counted(text).strip()
 
 
+class TranslationTask(GenerationTask):
+    """How much of the answer is in the generated text, over all rows: BLEU and chrF by sacrebleu."""
+
+    kind: Literal["translation"] = "translation"
+    tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """sacrebleu's name for how BLEU divides a text into words: zh for Chinese, char where words have no blanks."""
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
+class SummaryTask(GenerationTask):
+    """How much of the answer is in the generated text, row by row: ROUGE-1, ROUGE-2 and ROUGE-L."""
+
+    kind: Literal["summary"] = "summary"
+
+    def predicted(self, text: str) -> str:
+        return self.counted(text).strip()
+
+
 class PerplexityTask(Task):
     """How well the model foresees a text."""
 
@@ -329,6 +349,26 @@ class PerplexityTask(Task):
         if empty := sum(not example.answer.strip() for example in made):
             raise DoraError(f"task {self.name}: {empty} of {len(made)} texts are empty; leave those rows out")
         return made
+
+
+class WordsTask(Task):
+    """Which words, and characters, of what is spoken are heard wrongly: WER and CER."""
+
+    named_in = ("audio", "answer")
+    kind: Literal["words"] = "words"
+    prompt: Literal[""] = ""
+    audio: str = "audio"
+    """The column of the files of sounds."""
+    answer: str
+    """A column or template with what is said."""
+    root: str | None = None
+    """The folder that the files are searched from; null: where the data lies."""
+    language: str | None = None
+    """The language that is spoken, for a multilingual model that nothing else tells; null: as it was trained."""
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        root = Path(self.root or (Path(self.data or "").parent)).expanduser()
+        return [Example(str(root / str(row[self.audio])), fill(self.answer, row)) for row in rows]
 
 
 class FolderTask(Task):
@@ -440,6 +480,9 @@ KINDS: dict[str, type[Task]] = {
     "yes_no": YesNoTask,
     "caption": CaptionTask,
     "bertscore": BertScoreTask,
+    "translation": TranslationTask,
+    "summary": SummaryTask,
+    "words": WordsTask,
     "perplexity": PerplexityTask,
     "folder": FolderTask,
     "forecast": ForecastTask,

@@ -41,7 +41,7 @@ _VOCABULARY = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "output", "shared"}
 )
 # a language model, and heads
-_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 # settings that PEFT's file shares with ours, by the same name
 
 

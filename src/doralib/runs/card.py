@@ -10,6 +10,14 @@ from ..disk import replacing
 from .record import METHODS, RunRecord, read_metric, read_run
 from .use import diffusers_code, generate_command, peft_code
 
+_PIPELINES = {
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+}
+"""The hub's word for what a model of a class does."""
 _TASK_TYPES = {"classification": "text-classification", "generation": "text-generation"}
 _SETTINGS = ("method", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights")
 _TRAINING = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")
@@ -51,7 +59,6 @@ def _is_whole(record: RunRecord) -> bool:
 
 def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
     base, draws, found = _base(record), record.unit == "pictures", []
-    sees = bool(record.form.get("pictures"))
     for task, result in record.results["after"].items():
         for metric in _mapping(result.get("metrics")):
             score = read_metric(result, metric)
@@ -62,7 +69,9 @@ def _describe(record: RunRecord, *, whole: bool) -> ModelCardData:
         base_model=base or None,
         base_model_relation="finetune" if whole else "adapter",
         library_name="diffusers" if draws else "transformers" if whole else "peft",
-        pipeline_tag="text-to-image" if draws else "image-text-to-text" if sees else "text-generation",
+        pipeline_tag="text-to-image"
+        if draws
+        else _PIPELINES.get(str(record.summary.get("auto_class")), "text-generation"),
         tags=["doralib", str(record.summary.get("method") or "dora")],
         model_name=_name(record) if found else None,
         eval_results=found or None,
@@ -114,9 +123,8 @@ def _scores(record: RunRecord) -> str:
 def _use(record: RunRecord, place: str, *, whole: bool, on_hub: bool) -> str:
     # what is on the hub names its base there
     named = "" if on_hub else f" --base {_base(record)}"
-    sees = bool(record.form.get("pictures"))
     if whole:
-        auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+        auto = record.summary.get("auto_class", "AutoModelForCausalLM")
         code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{place}")'
         return f"## Use\n\n```python\n{code}\n```"
     if record.unit == "pictures":
@@ -135,20 +143,25 @@ With doralib, which also merges it into a pipeline:
 doralib merge {place}{named} --out merged
 ```"""
     asked, new_line = generate_command(record, place), "\n"
-    code = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{place}")'
+    auto = str(record.summary.get("auto_class", "AutoModelForCausalLM"))
+    served = "\nvllm serve merged" if auto == "AutoModelForCausalLM" else ""
+    peft = auto.replace("AutoModel", "AutoPeftModel")
+    code = f'from peft import {peft}\n\nmodel = {peft}.from_pretrained("{place}")'
+    if auto not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        code = peft_code(replace(record, summary={**record.summary, "base_model": _base(record)}), place)
+    loads = "every server" if served else "transformers"
     return f"""## Use
 
 With PEFT:
 
 ```python
-{peft_code(record, place) if sees else code}
+{code}
 ```
 
-With doralib, which also merges it into a model that every server loads:
+With doralib, which also merges it into a model that {loads} loads:
 
 ```console
-{f"{asked}{named}{new_line}" if asked else ""}doralib merge {place}{named} --out merged
-vllm serve merged
+{f"{asked}{named}{new_line}" if asked else ""}doralib merge {place}{named} --out merged{served}
 ```"""
 
 

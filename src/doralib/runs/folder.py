@@ -25,6 +25,7 @@ _WRITTEN = (
     *("report.html", "figures/*.png", "tensorboard/events.out.tfevents.*", "checkpoints/checkpoint-*/*"),
     *("adapter_config.json", "doralib_config.json", "adapter_model.safetensors", "data.json"),
     *("pytorch_lora_weights.safetensors", "*_emb.safetensors"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json"),
     *("README.md", "model/README.md", "doralib_labels.json", PROMPT_FILE, SERIES_FILE),
     *("doralib_visual.json", "predictions/*"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),

@@ -57,9 +57,10 @@ def html_table(
     return el("div", inner, class_="scroll")
 
 
-# styles stand in the page, pictures in it or beside it; nothing else is fetched, and no script runs
+# styles and sounds stand in the page, pictures in it or beside it; nothing else is fetched, and no script runs
 NO_SCRIPT = el(
     "meta",
     http_equiv="Content-Security-Policy",
-    content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'",
+    content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; media-src data:; base-uri 'none'; "
+    "form-action 'none'",
 )

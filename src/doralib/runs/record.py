@@ -161,7 +161,7 @@ def _is_scored(config: Values) -> bool:
     evaluation, model = config.get("eval"), config.get("model")
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     kind = model.get("kind") if isinstance(model, dict) else None
-    return not config or bool(tasks) or kind in ("classify", "tokens")
+    return not config or bool(tasks) or kind in ("classify", "tokens", "speech", "audio-class")
 
 
 def _read_form(folder: RunFolder, notes: list[str]) -> Values:

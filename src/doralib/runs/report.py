@@ -149,8 +149,11 @@ def _sample(sample: dict[str, Any]) -> Markup:
         for when in ("expected", "before", "after")
         if sample.get(when) is not None
     ]
+    sound = str(sample.get("sound") or "")
+    # nothing but a sound in the page itself is played
+    player = el("audio", src=sound, controls="", preload="metadata") if sound.startswith("data:audio/") else None
     asked = el("p", sample.get("prompt"), class_="text")
-    return el("div", _pictures(sample), asked, el("div", *said, class_="said"), class_="sample")
+    return el("div", _pictures(sample), asked, player, el("div", *said, class_="said"), class_="sample")
 
 
 def _pictures(sample: dict[str, Any]) -> Markup | None:

@@ -10,11 +10,12 @@ from .charts import number_text
 from .markup import Child, Markup, el, html_table, join
 from .record import MetricValue, RunRecord, Values, read_metric
 
-_SHARES = (
-    *("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy"),
-    *("precision", "recall", "f1", "yes_rate"),
+SHARES = (
+    *("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy", "precision", "recall", "f1", "yes_rate"),
+    *("wer", "cer", "rouge1", "rouge2", "rougeL"),
 )
-_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "mase", "smape", "pinball")
+"""Metrics that are shown in per cent."""
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "wer", "cer", "mase", "smape", "pinball")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def results_section(record: RunRecord) -> Markup | None:
         return None
     first = {change.task: change for change in reversed(changes)}
     drawn = [first[task] for task in dict.fromkeys(change.task for change in changes)]
-    shares = [change for change in drawn if change.metric in _SHARES]
+    shares = [change for change in drawn if change.metric in SHARES]
     intro = "Lines, and the small figures, are 95 % bootstrap intervals; that of a change is paired, row by row."
     if not record.results["before"]:
         intro = f"The model was not scored before training. {intro}"
@@ -169,7 +170,7 @@ def _difference(change: _Change, tag: str) -> Markup | None:
     """How much was gained or lost, in the color that says which; of shares in points."""
     if change.difference is None:
         return None
-    share = change.metric in _SHARES
+    share = change.metric in SHARES
     text = f"{100 * change.difference:+.1f}" if share else f"{change.difference:+.3f}"
     unit = el("span", " points", class_="unit") if share else None
     return el(tag, text.replace("-", "\N{MINUS SIGN}"), unit, class_=change.color)
@@ -184,7 +185,7 @@ def _interval(change: _Change) -> Markup | None:
 
 
 def _text(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric in _SHARES else number_text(value)
+    return f"{100 * value:.1f} %" if metric in SHARES else number_text(value)
 
 
 def _matrix(result: Values | None) -> Markup | None:

@@ -7,6 +7,7 @@ from .charts import number_text, time_text
 from .record import RunRecord, Values, is_series, numbers
 
 _SHOWN = 80  # characters of an example
+_OF_SPEECH = ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC")
 
 
 def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]:
@@ -36,6 +37,10 @@ def list_commands(record: RunRecord, place: str | None = None) -> dict[str, str]
 def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     """The command that asks a run something in the form of its training; None for what gives no text."""
     command = f"doralib generate {shlex.quote(place or str(record.path))}"
+    if record.summary.get("auto_class") in _OF_SPEECH:
+        given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
+        sound = str(given.get("audio", "")) if place is None else ""
+        return f"{command} --audio {shlex.quote(sound or 'FILE')}"
     if any(is_series(sample) for sample in record.samples):
         train = record.config.get("data", {}).get("train") if place is None else None
         return f"{command} --file {shlex.quote(train if isinstance(train, str) else 'SERIES.csv')} --out forecasts.csv"
@@ -49,7 +54,7 @@ def generate_command(record: RunRecord, place: str | None = None) -> str | None:
     if record.form.get("style") == "chat":
         return command
     fields = [str(name) for name in record.form.get("fields") or ["prompt"]]
-    given: Values = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
+    given = next((each["given"] for each in record.samples if isinstance(each.get("given"), dict)), {})
     # rows of the training are for those alone who have the run
     texts = {name: _shorten(str(given.get(name, ""))) if place is None else "" for name in fields}
     if len(fields) == 1:
@@ -94,16 +99,15 @@ def _shorten(text: str) -> str:
 
 def peft_code(record: RunRecord, run: str) -> str:
     """What loads a run in PEFT, with its model's own class."""
-    base = str(record.summary.get("base_model"))
+    base, auto = str(record.summary.get("base_model")), str(record.summary.get("auto_class", "AutoModelForCausalLM"))
     where, more = repr(base), ""
     if base.endswith(".gguf"):
         where, more = repr(str(Path(base).parent)), f", gguf_file={Path(base).name!r}"
-    sees = bool(record.form.get("pictures"))
-    model, words = ("AutoModelForImageTextToText", "Processor") if sees else ("AutoModelForCausalLM", "Tokenizer")
+    words = "Processor" if auto == "AutoModelForImageTextToText" or auto in _OF_SPEECH else "Tokenizer"
     return (
         "from peft import PeftModel\n"
-        f"from transformers import {model}, Auto{words}\n\n"
-        f"model = {model}.from_pretrained({where}{more})\n"
+        f"from transformers import {auto}, Auto{words}\n\n"
+        f"model = {auto}.from_pretrained({where}{more})\n"
         f"model = PeftModel.from_pretrained(model, {run!r})\n"
         f"{words.lower()} = Auto{words}.from_pretrained({run!r})"
     )

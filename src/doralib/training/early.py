@@ -28,7 +28,7 @@ def check_early(recipe: Recipe) -> None:
         kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         if kind == "forecast":
             problems += _find_missing_files(recipe.data)
-        elif kind != "image-text":
+        elif kind not in ("image-text", "speech", "audio-class"):  # whose columns are looked at later
             problems += find_data_problems(recipe.data, has_labels=kind in ("classify", "tokens"))
     raise_all(problems)
 

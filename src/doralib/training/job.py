@@ -20,9 +20,10 @@ from ..adapters.load import load_adapter
 from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
+from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
 from ..config import DoraConfig
-from ..data.prepare import Sample
+from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
@@ -186,14 +187,17 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         for task in tasks:
             with collecting(problems):
                 read_examples(task, recipe.eval.limit)
+    hashes = hash_sources(recipe.data)
     with collecting(problems):
         rows = modality.check_rows(recipe.data, recipe.seed)
+        if isinstance(modality, DrawingModality):
+            hashes |= modality.hash_rows(rows)
     inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
-        "data": hash_sources(recipe.data),
+        "data": hashes,
         "inputs": inputs,
     }
     with collecting(problems):
@@ -469,16 +473,12 @@ def _compare_to_before(before: dict[str, Any], after: dict[str, TaskResult], see
 def _sample(job: _Job, when: str) -> None:
     """Keep what the model answers to a few prompts of the data."""
     run = job.plan.run
-    asked = run.read(run.samples, [_write_sample(sample) for sample in job.data.samples])
+    asked = run.read(run.samples, [sample.to_json() for sample in job.data.samples])
     if not asked:
         return
     answers = job.plan.modality.samples(job.model, job.processor, job.plan.recipe.data, asked)
     if is_main():
         files.write_json(run.samples, [{**sample, when: text} for sample, text in zip(asked, answers, strict=True)])
-
-
-def _write_sample(sample: Sample) -> dict[str, Any]:
-    return {key: value for key, value in asdict(sample).items() if key != "pictures" or value}
 
 
 def _train(job: _Job) -> None:
@@ -591,6 +591,21 @@ def _unfinished(trainer: AdapterTrainer) -> bool:
     return bool(trainer.state.global_step < trainer.state.max_steps)
 
 
+def _save_beside(job: _Job) -> None:
+    """Write what makes the model's inputs, and how it is asked, beside its adapter."""
+    run = job.plan.run
+    job.processor.save_pretrained(run.path)
+    if (head := getattr(job.plan.modality, "head", None)) is not None:
+        write_labels(run.path, head)
+    if job.data.form is not None:
+        write_form(run.path, job.data.form)
+    if has_encoder(job.model) and job.model.can_generate():
+        # with what a target begins, which the base may not say
+        job.model.generation_config.save_pretrained(run.path)
+    if isinstance(job.plan.modality, KeepingModality):
+        job.plan.modality.keep(run.path)
+
+
 def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     """Write what was trained, which also marks the training as over."""
     run = job.plan.run
@@ -598,13 +613,7 @@ def _save_trained(job: _Job, trainer: AdapterTrainer) -> None:
     if job.plan.recipe.adapter.method != "full":
         if is_main():
             # first: the adapter's file marks the training as over
-            job.processor.save_pretrained(run.path)
-            if (head := getattr(job.plan.modality, "head", None)) is not None:
-                write_labels(run.path, head)
-            if job.data.form is not None:
-                write_form(run.path, job.data.form)
-            if isinstance(job.plan.modality, KeepingModality):
-                job.plan.modality.keep(run.path)
+            _save_beside(job)
         # a model that is shared out is gathered by all, and written by the first
         if is_main() or trainer.shared_out:
             if isinstance(job.plan.modality, DrawingModality):
@@ -632,6 +641,7 @@ def _write_summary(job: _Job, trainer: AdapterTrainer, status: str) -> None:
         job.plan.run.summary,
         {
             "base_model": recipe.model.path,
+            "auto_class": name_auto_class(type(job.model).__name__),
             "method": recipe.adapter.method,
             "trainable_parameters": changed,
             "total_parameters": total,

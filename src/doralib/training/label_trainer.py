@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..data.prepare import IGNORED
 from .forecast_loss import ForecastLoss
-from .loss import HeadLoss, LabelLoss
+from .loss import DecoderLoss, FrameLoss, HeadLoss, LabelLoss
 from .trainer import AdapterTrainer
 
 
@@ -22,13 +22,17 @@ class LabelTrainer(AdapterTrainer):
         super().__init__(model, args, *others, **more)
         # a compiled model would be compiled anew for each number of labels; DataParallel glues logits row by row
         possible = LabelLoss.is_possible(model) and not args.torch_compile and args.n_gpu <= 1
-        self.label_loss: LabelLoss | HeadLoss | ForecastLoss | None = None
+        self.label_loss: LabelLoss | HeadLoss | ForecastLoss | DecoderLoss | FrameLoss | None = None
         if possible:
             self.label_loss = LabelLoss(model, args.label_smoothing_factor)
         elif HeadLoss.is_possible(model):
             self.label_loss = HeadLoss(args.label_smoothing_factor)
         elif ForecastLoss.is_possible(model):
             self.label_loss = ForecastLoss(model)
+        elif DecoderLoss.is_possible(model):
+            self.label_loss = DecoderLoss(args.label_smoothing_factor)
+        elif FrameLoss.is_possible(model):
+            self.label_loss = FrameLoss(model)
         if self.label_loss is not None:
             # the Trainer then counts the labels of the whole accumulated batch and hands the number to compute_loss
             self.model_accepts_loss_kwargs = True
@@ -46,7 +50,6 @@ class LabelTrainer(AdapterTrainer):
         """Forward and backward of one batch, whose tokens are counted."""
         num_tokens = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"].sum()
         self.meter.add_tokens(self.accelerator.reduce(num_tokens, "sum"))
-        inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -57,7 +60,9 @@ class LabelTrainer(AdapterTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean over the labels of all accumulated batches."""
+        inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
         if self.label_loss is None:
+            inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._eval_totals is not None:
             inputs = self._without_repeats(inputs)

@@ -75,7 +75,7 @@ class LabelLoss:
 
 
 class HeadLoss:
-    """Cross entropy of a classifier, over texts or over words: a sum and a count, so that batches do not matter.
+    """Cross entropy of a classifier, over texts, words or sounds: a sum and a count, so that batches do not matter.
 
     Args:
         label_smoothing: Share of the target spread over the labels.
@@ -91,7 +91,8 @@ class HeadLoss:
         """Whether the loss is plain cross entropy over labels: no regression, and no several labels a text."""
         config: Any = model.config
         kind, problem = getattr(model, "loss_type", None), getattr(config, "problem_type", None)
-        plain = kind in ("ForSequenceClassification", "ForTokenClassification") and config.num_labels > 1
+        kinds = ("ForSequenceClassification", "ForTokenClassification", "ForAudioClassification")
+        plain = kind in kinds and config.num_labels > 1
         return bool(plain and problem in (None, "single_label_classification"))
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -104,6 +105,71 @@ class HeadLoss:
 
     def remove(self) -> None:
         """Nothing was put on the model."""
+
+
+class DecoderLoss:
+    """Cross entropy of what a decoder writes, whose input the model makes of the labels itself: a sum and a count.
+
+    Args:
+        label_smoothing: Share of the target spread over the vocabulary.
+    """
+
+    shifts_labels = False
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    @staticmethod
+    def is_possible(model: nn.Module) -> bool:
+        """Whether the loss is plain cross entropy over the labels; a router's own loss, say, comes on top of it."""
+        config: Any = model.config
+        plain = getattr(model, "loss_type", None) in (None, "ForConditionalGeneration")
+        writes = getattr(config, "is_encoder_decoder", False) and hasattr(model, "generate")
+        return bool(plain and writes and not getattr(config, "output_router_logits", False))
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the labels, and their number."""
+        labels_BT = inputs["labels"]
+        logits_BTV = model(**inputs, use_cache=False).logits
+        learned_BT = labels_BT != IGNORED
+        loss = nnf.cross_entropy(
+            logits_BTV[learned_BT].float(),
+            labels_BT[learned_BT],
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return loss, learned_BT.sum()
+
+    def remove(self) -> None:
+        """Nothing was put on the model."""
+
+
+class FrameLoss:
+    """CTC: how unlikely the letters are in any frames, a sum over rows with the number of letters.
+
+    Args:
+        model: A model for which `is_possible` holds; until `remove` it sums where it would take means.
+    """
+
+    shifts_labels = False
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self._config, self._reduction = config, config.ctc_loss_reduction
+        config.ctc_loss_reduction = "sum"
+
+    @staticmethod
+    def is_possible(model: nn.Module) -> bool:
+        """Whether the model names letters for frames."""
+        return type(model).__name__.endswith("ForCTC") and hasattr(model.config, "ctc_loss_reduction")
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the rows, and the number of their labels."""
+        return model(**inputs).loss, (inputs["labels"] != IGNORED).sum()
+
+    def remove(self) -> None:
+        """The model takes means again."""
+        self._config.ctc_loss_reduction = self._reduction
 
 
 def _head(model: nn.Module) -> Any:

@@ -79,6 +79,9 @@ class Modality(Protocol):
 class DrawingModality(Protocol):
     """A modality whose samples are pictures, drawn at each checkpoint too, and whose layers are its own to choose."""
 
+    def hash_rows(self, rows: RawRows) -> dict[str, str]:
+        """Hashes of what files of rows name and do not hold, by what it is; a resumed run must find them again."""
+
     def configure(self, model: nn.Module, processor: Any, config: DoraConfig) -> DoraConfig:
         """The adapter's settings with what follows from the model; it gets the recipe's new tokens."""
 

@@ -21,5 +21,5 @@ class Outlook:
     steps: int
     steps_an_epoch: int
     memory: Estimate | None
-    """None where the model cannot be built without its weights."""
+    """None where it cannot be estimated."""
     data: Prepared

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import UsageError
 from ...runs.plots import new_figure
 from ..page import COLORS, Section, save_figures, style_axes, write_sections
+from .pictures import pictures_section
 from .study import Comparison
 from .table import CellResult, Difference, compare_methods, losses_by_rate, main_metric, summarize, write_csv
 
@@ -88,6 +89,8 @@ def _sections(
         )
         head, rows = difference_rows(comparison, differences)
         sections.append(Section("Differences of methods", text, head, rows))
+    if (pictures := pictures_section(comparison)) is not None:
+        sections.append(pictures)
     if "rates" in drawn:
         text = "Validation loss of the first seed at each rate that was tried, less the runs that were stopped early."
         sections.append(Section("Rates", text, figures=["rates"]))

@@ -1,5 +1,6 @@
 """The families of diffusion models: which network is trained, what it is told of a picture, and how it is asked."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,7 @@ _JOINT = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""The layers of a CLIP text encoder that are adapted."""
+_ENCODER_LAYER = re.compile(r"(?P<part>\w+)\..*\blayers\.(?P<number>\d+)\.self_attn\.(q_proj|k_proj|v_proj|out_proj)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class DiffusionFamily:
     flow: bool = False
     """Whether it learns the flow from a picture to noise; else what its scheduler's prediction_type says."""
     time_weighting: str = "none"
+    shortened: tuple[str, ...] = ()
+    """The encoders of which nothing sees what their last layer gives."""
     patch: int = 1
     """Latents to a side of what the network sees as one."""
 
@@ -141,6 +143,7 @@ FAMILIES = (
         _ATTENTION,
         _encode_pooled,
         _predict_sdxl,
+        shortened=("text_encoder",),
     ),
     DiffusionFamily(
         "sd3",
@@ -168,6 +171,14 @@ FAMILIES = (
         patch=2,
     ),
 )
+
+
+def list_encoder_targets(model: nn.Module, family: DiffusionFamily) -> list[str]:
+    """The layers of text encoders that are adapted: of their attention, but where it would be in vain."""
+    found = [match for name, _ in model.named_modules() if (match := _ENCODER_LAYER.fullmatch(name))]
+    found = [match for match in found if match["part"] in family.encoders]
+    last = {part: max((int(m["number"]) for m in found if m["part"] == part), default=-1) for part in family.shortened}
+    return [match[0] for match in found if int(match["number"]) != last.get(match["part"])]
 
 
 def find_family(index: Mapping[str, Any], path: str) -> DiffusionFamily:

@@ -4,21 +4,26 @@ from collections.abc import Callable
 
 from ...checkpoints.kind import is_pipeline, read_kind
 from ...checkpoints.pipelines import import_diffusers
-from ...recipe import Recipe
+from ...errors import UsageError
+from ...recipe import DataSettings, Recipe
 from ..modality import Modality
-from . import text
+from . import seq2seq, text
+from .audio_class import SoundLabels
 from .classify import Classification
 from .forecast import Forecasting
 from .image_text import ImageText
 from .preference import Preference
+from .speech import Speech
 from .vl_bart import VisualTasks
 
-MODALITIES: dict[str, Modality] = {"text": text}
+MODALITIES: dict[str, Modality] = {"text": text, "seq2seq": seq2seq}
 
 _BY_KIND: dict[str, Callable[[], Modality]] = {
     "classify": lambda: Classification("classify"),
     "tokens": lambda: Classification("tokens"),
     "image-text": ImageText,
+    "speech": Speech,
+    "audio-class": SoundLabels,
     "forecast": Forecasting,
 }
 """Those that know the data once they have seen them."""
@@ -30,6 +35,7 @@ def choose_modality(recipe: Recipe) -> Modality:
         return Preference(recipe.objective)
     settings = recipe.model
     kind = (read_kind(settings.path) or "causal") if settings.kind == "auto" else settings.kind
+    _check_read(recipe.data, kind)
     if kind == "vl-bart":
         return VisualTasks(recipe)
     if settings.kind == "text-to-image" or (settings.kind == "auto" and is_pipeline(settings.path)):
@@ -38,4 +44,29 @@ def choose_modality(recipe: Recipe) -> Modality:
         from .text_to_image import Pictures  # noqa: PLC0415
 
         return Pictures(recipe)
-    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES["text"]
+    return _BY_KIND[kind]() if kind in _BY_KIND else MODALITIES.get(kind, MODALITIES["text"])
+
+
+_READ_BY = {
+    **dict.fromkeys(("audio", "audio_seconds"), ("speech", "audio-class")),
+    "root": ("image-text", "speech", "audio-class"),
+    "translate": ("speech",),
+    "language": ("seq2seq", "speech"),
+    "source_language": ("seq2seq",),
+}
+"""Settings of data that are for some kinds of model alone."""
+
+
+def _check_read(data: DataSettings, kind: str) -> None:
+    """Check that nothing is set that this kind of model would not read.
+
+    Raises:
+        UsageError: naming what is set, and who reads it.
+    """
+    problems = [
+        f"data.{name}: read for model.kind {' or '.join(kinds)}, and this model is of kind {kind}; leave it out"
+        for name, kinds in _READ_BY.items()
+        if kind not in kinds and getattr(data, name) != DataSettings.model_fields[name].default
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))

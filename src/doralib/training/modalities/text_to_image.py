@@ -22,19 +22,27 @@ from ...checkpoints.pipelines import (
     read_pipeline_index,
 )
 from ...config import DoraConfig
-from ...data.captioned import FittedPicture, fit_picture, list_pictures, open_captioned, read_caption, read_pictures
+from ...data.captioned import (
+    FittedPicture,
+    fit_picture,
+    list_hashes,
+    list_pictures,
+    open_captioned,
+    read_caption,
+    read_pictures,
+)
 from ...data.prepare import BadRow, PreparedRows, Row, RowNumber, RowReport, Sample
 from ...data.rows import RawRows
 from ...disk import replacing
 from ...errors import UsageError
 from ...evaluation.pictures import Drawing, draw_pictures, picture_text
-from ...files import write_tensors
+from ...files import hash_texts, write_tensors
 from ...formats import FORMATS
 from ...formats.base import Hints
 from ...formats.files import write_raw_adapter
 from ...progress import Tick
 from ...recipe import DataSettings, DiffusionSettings, ModelSettings, Recipe
-from ..diffusion.families import ENCODER_TARGETS, DiffusionFamily, find_family
+from ..diffusion.families import DiffusionFamily, find_family, list_encoder_targets
 from ..diffusion.model import TextToImage
 from ..diffusion.sizes import choose_size, list_sizes
 from ..distributed import is_main
@@ -102,6 +110,10 @@ class Pictures:
         self._list_sizes()
         return read_pictures(settings, seed)
 
+    def hash_rows(self, rows: RawRows) -> dict[str, str]:
+        """The hash of all pictures and captions."""
+        return {"pictures and captions": hash_texts(list_hashes(rows))}
+
     def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """The network that is trained, with its text encoders if those are too; and the pipeline."""
         family = self._find_family()
@@ -119,7 +131,7 @@ class Pictures:
         family = self._find_family()
         targets = family.targets if config.target_modules is None else config.target_modules
         if self.settings.text_encoders and isinstance(targets, tuple):
-            targets = tuple(dict.fromkeys((*targets, *ENCODER_TARGETS)))
+            targets = tuple(dict.fromkeys((*targets, *list_encoder_targets(model, family))))
         changes: dict[str, Any] = {"target_modules": targets}
         tokens = self.recipe.model.new_tokens
         if tokens and processor.pipeline is not None:
@@ -272,11 +284,12 @@ class _Making:
         model, gallery = self.model, self.gallery
         nn.Module.to(self.vae, "cpu", self.dtype)
         model.captions = gallery.captions
-        if model.trains_encoders:
-            return
         encoders = [part for name, part in list_modules(gallery.pipeline).items() if name.startswith("text_encoder")]
         for part in encoders:
             part.to(self.device)
+        if model.trains_encoders:
+            # T5, which is not, is asked at each step too
+            return
         with torch.no_grad():
             for caption in gallery.captions:
                 found = model.encode([caption])
@@ -309,8 +322,9 @@ def _collate(gallery: Gallery, rows: Sequence[Row]) -> dict[str, Any]:
     numbers = own + prior
     captions = [gallery.numbers[i] for i in numbers]
     batch: dict[str, Any] = {
-        "labels": [gallery.latents[i] for i in numbers],
+        # the first says to the Trainer how many there are
         "rows_B": torch.tensor(numbers),
+        "labels": [gallery.latents[i] for i in numbers],
         "captions_B": torch.tensor(captions),
         "sizes_B6": torch.tensor([gallery.sizes[i] for i in numbers]),
         "prior_B": torch.tensor([False] * len(own) + [True] * len(prior)),

@@ -113,19 +113,12 @@ def estimate_run(
         calibrate: Run a few small steps for the time; only this device can be timed.
 
     Raises:
-        UsageError: if there is no such model, or it takes pictures.
+        UsageError: if there is no such model, or it is of a kind whose step is not known beforehand.
     """
     if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
     config = load_config(recipe.model)
-    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    if kind == "image-text":
-        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
-    if kind == "vl-bart":
-        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
-    if kind == "forecast":
-        raise UsageError("a plan is made for models of text; those of series are small enough to try")
-    head: HeadKind | None = kind if kind in HEADS else None
+    head = _find_head(recipe, config)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
     device = "cuda" if planned else here.type
@@ -145,6 +138,19 @@ def estimate_run(
         seconds, how = _time(skeleton, lengths, count, here, calibrate=calibrate)
     made = Estimate(device, processes, strategy, count, lengths, parts, limit, largest, (), seconds, how)
     return replace(made, advice=setting.advise(made, growth)) if made.fits is False else made
+
+
+def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
+    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
+    if kind == "image-text":
+        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
+    if kind == "vl-bart":
+        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
+    if kind == "forecast":
+        raise UsageError("a plan is made for models of text; those of series are small enough to try")
+    if kind in ("seq2seq", "speech", "audio-class"):
+        raise UsageError(f"plan: the memory of a model of kind {kind} is not estimated; a few steps show what it takes")
+    return kind if kind in HEADS else None
 
 
 def check_fits(estimate: Estimate) -> None:
