@@ -241,7 +241,7 @@ def test_the_verbs_about_a_recipe(folders, run):
     # 24 of gqa in batches of 8, 24 of nlvr in batches of 4
     assert "4, 9 an epoch" in out
     status, _, err = run("data", file)
-    assert (status, "doralib data shows rows of texts" in err) == (2, True)
+    assert (status, "doralib data shows rows of one text" in err) == (2, True)
     status, _, err = run("plan", file)
     assert (status, "its memory is not estimated" in err) == (2, True)
     status, out, err = run("train", file, "training.max_steps=1", "eval.before=false")
