@@ -78,6 +78,13 @@ def write_json(file, value):
     file.write_text(json.dumps(value))
 
 
+def write_picture(file):
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 6), (200, 30, 30)).save(file)
+
+
 def make_image_folder(root, count=24, people=True):
     """VQA, GQA, NLVR2 and captions of pictures of one color each."""
     draw, grids = random.Random(0), "clip_features/data_clip_RN101_att"
@@ -123,6 +130,7 @@ def make_image_folder(root, count=24, people=True):
                     "uid": f"nlvr2_{split}_{i}",
                 }
             )
+        write_picture(root / "COCO" / "images" / f"COCO_val2014_{1000:012d}.png")
         write_json(root / "vqa" / f"{vqa}.json", rows["vqa"])
         write_json(root / "GQA" / ("train.json" if split == "train" else "testdev.json"), rows["gqa"])
         write_json(root / "nlvr" / f"{split}.json", rows["nlvr"])

@@ -7,7 +7,8 @@ import torch
 from conftest import make_tokenizer
 from transformers import BartConfig
 
-from doralib.checkpoints.vl_bart import EXTRA_TOKENS, VLBart, extend_vocabulary, read_visual, write_visual
+from doralib.checkpoints.visual_file import read_visual, write_visual
+from doralib.checkpoints.vl_bart import EXTRA_TOKENS, VLBart, extend_vocabulary
 from doralib.recipe import VisualSettings
 
 TINY = {

@@ -14,7 +14,8 @@ from doralib.checkpoints.load import load_model, load_vl_bart
 from doralib.data.layouts import choose_tasks
 from doralib.data.rows import read_both
 from doralib.errors import UsageError
-from doralib.evaluation import visual
+from doralib.evaluation import captions, visual
+from doralib.evaluation.layout_scores import score_layout
 from doralib.evaluation.metrics import Score
 from doralib.files import read_tensors
 from doralib.recipe import DataSettings, Recipe
@@ -96,6 +97,8 @@ def test_the_answer_is_learned_from_the_picture(trained):
     page = (trained / "report.html").read_text()
     assert "vqa: what color is it?" in page
     assert "gpa: what color?" in page
+    # the picture of a row, where it lies in the layout's folder
+    assert page.count('<img src="data:image/webp;base64,') == 2
 
 
 def test_a_saved_model_is_a_vl_bart_again(trained):
@@ -105,7 +108,8 @@ def test_a_saved_model_is_a_vl_bart_again(trained):
     assert tokenizer.convert_tokens_to_ids("<vis_extra_id_0>") == len(model.get_input_embeddings().weight) - 1
 
 
-def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trained):
+def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trained, run):
+    merge = run
     run = train(
         make_recipe(folders, "adapter", base="full/model", model={"path": str(trained / "model"), "kind": "vl-bart"})
     )
@@ -117,14 +121,63 @@ def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trai
     model, tokenizer = load_model(str(run))
     settings = make_recipe(folders, "x").data
     rows = read_both(settings, 0).validation
-    results, files = visual.score_layout(visual.VisualModel(model, tokenizer, settings, 3), list(rows))
+    results, files = score_layout(visual.VisualModel(model, tokenizer, settings, 3), list(rows))
     after = json.loads((run / "results.json").read_text())["after"]
     assert {name: result.right for name, result in results.items()} == {n: r["right"] for n, r in after.items()}
     assert {name: (run / "predictions" / name).read_text() for name in files} == files
+    status, told, err = merge("merge", run, "--out", folders / "merged", "--verify")
+    assert status == 0, told + err
+    assert "logits of the merged and the adapted model differ by" in told
+    merged, _ = load_model(str(folders / "merged"))
+    assert all(name.startswith("visual") or "lora" not in name for name in merged.state_dict())
+    again, _ = score_layout(visual.VisualModel(merged, tokenizer, settings, 3), list(rows))
+    assert {name: result.right for name, result in again.items()} == {n: r.right for n, r in results.items()}
+    status, _, err = merge("merge", run, "--out", folders / "merged2", "--verify", "exact")
+    assert (status, "--verify exact: an adapter of a VL-BART is merged alone" in err) == (2, True)
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 8
     assert all({"prompt", "expected", "before", "after"} <= set(sample) for sample in samples)
     assert len(rows) == 32
+
+
+def test_eval_gives_the_scores_of_the_run(folders, trained, run, monkeypatch):
+    monkeypatch.setattr(captions, "check_caption_tools", lambda _: None)
+    out = folders / "scores.json"
+    tasks = f"vl-bart/image={folders / 'images'}"
+    status, told, err = run("eval", trained / "model", "--tasks", tasks, "--out", out, "--batch-size", "5")
+    assert status == 0, told + err
+    found = json.loads(out.read_text())["after"]
+    wanted = json.loads((trained / "results.json").read_text())["after"]
+    for name in ("vqa", "gqa", "nlvr"):
+        assert found[f"vl-bart/{name}"]["right"] == wanted[name]["right"]
+        assert found[f"vl-bart/{name}"]["metrics"] == wanted[name]["metrics"]
+    assert found["vl-bart/caption"]["n"] == 8
+
+
+def test_generate_answers_about_a_file_of_features(folders, trained, run):
+    model, tokenizer = load_model(str(trained / "model"))
+    settings = make_recipe(folders, "x", tasks={"gqa": 1, "nlvr": 1}).data
+    rows = {row["task"]: row for row in read_both(settings, 0).validation}
+    (said,) = visual.VisualModel(model, tokenizer, settings).answer(choose_tasks(settings)["gqa"], [rows["gqa"]])
+    asked = ("generate", trained / "model", "--prompt", rows["gqa"]["text"])
+    status, out, err = run(*asked, "--features", rows["gqa"]["features"][0])
+    assert (status, out.strip()) == (0, said), err
+    two = [each for file in rows["nlvr"]["features"] for each in ("--features", file)]
+    status, out, err = run(*asked[:2], "--prompt", rows["nlvr"]["text"], *two)
+    assert (status, out.strip() in ("true", "false")) == (0, True), err
+    status, _, err = run(*asked)
+    assert (status, "give one --prompt as in its training" in err) == (2, True)
+    status, _, err = run(*asked, "--features", folders / "absent.h5")
+    assert (status, "there is no file" in err) == (2, True)
+
+
+def test_a_language_model_is_not_asked_about_features(folders, run, tiny_llama_folder):
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", f"vl-bart/gqa={folders / 'images'}")
+    assert status == 2
+    assert "asks a VL-BART about features, and this is a LlamaForCausalLM" in err
+    status, _, err = run("eval", tiny_llama_folder, "--tasks", f"vl-bart/gqa={folders / 'bart'}")
+    assert status == 2
+    assert "testdev.json, which is not there" in err
 
 
 def test_what_a_server_takes(trained):
@@ -177,6 +230,25 @@ def test_files_of_video_predictions(folders):
     assert isinstance(first["descs"][0]["desc"], str)
     other = json.loads((folder / "yc2c_val_predictions.jsonl").read_text().splitlines()[5])
     assert set(other) == {"video_id", "clip_id", "descs"}
+
+
+def test_the_verbs_about_a_recipe(folders, run):
+    file = folders / "recipe.yaml"
+    file.write_text(make_recipe(folders, "from-a-file", tasks={"gqa": 1, "nlvr": 0.5}).to_yaml())
+    status, out, err = run("check", file)
+    assert status == 0, out + err
+    assert "of one task, its size times 1 (gqa), 0.5 (nlvr)" in out
+    # 24 of gqa in batches of 8, 24 of nlvr in batches of 4
+    assert "4, 9 an epoch" in out
+    status, _, err = run("data", file)
+    assert (status, "doralib data shows rows of texts" in err) == (2, True)
+    status, _, err = run("plan", file)
+    assert (status, "its memory is not estimated" in err) == (2, True)
+    status, out, err = run("train", file, "training.max_steps=1", "eval.before=false")
+    assert status == 0, out + err
+    assert (folders / "from-a-file" / "doralib_visual.json").is_file()
+    status, _, err = run("train", file, "data.train=" + str(folders / "videos"))
+    assert (status, "task gqa is read from" in err) == (2, True)
 
 
 def test_true_or_false_is_a_matter_of_two_logits(trained):

@@ -51,7 +51,8 @@ from .heads import Head, find_head, is_of_head
 from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
-from .vl_bart import VLBart, extend_vocabulary, read_visual
+from .visual_file import read_visual
+from .vl_bart import VLBart, extend_vocabulary
 from .window import fit_positions, has_window
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 Around transformers' BART, which is not changed: the encoder's states are made here and handed to it.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,6 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.bart.modeling_bart import shift_tokens_right
-
-from ..files import read_json, write_json
-from ..recipe import VisualSettings
-
-VISUAL_FILE = "doralib_visual.json"
-"""Says, beside an adapter, which features its model reads."""
 
 EXTRA_TOKENS = tuple(f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in range(99, -1, -1))
 """Added to the vocabulary at its end; the row of the last but i is what the i-th feature of a picture gets."""
@@ -161,15 +153,3 @@ def extend_vocabulary(model: VLBart, tokenizer: Any) -> None:
     drawn = np.random.RandomState(0).normal(0, model.config.init_std, (len(EXTRA_TOKENS), table_VC.shape[1]))
     with torch.no_grad():
         table_VC[-len(EXTRA_TOKENS) :].copy_(torch.from_numpy(drawn))
-
-
-def write_visual(folder: Path, settings: VisualSettings) -> None:
-    """Keep the settings beside an adapter."""
-    write_json(folder / VISUAL_FILE, settings.model_dump(mode="json"))
-
-
-def read_visual(folder: Path) -> VisualSettings | None:
-    """What stands beside an adapter; None: it is of no such model."""
-    file = folder / VISUAL_FILE
-    said: Mapping[str, Any] | None = read_json(file, dict) if file.is_file() else None
-    return None if said is None else VisualSettings(**said)

@@ -61,6 +61,9 @@ def generate_command(
     guidance: Annotated[float | None, typer.Option(min=0, help="Pictures: how much the prompt counts.")] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Pictures: height and width in pixels.")] = None,
     negative: Annotated[str | None, typer.Option(help="Pictures: what is not to be seen.")] = None,
+    features: Annotated[
+        list[Path] | None, typer.Option(help="Of a VL-BART: what doralib features wrote; once for each picture.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Put on MODEL; of several each answers.")
     ] = None,
@@ -73,7 +76,6 @@ def generate_command(
     """
     from ..checkpoints.load import load_model, load_named_adapters, read_named_adapters
     from ..checkpoints.pipelines import find_pipeline
-    from ..evaluation.classifier import find_head_kind
     from ..evaluation.generation import Sampling
     from ..formats.base import Hints
     from ..hub import add_revision
@@ -128,17 +130,18 @@ def generate_command(
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
     loaded, tokenizer = load()
-    if find_head_kind(loaded) is not None:
-        raise UsageError(f"{model} gives labels and no text; score it with doralib eval")
-    if _write_down(loaded, tokenizer, audio or [], out, batch_size):
+    if _answer_by_features(features or [], model, loaded, tokenizer, prompt, max_new_tokens) or _write_down(
+        loaded, tokenizer, audio or [], out, batch_size
+    ):
         return
+    _check_writes(model, loaded)
     load_named_adapters(loaded, named)
     encoder = _make_encoder(loaded, tokenizer, model, pictures)
     asking = _Asking(loaded, tokenizer, named, forms, max_new_tokens, sampling, encoder, pictures)
-    if not asked:
+    if asked:
+        _tell_answers(asking, complete, asked, out, batch_size)
+    else:
         asking.chat(system)
-        return
-    _tell_answers(asking, complete, asked, out, batch_size)
 
 
 def _write_down(model: Any, processor: Any, sounds: Sequence[Path], out: Path | None, batch_size: int) -> bool:
@@ -264,6 +267,38 @@ class _Asking:
         if name not in self.named or self.encoder is not None:
             return self.tokenizer if self.encoder is None else self.encoder.tokenizer
         return load_own_tokenizer(self.model, self.named[name], lambda: self.tokenizer)
+
+
+def _check_writes(name: str, model: Any) -> None:
+    """Raise UsageError if a model gives no text."""
+    from ..evaluation.classifier import find_head_kind
+
+    if find_head_kind(model) is not None:
+        raise UsageError(f"{name} gives labels and no text; score it with doralib eval")
+
+
+def _answer_by_features(
+    features: Sequence[Path], name: str, model: Any, tokenizer: Any, prompt: str | None, max_new_tokens: int
+) -> bool:
+    """Print what a VL-BART answers about some features; whether the model is one.
+
+    Raises:
+        UsageError: if features are given to another model, or none to a VL-BART.
+    """
+    from ..evaluation.visual import ask_about
+
+    if not hasattr(model, "visual_embedding"):
+        if features:
+            raise UsageError(f"--features: {name} is no VL-BART and reads none; leave it out")
+        return False
+    if prompt is None or not features:
+        raise UsageError(
+            f"{name} is a VL-BART: give one --prompt as in its training, such as 'vqa: what is it?', and --features"
+        )
+    if absent := [str(file) for file in features if not file.is_file()]:
+        raise UsageError(f"--features: there is no file {', '.join(absent)}; doralib features makes it of a picture")
+    print(show_controls(ask_about(model, tokenizer, prompt, list(map(str, features)), max_new_tokens)))
+    return True
 
 
 def _tell_empty(answers: "Sequence[Answer]") -> list[str]:

@@ -24,6 +24,7 @@ from .convert import convert_command
 from .data import data_command
 from .demo import demo_command
 from .eval import eval_command
+from .features import features_command
 from .generate import generate_command
 from .init import init_command
 from .inspect import inspect_command
@@ -144,6 +145,13 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
         doralib inspect adapter.safetensors --base models/base --json
         """,
     ),
+    "features": (
+        features_command,
+        """
+        doralib features pictures --model google/vit-base-patch16-224 --out features
+        doralib features clips --model openai/clip-vit-base-patch32 --fps 0.5 --out features
+        """,
+    ),
     "targets": (targets_command, "doralib targets HuggingFaceTB/SmolLM2-135M"),
     "analyze": (analyze_command, "doralib analyze models/base runs/reviews --out movement"),
     "compare": (compare_command, "doralib compare recipe.yaml --methods lora,dora --seeds 0,1,2 --out runs/compare"),
@@ -181,6 +189,7 @@ _EXTRAS = {
     "reasoning_gym": "problems",
     "pycocoevalcap": "caption",
     "h5py": "vlbart",
+    **dict.fromkeys(("PIL", "av"), "vision"),
 }
 """The extra that brings a package."""
 

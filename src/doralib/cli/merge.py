@@ -47,12 +47,18 @@ def merge_command(
     from ..checkpoints.deploy import check_server, prepare_for
     from ..checkpoints.kind import find_pipeline_folder
     from ..checkpoints.merge import Ingredient
+    from ..checkpoints.visual_file import read_visual
     from ..formats.base import Hints
     from ..hub import add_revision, fetch_folder
 
     adapters = [fetch_folder(add_revision(each, revision)) for each in adapters]
     if server is not None:
         check_server(server)
+    if any(read_visual(each) is not None for each in adapters):
+        given: dict[str, object] = {"--weight": weight, "--component": component, "--variant": variant, "--for": server}
+        given |= {"--untie": untie, "--alpha": alpha, "--verify exact": "exact" in (verify or ())}
+        _merge_visual(adapters, base, out, dtype, overwrite, [name for name, value in given.items() if value])
+        return
     each = Ingredient(Path(), given=Hints(alpha=alpha, component=component, allow_nonfinite=allow_nonfinite))
     pipeline = find_pipeline_folder(adapters[0], base)
     if pipeline is not None:
@@ -77,6 +83,27 @@ def merge_command(
         console.print(line)
     if as_json:
         print_json(asdict(summary))
+
+
+def _merge_visual(
+    adapters: Sequence[Path], base: str | None, out: Path, dtype: str | None, overwrite: bool, others: Sequence[str]
+) -> None:
+    """Merge the one adapter of a VL-BART, whose logits are always compared.
+
+    Args:
+        others: Options that were given and mean nothing here.
+
+    Raises:
+        UsageError: if there are several adapters, or such options.
+    """
+    from ..checkpoints.merge_visual import merge_visual
+
+    if len(adapters) > 1 or others:
+        what = ", ".join(others) or "several adapters"
+        raise UsageError(f"{what}: an adapter of a VL-BART is merged alone, with --base, --dtype and --overwrite")
+    console.print(f"merging {adapters[0]}, with its visual embedding and the extra tokens")
+    found = merge_visual(adapters[0], base, out, dtype=dtype, overwrite=overwrite)
+    console.print(f"logits of the merged and the adapted model differ by {found:.1e} of the largest; written to {out}")
 
 
 def merge_parts(

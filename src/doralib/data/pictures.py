@@ -119,11 +119,11 @@ def open_picture(picture: Picture, longest: int | None = None) -> "Image":
         made = ImageOps.exif_transpose(opened)
         if made.mode in ("RGBA", "LA", "PA") or "transparency" in made.info:
             layered = made.convert("RGBA")
-            made = _images().new("RGBA", layered.size, (255, 255, 255, 255))
+            made = import_pillow().new("RGBA", layered.size, (255, 255, 255, 255))
             made.alpha_composite(layered)
         made = made.convert("RGB")
     size = shrink(made.size, longest)
-    return made if size == made.size else made.resize(size, _images().Resampling.BICUBIC)
+    return made if size == made.size else made.resize(size, import_pillow().Resampling.BICUBIC)
 
 
 def shrink(size: Size, longest: int | None) -> Size:
@@ -137,7 +137,7 @@ def shrink(size: Size, longest: int | None) -> Size:
 def measure_pictures(pictures: Iterable[Picture]) -> dict[Picture, Size | BadRow]:
     """The size of each picture, or why it cannot be used: each is read once, in threads, and none is kept."""
     each = list(dict.fromkeys(pictures))
-    _images()
+    import_pillow()
     with ThreadPoolExecutor() as pool:
         return dict(zip(each, pool.map(_measure, each), strict=True))
 
@@ -157,7 +157,7 @@ def _measure(picture: Picture) -> Size | BadRow:
 
 def make_blank(size: Size) -> "Image":
     """A white picture."""
-    return _images().new("RGB", size, (255, 255, 255))
+    return import_pillow().new("RGB", size, (255, 255, 255))
 
 
 def make_thumbnail(picture: Picture) -> str:
@@ -182,7 +182,7 @@ def is_picture_name(value: Any) -> bool:
 
 def _open(picture: Picture) -> "Image":
     source: Any = io.BytesIO(picture.data) if picture.data is not None else picture.path
-    return _images().open(source)
+    return import_pillow().open(source)
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def _reading(picture: Picture) -> Iterator[None]:
         raise BadRow("with a picture that cannot be read", f"{picture.name()}: {why}") from None
 
 
-def _images() -> Any:
+def import_pillow() -> Any:
     """Pillow's module, which is an extra.
 
     Raises:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
 from ..data.forecaster import is_forecaster
+from ..data.layouts import choose_tasks
 from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
@@ -47,6 +48,7 @@ from .task import (
     ClassificationTask,
     Example,
     FirstLabelTask,
+    FolderTask,
     ForecastExample,
     ForecastTask,
     GenerationTask,
@@ -60,6 +62,7 @@ from .task import (
     read_examples,
 )
 from .transcripts import Spoken, choose_normalizer, score_transcripts, transcribe
+from .visual import VisualModel, score_answers
 from .vqa import normalize_answer, soft_accuracy, vqa_scores
 
 _WRONG_KEPT = 20
@@ -539,6 +542,21 @@ def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _
     return _Outcome(perplexity_scores(loss_N, tokens_N, bytes_N, scorer.seed), cut=sum(cut for _, cut in pieces))
 
 
+def _run_folder(task: FolderTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    if not hasattr(scorer.model, "visual_embedding"):
+        raise UsageError(
+            f"task {task.name}: kind folder asks a VL-BART about features, and this is a {type(scorer.model).__name__}"
+        )
+    settings = task.settings()
+    if (limit := context_length(scorer.model)) is not None:
+        settings = settings.model_copy(update={"max_length": min(limit, settings.max_length)})
+    asked = VisualModel(scorer.model, scorer.tokenizer, settings, scorer.batch_size)
+    own, rows = choose_tasks(settings)[task.task], [example.row for example in examples if example.row is not None]
+    said = asked.answer(own, rows, scorer.tick)
+    metrics, values = score_answers(own, rows, said, seed=scorer.seed)
+    return _Outcome(metrics, said, [value > 0 for value in values])
+
+
 def _run_forecast(task: ForecastTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
     origins = [each.origin for each in examples if isinstance(each, ForecastExample)]
     # a model of series has no tokenizer, but what it looked back on in training
@@ -560,6 +578,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     SummaryTask: _run_summary,
     GenerationTask: _run_generation,
     PerplexityTask: _run_perplexity,
+    FolderTask: _run_folder,
     ForecastTask: _run_forecast,
 }
 

@@ -14,7 +14,7 @@ from ..data.pictures import Picture, find_picture, find_root, keep_picture_files
 from ..data.prepare import BadRow, Row
 from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
-from ..recipe import SeriesSettings
+from ..recipe import DataSettings, SeriesSettings
 from .numbers import read_number
 
 if TYPE_CHECKING:
@@ -371,6 +371,52 @@ class WordsTask(Task):
         return [Example(str(root / str(row[self.audio])), fill(self.answer, row)) for row in rows]
 
 
+class FolderTask(Task):
+    """A task of a folder about pictures or videos, asked of a VL-BART and scored as it was published."""
+
+    named_in = ()
+    kind: Literal["folder"] = "folder"
+    layout: Literal["vlbart", "value"]
+    """How the folder that is given as data is laid out, as data.layout of a recipe."""
+    task: str
+    """Its name there: vqa, gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c."""
+    split: Literal["validation", "test"] = "test"
+    """Which of its rows."""
+    prompt: str = ""
+    """Not read: the layout has texts of its own."""
+    features: str | None = None
+    """The folder of features below the task's own; null: as it is published."""
+    max_length: int = Field(default=600, ge=2)
+    """Tokens of a text."""
+
+    def settings(self) -> DataSettings:
+        """The same as settings of a recipe's data."""
+        given: dict[str, Any] = {"train": self.data, "validation": self.data, "validation_split": self.split}
+        given |= {"layout": self.layout, "tasks": {self.task: 1.0}, "features": self.features}
+        return DataSettings(**given, max_length=self.max_length)
+
+    def read(self, limit: int | None) -> "list[Example]":
+        """One example for each row whose features are there.
+
+        Raises:
+            UsageError: if files are missing, or what scores them is not installed.
+        """
+        from ..data.layouts import choose_tasks, read_layout  # noqa: PLC0415  a task is checked without `datasets`
+        from .captions import check_caption_tools  # noqa: PLC0415
+
+        settings, where = self.settings(), f"task {self.name}: data"
+        if choose_tasks(settings)[self.task].scoring == "caption":
+            check_caption_tools(where)
+        rows, _ = read_layout(settings, str(self.data), self.split, where)
+        there = [row for row in rows if all(Path(file).is_file() for file in row["features"])]
+        if not there:
+            raise UsageError(f"{where}: no row has its features; the first would be {rows[0]['features'][0]}")
+        known = [row for row in there if row["targets"] or row["answers"]]
+        if not known:
+            raise UsageError(f"{where}: of no row of {self.split} the answer is known; give another split")
+        return [Example(row["text"], [*row["targets"], *row["answers"]][0], row=row) for row in known[:limit]]
+
+
 class ForecastTask(Task):
     """How near a model of series comes to what followed, at the last origins of each series."""
 
@@ -438,6 +484,7 @@ KINDS: dict[str, type[Task]] = {
     "summary": SummaryTask,
     "words": WordsTask,
     "perplexity": PerplexityTask,
+    "folder": FolderTask,
     "forecast": ForecastTask,
 }
 
@@ -453,6 +500,8 @@ class Example:
     """The texts to choose from, with the space before them."""
     truth: int = -1
     """Which option is right."""
+    row: Row | None = None
+    """Of a layout, what the text alone does not say."""
     answers: tuple[str, ...] = ()
     """What several people answered."""
     pictures: tuple[Picture, ...] = ()
@@ -482,7 +531,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
 
     if task.data is None:
         raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
-    if isinstance(task, ForecastTask):
+    if isinstance(task, FolderTask | ForecastTask):
         return task.read(limit)
     data = task.data
     if task.in_folder and Path(data).expanduser().is_dir():

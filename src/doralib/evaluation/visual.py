@@ -3,10 +3,8 @@
 import copy
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..adapters.inference import unchanged
-from ..data.layouts import choose_tasks
+from ..data.encoding import context_length
+from ..data.layouts import LAYOUTS
 from ..data.layouts.task import LayoutTask
 from ..data.prepare import Row
 from ..data.visual_rows import encode_text, pad_rows, stack_features
-from ..progress import Tick, log_progress
 from ..recipe import DataSettings, VisualSettings
 from .captions import caption_scores
-from .evaluate import TaskResult
 from .generation import evaluation_mode
 from .metrics import Score, accuracy_score, mean_score
 from .vqa import labeled_accuracy, soft_accuracy
 
-_WRONG_KEPT = 20
 _TRUTH = ("false", "true")
 
 
@@ -85,86 +81,41 @@ class VisualModel:
         return [_TRUTH[i] for i in both_B2.argmax(-1).tolist()]
 
 
-def score_layout(
-    asked: VisualModel, rows: Sequence[Row], *, limit: int | None = None, seed: int = 0, tick: Tick | None = None
-) -> tuple[dict[str, TaskResult], dict[str, str]]:
-    """The result of each task, and files of predictions by name, of the rows whose features are there.
-
-    Args:
-        rows: Of a layout.
-        limit: At most so many rows of each task.
-
-    Raises:
-        UsageError: if captions are to be scored and pycocoevalcap is not installed.
-        DoraError: if features cannot be read.
-    """
-    tick, settings = tick or log_progress(), asked.settings
-    results: dict[str, TaskResult] = {}
-    files: dict[str, str] = {}
-    with evaluation_mode(asked.model), unchanged(asked.model):
-        for name, task in choose_tasks(settings).items():
-            own = [row for row in rows if row["task"] == name][:limit]
-            if not own:
-                continue
-            start = time.perf_counter()
-            said = asked.answer(task, own, partial(_advance, tick, name))
-            file, text = write_predictions(name, task, own, said, settings)
-            files[file] = text
-            known = [(row, each) for row, each in zip(own, said, strict=True) if row["targets"] or row["answers"]]
-            if known:
-                result = score_answers(name, task, *zip(*known, strict=True), seed=seed)
-                results[name] = TaskResult(**result, seconds=time.perf_counter() - start)
-    return results, files
-
-
-def _advance(tick: Tick, name: str, share: float) -> None:
-    tick(name, share, 1.0)
+def ask_about(model: Any, tokenizer: Tokenizer, text: str, features: Sequence[str], max_new_tokens: int) -> str:
+    """What a VL-BART answers to one text about some files of features, greedily."""
+    longest = {"max_length": context_length(model) or 600}
+    settings = DataSettings(train="-", layout="vlbart", **longest)
+    task = replace(LAYOUTS["vlbart"].tasks["gqa"], target_tokens=max_new_tokens, text_tokens=None)
+    with evaluation_mode(model), unchanged(model):
+        return VisualModel(model, tokenizer, settings).answer(
+            task, [{"text": text, "spare": 0, "features": list(features)}]
+        )[0]
 
 
 def score_answers(
-    name: str, task: LayoutTask, rows: Sequence[Row], said: Sequence[str], *, seed: int
-) -> dict[str, Any]:
-    """The fields of a `TaskResult` but for its seconds."""
-    values = [_score(task, row, each) for row, each in zip(rows, said, strict=True)]
-    exact = task.scoring in ("label", "truth", "choice")
-    metrics: dict[str, Score]
+    task: LayoutTask, rows: Sequence[Row], said: Sequence[str], *, seed: int
+) -> tuple[dict[str, Score], list[float]]:
+    """The metrics of some answers, and how right each is, 0 to 1; of captions, which have no such value, none.
+
+    Raises:
+        UsageError: if captions are to be scored and pycocoevalcap is not installed.
+    """
     if task.scoring == "caption":
-        metrics = caption_scores(said, [row["answers"] for row in rows], seed)
-    elif exact:
-        metrics = {"accuracy": accuracy_score([value == 1 for value in values], seed)}
-    else:
-        metrics = {"vqa_accuracy": mean_score(values, seed)}
-    wrong = [
-        {"prompt": row["text"], "expected": _best(row), "predicted": each}
-        for row, each, value in zip(rows, said, values, strict=True)
-        if value == 0 and task.scoring != "caption"
-    ]
-    right = "".join(str(int(value == 1)) for value in values) if exact else ""
-    return {
-        "task": name,
-        "kind": task.scoring,
-        "n": len(rows),
-        "metrics": metrics,
-        "confusion": None,
-        "wrong": tuple(wrong[:_WRONG_KEPT]),
-        "cut": 0,
-        "right": right,
-    }
+        return caption_scores(said, [row["answers"] for row in rows], seed), []
+    values = [_score(task, row, each) for row, each in zip(rows, said, strict=True)]
+    if task.scoring == "vqa":
+        return {"vqa_accuracy": mean_score(values, seed)}, values
+    return {"accuracy": accuracy_score([value == 1 for value in values], seed)}, values
 
 
 def _score(task: LayoutTask, row: Row, said: str) -> float:
-    """How right an answer is, 0 to 1; of a caption nothing is said."""
+    """How right an answer is, 0 to 1."""
     scores = dict(zip(row["targets"], row["scores"], strict=True))
     if task.scoring == "vqa":
         return soft_accuracy(said, row["answers"]) if row["answers"] else labeled_accuracy(said, scores)
     if task.scoring == "choice":
         return float(scores.get(f"a{read_choice(said, task.choices)}", 0.0) == 1)
     return float(scores.get(said, 0.0) == 1)
-
-
-def _best(row: Row) -> str:
-    pairs = zip(row["scores"], row["targets"], strict=True)
-    return str(max(pairs)[1]) if row["targets"] else str(row["answers"][0])
 
 
 def read_choice(said: str, choices: int) -> int | None:

@@ -23,7 +23,8 @@ def check_early(recipe: Recipe) -> None:
         problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    if not trl:
+    # folders of tasks are looked at later, all files of a task together
+    if not trl and not recipe.data.has_tasks:
         kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind
         if kind == "forecast":
             problems += _find_missing_files(recipe.data)

@@ -97,9 +97,25 @@ def compare(grid: Grid, launch: Launch, *, at_once: int = 1) -> Comparison:
     _claim(grid)
     halving = Halving(grid.out / "trials.log") if grid.stop_early else None
     work = _Work(grid, launch, halving)
-    base = work.score("base", grid.recipe.model.path) if tasks else {}
+    base = work.score("base", _find_base(grid)) if tasks else {}
     results = [result for found in _do_cells(work, at_once) for result in found]
     return Comparison(grid, base, results)
+
+
+def _find_base(grid: Grid) -> str:
+    """The untrained model, which of a VL-BART is made first: its base has no visual embedding."""
+    recipe, folder = grid.recipe, grid.out / "base"
+    if recipe.model.kind != "vl-bart":
+        return recipe.model.path
+    if not folder.is_dir():
+        # transformers, which takes seconds to import
+        from ...checkpoints.load import load_vl_bart  # noqa: PLC0415
+
+        model, tokenizer = load_vl_bart(recipe.model, seed=recipe.seed)
+        with disk.replacing(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    return str(folder)
 
 
 def _do_cells(work: "_Work", at_once: int) -> list[list[RunResult]]:

@@ -1,29 +1,42 @@
 """Pictures and videos as features: rows of a layout's tasks for a VL-BART, in batches of one task each."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...checkpoints.load import Loaded, load_vl_bart
-from ...checkpoints.vl_bart import write_visual
+from ...checkpoints.visual_file import write_visual
 from ...data.layouts import choose_tasks
-from ...data.prepare import Sample
+from ...data.pictures import ENDINGS, Picture, make_thumbnail
+from ...data.prepare import BadRow, Sample
 from ...data.rows import RawRows, read_both
 from ...data.survey import LEFT, RIGHT
 from ...data.visual_rows import VisualCollator, check_readable, check_width, encode_rows
 from ...evaluation.captions import check_caption_tools
 from ...evaluation.evaluate import TaskResult
 from ...evaluation.generation import evaluation_mode
-from ...evaluation.visual import VisualModel, score_layout
+from ...evaluation.layout_scores import score_layout
+from ...evaluation.visual import VisualModel
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings, Recipe, VisualSettings
 from ..modality import Collate, Prepared
 from .text import within
 
 _SAMPLES = 8
+
+
+def _show(stems: Sequence[str]) -> tuple[str, ...]:
+    """The pictures of a row as they stand in the report; none where they lie elsewhere."""
+    places = [Path(f"{stem}{ending}") for stem in stems for ending in ENDINGS]
+    shown = []
+    for file in filter(Path.is_file, places):
+        with suppress(BadRow):
+            shown.append(make_thumbnail(Picture(str(file))))
+    return tuple(shown)
 
 
 class VisualTasks:
@@ -82,7 +95,7 @@ class VisualTasks:
             if count.get(row["task"], 0) < each and there and row["targets"]:
                 count[row["task"]] = count.get(row["task"], 0) + 1
                 best = max(zip(row["scores"], row["targets"], strict=True))[1]
-                found.append(Sample(row["text"], best, {"row": json.dumps(dict(row))}))
+                found.append(Sample(row["text"], best, {"row": json.dumps(dict(row))}, _show(row["pictures"])))
         return found
 
     def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:  # noqa: ARG002
