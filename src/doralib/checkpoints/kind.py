@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..files import read_json
-from ..formats.files import find_base_name, is_adapter
 
 HeadKind = Literal["classify", "tokens", "audio-class"]
 Kind = Literal["classify", "tokens", "seq2seq", "vl-bart", "image-text", "speech", "audio-class", "forecast"]
@@ -69,6 +68,9 @@ def is_pipeline(folder: str | Path) -> bool:
 
 def find_pipeline_folder(adapter: Path, base: str | None) -> Path | None:
     """The diffusion pipeline on this disk that is given, or that the adapter names."""
+    # torch comes with it, and what is said of a recipe early needs none
+    from ..formats.files import find_base_name, is_adapter  # noqa: PLC0415
+
     named = base or (find_base_name(adapter) if is_adapter(adapter) else None)
     if named is None:
         return None
