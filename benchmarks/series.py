@@ -28,9 +28,9 @@ HORIZON, SEASON, LEAST_PAST = 18, 12, 12
 # M3's months fit into it; the package's own window of 2,048 takes fourteen times as long
 WINDOW = 144
 METHODS = {
-    "full": ({"method": "full"}, (3e-5, 1e-4, 3e-4)),
-    "LoRA": ({"method": "lora", "r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
-    "DoRA": ({"method": "dora", "r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
+    "full": ({"method": "full"}, (1e-4, 3e-4, 1e-3)),
+    "LoRA": ({"method": "lora", "r": 4, "lora_alpha": 8}, (1e-3, 3e-3, 1e-2)),
+    "DoRA": ({"method": "dora", "r": 4, "lora_alpha": 8}, (1e-3, 3e-3, 1e-2)),
 }
 
 

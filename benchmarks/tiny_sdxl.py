@@ -4,8 +4,8 @@
 
 No weights of a diffusion model install from a registry, so this one is trained: two CLIP text encoders, a VAE (32
 pixels to 16 x 16 x 4) and a U-Net of some five million parameters, on the Noto icons of npm's emoji-datasource-google
-(Apache-2.0 art). It takes about 100 minutes on two free cores. Every thousand steps the pipeline is written again, with
-pictures.png beside it: look at them.
+(Apache-2.0 art). By the time of its first steps it takes two hours or more on two free cores; it was not run to its
+end yet. Every thousand steps the pipeline is written again, with pictures.png beside it: look at them.
 
 --icons gets the other side of the experiment, from npm's @lobehub/fluent-emoji-3d (MIT): `train/`, 23 icons with
 captions "3d icon of NAME", as many as linoyts/3d_icon has; `true/`, the 3D icons of 40 other names, and `flat/`, the

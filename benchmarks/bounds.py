@@ -1,0 +1,75 @@
+"""What large things take: a model of many layers, and a file of many rows. Prints and writes JSON.
+
+python benchmarks/bounds.py [--layers 10000] [--gib 2] [--out benchmarks/results]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from torch import nn
+
+import doralib
+from doralib.data.rows import read_dataset
+from doralib.experiments.bench.measure import describe_machine
+from doralib.files import write_json
+
+WORDS = "a slow start but by the end I did not want it to stop " * 17
+
+
+def measure_layers(count):
+    """Seconds of the processor to adapt, save, load and merge a model of so many small layers."""
+    make = lambda: nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)}) for _ in range(count))
+    model, other, seconds = make(), make(), {}
+    config = doralib.DoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {
+            "adapt": lambda: doralib.adapt(model, config),
+            "save": lambda: doralib.save_adapter(model, folder),
+            "load": lambda: doralib.load_adapter(other, folder),
+            "merge": lambda: doralib.merge(other),
+        }
+        for name, step in steps.items():
+            begun = time.process_time()
+            step()
+            seconds[name] = round(time.process_time() - begun, 2)
+    return {"layers": count, "seconds": seconds}
+
+
+def read_anonymous():
+    """Bytes of this process's memory that no file stands behind."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
+
+
+def measure_rows(gib):
+    """Bytes of memory that reading a JSONL of so many GiB takes, and the processor's seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, number = Path(folder) / "rows.jsonl", 0
+        with path.open("w") as file:
+            while file.tell() < gib * 2**30:
+                file.write(json.dumps({"prompt": f"{number} {WORDS}", "target": "yes"}) + "\n")
+                number += 1
+        before, begun, peak = read_anonymous(), time.process_time(), 0
+        rows = read_dataset(str(path), "data.train")
+        for i in range(0, len(rows), 1000):
+            rows[i : i + 1000]
+            peak = max(peak, read_anonymous() - before)
+        return {"rows": number, "gib": gib, "more_bytes": peak, "seconds": round(time.process_time() - begun, 1)}
+
+
+def main():
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=10_000)
+    parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    found = {"machine": describe_machine(), "layers": measure_layers(options.layers), "rows": measure_rows(options.gib)}
+    print(json.dumps(found, indent=1))
+    write_json(options.out / "bounds.json", found)
+
+
+main()
