@@ -33,7 +33,10 @@ OPTIONAL = {
     "peft": {"experiments/bench"},
     "trl": {"training/objectives.py"},
     "reasoning_gym": {"data/problems.py"},
-    "PIL": {"data/pictures.py", "data/captioned.py", "evaluation/pictures.py", "training/diffusion/"},
+    "PIL": {
+        *("checkpoints/vision.py", "cli/features.py", "data/pictures.py", "data/captioned.py", "data/frames.py"),
+        *("evaluation/pictures.py", "training/diffusion/"),
+    },
     "sacrebleu": {"evaluation/overlap.py"},
     "soundfile": {"data/sounds.py"},
     "soxr": {"data/sounds.py"},

@@ -93,7 +93,7 @@ def test_scores_are_those_of_finloras_own_scripts(name, tmp_path, monkeypatch):
     assert result.metrics["accuracy"].value == pytest.approx(accuracy, abs=1e-12)
     assert result.metrics["weighted_f1"].value == pytest.approx(f1, abs=1e-12)
     assert result.metrics["weighted_f1"].low < f1 < result.metrics["weighted_f1"].high
-    assert TaskResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert TaskResult.from_json(json.loads(json.dumps(result.to_json())), tmp_path) == result
 
 
 def test_a_wrong_text_is_no_label_to_f1(tmp_path, monkeypatch):

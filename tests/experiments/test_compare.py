@@ -152,6 +152,7 @@ def test_what_cannot_be_compared_is_said_before_the_first_run(request_for, job):
         list_commands(request_for(rates=()))
 
 
+@pytest.mark.long
 def test_a_whole_grid(request_for, tmp_path):
     asked = request_for(methods=("lora", "dora", "full"), rates=(1e-2, 1e-3), seeds=(0, 1))
     here = InProcess()

@@ -468,7 +468,7 @@ def test_a_folder_with_several_or_none(tmp_path):
 
 def test_settings_say_of_each_layer_what_it_is():
     three = [*LANGUAGE, ("model.layers.0.self_attn.k_proj", 5, 4)]
-    layers = adapter(three, ranks=(2, 2, 3), scales=(0.5, 2.0, 2.0))[1].state.layers
+    layers = adapter(three, ranks=(2, 2, 3), scales=(0.5, 2.0, 2.0))[1].layers
     config = make_config(layers)
     assert isinstance(config, DoraConfig)
     for name, layer in layers.items():
@@ -485,9 +485,9 @@ def test_a_models_own_names_are_no_parts_of_a_pipeline(form, name, tmp_path):
         DoraConfig(r=2, lora_alpha=2, target_modules=(name,)), AdapterState({name: layer}), Hints()
     )
     write_raw_adapter(made, FORMATS[form], tmp_path)
-    assert set(read_for_model(tmp_path)[1].state.layers) == {name}
+    assert set(read_for_model(tmp_path)[1].layers) == {name}
     # asked for, it is a part
-    inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].state.layers
+    inside = read_for_model(tmp_path, given=Hints(component=name.partition(".")[0]))[1].layers
     assert set(inside) == {name.partition(".")[2]}
 
 

@@ -40,6 +40,7 @@ def test_whatever_is_adapted_is_identical_at_first_loads_and_merges(sweep):
         assert not any("bypassed" in each for each in row["no_gradient"]), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", ["llama", "mamba", "wavlm", "mpt"])
 def test_a_few_of_them_are_as_the_page_says(sweep, model_type):
     row = sweep.try_architecture(model_type, *sweep.tiny.list_architectures()[model_type])

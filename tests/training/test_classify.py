@@ -69,8 +69,15 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("model", ["bert", "llama"])
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("classify", "bert"),
+        ("tokens", "llama"),
+        pytest.param("classify", "llama", marks=pytest.mark.long),
+        pytest.param("tokens", "bert", marks=pytest.mark.long),
+    ],
+)
 def test_from_the_recipe_to_the_merged_model(tmp_path, kind, model):
     steps = {"bert": (80, 0.01), "llama": (60, 0.004)}[model]
     training = {"max_steps": steps[0], "learning_rate": steps[1], "per_device_train_batch_size": 8}

@@ -312,6 +312,7 @@ def test_killed_after_the_last_step(recipe, whole, tmp_path):
     assert (run / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_resume_in_any_epoch_sees_the_same_rows(recipe, tmp_path):
     """51 rows in batches of 8 are 7 steps an epoch: killed before, at and after its end, with evaluations between."""
     changes = {"data": {"validation": 0.1}, "training": {"eval_steps": 2, "save_steps": 1, "save_total_limit": None}}

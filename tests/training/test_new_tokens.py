@@ -61,6 +61,7 @@ def test_from_the_recipe_to_the_merged_model(tmp_path, tie, spare):
     torch.testing.assert_close(logits(theirs, ids), want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_run(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

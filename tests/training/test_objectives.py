@@ -184,7 +184,9 @@ def lines(run, kind="train"):
 SHOWN = {"dpo": "rewards/margins", "orpo": "rewards/margins", "kto": "rewards/margins", "grpo": "reward"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS if kind != "dpo")]
+)
 def test_a_killed_run_goes_on_as_the_same_run(recipe, kind, tmp_path, monkeypatch):
     """Three epochs, logged every third step and saved every second, so that a log spans the kill."""
     times = {"max_steps": 6, "logging_steps": 3, "per_device_eval_batch_size": 4}
@@ -216,7 +218,9 @@ def test_a_killed_run_goes_on_as_the_same_run(recipe, kind, tmp_path, monkeypatc
     assert {path.name for path in (cut / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS if kind != "dpo")]
+)
 def test_doralib_and_peft_load_what_was_trained(recipe, kind, monkeypatch):
     made = recipe(kind)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("statistics are sent"))

@@ -72,6 +72,7 @@ def test_a_packed_run_is_told_and_counted_by_sequences(recipe, caplog):
     assert json.loads((run / "summary.json").read_text())["train_rows"] == 40
 
 
+@pytest.mark.long
 def test_a_packed_run_resumes_as_it_was(recipe, monkeypatch):
     settings = {"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 2}
     whole = fine_tune(recipe("whole", {"packing": True, "max_length": 48}, **settings))

@@ -65,9 +65,12 @@ def test_weights_of_an_8b_are_as_published(llamas):
     ("size", "model", "distributed", "gpus", "memory", "length"),
     [
         ("8b", {"quantization": "nf4"}, None, 1, 24, 1024),
-        ("70b", {"quantization": "nf4"}, {"strategy": "fsdp2", "cpu_offload": True}, 2, 24, 1024),
+        pytest.param(
+            *("70b", {"quantization": "nf4"}, {"strategy": "fsdp2", "cpu_offload": True}, 2, 24, 1024),
+            marks=pytest.mark.long,
+        ),
         ("70b", {}, {"strategy": "fsdp2"}, 8, 80, 2048),
-        ("70b", {}, {"strategy": "fsdp2"}, 32, 80, 4096),
+        pytest.param("70b", {}, {"strategy": "fsdp2"}, 32, 80, 4096, marks=pytest.mark.long),
     ],
 )
 def test_the_recipes_of_the_page_fit(llamas, size, model, distributed, gpus, memory, length):

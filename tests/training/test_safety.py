@@ -80,7 +80,15 @@ def begun(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.tex", "checkpoints/notes.txt", "checkpoints/checkpoint-1/mine.json", "figures/raw/a.png", "more/x"]
+    "name",
+    [
+        "thesis.tex",
+        "checkpoints/checkpoint-1/mine.json",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("checkpoints/notes.txt", "figures/raw/a.png", "more/x")
+        ),
+    ],
 )
 def test_overwrite_deletes_nothing_that_the_run_did_not_write(begun, name):
     run, wanted = begun

@@ -1,6 +1,7 @@
 """The schemas take what doralib takes, and refuse what it refuses."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -13,19 +14,28 @@ from doralib.training.schema import recipe_schema, task_schema
 ROOT = Path(__file__).parents[2]
 
 
-def find_errors(schema, value):
+RECIPES, TASKS = packaged_recipes(), packaged_tasks()
+
+
+@cache
+def validator(make):
+    schema = make()
     jsonschema.Draft202012Validator.check_schema(schema)
-    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(value)]
+    return jsonschema.Draft202012Validator(schema)
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+def find_errors(make, value):
+    return [error.message for error in validator(make).iter_errors(value)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_packaged_recipes_are_recipes(name):
-    assert not find_errors(recipe_schema(), packaged_recipes()[name].values)
+    assert not find_errors(recipe_schema, RECIPES[name].values)
 
 
-@pytest.mark.parametrize("name", packaged_tasks())
+@pytest.mark.parametrize("name", TASKS)
 def test_packaged_tasks_are_tasks(name):
-    assert not find_errors(task_schema(), packaged_tasks()[name])
+    assert not find_errors(task_schema, TASKS[name])
 
 
 @pytest.mark.parametrize(
@@ -41,8 +51,8 @@ def test_packaged_tasks_are_tasks(name):
 )
 def test_a_mistake_is_found(change, named):
     recipe = {"model": {"path": "m"}, "data": {"train": "a"}, "out": "o"}
-    assert not find_errors(recipe_schema(), recipe)
-    assert named in " ".join(find_errors(recipe_schema(), recipe | change))
+    assert not find_errors(recipe_schema, recipe)
+    assert named in " ".join(find_errors(recipe_schema, recipe | change))
 
 
 def test_every_setting_says_what_it_is():

@@ -419,6 +419,7 @@ def _without_t5(kind):
     return {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_run(recipe):
     asked = {"diffusion": {"caption_dropout": 0.3, "noise_offset": 0.1, "snr_gamma": 5.0}}
     asked["eval"] = {"before": False}

@@ -191,7 +191,8 @@ def test_what_a_server_takes(trained):
     assert captions[3]["image_id"] == 1003
 
 
-@pytest.mark.parametrize("layout", ["vlbart", pytest.param("value", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["vlbart", "value"])
 def test_cut_and_resumed_is_the_same_run(folders, layout):
     # four checkpoints in two epochs; what a kill after the second leaves
     training = {"max_steps": 12 if layout == "value" else 28, "per_device_train_batch_size": 8, "eval_strategy": "no"}

@@ -174,6 +174,7 @@ def test_an_adapter_that_is_loaded_can_be_saved_in_its_place(windows, adapter):
     assert before.keys() == read_tensors(adapter / "adapter_model.safetensors").keys()
 
 
+@pytest.mark.long
 def test_train_evaluate_and_resume(windows, tiny_llama_folder, tmp_path, run):
     rows = [{"text": f"the film was {word}", "label": word} for word in ("good", "bad", "fine", "dull") * 4]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -326,7 +326,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
             raise UsageError(f"task {task.name}: kind words asks a model of speech, and this one hears nothing")
         asked_of = (scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick)
         return rate_transcripts(task.name, spoken, *asked_of)
-    if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask):
+    if has_encoder(scorer.model) and head is None and not isinstance(task, GenerationTask | FolderTask):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks how likely a text is to go on so, and this model writes its own; "
             "use a kind with generated text, such as exact_match or translation"
