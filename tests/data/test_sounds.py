@@ -91,7 +91,7 @@ def test_features_are_those_of_the_models_own_extractor():
 
 def test_a_sound_for_a_page_is_one_that_a_browser_plays():
     uri = encode_clip(tone(16_000), 16_000)
-    assert uri.startswith("data:audio/ogg;base64,")
+    assert uri.startswith("data:audio/mpeg;base64,")
     import base64
 
     sound, rate = soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))

@@ -71,7 +71,7 @@ def test_the_run_learns_and_can_be_heard(trained):
     assert after <= 0.25 < 0.9 < before
     assert results["after"]["validation"]["kind"] == "words"
     page = (run / "report.html").read_text()
-    assert page.count('<audio src="data:audio/ogg;base64,') == 5
+    assert page.count('<audio src="data:audio/mpeg;base64,') == 5
     assert "media-src data:" in page
     sample = json.loads((run / "samples.json").read_text())[0]
     assert sample["expected"] in TEXTS.values()

@@ -74,10 +74,10 @@ def name_clip(clip: Clip) -> str:
 
 
 def encode_clip(sound: Sound, rate: int) -> str:
-    """A sound as a data URI that a browser plays."""
+    """A sound as a data URI that a browser plays, the same for the same sound, which OGG is not."""
     buffer = io.BytesIO()
-    _import("soundfile").write(buffer, sound, rate, format="OGG", subtype="VORBIS")
-    return f"data:audio/ogg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    _import("soundfile").write(buffer, sound, rate, format="MP3", subtype="MPEG_LAYER_III")
+    return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _read_file(clip: Clip) -> tuple[NDArray[np.float32], int]:
