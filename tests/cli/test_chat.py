@@ -170,6 +170,7 @@ def test_the_adapter_is_switched(tiny):
     assert "there is no adapter 'mats'; did you mean 'maths'" in shown
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal of POSIX")
 def test_at_a_real_terminal_arrows_bring_back_what_was_said(tiny, tmp_path):
     import pexpect

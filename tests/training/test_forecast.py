@@ -88,8 +88,7 @@ def ask(model, context=24):
     "name",
     [
         TIMESFM,
-        PATCHTST,
-        *(pytest.param(name, marks=pytest.mark.long) for name in CONFIGS if name not in (TIMESFM, PATCHTST)),
+        *(pytest.param(name, marks=pytest.mark.long) for name in CONFIGS if name != TIMESFM),
     ],
 )
 def test_from_the_recipe_to_the_merged_model(run, recipe, bases, tmp_path, name):

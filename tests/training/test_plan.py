@@ -69,7 +69,7 @@ def test_weights_of_an_8b_are_as_published(llamas):
             *("70b", {"quantization": "nf4"}, {"strategy": "fsdp2", "cpu_offload": True}, 2, 24, 1024),
             marks=pytest.mark.long,
         ),
-        ("70b", {}, {"strategy": "fsdp2"}, 8, 80, 2048),
+        pytest.param("70b", {}, {"strategy": "fsdp2"}, 8, 80, 2048, marks=pytest.mark.long),
         pytest.param("70b", {}, {"strategy": "fsdp2"}, 32, 80, 4096, marks=pytest.mark.long),
     ],
 )

@@ -182,7 +182,8 @@ def sum_of_ways(logp_TV, target, blank):
     return torch.logsumexp(torch.stack(alpha[-2:]), 0).item()
 
 
-@pytest.mark.parametrize("save", [save_wav2vec2, pytest.param(save_moonshine, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("save", [save_wav2vec2, save_moonshine])
 def test_other_models_train_are_scored_and_merge(tmp_path, save):
     base = save(tmp_path / "base")
     adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

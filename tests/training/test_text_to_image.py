@@ -546,6 +546,7 @@ def test_prodigy(recipe):
     assert group["d"] > 0
 
 
+@pytest.mark.long
 def test_a_validation_picture_has_the_same_noise_each_time(recipe):
     """Its loss is the same for any batch size, and before and after a step of size zero."""
     asked = {"data": {"validation": 0.5}, "training": {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-12}}

@@ -295,6 +295,7 @@ def test_own_settings_of_another_adapter_are_left_aside_and_damaged_ones_refused
 # an adapter and the base it is put on
 
 
+@pytest.mark.long
 def test_a_base_of_another_name_is_noted(tmp_path, tiny_llama_folder, run):
     shutil.copytree(tiny_llama_folder, tmp_path / "other-model")
     model, _ = load_model(str(tiny_llama_folder))

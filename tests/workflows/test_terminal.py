@@ -27,6 +27,7 @@ def plain_text(text):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+@pytest.mark.long
 def test_from_a_recipe_to_an_answer(tiny_llama_folder, tmp_path):
     import pexpect
 

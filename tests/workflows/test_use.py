@@ -36,7 +36,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in ("one field", "chat", "full") else pytest.mark.long) for kind in KINDS],
+)
 def test_every_command_of_the_report_works(kind, tiny_llama_folder, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, rows in (("rows", ROWS), ("talks", TALKS)):
