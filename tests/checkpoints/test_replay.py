@@ -162,6 +162,7 @@ def test_the_command_says_it_by_its_exit_status(base, tmp_path, run, monkeypatch
     assert "not bit for bit" in err
 
 
+@pytest.mark.long
 def test_verify_alone_means_logits_wherever_it_stands(tiny_llama_folder, tmp_path, run):
     adapter = save_adapter(tmp_path / "adapter")
     for i, given in enumerate([("--verify", adapter), (adapter, "--verify"), (adapter, "--verify=logits")]):

@@ -67,6 +67,7 @@ def test_a_bar_goes_when_it_is_full_and_comes_back_for_more(shown):
     assert "sentiment" not in drawn(shown)
 
 
+@pytest.mark.long
 def test_the_library_by_itself_prints_nothing():
     code = "import logging, doralib.training.job as job; job.log.info('loud'); job.log.info({'a': 'b'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -193,6 +193,7 @@ def test_spectra_and_intruders():
 # correlations
 
 
+@pytest.mark.long
 def test_correlations_are_pooled_and_beside_the_papers():
     pytest.importorskip("scipy")
     made = [

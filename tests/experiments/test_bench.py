@@ -39,6 +39,7 @@ STEP = {"model": "tiny", "tokens": "1x8", "dtype": "float32", "rounds": 3, "warm
 # ---- rounds
 
 
+@pytest.mark.long
 def test_every_subject_runs_once_a_round_and_each_begins_as_often():
     log = []
     turns = {name: Turn(lambda name=name: log.append(name)) for name in "abc"}

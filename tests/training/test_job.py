@@ -328,6 +328,7 @@ def test_resume_in_any_epoch_sees_the_same_rows(recipe, tmp_path):
         assert_same_run(run, whole)
 
 
+@pytest.mark.long
 def test_settings_that_do_not_change_the_maths(recipe):
     changes = {
         "base": {},

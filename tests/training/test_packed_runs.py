@@ -45,6 +45,7 @@ def losses(run):
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.long
 def test_a_packed_run_has_the_curve_of_a_padded_one(recipe):
     """Where a step sees all rows, however they are divided, its loss is the mean over the same tokens."""
     padded = fine_tune(recipe("padded", per_device_train_batch_size=40))

@@ -150,6 +150,7 @@ def test_overwrite_keeps_what_the_run_reads(recipe):
     assert summary(run)["steps"] == 2
 
 
+@pytest.mark.long
 def test_overwrite_through_a_link_renews_the_run_behind_it(begun, recipe, tmp_path):
     run, wanted = begun
     (tmp_path / "link").symlink_to(run)
@@ -160,6 +161,7 @@ def test_overwrite_through_a_link_renews_the_run_behind_it(begun, recipe, tmp_pa
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(run).items())
 
 
+@pytest.mark.long
 def test_a_run_never_replaces_its_folder(begun, monkeypatch):
     """So a mount point, and a folder whose parent is read-only, can be a run's folder."""
     run, wanted = begun
@@ -175,6 +177,7 @@ def test_a_run_never_replaces_its_folder(begun, monkeypatch):
     assert listing(run) == before
 
 
+@pytest.mark.long
 def test_an_overwrite_that_ends_once_all_is_deleted_can_be_done_again(begun, monkeypatch):
     run, wanted = begun
     write = files.write_json
