@@ -48,8 +48,8 @@ def _find_bare_kind(config: Mapping[str, Any]) -> Kind | None:
         return None
     from transformers.models.auto import modeling_auto  # noqa: PLC0415  seconds
 
-    tables: dict[Kind, str] = {"speech": "SPEECH_SEQ_2_SEQ", "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM"}
-    types = {kind: getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES") for kind, table in tables.items()}
+    kinds: tuple[Kind, ...] = ("speech", "seq2seq")
+    types = {kind: getattr(modeling_auto, f"MODEL_FOR_{_TABLES[kind][0]}_MAPPING_NAMES") for kind in kinds}
     return next((kind for kind, table in types.items() if config.get("model_type") in table), None)
 
 

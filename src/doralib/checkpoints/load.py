@@ -50,7 +50,7 @@ from .adapter import find_other_base, locate_base, telling_places
 from .heads import Head, find_head, is_of_head
 from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
-from .tokenizer import explain_misfit, find_own_tokenizer
+from .tokenizer import PROCESSOR_FILES, explain_misfit, find_own_tokenizer
 from .visual_file import read_visual
 from .vl_bart import VLBart, extend_vocabulary
 from .window import fit_positions, has_window
@@ -61,7 +61,6 @@ _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @contextmanager
@@ -104,11 +103,7 @@ def load_image_text(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     """
     where, options = _locate_with_options(settings)
     processor = _load_processor(settings.path, where, **options)
-    if empty:
-        model = _make_empty(settings, AutoModelForImageTextToText)
-    else:
-        model, info = _load_weights(settings, AutoModelForImageTextToText, output_loading_info=True)
-        _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
+    model = _load_whole(settings, AutoModelForImageTextToText, empty=empty)
     set_end_tokens(model, processor.tokenizer)
     return model, processor
 
@@ -146,11 +141,11 @@ def load_language_model(settings: ModelSettings) -> PreTrainedModel:
     return _load_whole(settings, AutoModelForCausalLM)
 
 
-def _load_whole(settings: ModelSettings, auto: Any, *, empty: bool = False) -> PreTrainedModel:
-    """The model of a class, none of whose weights may be missing or left aside."""
+def _load_whole(settings: ModelSettings, auto: Any, *, empty: bool = False, **more: Any) -> PreTrainedModel:
+    """The model of a class, with more settings; none of its weights may be missing or left aside."""
     if empty:
-        return _make_empty(settings, auto)
-    model, info = _load_weights(settings, auto, output_loading_info=True)
+        return _make_empty(settings, auto, **more)
+    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
     _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
     return model
 
@@ -170,17 +165,14 @@ def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     return _load_whole(settings, auto, empty=empty), processor
 
 
-def _load_own_processor(model: PreTrainedModel, folder: Path, settings: ModelSettings, kind: Kind) -> Any:
-    """What makes a model's inputs, as it lies beside an adapter, to whose window the model is cut, or the base's."""
-    auto = AutoFeatureExtractor if kind == "audio-class" else AutoProcessor
-    own = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    where, options = (str(folder), {}) if own else _locate_with_options(settings)
-    with _explaining(where):
-        processor = auto.from_pretrained(where, **options)
-    extractor = processor if kind == "audio-class" else processor.feature_extractor
-    if own and has_window(extractor):
+def _load_hearing(model: PreTrainedModel, folder: Path, kind: Kind) -> Any:
+    """What makes a sound a model's inputs, as it lies beside an adapter, to whose window the model is cut."""
+    with _explaining(str(folder)):
+        found = (AutoFeatureExtractor if kind == "audio-class" else AutoProcessor).from_pretrained(folder)
+    extractor = found if kind == "audio-class" else found.feature_extractor
+    if has_window(extractor):
         fit_positions(model, extractor)
-    return processor
+    return found
 
 
 def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], leaves: Collection[str] = ()) -> None:
@@ -343,12 +335,7 @@ def load_forecaster(settings: ModelSettings, *, empty: bool = False) -> PreTrain
         auto.register(
             getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForPrediction"), exist_ok=True
         )
-    more = _take_one_channel(settings.path, load_config(settings))
-    if empty:
-        return _make_empty(settings, auto, **more)
-    model, info = _load_weights(settings, auto, output_loading_info=True, **more)
-    _check_loaded(settings.path, model, lacks=info["missing_keys"], leaves=info["unexpected_keys"])
-    return model
+    return _load_whole(settings, auto, empty=empty, **_take_one_channel(settings.path, load_config(settings)))
 
 
 def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
@@ -441,14 +428,6 @@ def load_model(
     return model.eval(), read_series_form(folder) if kind == "forecast" else beside
 
 
-_LOADERS: dict[Kind | None, Callable[[ModelSettings], Loaded]] = {
-    "seq2seq": load_seq2seq,
-    "speech": load_speech,
-    "audio-class": load_sound_classifier,
-}
-"""Kinds that write text and are no language models, or hear."""
-
-
 def _load_adapted(path: str, folder: Path, base: str | None, dtype: str, given: Hints | None) -> Loaded:
     """The base of an adapter with it, and what belongs beside it; arguments as of `load_model`."""
     named = base or find_base_name(folder)
@@ -491,14 +470,15 @@ def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | No
     """What lies beside an adapter, in place of what lies beside its base; the model is fitted to it."""
     if kind == "forecast":
         return read_series_form(folder)
+    has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     if kind == "image-text":
-        if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        if has_processor:
             beside = _load_processor(str(folder), folder)
         _set_picture_size(model, folder)
         set_end_tokens(model, beside.tokenizer)
         return beside
     if kind in ("speech", "audio-class"):
-        beside = _load_own_processor(model, folder, settings, kind)
+        beside = _load_hearing(model, folder, kind) if has_processor else beside
     else:
         beside = load_own_tokenizer(model, folder, lambda: beside or load_tokenizer(settings))
     if kind in ("seq2seq", "speech"):

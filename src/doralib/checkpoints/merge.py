@@ -41,7 +41,7 @@ from .stream import (
     write_companions,
     write_headers,
 )
-from .tokenizer import read_template, take_tokenizer
+from .tokenizer import PROCESSOR_FILES, read_template, take_tokenizer
 from .window import POSITIONS, read_positions
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -261,11 +261,10 @@ def _take_settings(adapters: Sequence[Path], folder: Path) -> None:
     """Keep what a lone adapter of an encoder-decoder has beside it: with what a target begins, and what is heard."""
     if len(adapters) > 1:
         return
-    processors = ("processor_config.json", "preprocessor_config.json")
-    if any((adapters[0] / name).is_file() for name in processors):
-        for name in processors:
+    if any((adapters[0] / name).is_file() for name in PROCESSOR_FILES):
+        for name in PROCESSOR_FILES:
             (folder / name).unlink(missing_ok=True)
-    for name in ("generation_config.json", *processors):
+    for name in ("generation_config.json", *PROCESSOR_FILES):
         if (adapters[0] / name).is_file():
             (folder / name).write_bytes((adapters[0] / name).read_bytes())
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..files import read_json
+from .tokenizer import PROCESSOR_FILES
 
 POSITIONS = "encoder.embed_positions.weight"
 """The end of the name of the weight that is cut."""
@@ -43,7 +44,7 @@ def has_window(extractor: Any) -> bool:
 
 def read_positions(folder: Path) -> int | None:
     """How many positions the feature extractor in a folder needs; None if it has none with a window."""
-    for name, inside in (("processor_config.json", "feature_extractor"), ("preprocessor_config.json", None)):
+    for name, inside in zip(PROCESSOR_FILES, ("feature_extractor", None), strict=True):
         if (folder / name).is_file():
             settings: Mapping[str, Any] = read_json(folder / name)
             settings = settings.get(inside, {}) if inside else settings

@@ -62,7 +62,6 @@ class LabelTrainer(AdapterTrainer):
         """Mean over the labels of all accumulated batches."""
         inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
         if self.label_loss is None:
-            inputs = {name: value for name, value in inputs.items() if name != "num_tokens"}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._eval_totals is not None:
             inputs = self._without_repeats(inputs)

@@ -97,11 +97,8 @@ class HeadLoss:
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the labels, and their number."""
-        labels = inputs["labels"].flatten()
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-        logits_NL = logits.flatten(0, -2).float()
-        options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": self.label_smoothing}
-        return nnf.cross_entropy(logits_NL, labels, **options), (labels != IGNORED).sum()  # type: ignore[arg-type]
+        return _sum_entropy(logits, inputs["labels"], self.label_smoothing)
 
     def remove(self) -> None:
         """Nothing was put on the model."""
@@ -129,16 +126,7 @@ class DecoderLoss:
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the labels, and their number."""
-        labels_BT = inputs["labels"]
-        logits_BTV = model(**inputs, use_cache=False).logits
-        learned_BT = labels_BT != IGNORED
-        loss = nnf.cross_entropy(
-            logits_BTV[learned_BT].float(),
-            labels_BT[learned_BT],
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
-        return loss, learned_BT.sum()
+        return _sum_entropy(model(**inputs, use_cache=False).logits, inputs["labels"], self.label_smoothing)
 
     def remove(self) -> None:
         """Nothing was put on the model."""
@@ -170,6 +158,20 @@ class FrameLoss:
     def remove(self) -> None:
         """The model takes means again."""
         self._config.ctc_loss_reduction = self._reduction
+
+
+def _sum_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropy over the labels that count, in float32, and their number.
+
+    Args:
+        logits: (..., L).
+        labels: (...), numbers below L, or `IGNORED`.
+    """
+    learned = labels != IGNORED
+    found = nnf.cross_entropy(
+        logits[learned].float(), labels[learned], reduction="sum", label_smoothing=label_smoothing
+    )
+    return found, learned.sum()
 
 
 def _head(model: nn.Module) -> Any:

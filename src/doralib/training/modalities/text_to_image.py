@@ -72,12 +72,15 @@ class Gallery:
     """The number of each picture's caption."""
     conditions: list[dict[str, Tensor]] = field(default_factory=list)
     """Of each caption; empty where captions are encoded anew at each step."""
+    _places: dict[str, int] = field(default_factory=dict)
+    """The number of each caption, by itself."""
 
     def add(self, picture: FittedPicture, caption: str, latents: Tensor) -> int:
         """Add a picture; returns its number."""
-        if caption not in self.captions:
+        if caption not in self._places:
+            self._places[caption] = len(self.captions)
             self.captions.append(caption)
-        self.numbers.append(self.captions.index(caption))
+        self.numbers.append(self._places[caption])
         self.latents.append(latents)
         self.sizes.append(picture.sizes)
         return len(self.latents) - 1
