@@ -1,8 +1,13 @@
 """What a config.json says of the kind of model."""
 
+import shutil
+
 import pytest
 
 from doralib.checkpoints.kind import find_kind, find_label_kind
+from doralib.checkpoints.load import load_forecaster, load_seq2seq, load_sound_classifier
+from doralib.errors import UsageError
+from doralib.recipe import ModelSettings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +40,11 @@ def test_without_classes_there_is_no_kind():
     assert find_kind({}) is None
     assert find_kind({"architectures": "LlamaForCausalLM"}) is None
     assert find_label_kind({"architectures": ["BartForConditionalGeneration"]}) is None
+
+
+@pytest.mark.parametrize("load", [load_forecaster, load_seq2seq, load_sound_classifier])
+def test_a_model_of_another_kind_is_refused_by_its_kind(load, tiny_llama_folder, tmp_path):
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text('{"feature_extractor_type": "WhisperFeatureExtractor"}')
+    with pytest.raises(UsageError, match=r"another kind than model\.kind says: its settings are a LlamaConfig"):
+        load(ModelSettings(path=str(folder)))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -58,6 +59,9 @@ from .window import fit_positions, has_window
 log = logging.getLogger(__name__)
 
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
+
+# what transformers says of a configuration that a class does not know
+_OTHER_CLASS = re.compile(r"Unrecognized configuration class <class '\S*?(\w+)'> for this kind of AutoModel: (\w+)")
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
@@ -679,6 +683,11 @@ def _explain(path: str, error: Exception) -> DoraError:
     first = _first_line(error)
     if isinstance(error, ImportError | NotImplementedError):
         return DoraError(f"model: {path} cannot be loaded as asked: {first}")
+    if other := _OTHER_CLASS.match(first):
+        return UsageError(
+            f"model: {path} is of another kind than model.kind says: its settings are a {other[1]}, and {other[2]} "
+            "takes none of these; leave model.kind at auto, or give a model of that kind"
+        )
     if Path(path).exists():
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
     return UsageError(f"model: no folder or file {path}, and {explain_hub(error)}")
