@@ -166,8 +166,14 @@ def make_thumbnail(picture: Picture) -> str:
     Raises:
         BadRow: if it cannot be read.
     """
-    file = io.BytesIO()
-    open_picture(picture, _THUMBNAIL).save(file, "WEBP", quality=80)
+    return encode_thumbnail(open_picture(picture, _THUMBNAIL))
+
+
+def encode_thumbnail(image: "Image") -> str:
+    """An image as a text that a page shows: WebP of 256 pixels a side at most, in a data URI."""
+    small, file = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.save(file, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

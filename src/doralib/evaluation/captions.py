@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from .metrics import RESAMPLES, Floats, Score, mean_score
+from .metrics import Counts, Score, corpus_score, mean_score
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +61,21 @@ def _score_bleu(counts: Sequence[Mapping[str, Any]], seed: int) -> Score:
             [*each["correct"], *each["guess"], each["testlen"], _closest(each["testlen"], each["reflen"])]
             for each in counts
         ],
-        dtype=np.float64,
+        dtype=np.int64,
     )
-    rows = len(table_NK)
-    drawn_SN = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-    low, high = np.percentile(_bleu(drawn_SN @ table_NK), [2.5, 97.5])
-    return Score(float(_bleu(table_NK.sum(axis=0))), float(low), float(high))
+    return corpus_score(table_NK, _bleu, seed)
 
 
 def _closest(length: int, references: Sequence[int]) -> int:
     return min((abs(each - length), each) for each in references)[1]
 
 
-def _bleu(sums_K: Floats) -> Floats:
-    """From sums of matches and of n-grams said, of each order, and of both lengths; any number of leading axes."""
-    right, all_said = sums_K[..., :_ORDERS], sums_K[..., _ORDERS : 2 * _ORDERS]
-    precision = np.exp(np.log(np.maximum(right, 1e-15) / np.maximum(all_said, 1e-9)).mean(axis=-1))
-    length, wanted = np.maximum(sums_K[..., -2], 1e-15), sums_K[..., -1]
-    brevity: Floats = np.exp(np.minimum(0.0, 1 - wanted / length))
-    return precision * brevity
+def _bleu(sums_K: Counts) -> float:
+    """From sums of matches and of n-grams said, of each order, and of both lengths."""
+    right, all_said = sums_K[:_ORDERS], sums_K[_ORDERS : 2 * _ORDERS]
+    precision = np.exp(np.log(np.maximum(right, 1e-15) / np.maximum(all_said, 1e-9)).mean())
+    length, wanted = max(float(sums_K[-2]), 1e-15), float(sums_K[-1])
+    return float(precision * np.exp(min(0.0, 1 - wanted / length)))
 
 
 def split_words(captions: Sequence[str]) -> list[str]:

@@ -65,7 +65,8 @@ from .transcripts import Spoken, choose_normalizer, score_transcripts, transcrib
 from .visual import VisualModel, score_answers
 from .vqa import normalize_answer, soft_accuracy, vqa_scores
 
-_WRONG_KEPT = 20
+WRONG_KEPT = 20
+"""Mistakes of a task that a result shows."""
 _MOSTLY = 0.5
 """From here on a soft accuracy counts as right, where answers are compared row by row."""
 
@@ -219,7 +220,7 @@ def score_labels(
     confusion = {"labels": labels, "counts": counts_LL.tolist()}
     seconds = time.perf_counter() - start
     kind = "tokens" if by_word else "classify"
-    return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds)
+    return TaskResult(name, kind, len(rows), metrics, confusion, tuple(wrong[:WRONG_KEPT]), 0, seconds)
 
 
 def rate_sounds(
@@ -245,7 +246,7 @@ def rate_sounds(
     right = "".join("01"[one == other] for one, other in zip(truth, found, strict=True))
     confusion = {"labels": labels, "counts": counts_LL.tolist()}
     metrics, seconds = classification_scores(counts_LL, seed), time.perf_counter() - start
-    return TaskResult(name, "audio-class", len(rows), metrics, confusion, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+    return TaskResult(name, "audio-class", len(rows), metrics, confusion, tuple(wrong[:WRONG_KEPT]), 0, seconds, right)
 
 
 def rate_transcripts(
@@ -271,7 +272,7 @@ def rate_transcripts(
     ]
     right = "".join("01"[each] for each in found.right)
     seconds = time.perf_counter() - start
-    return TaskResult(name, "words", len(rows), found.metrics, None, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right)
+    return TaskResult(name, "words", len(rows), found.metrics, None, tuple(wrong[:WRONG_KEPT]), 0, seconds, right)
 
 
 def score_series(
@@ -346,7 +347,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         n=len(asked),
         metrics=outcome.metrics,
         confusion=outcome.confusion,
-        wrong=tuple(wrong[:_WRONG_KEPT]),
+        wrong=tuple(wrong[:WRONG_KEPT]),
         cut=outcome.cut,
         seconds=time.perf_counter() - start,
         right="".join("01"[right] for right in outcome.right),

@@ -110,12 +110,10 @@ def answer_texts(
     limit = context_length(model)
     room = math.inf if limit is None else limit if has_encoder(model) else limit - max_new_tokens
     if long := [i for i, ids in enumerate(tokens) if len(ids) > room]:
-        beside = (
-            "; shorten them" if has_encoder(model) else f" with the {max_new_tokens} new ones; shorten them or lower"
-        )
+        beside = f" with the {max_new_tokens} new ones; shorten them or lower max_new_tokens"
         raise UsageError(
             f"{len(long)} of {len(tokens)} prompts, first number {long[0] + 1} with {len(tokens[long[0]])} tokens, "
-            f"are too long: the model takes {limit}{beside}{'' if has_encoder(model) else ' max_new_tokens'}"
+            f"are too long: the model takes {limit}{'; shorten them' if has_encoder(model) else beside}"
         )
     return answer_each(
         model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling

@@ -8,11 +8,9 @@ from ..adapters.inference import unchanged
 from ..data.layouts import choose_tasks
 from ..data.prepare import Row
 from ..progress import Tick, log_progress
-from .evaluate import TaskResult
+from .evaluate import WRONG_KEPT, TaskResult
 from .generation import evaluation_mode
 from .visual import VisualModel, score_answers, write_predictions
-
-_WRONG_KEPT = 20
 
 
 def score_layout(
@@ -52,7 +50,7 @@ def score_layout(
             right = "".join("01"[value > 0] for value in values)
             seconds = time.perf_counter() - start
             results[name] = TaskResult(
-                name, task.scoring, len(known), metrics, None, tuple(wrong[:_WRONG_KEPT]), 0, seconds, right
+                name, task.scoring, len(known), metrics, None, tuple(wrong[:WRONG_KEPT]), 0, seconds, right
             )
     return results, files
 

@@ -1,7 +1,5 @@
-"""Pictures that a diffusion pipeline draws: drawn by seed, joined to a grid, kept in a text."""
+"""Pictures that a diffusion pipeline draws: drawn by seed, joined to a grid."""
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-_THUMBNAIL = 256
 _GAP = 4
 
 
@@ -86,12 +83,3 @@ def join_pictures(pictures: Sequence[Image.Image], columns: int | None = None) -
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
-
-
-def picture_text(picture: Image.Image, most: int = _THUMBNAIL) -> str:
-    """A picture as a text that a page shows: WebP of at most so many pixels a side, in a data URI."""
-    small = picture.convert("RGB")
-    small.thumbnail((most, most))
-    file = io.BytesIO()
-    small.save(file, "webp", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

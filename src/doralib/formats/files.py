@@ -33,9 +33,9 @@ _NAMES = (
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OWN_SETTINGS = "doralib_config.json"
-# of an adapter's settings, those that are looked up or are paths
 _LONGEST_NAME = 255
 """Bytes of a part of a path that file systems take."""
+# of an adapter's settings, those that are looked up or are paths
 _TEXTS = ("peft_type", "base_model_name_or_path", "model", "task_type", "fine_tune_type")
 # what PEFT's settings say too: where the two differ, the adapter was written again by another tool
 _SAID_TWICE = ("method", "r", "lora_alpha", "use_rslora", "alpha_pattern")
@@ -195,7 +195,7 @@ def _read_beside(path: Path, name: str) -> dict[str, Any]:
         text = "" if settings.get(key) is None else settings[key]
         if not isinstance(text, str):
             raise DoraError(f"{file}: {key} should be a text, and {text!r:.40} stands there; write it again")
-        if any(len(part.encode()) > _LONGEST_NAME for part in re.split(r"[/\\\\]", text)):
+        if any(len(part.encode()) > _LONGEST_NAME for part in re.split(r"[/\\]", text)):
             raise DoraError(f"{file}: {key} should be a name, and {text[:40]!r}... stands there; write it again")
     return settings
 

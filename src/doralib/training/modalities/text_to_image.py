@@ -31,11 +31,12 @@ from ...data.captioned import (
     read_caption,
     read_pictures,
 )
+from ...data.pictures import encode_thumbnail
 from ...data.prepare import BadRow, PreparedRows, Row, RowNumber, RowReport, Sample
 from ...data.rows import RawRows
 from ...disk import replacing
 from ...errors import UsageError
-from ...evaluation.pictures import Drawing, draw_pictures, picture_text
+from ...evaluation.pictures import Drawing, draw_pictures
 from ...files import hash_texts, write_tensors
 from ...formats import FORMATS
 from ...formats.base import Hints
@@ -186,7 +187,7 @@ class Pictures:
         """What the pipeline draws to each prompt, as texts that a page shows."""
         drawing = Drawing(self.settings.sample_steps, size=self._list_sizes()[0], seed=self.recipe.seed)
         prompts, device = [each["prompt"] for each in asked], next(model.parameters()).device
-        return [picture_text(each) for each in draw_pictures(processor.pipeline, prompts, drawing, device)]
+        return [encode_thumbnail(each) for each in draw_pictures(processor.pipeline, prompts, drawing, device)]
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter as diffusers reads it, beside PEFT's files."""
@@ -269,7 +270,7 @@ class _Making:
             kept.append(self.add(fit_picture(picture, choose_size(picture, self.sizes)), caption))
             report.kept, report.tokens, report.label_tokens = len(kept), len(kept), len(kept)
             if len(self.shown) < _SAMPLES and caption not in self.shown:
-                self.shown[caption] = picture_text(picture)
+                self.shown[caption] = encode_thumbnail(picture)
             if self.tick is not None:
                 self.tick("picture", 1, len(rows), "")
         report.check(settings.bad_rows)
