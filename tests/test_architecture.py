@@ -41,6 +41,7 @@ OPTIONAL = {
     "soundfile": {"data/sounds.py"},
     "soxr": {"data/sounds.py"},
     "jiwer": {"evaluation/transcripts.py"},
+    "openpyxl": {"evaluation/llava/files.py"},
     "diffusers": {"training/diffusion/"},
     "prodigyopt": {"training/optimizers.py"},
     "psutil": {"process.py"},

@@ -30,7 +30,7 @@ from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import TaskResult, evaluate
 from ..evaluation.metrics import Score, compare_answers
-from ..evaluation.task import Task, read_examples
+from ..evaluation.task import Task, check_scored, read_examples
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick
 from ..recipe import Recipe
@@ -184,6 +184,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         args = make_arguments(recipe, run.checkpoints)
     with collecting(problems):
         tasks = load_tasks(recipe.eval.tasks)
+        check_scored(tasks)
         for task in tasks:
             with collecting(problems):
                 read_examples(task, recipe.eval.limit)
