@@ -16,7 +16,7 @@ from doralib.evaluation.llava.answers import AnswerFolder
 from doralib.evaluation.llava.files import AnswerFile
 from doralib.evaluation.llava.made_elsewhere import rate_answer_file
 from doralib.evaluation.llava.questions import read_asked
-from doralib.evaluation.llava.scores import read_letter
+from doralib.evaluation.llava.scores import rate_answers, read_letter
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
 from doralib.evaluation.vqa import normalize_written
@@ -198,15 +198,12 @@ def test_half_a_line_goes_and_a_whole_one_without_its_end_stays(tmp_path):
 def test_popes_own_questions(tmp_path):
     names = ("adversarial", "random", "popular")
     rows = {name: list(map(json.loads, (SHARED / f"coco_pope_{name}.json").open())) for name in names}
-    for name in names:
-        for row in rows[name]:
-            row["image"] = "p.jpg" if row["question_id"] == 1 else row["image"]
-    task = write_answers(make_evaluations(tmp_path, rows), "pope", tmp_path / "p.jsonl", ["yes"] * 9000)
-    result = rate_answer_file(task, tmp_path / "p.jsonl")
-    assert (result.metrics["f1"].value, result.metrics["accuracy"].value) == (pytest.approx(2 / 3), 0.5)
-    truth = [each.answers[0] for each in read_asked("pope", task.folder)]
-    AnswerFile(tmp_path / "right.jsonl", "pope").append(read_asked("pope", task.folder), truth, "m")
-    assert rate_answer_file(task, tmp_path / "right.jsonl").metrics["f1"].value == 1
+    asked = read_asked("pope", make_evaluations(tmp_path, rows) / "pope")
+    assert [len({each.id for each in asked}), asked[-1].id] == [9000, 20003000]
+    found = rate_answers("pope", asked, ["yes"] * 9000, seed=0).metrics
+    assert (found["f1"].value, found["accuracy"].value) == (pytest.approx(2 / 3), 0.5)
+    truth = [each.answers[0] for each in asked]
+    assert rate_answers("pope", asked, truth, seed=0).metrics["f1"].value == 1
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +270,7 @@ def test_a_file_of_answers_is_scored_beside_what_was_published(folder, tmp_path,
 
 
 def test_a_recipe_cannot_score_by_a_server(folder, tmp_path, run):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n' * 4)
     given = [f"data.train={tmp_path / 'rows.jsonl'}", f"eval.tasks=[llava/vqav2={folder}]", f"out={tmp_path / 'out'}"]
     status, _, err = run("train", "demo", "model.path=nowhere", *given)
     assert (status, "a server scores the answers" in " ".join(err.split())) == (2, True), err

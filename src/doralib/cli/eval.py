@@ -12,6 +12,7 @@ from rich.text import Text
 from ..errors import UsageError, did_you_mean
 from .answers import is_answer_file, keep_answers, rate_file, tell_files
 from .console import bars, console, print_json
+from .harness import Asked, Harness, run_harness_tasks
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ COMMONSENSE = {"boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-E
 """The tasks whose average the paper prints."""
 
 _ONLY_WITH = {
-    "--tasks": ("--resume", "--published", "--answers"),
+    "--tasks": ("--published", "--answers"),
+    "--harness": ("--harness-python", "--harness-model"),
     "--mt-bench": ("--judge-url", "--judge-model", "--judge-price", "--against", "--yes"),
 }
 _WRONG_SHOWN = 5
@@ -52,7 +54,14 @@ def eval_command(
         Path | None, typer.Option(help="Keep the answers to LLaVA's evaluations here, with the files for servers.")
     ] = None,
     harness: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for rows of a local file.")
+        str | None,
+        typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for local rows; lmms:NAME,... of lmms-eval."),
+    ] = None,
+    harness_python: Annotated[
+        str | None, typer.Option(help="The Python of an environment with lmms-eval, for --harness lmms:TASK,...")
+    ] = None,
+    harness_model: Annotated[
+        str | None, typer.Option(help="lmms-eval's own name of the model, with more of its model_args: NAME,KEY=VALUE.")
     ] = None,
     mt_bench: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl, instead of --tasks.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, e.g. http://host/v1.")] = None,
@@ -74,9 +83,10 @@ def eval_command(
     _check_together(
         {"--tasks": tasks, "--harness": harness, "--mt-bench": mt_bench},
         {
-            "--resume": resume,
             "--published": published,
             "--answers": answers,
+            "--harness-python": harness_python,
+            "--harness-model": harness_model,
             "--judge-url": judge_url,
             "--judge-model": judge_model,
             "--judge-price": judge_price,
@@ -85,18 +95,24 @@ def eval_command(
         },
     )
     model = add_revision(model, revision)
-    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite))
+    hints = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    load = lambda: load_model(model, base=base, dtype=dtype, given=hints)
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench
 
-        if out is None:
-            raise UsageError("--mt-bench needs --out, a folder for its files")
+        if out is None or resume:
+            why = "goes on by itself: leave out --resume" if resume else "needs --out, a folder for its files"
+            raise UsageError(f"--mt-bench {why}")
         check_writable(out, "--out", folder=True)
         asked = MtBench(mt_bench, out, judge_url, judge_model, judge_price, against, limit, max_new_tokens, yes)
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
     if harness is not None:
-        results = _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        tasked = Harness(harness, harness_python, harness_model, out, resume, batch_size, limit, seed)
+        results = run_harness_tasks(tasked, Asked(model, base, dtype, hints, load))
+        console.print(results_table(results, title=f"{model}, by {tasked.tool}"))
+        if out is not None:
+            console.print(f"written: {out}")
         if as_json:
             print_json({name: result.to_json() for name, result in results.items()})
         return
@@ -129,31 +145,6 @@ def _check_together(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> None
     for owner, options in _ONLY_WITH.items():
         if owner != kind and (given := [option for option in options if others[option]]):
             raise UsageError(f"{', '.join(given)}: goes with {owner}, not with {kind}")
-
-
-def _run_harness(
-    asked: str,
-    load: Callable[[], tuple[Any, Any]],
-    out: Path | None,
-    name: str,
-    *,
-    batch_size: int,
-    limit: int | None,
-    seed: int,
-) -> "dict[str, TaskResult]":
-    from ..disk import check_writable
-    from ..evaluation.harness import run_harness
-    from ..files import write_json
-
-    if out is not None:
-        check_writable(out, "--out", folder=False)
-    words = [word.strip() for word in asked.split(",") if word.strip()]
-    results = run_harness(*load(), words, batch_size=batch_size, limit=limit, seed=seed)
-    console.print(results_table(results, title=f"{name}, by lm-eval"))
-    if out is not None:
-        write_json(out, {"model": name, "after": {task: result.to_json() for task, result in results.items()}})
-        console.print(f"written: {out}")
-    return results
 
 
 def _score(

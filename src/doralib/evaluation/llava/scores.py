@@ -4,9 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from ..metrics import Counts, Score, accuracy_score, corpus_score, mean_score
+from ..metrics import Score, accuracy_score, mean_score, yes_f1_scores
 from ..vqa import leave_one_out, normalize_written, read_yes_no
 from .questions import LETTERS, LlavaQuestion
 
@@ -40,7 +38,8 @@ def rate_answers(benchmark: str, questions: Sequence[LlavaQuestion], said: Seque
     elif benchmark == "sqa" and group("image"):
         metrics = {"image_accuracy": accuracy_score(group("image"), seed), **metrics}
     elif benchmark == "pope":
-        metrics = {**_score_yes(questions, read, seed), **metrics}
+        true, yes = ([text == "yes" for text in texts] for texts in ((each.answers[0] for each in questions), read))
+        metrics = {**yes_f1_scores(true, yes, [each.group for each in questions], seed), **metrics}
     return Rated(metrics, read, right)
 
 
@@ -68,23 +67,3 @@ def _rate_textvqa(questions: Sequence[LlavaQuestion], said: Sequence[str], seed:
         for text, each in zip(read, questions, strict=True)
     ]
     return Rated({"vqa_accuracy": mean_score(values, seed)}, read, [value >= _MOSTLY for value in values])
-
-
-def _score_yes(questions: Sequence[LlavaQuestion], read: Sequence[str], seed: int) -> dict[str, Score]:
-    """F1 of yes, over each way in which POPE chose what it asks for, and their mean, which is published."""
-    groups = list(dict.fromkeys(each.group for each in questions))
-    # of each group: yes rightly, yes in all, truly yes
-    counts_N3G = np.zeros((len(questions), 3, len(groups)), dtype=np.int64)
-    for i, (each, text) in enumerate(zip(questions, read, strict=True)):
-        true, yes = each.answers[0] == "yes", text == "yes"
-        counts_N3G[i, :, groups.index(each.group)] = (true and yes, yes, true)
-    f1 = lambda counts_3G: 2 * counts_3G[0] / np.maximum(counts_3G[1] + counts_3G[2], 1)
-
-    def score(table_NK: Counts, shape: tuple[int, ...]) -> Score:
-        return corpus_score(table_NK, lambda counts_K: float(f1(counts_K.reshape(shape)).mean()), seed)
-
-    own = {
-        f"{name}_f1": score(counts_N3G[[each.group == name for each in questions], :, g], (3,))
-        for g, name in enumerate(groups)
-    }
-    return {"f1": score(counts_N3G.reshape(len(questions), -1), (3, len(groups))), **own}
