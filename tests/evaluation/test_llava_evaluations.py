@@ -161,7 +161,7 @@ def test_mmbenchs_workbook(folder, tmp_path):
 def test_without_openpyxl(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     task = write_answers(folder, "mmbench", tmp_path / "m.jsonl")
-    with pytest.raises(UsageError, match="task llava/mmbench: its file is written by openpyxl"):
+    with pytest.raises(UsageError, match="server of llava/mmbench needs openpyxl, which is not installed"):
         rate_answer_file(task, tmp_path / "m.jsonl", kept=AnswerFolder(tmp_path, "x"))
 
 

@@ -94,7 +94,7 @@ def check_upload(task: Task) -> None:
         UsageError: if it is not.
     """
     if isinstance(task, LlavaTask) and task.benchmark == "mmbench":
-        check_workbooks(f"task {task.name}")
+        check_workbooks(task.name)
 
 
 def send_answers(task: LlavaTask, questions: Sequence[LlavaQuestion], said: Sequence[str], kept: AnswerFolder) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...disk import replacing
 from ...errors import UsageError, list_some
+from ...extras import import_extra
 from ..json_lines import JsonLine, append_lines, read_done
 from ..vqa import normalize_written
 from .questions import LlavaQuestion, make_key, read_mmbench, read_submitted
@@ -106,10 +107,7 @@ def check_workbooks(where: str) -> None:
     Raises:
         UsageError: if it is not.
     """
-    try:
-        import openpyxl  # noqa: F401, PLC0415  an extra
-    except ImportError as error:
-        raise UsageError(f"{where}: its file is written by openpyxl: pip install 'doralib[vision]' ({error})") from None
+    import_extra("openpyxl", f"the file for the server of {where}")
 
 
 def _list_vqav2(source: Path, questions: Sequence[LlavaQuestion], said: Sequence[str]) -> list[dict[str, Any]]:
@@ -137,14 +135,12 @@ _UPLOADS: dict[str, Callable[[Path, Sequence[LlavaQuestion], Sequence[str]], lis
 
 
 def _write_workbook(columns: dict[str, list[str | None]], said: dict[int | str, str], path: Path) -> None:
-    from openpyxl import Workbook  # noqa: PLC0415  see `check_workbooks`
-
     numbers = [int(cell or "") for cell in columns["index"]]
     sent: dict[str, Sequence[Any]] = {name: cells for name, cells in columns.items() if name not in _NOT_SENT}
     names = list(sent)
     names.insert(_PREDICTION_AT, "prediction")
     sent |= {"index": numbers, "prediction": [said.get(number) for number in numbers]}
-    book = Workbook(write_only=True)
+    book = import_extra("openpyxl", "MMBench's file").Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
     for row in (names, *zip(*(sent[name] for name in names), strict=True)):
         sheet.append(row)
