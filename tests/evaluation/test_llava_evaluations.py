@@ -15,7 +15,7 @@ from doralib.evaluation.json_lines import append_lines
 from doralib.evaluation.llava.answers import AnswerFolder
 from doralib.evaluation.llava.files import AnswerFile
 from doralib.evaluation.llava.made_elsewhere import rate_answer_file
-from doralib.evaluation.llava.questions import read_asked
+from doralib.evaluation.llava.questions import make_key, read_asked
 from doralib.evaluation.llava.scores import rate_answers, read_letter
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -274,3 +274,16 @@ def test_a_recipe_cannot_score_by_a_server(folder, tmp_path, run):
     given = [f"data.train={tmp_path / 'rows.jsonl'}", f"eval.tasks=[llava/vqav2={folder}]", f"out={tmp_path / 'out'}"]
     status, _, err = run("train", "demo", "model.path=nowhere", *given)
     assert (status, "a server scores the answers" in " ".join(err.split())) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "What is the brand?\nAnswer the question using a single word or phrase.",
+        "What is the brand?\nReference OCR token: DAKOTA, DIGITAL\nAnswer the question using a single word or phrase.",
+        "Reference OCR token: DAKOTA\nWhat is the brand?\nAnswer the question using a single word or phrase.",
+        "OCR tokens: DAKOTA, DIGITAL. Question: What is the brand? Short answer:",
+    ],
+)
+def test_the_question_of_textvqa_is_found_in_each_of_llavas_prompts(told):
+    assert make_key("textvqa", 7, told) == ("7", "what is the brand?")

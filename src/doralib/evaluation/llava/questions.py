@@ -120,7 +120,7 @@ def _find_question(told: str) -> str:
     """The question alone in a prompt with what was read in the picture, in lower case."""
     lines = told.split("\n")
     if told.startswith("OCR tokens: "):
-        return told.partition("LlavaQuestion: ")[2].partition(" Short answer:")[0].lower()
+        return told.partition("Question: ")[2].partition(" Short answer:")[0].lower()
     return lines[told.startswith("Reference OCR token:") and len(lines) == 3].lower()
 
 
