@@ -314,3 +314,10 @@ def test_a_row_is_read_as_json_reads_it(row, ascii_only, indent, changed):
     for name, value in expected.items():
         (written,) = found[name]
         assert repr(json.loads(written) if written is not None else None) == repr(value)
+
+
+@pytest.mark.parametrize("name", ["la\0bel", "\ud800"])
+def test_a_column_that_arrow_cannot_name_is_told(tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", name: "b"}))
+    with pytest.raises(DoraError, match="columns whose names cannot be stored: '"):
+        read_dataset(str(tmp_path / "rows.jsonl"), "data.train")

@@ -165,6 +165,12 @@ def test_a_missing_or_damaged_file_is_named_and_the_rest_is_there(run, name, dam
     assert "doralib" in said
 
 
+def test_a_model_of_no_parameters_has_no_share_of_them(run):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "total_parameters": 0}))
+    assert "1.23 million" in page_of(run).said()
+
+
 def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
     said = page_of(tmp_path).said()
     for name in ("config.yaml", "metrics.jsonl", "results.json", "samples.json", "summary.json", "environment.json"):

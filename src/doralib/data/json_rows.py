@@ -84,6 +84,18 @@ class ParseColumns:
         return {name: parse(column) if name in self.columns else list(column) for name, column in batch.items()}
 
 
+def parse_plain(text: str) -> Any:
+    """The value of a JSON text that is a text or a small number."""
+    # most are as they are written
+    return text[1:-1] if text[0] == '"' and "\\" not in text else json.loads(text)
+
+
+def is_storable(name: str) -> bool:
+    """Whether Arrow can store a column of this name."""
+    # a C string ends at a NUL, and half of a pair of surrogates has no UTF-8
+    return "\0" not in name and name.encode("utf-8", "replace").decode() == name
+
+
 def find_type(column: Sequence[str | None]) -> str:
     """How values given as JSON are stored: as what they are if all are texts or small numbers, else as `json`."""
     given = [text for text in column if text is not None]

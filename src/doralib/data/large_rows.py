@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ..disk import replacing
 from ..files import hash_file
-from .json_rows import ParseColumns, find_type, split_columns
+from .json_rows import ParseColumns, find_type, is_storable, parse_plain, split_columns
 from .sources import open_text
 
 _PIECE = 8 << 20
@@ -52,6 +52,8 @@ def _find_types(path: Path, setting: str) -> dict[str, str]:
         for name, column in columns.items():
             found = find_type(column) if any(text is not None for text in column) else None
             known = types.get(name)
+            if not is_storable(name):
+                raise ValueError(f"a column of the name {name!a} cannot be stored")
             types[name] = found if known is None else known if found in (None, known) else "json"
     return {name: kind or "large_string" for name, kind in types.items()}
 
@@ -70,4 +72,4 @@ def _write_rows(place: Path, path: Path, setting: str, types: Mapping[str, str])
 
 
 def _make_values(column: Sequence[str | None], kind: str) -> list[object]:
-    return [text if text is None or kind == "json" else json.loads(text) for text in column]
+    return [text if text is None or kind == "json" else parse_plain(text) for text in column]

@@ -14,7 +14,7 @@ import pyarrow as pa
 from ..errors import DoraError, UsageError
 from ..files import hash_file, hash_texts
 from ..recipe import DataSettings
-from .json_rows import ParseColumns
+from .json_rows import ParseColumns, is_storable
 from .large_rows import read_large_rows
 from .layouts import list_layout_files, read_layout
 from .picture_rows import list_captioned
@@ -218,7 +218,7 @@ def _read(
         rows = found
     elif not any(map(is_parquet, files)):
         table = read_table(files, setting, split, documents)
-        return _from_table(table), table.numbers
+        return _from_table(table, f"{setting}: {source}"), table.numbers
     elif all(map(is_parquet, files)):
         rows = _read_parquet(files, f"{setting}: {source}")
     else:
@@ -229,7 +229,9 @@ def _read(
     return rows, range(1, len(rows) + 1)
 
 
-def _from_table(table: RowTable) -> datasets.Dataset:
+def _from_table(table: RowTable, where: str) -> datasets.Dataset:
+    if wrong := [name for name in table.columns if not is_storable(name)]:
+        raise DoraError(f"{where} has columns whose names cannot be stored: {', '.join(map(ascii, wrong))}")
     kinds = {name: "large_string" if kind == "json" else kind for name, kind in table.types.items()}
     columns = {name: pa.array(column, pa.type_for_alias(kinds[name])) for name, column in table.columns.items()}
     rows = datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))

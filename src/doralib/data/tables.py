@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DoraError, UsageError
 from .csv_rows import read_columns
 from .detect import LOOKED_AT
-from .json_rows import ParseColumns, find_type, parse_json, split_columns
+from .json_rows import ParseColumns, find_type, parse_json, parse_plain, split_columns
 from .prepare import RowNumber
 from .sources import READERS, find_ending, list_files, open_text
 from .tsf_rows import read_tsf
@@ -179,15 +179,10 @@ def _join(parts: Sequence[tuple[Path, Columns, bool]]) -> RowTable:
         return RowTable(joined, dict.fromkeys(joined, "large_string"), numbers)
     types = {name: find_type(column) for name, column in joined.items()}
     plain = {
-        name: column if types[name] == "json" else [None if text is None else _read_plain(text) for text in column]
+        name: column if types[name] == "json" else [None if text is None else parse_plain(text) for text in column]
         for name, column in joined.items()
     }
     return RowTable(plain, types, numbers)
-
-
-def _read_plain(text: str) -> Any:
-    # a million texts of which most are as they are written
-    return text[1:-1] if text[0] == '"' and "\\" not in text else json.loads(text)
 
 
 def _read_json(text: str, path: Path, where: str, split: str) -> Columns:

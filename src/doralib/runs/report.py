@@ -87,7 +87,9 @@ def _header(record: RunRecord) -> Markup:
 def _tiles(record: RunRecord) -> Markup | None:
     s = record.summary
     trained, total = s.get("trainable_parameters", 0), s.get("total_parameters", 0)
-    share = f"\n({100 * trained / total:.2g} %)" if trained and _is_number(trained) and _is_number(total) else ""
+    share = (
+        f"\n({100 * trained / total:.2g} %)" if trained and total and _is_number(trained) and _is_number(total) else ""
+    )
     losses = numbers(record.evals, "eval_loss") or numbers(record.train, "loss")
     shown = {
         "time": time_text(s["seconds"]) if _is_number(s.get("seconds")) else None,
