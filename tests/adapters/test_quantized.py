@@ -115,7 +115,7 @@ def bits(model):
 
 
 @each_kind
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_merge_is_undone_bit_for_bit(kind, many, even_llama_folder, tmp_path):
     if many:
         model = doralib.set_adapter(several(even_llama_folder, kind), "other")

@@ -156,7 +156,7 @@ def merged_live(model):
         return doralib.merge(model)
 
 
-@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+@pytest.mark.parametrize("kind", ["nf4 double", pytest.param("int8", marks=pytest.mark.long)])
 def test_verify(kind, bases, adapter, tmp_path):
     base = bases(kind)
     merge_checkpoint(adapter, base, tmp_path / "dense", dtype="float32")

@@ -31,7 +31,7 @@ def save_turned(base, folder, size):
     save_adapter(model, folder)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, *(pytest.param(d, marks=pytest.mark.long) for d in ("bfloat16", "float16"))])
 def test_verdicts(tmp_path, tiny_llama_folder, dtype):
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     save_turned(tiny_llama_folder, adapter, 0.1)

@@ -23,6 +23,7 @@ def count_held() -> tuple[int, int]:
     return tensors, sum(1 for _ in HANDLES.iterdir()) if HANDLES.is_dir() else 0
 
 
+@pytest.mark.long
 def test_evaluations_in_a_row_hold_nothing(tiny_llama, tmp_path):
     model, tokenizer = tiny_llama
     doralib.adapt(model, DoraConfig(r=2, target_modules=("q_proj",)))

@@ -403,6 +403,7 @@ def test_generate(tmp_path):
     assert speeds["base"]["all"] == [4 / s for s in seconds["base"]["all"]]
 
 
+@pytest.mark.long
 def test_profile(tmp_path):
     """Every operator once: the large products are counted as they are, and the rows add up to the whole."""
     options = {"model": "tiny", "dtype": "float32", "rounds": 2, "warmup": 1, "tokens": "1x8"}

@@ -184,9 +184,8 @@ def lines(run, kind="train"):
 SHOWN = {"dpo": "rewards/margins", "orpo": "rewards/margins", "kto": "rewards/margins", "grpo": "reward"}
 
 
-@pytest.mark.parametrize(
-    "kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS if kind != "dpo")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_as_the_same_run(recipe, kind, tmp_path, monkeypatch):
     """Three epochs, logged every third step and saved every second, so that a log spans the kill."""
     times = {"max_steps": 6, "logging_steps": 3, "per_device_eval_batch_size": 4}
