@@ -147,7 +147,8 @@ def test_files_for_servers(folder, tmp_path):
 
 def test_mmbenchs_workbook(folder, tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    task = write_answers(folder, "mmbench", tmp_path / "m.jsonl")
+    # a workbook cannot hold what a model that is not trained may write
+    task = write_answers(folder, "mmbench", tmp_path / "m.jsonl", ["A\x10\x1c", "D. four"])
     rate_answer_file(task, tmp_path / "m.jsonl", kept=AnswerFolder(tmp_path, "x"))
     sheet = openpyxl.load_workbook(tmp_path / "mmbench_upload.xlsx").active
     # as convert_mmbench_for_submission wrote it
