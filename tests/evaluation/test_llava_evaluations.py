@@ -147,7 +147,8 @@ def test_files_for_servers(folder, tmp_path):
 
 def test_mmbenchs_workbook(folder, tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    task = write_answers(folder, "mmbench", tmp_path / "m.jsonl")
+    # a workbook cannot hold what a model that is not trained may write
+    task = write_answers(folder, "mmbench", tmp_path / "m.jsonl", ["A\x10\x1c", "D. four"])
     rate_answer_file(task, tmp_path / "m.jsonl", kept=AnswerFolder(tmp_path, "x"))
     sheet = openpyxl.load_workbook(tmp_path / "mmbench_upload.xlsx").active
     # as convert_mmbench_for_submission wrote it
@@ -182,6 +183,29 @@ def test_a_file_that_lacks_answers_or_a_folder_of_another_version_is_refused(fol
     (other / "sqa").mkdir()
     with pytest.raises(UsageError, match=r"no file llava_test_CQM-A.json|no file problems.json"):
         read_examples(load_tasks([f"llava/sqa={other / 'sqa'}"])[0])
+
+
+def test_damaged_files_are_named(folder, tmp_path):
+    other = make_evaluations(tmp_path / "other")
+    damages = {
+        "gqa": ("gqa/data/testdev_balanced_questions.json", '{"201307251": {"types": {}}}', "201307251.answer: Field"),
+        "textvqa": ("textvqa/TextVQA_0.5.1_val.json", '{"data": [{"image_id": "a"}]}', "data.0.question: Field"),
+        "sqa": ("scienceqa/problems.json", '{"4": {"choices": [], "answer": 7}}', "4.answer: Input should be less"),
+        "pope": (
+            "pope/coco/coco_pope_random.json",
+            '{"image": "p.jpg", "text": 3, "label": "no"}',
+            "line 1: text: Input",
+        ),
+        "vqav2": ("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "[]", "line 1: Input should be"),
+        "vizwiz": ("vizwiz/llava_test.jsonl", "", "holds no lines of JSON"),
+        "mmbench": ("mmbench/mmbench_dev_20230712.tsv", "index\tquestion\n1\tx\n", "has no column hint, A, B, image"),
+    }
+    for name, (file, text, told) in damages.items():
+        (other / file).write_text(text)
+        with pytest.raises(DoraError) as error:
+            read_examples(load_tasks([f"llava/{name}={other}"])[0])
+        assert str(other / file) in str(error.value)
+        assert told in str(error.value)
 
 
 def test_half_a_line_goes_and_a_whole_one_without_its_end_stays(tmp_path):

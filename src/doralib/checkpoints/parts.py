@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..disk import check_writable
 from ..errors import DoraError, UsageError, raise_all
 from ..files import hash_texts, read_yaml
 from ..recipe import ModelParts, ModelSettings
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 CACHE = Path("~/.cache/doralib/composed")
 """Where composed models stand; runs of the same parts share one."""
 
+_FORM = "1"
+"""Goes up where what is written changes, so that nobody goes on with an older one."""
 _LOOKS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -45,7 +48,7 @@ def find_composed(parts: ModelParts, seed: int) -> Path:
     """
     places = [parts.language, parts.vision, *([] if parts.projector is None else [parts.projector])]
     texts = [text for place in places for text in _describe(place)]
-    texts += [str(parts.layer), str(seed if parts.projector is None else "")]
+    texts += [_FORM, str(parts.layer), str(seed if parts.projector is None else "")]
     shorten = lambda name: Path(name).name.lower()
     key = hash_texts(texts)[:12]
     return CACHE.expanduser() / f"llava-{shorten(parts.language)}-{shorten(parts.vision)}-{key}"
@@ -68,6 +71,7 @@ def compose_parts(parts: ModelParts, seed: int) -> Path:
     """
     out = find_composed(parts, seed)
     if not out.is_dir():
+        check_writable(out, "model.parts", folder=True)
         log.info(f"composing {parts.language}, {parts.vision} and their projector: {out}")
         _compose(parts, out, seed)
     return out

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ..documents import decode_json
 from ..errors import DoraError, UsageError
-from ..files import read_text
+from ..files import read_json, read_text
 
 
 class JsonLine(BaseModel):
@@ -32,15 +32,33 @@ def read_json_lines(path: Path, form: type[JsonLine]) -> list[dict[str, Any]]:
         try:
             found.append(form.model_validate(decode_json(line)).model_dump())
         except ValidationError as error:
-            first = error.errors()[0]
-            at = ".".join(str(part) for part in first["loc"])
-            raise DoraError(f"{path}, line {number}: {at + ': ' if at else ''}{first['msg']}") from None
+            raise DoraError(f"{path}, line {number}: {_tell_first(error)}") from None
         except ValueError as error:
             if number < len(lines):
                 raise DoraError(f"{path}, line {number} is not JSON: {error}") from None
     if not found:
         raise UsageError(f"{path} holds no lines of JSON")
     return found
+
+
+def read_whole_json(path: Path, form: Any, root: type[Any] = dict) -> Any:
+    """The value of a JSON file, in a form of `pydantic`'s.
+
+    Raises:
+        UsageError: if there is no such file.
+        DoraError: if it is not of the form.
+    """
+    try:
+        return TypeAdapter(form).validate_python(read_json(path, root))
+    except ValidationError as error:
+        raise DoraError(f"{path}: {_tell_first(error)}") from None
+
+
+def _tell_first(error: ValidationError) -> str:
+    """The first thing that is wrong, and where it stands."""
+    first = error.errors()[0]
+    at = ".".join(str(part) for part in first["loc"])
+    return f"{at + ': ' if at else ''}{first['msg']}"
 
 
 def read_done(path: Path, form: type[JsonLine]) -> list[dict[str, Any]]:

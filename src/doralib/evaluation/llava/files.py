@@ -1,6 +1,7 @@
 """Answers to LLaVA-1.5's evaluations in LLaVA's own files, and the files that servers take of them."""
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .scores import read_gqa
 # of MMBench's table, which is sent back with the answers
 _NOT_SENT = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_AT = 6
+_NO_CELL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+"""What a workbook cannot hold."""
 
 
 class _AnswerLine(JsonLine):
@@ -143,5 +146,5 @@ def _write_workbook(columns: dict[str, list[str | None]], said: dict[int | str, 
     book = import_extra("openpyxl", "MMBench's file").Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
     for row in (names, *zip(*(sent[name] for name in names), strict=True)):
-        sheet.append(row)
+        sheet.append([_NO_CELL.sub("", cell) if isinstance(cell, str) else cell for cell in row])
     book.save(path)

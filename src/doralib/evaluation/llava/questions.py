@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from ...data.csv_rows import read_columns
 from ...data.pictures import Picture
 from ...errors import DoraError, list_some, raise_problems
-from ...files import find_file, read_json
-from ..json_lines import JsonLine, read_json_lines
+from ...files import find_file
+from ..json_lines import JsonLine, read_json_lines, read_whole_json
 
 LETTERS = "ABCDE"
 _LETTER_ONLY = "Answer with the option's letter from the given choices directly."
@@ -32,6 +34,36 @@ class _LabelLine(JsonLine):
     image: str
     text: str
     label: str
+
+
+class _GqaTruth(JsonLine):
+    answer: str
+    types: dict[str, Any] = Field(default={})
+
+
+class _PeoplesAnswers(JsonLine):
+    image_id: int | str
+    question: str
+    answers: list[str] = Field(min_length=1)
+
+
+class _PeoplesFile(JsonLine):
+    data: list[_PeoplesAnswers]
+
+
+class _Turn(JsonLine):
+    value: str
+
+
+class _Talk(JsonLine):
+    id: int | str
+    image: str | None = None
+    conversations: list[_Turn] = Field(min_length=1)
+
+
+class _Problem(JsonLine):
+    choices: list[str]
+    answer: int = Field(ge=0, lt=len(LETTERS))
 
 
 @dataclass(frozen=True)
@@ -95,21 +127,22 @@ def _read_asked(path: Path, images: Path) -> list[LlavaQuestion]:
 def _read_gqa(folder: Path) -> list[LlavaQuestion]:
     data, name = folder / "data", "testdev_balanced_questions.json"
     path = data / name if (data / name).is_file() else data / "questions1.2" / name
-    truth = read_json(path if path.is_file() else data / name)
+    path = path if path.is_file() else data / name
+    truth = read_whole_json(path, dict[str, _GqaTruth])
     asked = _read_asked(folder / "llava_gqa_testdev_balanced.jsonl", data / "images")
     _check_known([str(each.id) for each in asked], truth, path)
     made = []
     for each in asked:
         known = truth[str(each.id)]
-        kind = "open" if known.get("types", {}).get("structural") == "query" else "binary"
-        made.append(replace(each, answers=(str(known["answer"]),), group=kind))
+        kind = "open" if known.types.get("structural") == "query" else "binary"
+        made.append(replace(each, answers=(known.answer,), group=kind))
     return made
 
 
 def _read_textvqa(folder: Path) -> list[LlavaQuestion]:
     path = folder / "TextVQA_0.5.1_val.json"
-    rows = read_json(path).get("data", [])
-    truth = {(str(row["image_id"]), row["question"].lower()): tuple(row["answers"]) for row in rows}
+    rows = read_whole_json(path, _PeoplesFile).data
+    truth = {(str(row.image_id), row.question.lower()): tuple(row.answers) for row in rows}
     asked = _read_asked(folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "train_images")
     keys = [(str(each.id), _find_question(each.told)) for each in asked]
     _check_known(keys, truth, path)
@@ -148,16 +181,16 @@ def _point_at(line: Mapping[str, Any]) -> tuple[str, str]:
 
 def _read_sqa(folder: Path) -> list[LlavaQuestion]:
     path, asked = folder / "problems.json", folder / "llava_test_CQM-A.json"
-    problems, rows = read_json(path), read_json(asked, list)
-    _check_known([str(row["id"]) for row in rows], problems, path)
+    problems, rows = read_whole_json(path, dict[str, _Problem]), read_whole_json(asked, list[_Talk], list)
+    _check_known([str(row.id) for row in rows], problems, path)
     made = []
     for row in rows:
-        known, seen = problems[str(row["id"])], row.get("image")
-        text = f"{row['conversations'][0]['value'].replace(_PLACE, '').strip()}\n{_LETTER_ONLY}"
+        known, seen = problems[str(row.id)], row.image
+        text = f"{row.conversations[0].value.replace(_PLACE, '').strip()}\n{_LETTER_ONLY}"
         picture = Picture(str(folder / "images" / "test" / seen)) if seen else None
-        told, letter = f"{_PLACE}\n{text}" if seen else text, LETTERS[known["answer"]]
+        told, letter = f"{_PLACE}\n{text}" if seen else text, LETTERS[known.answer]
         group = "image" if seen else ""
-        made.append(LlavaQuestion(row["id"], text, told, picture, (letter,), group, len(known["choices"])))
+        made.append(LlavaQuestion(row.id, text, told, picture, (letter,), group, len(known.choices)))
     return made
 
 
