@@ -61,7 +61,8 @@ def _encode(tokenizer: Tokenizer, rows: Sequence[RenderedRow], special: bool) ->
         return
     fast = bool(tokenizer.is_fast)
     texts = [row.text for row in rows]
-    coded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+    wanted = {"return_offsets_mapping": fast, "return_attention_mask": False, "return_token_type_ids": False}
+    coded = tokenizer(texts, add_special_tokens=special, verbose=False, **wanted)
     for i, row in enumerate(rows):
         ids = list(coded["input_ids"][i])
         yield ids, *(_by_offsets(coded["offset_mapping"][i], row) if fast else _by_prefixes(ids, row, tokenizer))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import DoraError, UsageError
@@ -115,9 +116,10 @@ def _tokenize_chunk(
 ) -> datasets.Dataset:
     """The usable rows of a chunk; their numbers are added to ``kept``."""
     whole: list[tuple[RowNumber, RenderedRow]] = []
-    for number, row in zip(numbers, rows, strict=False):
+    values = rows[:]
+    for number, cells in zip(numbers, zip(*values.values(), strict=True), strict=False):
         try:
-            whole.append((number, render_row(row, settings, tokenizer)))
+            whole.append((number, render_row(dict(zip(values, cells, strict=True)), settings, tokenizer)))
         except BadRow as bad:
             report.drop(number, bad)
         except UsageError as error:
@@ -142,7 +144,8 @@ def _tokenize_chunk(
             kept.append(number)
             for column, value in zip(columns.values(), (input_ids, labels, len(input_ids)), strict=True):
                 column.append(value)
-    return datasets.Dataset.from_dict(columns, features=_FEATURES)
+    table = datasets.table.InMemoryTable(pa.table(columns, schema=_FEATURES.arrow_schema))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=_FEATURES))
 
 
 def _fit(
