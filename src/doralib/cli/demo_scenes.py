@@ -62,8 +62,10 @@ KINDS: Mapping[str, _Kind] = {
 }
 
 # hues in degrees, up to which a color goes
-_HUES = ((18, "red"), (42, "orange"), (70, "yellow"), (170, "green"), (255, "blue"), (290, "purple"))
-_HUES += ((345, "pink"), (360, "red"))
+_HUES = (
+    *((18, "red"), (42, "orange"), (70, "yellow"), (170, "green"), (255, "blue")),
+    *((290, "purple"), (345, "pink"), (360, "red")),
+)
 _CLEAR = 0.6
 """So much of a stamp has a color that is called its own."""
 
@@ -117,9 +119,9 @@ def read_stamps(tux: Path, emoji: Path) -> list[Stamp]:
             found[kind, inside] = data
     files = dict(read_members(emoji, lambda name: name.endswith("/emoji.json") or "/img/google/64/" in name))
     for each in json.loads(files.get("package/emoji.json", b"[]")):
-        data = files.get(f"package/img/google/64/{each['image']}")
-        if data is not None and (kind := _find_kind(each["subcategory"], each["name"])):
-            found[kind, each["image"]] = data
+        file = f"package/img/google/64/{each['image']}"
+        if file in files and (kind := _find_kind(each["subcategory"], each["name"])):
+            found[kind, each["image"]] = files[file]
     counts = Counter(kind for kind, _ in found)
     if missing := [kind for kind in KINDS if counts[kind] < 2 * _HELD_OUT]:
         raise DoraError(f"{tux} and {emoji} hold too few stamps of {', '.join(missing)}; are they the whole packages?")
@@ -326,7 +328,7 @@ def _write_tests(scenes: Sequence[tuple[str, Scene]], draw: random.Random, out: 
         found[:] = found[:_MOST_ASKED]
         rows = [{"image": name, "question": each.question, "answer": each.answer} for name, each in found]
         _write_rows(out / f"{task}.jsonl", rows)
-        settings = {"name": task, "kind": TASKS[task], "data": f"{task}.jsonl", "images": "image"}
+        settings: dict[str, Any] = {"name": task, "kind": TASKS[task], "data": f"{task}.jsonl", "images": "image"}
         settings |= {"prompt": "question", "answer": "answer", "max_new_tokens": _MOST_TOKENS}
         (out / f"{task}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     # the report shows the first: some of each task, of scenes in turn
