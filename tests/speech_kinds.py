@@ -54,13 +54,15 @@ def save_whisper(folder, layers=1, **changes):
     tokenizer = make_whisper_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        vocab_size=len(tokenizer), d_model=32, num_mel_bins=80, max_source_positions=100, max_target_positions=48,
+    values = {
+        "vocab_size": len(tokenizer), "d_model": 32, "num_mel_bins": 80, "init_std": 0.1,
+        "max_source_positions": 100, "max_target_positions": 48,
         **{f"{side}_{part}": value for side in ("encoder", "decoder")
            for part, value in {"layers": layers, "attention_heads": 2, "ffn_dim": 64}.items()},
-        decoder_start_token_id=ids["<|startoftranscript|>"], init_std=0.1,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[END]), **changes,
-    )  # fmt: skip
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[END]),
+    }  # fmt: skip
+    config = transformers.WhisperConfig(**{**values, **changes})
     model = transformers.WhisperForConditionalGeneration(config)
     model.generation_config = transformers.GenerationConfig(
         decoder_start_token_id=config.decoder_start_token_id, is_multilingual=True, max_length=48,

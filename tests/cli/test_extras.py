@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from conftest import make_llama
 
 import doralib
 from doralib.config import DoraConfig
+from doralib.errors import UsageError
+from doralib.extras import EXTRAS, import_extra
 
 # what no package of the core brings along
 OURS = (
@@ -122,3 +125,21 @@ def test_every_other_verb_says_what_to_install(bare, files):
 def test_mistakes_in_yaml_and_data_are_told_without_extras(bare, files):
     ((status, _, err),) = bare(["train", "r.yaml", "data.target=lable", "training.max_steps=3"])
     assert (status, "did you mean 'label'" in err) == (2, True), err
+
+
+def test_the_extras_that_errors_name_are_the_packages_own():
+    own = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(own)
+    named = {re.split(r"[\[<>=;]", each)[0].replace("-", "_"): extra for extra in own for each in own[extra]}
+    # a package that an extra lists stands under that extra; the others come with one of these
+    for package, extra in EXTRAS.items():
+        name = {"PIL": "pillow"}.get(package, package)
+        assert name not in named or name in {re.split(r"[<>=]", e)[0].replace("-", "_") for e in own[extra]}, package
+
+
+def test_a_package_that_cannot_be_loaded_says_why(tmp_path, monkeypatch):
+    (tmp_path / "soundfile.py").write_text("raise OSError('no libsndfile')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "soundfile", raising=False)
+    with pytest.raises(UsageError, match=r"a sound needs soundfile, .*doralib\[audio\]' \(no libsndfile\)"):
+        import_extra("soundfile", "a sound")

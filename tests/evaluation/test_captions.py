@@ -34,7 +34,7 @@ def test_words_by_the_rule_that_needs_no_java(text, words):
 
 def test_without_pycocoevalcap_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocoevalcap", None)
-    with pytest.raises(UsageError, match=r"eval.tasks: captions .* pip install 'doralib\[caption\]'"):
+    with pytest.raises(UsageError, match=r"eval.tasks: the score of captions .*'doralib\[caption\]'"):
         captions.check_caption_tools("eval.tasks")
 
 

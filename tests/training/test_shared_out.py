@@ -13,20 +13,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import doralib
 from doralib import DoraConfig
-from doralib.checkpoints.load import load_language_model
+from doralib.checkpoints import load as checkpoints
+from doralib.checkpoints.load import load_base
 from doralib.errors import DoraError, UsageError
 from doralib.layers.base.linear import Dense
 from doralib.layers.base.opaque import Quantized
-from doralib.recipe import ModelSettings
 from doralib.training.callbacks import MetricsFile
 from doralib.training.distributed import is_main
 from doralib.training.job import fine_tune
 from doralib.training.recipe_file import read_recipe
-from doralib.training.sharding import share_out
+from doralib.training.sharding import reads_once, share_out, waits_for_weights
 
 pytestmark = pytest.mark.long
 
@@ -44,20 +44,23 @@ def read(folder, out, **changes):
     return read_recipe(str(folder / "recipe.yaml"), [f"{key}={value}" for key, value in changes.items()])
 
 
-def anonymous_bytes():
+def status_bytes(what):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def bytes_taken(folder):
-    """Memory of this process's own that a model takes which is loaded, adapted and shared out."""
-    recipe = read(folder, "none")
-    before = anonymous_bytes()
-    model = load_language_model(ModelSettings(path=str(folder / "large")))
-    doralib.adapt(model, DoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    share_out(model, recipe, torch.device("cpu"))
+    """Memory that a model takes, at most and then, which is loaded, adapted and shared out as a run does it."""
+    recipe = read(folder, "none", **{"model.path": folder / "large"})
     gc.collect()
-    return anonymous_bytes() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status_bytes("VmRSS"), status_bytes("RssAnon")
+    model, _ = load_base(recipe.model, empty=waits_for_weights(recipe))
+    doralib.adapt(model, DoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    share_out(model, recipe, torch.device("cpu"), from_first=reads_once(recipe))
+    peak = status_bytes("VmHWM") - before[0]
+    gc.collect()
+    return peak, status_bytes("RssAnon") - before[1]
 
 
 def worker(rank, folder):
@@ -67,7 +70,9 @@ def worker(rank, folder):
     norms = []
     row_norm_sq = Dense.row_norm_sq
     Dense.row_norm_sq = Quantized.row_norm_sq = lambda base: norms.append(base) or row_norm_sq(base)
-    found = {}
+    found = {"read": []}
+    load = checkpoints.load_language_model
+    checkpoints.load_language_model = lambda settings: found["read"].append(settings.path) or load(settings)
     for name, changes in CASES.items():
         norms.clear()
         fine_tune(read(folder, name, **changes))
@@ -110,6 +115,7 @@ def folder(tmp_path_factory, even_llama_folder):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder / "large")
+    AutoTokenizer.from_pretrained(even_llama_folder).save_pretrained(folder / "large")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
@@ -149,6 +155,18 @@ def test_a_model_that_is_shared_out_trains_as_in_one_process(folder, case):
     rel = 1e-3 if case == "float32" else 0.05
     check_same(folder / case, alone(folder, f"{case} alone", **CASES[case]), rel)
     assert {path.name for path in (folder / case).iterdir()} == {p.name for p in (folder / f"{case} alone").iterdir()}
+
+
+def test_the_first_process_alone_reads_the_weights(folder):
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    # the quantized model is read by every process, and each model by the first
+    assert (len(first["read"]), len(second["read"])) == (len(CASES) + 1, 1)
+    if sys.platform == "linux":
+        whole = (folder / "large" / "model.safetensors").stat().st_size
+        peak, then = second["taken"]
+        assert then < 0.6 * whole
+        assert peak < 0.8 * whole
+        assert first["taken"][1] < 0.6 * whole
 
 
 def test_frozen_rows_are_not_measured_anew_for_every_pass(folder):

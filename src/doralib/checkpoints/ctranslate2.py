@@ -58,6 +58,7 @@ def read_tensors(data: bytes) -> Iterator[tuple[str, Tensor]]:
         if (version := take("<I")) != _VERSION:
             raise DoraError(f"model.bin is of version {version} of CTranslate2's format, and {_VERSION} is read")
         text(), take("<I")
+        found: dict[str, Tensor] = {}
         for _ in range(take("<I")):
             name, rank = text(), take("<B")
             shape = struct.unpack_from(f"<{rank}I", data, place)
@@ -69,7 +70,13 @@ def read_tensors(data: bytes) -> Iterator[tuple[str, Tensor]]:
                 continue
             if code not in _DTYPES:
                 raise DoraError(f"model.bin: {name} is quantized; give the float16 conversion")
-            yield name, torch.from_numpy(np.frombuffer(values, _DTYPES[code]).reshape(shape).copy())
+            found[name] = torch.from_numpy(np.frombuffer(values, _DTYPES[code]).reshape(shape).copy())
+            yield name, found[name]
+        # weights that are equal are written once
+        for _ in range(take("<I")):
+            name, other = text(), text()
+            if other in found:
+                yield name, found[other]
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise DoraError(f"model.bin is damaged or cut short: {error}") from None
 
@@ -83,9 +90,9 @@ def rename_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if rest in _WHOLE:
             made[front + _WHOLE[rest]] = tensor
         elif match := re.fullmatch(r"layer_(\d+)/(.+)/(\w+)", rest):
-            parts = _PARTS[match[2]]
+            parts = _PARTS.get(match[2], (match[2],))
             made |= {
-                f"{front}layers.{match[1]}.{part}.{_FIELDS[match[3]]}": piece.contiguous()
+                f"{front}layers.{match[1]}.{part}.{_FIELDS.get(match[3], match[3])}": piece.contiguous()
                 for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True)
                 # Whisper's keys have no bias, and the file zeros in its place
                 if not (part.endswith("k_proj") and match[3] == "bias")

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..adapters.load import load_adapter
 from ..errors import DoraError, UsageError
+from ..extras import import_extra
 from ..files import read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
@@ -31,11 +32,7 @@ def import_diffusers() -> Any:
     Raises:
         UsageError: if it is not installed.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise UsageError(
-            "a diffusion pipeline needs diffusers, which is not installed: pip install 'doralib[diffusion]'"
-        )
-    return importlib.import_module("diffusers")
+    return import_extra("diffusers", "a diffusion pipeline")
 
 
 def read_pipeline_index(path: str) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import DoraError, Note
+from ..extras import explain_missing
 from .analyze import analyze_command
 from .bench import bench_command
 from .check import check_command
@@ -177,22 +178,6 @@ def _add(name: str, command: Callable[..., None], examples: str) -> None:
 for _name, (_command, _examples) in _VERBS.items():
     _add(_name, _command, _examples)
 
-_EXTRAS = {
-    **dict.fromkeys(("transformers", "accelerate", "datasets", "pyarrow", "jinja2", "gguf", "pandas"), "train"),
-    **dict.fromkeys(("prompt_toolkit", "requests", "tensorboard", "tokenizers", "huggingface_hub"), "train"),
-    **dict.fromkeys(("scipy", "optuna"), "compare"),
-    "matplotlib": "plots",
-    "lm_eval": "eval",
-    **dict.fromkeys(("fastapi", "uvicorn", "openai"), "serve"),
-    "bitsandbytes": "quant",
-    "trl": "rl",
-    "reasoning_gym": "problems",
-    "pycocoevalcap": "caption",
-    "h5py": "vlbart",
-    **dict.fromkeys(("PIL", "av"), "vision"),
-}
-"""The extra that brings a package."""
-
 _python_format = warnings.formatwarning
 
 
@@ -207,14 +192,6 @@ def _explain(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}; is the path right, and may you write there?"
-
-
-def _explain_missing(error: ModuleNotFoundError) -> str:
-    """What to install; empty if it is none of the packages of our extras."""
-    package = (error.name or "").partition(".")[0]
-    if package not in _EXTRAS:
-        return ""
-    return f"this needs {package}, which is not installed: pip install 'doralib[{_EXTRAS[package]}]'"
 
 
 def main() -> None:
@@ -234,7 +211,7 @@ def main() -> None:
         print(f"doralib: {show_controls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
-        if not (told := _explain_missing(error)):
+        if not (told := explain_missing((error.name or "").partition(".")[0])):
             raise
         print(f"doralib: {told}", file=sys.stderr)
         sys.exit(1)

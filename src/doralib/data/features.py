@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from ..disk import replacing
 from ..errors import DoraError, UsageError
+from ..extras import import_extra
 
 ENDINGS = (".h5", ".npz")
 """Of a picture's grid, and of a video's frames."""
@@ -23,11 +24,7 @@ def import_h5py(setting: str) -> Any:
     Raises:
         UsageError: if it is not installed.
     """
-    try:
-        import h5py  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError(f"{setting}: .h5 files are read by h5py: pip install 'doralib[vlbart]'") from None
-    return h5py
+    return import_extra("h5py", f"{setting}: an .h5 file")
 
 
 def read_features(file: Path) -> Tensor:

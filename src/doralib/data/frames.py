@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DoraError, UsageError
+from ..extras import import_extra
 from .pictures import ENDINGS, Picture, import_pillow, open_picture
 from .prepare import BadRow
 
@@ -111,8 +112,4 @@ def decode_video(file: Path) -> Iterator[Any]:
 
 
 def _import_av(file: Path) -> Any:
-    try:
-        import av  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError(f"{file}: videos are read by PyAV: pip install 'doralib[vision]'") from None
-    return av
+    return import_extra("av", f"{file}: a video")

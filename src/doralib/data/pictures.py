@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DoraError, UsageError
+from ..errors import DoraError
+from ..extras import import_extra
 from .prepare import BadRow
 
 if TYPE_CHECKING:
@@ -212,8 +213,4 @@ def import_pillow() -> Any:
     Raises:
         UsageError: if it is not installed.
     """
-    try:
-        from PIL import Image  # noqa: PLC0415
-    except ImportError as error:
-        raise UsageError(f"pictures are read by pillow: pip install 'doralib[vision]' ({error})") from None
-    return Image
+    return import_extra("PIL.Image", "a picture")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import UsageError
+from ..extras import import_extra
 from .prepare import BadRow
 
 Clip = str | Mapping[str, Any]
@@ -76,13 +76,13 @@ def name_clip(clip: Clip) -> str:
 def encode_clip(sound: Sound, rate: int) -> str:
     """A sound as a data URI that a browser plays, the same for the same sound, which OGG is not."""
     buffer = io.BytesIO()
-    _import("soundfile").write(buffer, sound, rate, format="MP3", subtype="MPEG_LAYER_III")
+    import_extra("soundfile", "a sound").write(buffer, sound, rate, format="MP3", subtype="MPEG_LAYER_III")
     return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _read_file(clip: Clip) -> tuple[NDArray[np.float32], int]:
     """Samples by channel, (T, C), and how many there are a second."""
-    soundfile = _import("soundfile")
+    soundfile = import_extra("soundfile", "a sound")
     data = clip if isinstance(clip, str) else clip.get("bytes")
     if isinstance(data, bytes):
         source: Any = io.BytesIO(data)
@@ -99,22 +99,4 @@ def _read_file(clip: Clip) -> tuple[NDArray[np.float32], int]:
 
 
 def _resample(sound: Sound, rate: int, wanted: int) -> Sound:
-    return _import("soxr").resample(sound, rate, wanted, quality="HQ")
-
-
-def _import(name: str) -> Any:
-    """soundfile or soxr, which are an extra.
-
-    Raises:
-        UsageError: if it is not installed.
-    """
-    try:
-        if name == "soxr":
-            import soxr  # noqa: PLC0415
-
-            return soxr
-        import soundfile  # noqa: PLC0415
-
-        return soundfile
-    except (ImportError, OSError) as error:
-        raise UsageError(f"sounds need {name}: pip install 'doralib[audio]' ({error})") from None
+    return import_extra("soxr", "a sound of another rate").resample(sound, rate, wanted, quality="HQ")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..extras import import_extra
 from .metrics import Counts, Score, corpus_score, mean_score
 
 log = logging.getLogger(__name__)
@@ -22,10 +22,7 @@ _ENDING = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))$")
 
 def check_caption_tools(setting: str) -> None:
     """Raise UsageError if pycocoevalcap is not installed."""
-    try:
-        import pycocoevalcap  # noqa: F401, PLC0415  an extra
-    except ImportError:
-        raise UsageError(f"{setting}: captions are scored by pycocoevalcap: pip install 'doralib[caption]'") from None
+    import_extra("pycocoevalcap", f"{setting}: the score of captions")
 
 
 def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]], seed: int) -> dict[str, Score]:

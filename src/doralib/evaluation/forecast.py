@@ -1,6 +1,5 @@
 """Forecasts scored against what came: MASE, sMAPE and pinball loss, by utilsforecast."""
 
-import importlib.util
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from torch import nn
 from ..data.forecaster import describe_forecaster, find_frequency, forecast
 from ..data.series import Values
 from ..data.windows import Origin
-from ..errors import DoraError, UsageError
+from ..errors import DoraError
+from ..extras import import_extra
 from .metrics import Score, mean_score
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,7 @@ def check_scorable() -> None:
     Raises:
         UsageError: if utilsforecast is not installed.
     """
-    if importlib.util.find_spec("utilsforecast") is None:
-        raise UsageError(
-            "forecasts are scored by utilsforecast, which is not installed: pip install 'doralib[forecast]'"
-        )
+    import_extra("utilsforecast", "the score of forecasts")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..extras import import_extra
 from .metrics import Score, corpus_score, mean_score
 
 _WORD = re.compile(r"\w+")
@@ -22,11 +22,8 @@ def translation_scores(texts: Sequence[str], references: Sequence[str], tokenize
     Raises:
         UsageError: if sacrebleu is not installed.
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError("BLEU and chrF need sacrebleu: pip install 'doralib[translate]'") from None
-    metrics: dict[str, Any] = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF()}
+    tools = import_extra("sacrebleu.metrics", "the score of translations")
+    metrics: dict[str, Any] = {"bleu": tools.BLEU(tokenize=tokenize), "chrf": tools.CHRF()}
     return {name: _score_corpus(metric, texts, references, seed) for name, metric in metrics.items()}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from ..data.sounds import Clip, Hearing
-from ..errors import UsageError
+from ..extras import import_extra
 from .generation import evaluation_mode
 from .metrics import Score, ratio_score
 
@@ -114,10 +114,7 @@ def score_transcripts(said: Sequence[str], wanted: Sequence[str], normalize: Nor
     Raises:
         UsageError: if jiwer is not installed.
     """
-    try:
-        import jiwer  # noqa: PLC0415  an extra
-    except ImportError:
-        raise UsageError("word error rates need jiwer: pip install 'doralib[audio]'") from None
+    jiwer = import_extra("jiwer", "a word error rate")
     ways: dict[str, tuple[Any, Callable[[str], list[str]]]] = {
         "wer": (jiwer.process_words, str.split),
         "cer": (jiwer.process_characters, list),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..extras import import_extra
 
 RESAMPLES = 5000
 Floats = NDArray[np.float64]
@@ -80,8 +80,4 @@ def import_stats() -> Any:
     Raises:
         UsageError: if scipy is not installed.
     """
-    try:
-        from scipy import stats  # noqa: PLC0415  an extra, wanted here only
-    except ImportError:
-        raise UsageError("intervals need scipy: pip install 'doralib[compare]'") from None
-    return stats
+    return import_extra("scipy.stats", "an interval")

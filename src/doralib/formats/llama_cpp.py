@@ -4,7 +4,6 @@ Its runtime adds alpha / r B A to each weight; r is that of the tensors, alpha o
 of rows are those of its convert_lora_to_gguf.py, which takes no magnitudes.
 """
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DoraConfig
-from ..errors import DoraError, UsageError, list_some
+from ..errors import UsageError, list_some
+from ..extras import import_extra
 from ..state import AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
 from .rotary import to_pairs
@@ -78,7 +78,7 @@ def write(config: DoraConfig, state: AdapterState, hints: Hints) -> RawAdapter:
 
 def write_file(raw: RawAdapter, path: Path) -> None:
     """Write the adapter as one .gguf file, in float32."""
-    gguf = _import_gguf()
+    gguf = import_extra("gguf", "writing for llama.cpp")
     writer = gguf.GGUFWriter(path, raw.metadata[_ARCHITECTURE])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -103,7 +103,9 @@ def _name_layers(layers: list[str], architecture: str, blocks: int, hints: Hints
     Raises:
         UsageError: naming the layers that have none, and a head that llama.cpp's file of the base would not have.
     """
-    known = _import_gguf().get_tensor_name_map(_find_architecture(architecture)[0], blocks)
+    known = import_extra("gguf", "writing for llama.cpp").get_tensor_name_map(
+        _find_architecture(architecture)[0], blocks
+    )
     found = {name: known.get_name(_strip_wrapper(name)) for name in layers}
     if unknown := [name for name, own in found.items() if own is None]:
         raise UsageError(f"llama.cpp has no tensor for {list_some(unknown, 5, ', ')}; merge the adapter")
@@ -119,7 +121,7 @@ def _strip_wrapper(name: str) -> str:
 
 def _find_architecture(name: str) -> tuple[Any, str]:
     """gguf's member of this name, and the word for it in files."""
-    gguf = _import_gguf()
+    gguf = import_extra("gguf", "writing for llama.cpp")
     member = getattr(gguf.MODEL_ARCH, name)
     return member, gguf.MODEL_ARCH_NAMES[member]
 
@@ -127,13 +129,6 @@ def _find_architecture(name: str) -> tuple[Any, str]:
 def _count_heads(model: Mapping[str, Any]) -> dict[str, int]:
     heads = int(model["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(model.get("num_key_value_heads") or heads)}
-
-
-def _import_gguf() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise DoraError("writing for llama.cpp needs gguf: pip install gguf") from error
 
 
 FORMAT = Format(

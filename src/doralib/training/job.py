@@ -59,7 +59,7 @@ from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .rewards import find_rewards
 from .sampler import PADDING_WORTH_GROUPING, count_rows, measure_padding
-from .sharding import is_shared_out, share_out, take_over_launcher
+from .sharding import is_shared_out, reads_once, share_out, take_over_launcher, waits_for_weights
 from .task_batches import make_task_batches
 from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
@@ -288,7 +288,7 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     if plan.resume and trained.is_dir() and not empty:
         settings = settings.model_copy(update={"path": str(trained)})
     with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
-        model, processor = plan.modality.load(settings, empty=empty)
+        model, processor = plan.modality.load(settings, empty=empty or waits_for_weights(recipe))
     torch.manual_seed(recipe.seed)
     if isinstance(plan.modality, DrawingModality):
         config = plan.modality.configure(model, processor, recipe.adapter)
@@ -305,7 +305,7 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     else:
         adapt(model, config)
     if is_shared_out(recipe):
-        share_out(model, recipe, plan.args.device)
+        share_out(model, recipe, plan.args.device, from_first=reads_once(recipe))
     else:
         model.to(plan.args.device)
     return model, processor

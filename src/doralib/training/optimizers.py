@@ -1,12 +1,11 @@
 """Optimizers that the Trainer does not know by name."""
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ..errors import UsageError
+from ..extras import import_extra
 
 PRODIGY = "prodigy"
 
@@ -17,8 +16,8 @@ def check_prodigy(training: Mapping[str, Any]) -> None:
     Raises:
         UsageError: if it is not.
     """
-    if training.get("optim") == PRODIGY and importlib.util.find_spec("prodigyopt") is None:
-        raise UsageError("training.optim: prodigy needs prodigyopt, which is not installed: pip install prodigyopt")
+    if training.get("optim") == PRODIGY:
+        import_extra("prodigyopt", "training.optim: prodigy")
 
 
 def make_prodigy(training: Mapping[str, Any], args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:

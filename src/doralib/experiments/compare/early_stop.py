@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
+from ...extras import import_extra
 from .grid import Cell, Run
 
 Losses = Callable[[], list[float]]
@@ -17,11 +17,7 @@ class Halving:
     """Remembers, in one file, how far every run of every cell came."""
 
     def __init__(self, file: Path) -> None:
-        try:
-            import optuna  # noqa: PLC0415  wanted with --stop-early alone
-        except ImportError:
-            raise UsageError("--stop-early needs Optuna: pip install 'doralib[compare]'") from None
-        self._optuna = optuna
+        self._optuna = optuna = import_extra("optuna", "--stop-early")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         file.parent.mkdir(parents=True, exist_ok=True)
         backend = optuna.storages.journal.JournalFileBackend(str(file))
