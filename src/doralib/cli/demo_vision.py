@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import DoraError
+from ..extras import explain_missing
 from .console import bars, console
 from .demo_assets import DEFAULT_CACHE, MODEL, demo_model, make_folder
 from .demo_fetch import Package, read_members
@@ -167,7 +168,8 @@ def _choose_tasks(scenes: Path) -> list[Path]:
     """The files of all tasks that can be scored here."""
     missing = {"caption"} if importlib.util.find_spec("pycocoevalcap") is None else set()
     if missing:
-        console.print("Captions are not scored: pip install 'doralib[caption]' brings what scores them.", style="dim")
+        told = explain_missing("pycocoevalcap", "their scoring")
+        console.print(f"Captions are learned and not scored: {told}", style="dim", highlight=False, soft_wrap=True)
     return [scenes / f"{task}.yaml" for task in TASKS if task not in missing]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DoraError
+from ..errors import DoraError, UsageError
 from .frames import VIDEOS, decode_video, turn_upright
 from .pictures import Size, find_picture, shrink
 from .prepare import BadRow
@@ -94,6 +94,9 @@ def measure_video(video: Video, count: int) -> Film | BadRow:
             if not total:
                 first, size = last, turn_upright(frame).size
             total += 1
+    except UsageError:
+        # PyAV is not installed
+        raise
     except DoraError as error:
         return BadRow("with a video that cannot be read", str(error))
     if not total:
