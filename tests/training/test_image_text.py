@@ -20,14 +20,16 @@ from doralib.adapters.registry import config_of
 from doralib.adapters.towers import find_parts
 from doralib.checkpoints.load import load_image_text, load_model
 from doralib.checkpoints.merge import merge_checkpoint
-from doralib.data.picture_rows import ask_with_pictures
-from doralib.data.picture_tokens import PictureEncoder
+from doralib.cli.chat import Chat
+from doralib.data.picture_rows import ask_with_pictures, find_layout, read_picture_row
+from doralib.data.picture_tokens import PictureEncoder, make_encoder
 from doralib.data.pictures import Picture
+from doralib.data.videos import Video
 from doralib.errors import UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.likelihood import score_options
 from doralib.evaluation.task import KINDS
-from doralib.recipe import ModelSettings, Recipe
+from doralib.recipe import DataSettings, ModelSettings, Recipe
 from doralib.runs.report import write_report
 from doralib.training.job import fine_tune
 from doralib.training.sampler import SortedSampler, count_rows
@@ -347,3 +349,23 @@ def test_videos_train_and_are_asked_about(films, tmp_path, run):
     assert status == 2
     assert "--video: " in err
     assert "cannot be read as a video" in err
+    # in the chat, whose rows train again
+    loaded, beside = load_model(str(made))
+    lines = iter(
+        [
+            f"/video {films / 'cut.mp4'}",
+            f"/video {films / '1.mp4'}",
+            "What is <video>?",
+            f"/save {tmp_path / 't.jsonl'}",
+        ]
+    )
+    said = []
+    encoder = make_encoder(loaded, beside)
+    Chat(loaded, beside.tokenizer, lambda _: next(lines, "/quit"), said.append, max_new_tokens=2, encoder=encoder).run()
+    told = "".join(said)
+    assert "/video FILE: " in told
+    assert "5 frames, of which 4 are seen" in told
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert row["videos"] == [str(films / "1.mp4")]
+    settings = find_layout(DataSettings(train="t"), list(row), row, "t")
+    assert read_picture_row(row, settings, tmp_path).pictures == (Video(str(films / "1.mp4")),)
