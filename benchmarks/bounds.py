@@ -1,6 +1,9 @@
-"""What large things take: a model of many layers, and a file of many rows. Prints and writes JSON.
+"""What large things take: a model of many layers, a large file, and the start of a run of many rows. Writes JSON.
 
-python benchmarks/bounds.py [--layers 10000] [--gib 2] [--out benchmarks/results]
+    python benchmarks/bounds.py [--layers 10000] [--gib 2] [--rows 1000000] [--tokenizer FOLDER]
+
+Seconds are those of the processor, but for the start of a run, whose tokenizing is shared by all cores: these are the
+clock's. FOLDER is a model's, of which the tokenizer is taken: by default that which `make demo` fetches.
 """
 
 import argparse
@@ -12,9 +15,12 @@ from pathlib import Path
 from torch import nn
 
 import doralib
+from doralib.cli.demo_assets import DEFAULT_CACHE
 from doralib.data.rows import read_dataset
 from doralib.experiments.bench.measure import describe_machine
 from doralib.files import write_json
+from doralib.recipe import Recipe
+from doralib.training.job import look_ahead
 
 WORDS = "a slow start but by the end I did not want it to stop " * 17
 
@@ -60,14 +66,49 @@ def measure_rows(gib):
         return {"rows": number, "gib": gib, "more_bytes": peak, "seconds": round(time.process_time() - begun, 1)}
 
 
+def measure_start(tokenizer, count):
+    """Seconds until a run of so many rows would take its first step: at first, and with tokens that are kept."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        words.save_pretrained(folder)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+        rows, seconds = Path(folder) / "rows.jsonl", []
+        with rows.open("w") as file:
+            for i in range(count):
+                row = {"text": f"{i} a slow start but by the end", "label": ("good", "bad")[i % 2]}
+                file.write(json.dumps(row) + "\n")
+        recipe = Recipe(
+            model={"path": folder},
+            data={"train": str(rows), "prompt": "{text}:", "target": " {label}"},
+            adapter={"target_modules": ["q_proj"]},
+            out=f"{folder}/run",
+        )
+        for _ in range(2):
+            begun = time.perf_counter()
+            ahead = look_ahead(recipe)
+            seconds.append(round(time.perf_counter() - begun, 1))
+        first, again = seconds
+        return {"rows": count, "steps_an_epoch": ahead.steps_an_epoch, "seconds": {"first": first, "again": again}}
+
+
 def main():
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10_000)
     parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--tokenizer", type=Path, default=DEFAULT_CACHE.expanduser() / "SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    found = {"machine": describe_machine(), "layers": measure_layers(options.layers), "rows": measure_rows(options.gib)}
+    found = {
+        "machine": describe_machine(),
+        "layers": measure_layers(options.layers),
+        "rows": measure_rows(options.gib),
+        "start": measure_start(options.tokenizer, options.rows),
+    }
     print(json.dumps(found, indent=1))
     write_json(options.out / "bounds.json", found)
 

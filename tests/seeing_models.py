@@ -1,7 +1,10 @@
 """Tiny models that take pictures, one of each family, with processors that need nothing from the net."""
 
+import json
+
 import torch
 import transformers
+from conftest import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 WORDS = ["what is in the picture? a red cat and one blue dog, yes no user assistant USER ASSISTANT"]
@@ -73,6 +76,30 @@ def make_llava():
         vision_feature_layer=-2,
     )
     return transformers.LlavaForConditionalGeneration(config), processor
+
+
+def make_parts(folder):
+    """What a LLaVA is composed of: folders vicuna and clip, and mm_projector.bin as LLaVA has it."""
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
+    make_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "vicuna")
+    tokenizer.save_pretrained(folder / "vicuna")
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.CLIPVisionModel(tower).save_pretrained(folder / "clip")
+    look = {
+        "crop_size": {"height": 28, "width": 28},
+        "size": {"shortest_edge": 28},
+        "image_processor_type": "CLIPImageProcessor",
+    }
+    mean = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps({**look, **mean}))
+    shapes = {"0.weight": (32, 16), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    torch.save(
+        {f"model.mm_projector.{name}": torch.randn(shape) for name, shape in shapes.items()},
+        folder / "mm_projector.bin",
+    )
+    return folder
 
 
 def make_llava_next():

@@ -41,6 +41,7 @@ OPTIONAL = {
     "soundfile": set(),
     "soxr": set(),
     "jiwer": set(),
+    "openpyxl": set(),
     "diffusers": {"training/diffusion/"},
     "prodigyopt": {"training/optimizers.py"},
     "psutil": {"process.py"},

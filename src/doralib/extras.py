@@ -17,7 +17,7 @@ EXTRAS = {
     "reasoning_gym": "problems",
     "pycocoevalcap": "caption",
     "h5py": "vlbart",
-    **dict.fromkeys(("PIL", "av", "torchvision", "num2words"), "vision"),
+    **dict.fromkeys(("PIL", "av", "torchvision", "num2words", "openpyxl"), "vision"),
     **dict.fromkeys(("soundfile", "soxr", "jiwer"), "audio"),
     "sacrebleu": "translate",
     **dict.fromkeys(("pandas", "utilsforecast"), "forecast"),

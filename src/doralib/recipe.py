@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from .config import Checked, DoraConfig
 
@@ -43,11 +43,26 @@ ModelKind = Literal[
 ]
 
 
+class ModelParts(Checked):
+    """What a LLaVA is composed of, each a hub name or a folder."""
+
+    language: str = Field(min_length=1)
+    """A causal language model."""
+    vision: str = Field(min_length=1)
+    """CLIP, or another vision transformer with a class token."""
+    projector: str | None = None
+    """LLaVA's own mm_projector.bin, or .safetensors; null: it starts at random, by the seed."""
+    layer: int = Field(default=-2, ge=-1000, le=1000)
+    """The layer of the vision tower whose patches the projector gets."""
+
+
 class ModelSettings(Checked):
     """Which model, and how it is held in memory."""
 
-    path: str
-    """Hub name, folder, or a .gguf file, which transformers dequantises."""
+    path: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = ""
+    """Hub name, folder, or a .gguf file, which transformers dequantises; or else parts."""
+    parts: ModelParts | None = None
+    """In place of a path: what the model is composed of, once for all runs of the same parts."""
     kind: ModelKind = "auto"
     """causal: a language model; classify, tokens: a head gives each text, or each word, one of the labels in the data;
     seq2seq: an encoder reads a text, and a decoder writes another; vl-bart: a BART that reads features of pictures or
@@ -73,6 +88,49 @@ class ModelSettings(Checked):
     """Take a model whose weights hold NaN or infinite numbers."""
     new_tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary; their rows of the embedding, and of the head, are trained beside the adapter."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_composed(cls, values: Any) -> Any:
+        """Composed models take pictures and text."""
+        if isinstance(values, dict) and values.get("parts") and values.get("kind", "auto") == "auto":
+            return {**values, "kind": "image-text"}
+        return values
+
+    @model_validator(mode="after")
+    def _name_one(self) -> Self:
+        checks = {
+            "path and parts are two ways to name the model; give one of them, and null for the other": bool(
+                self.path and self.parts
+            ),
+            "path: which model? give a hub name, a folder or a .gguf file": not (self.path or self.parts),
+            f"parts make a model of kind image-text, not {self.kind}": (
+                self.parts is not None and self.kind != "image-text"
+            ),
+            "revision goes with path; parts are taken as they are": bool(self.parts and self.revision),
+        }
+        if problems := [text for text, wrong in checks.items() if wrong]:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @field_serializer("path")
+    def _leave_out_composed(self, path: str) -> str:
+        """Where parts were composed is no setting: it follows from them."""
+        return "" if self.parts else path
+
+    def describe(self) -> str:
+        """Which model, for a person."""
+        if self.parts is None:
+            return self.path
+        return f"{self.parts.language} with {self.parts.vision}"
+
+    def with_whole_path(self) -> Self:
+        """The same with places from the root; a hub name stays."""
+        place = lambda name: str(path.absolute()) if (path := Path(name).expanduser()).exists() else name
+        if self.parts is None:
+            return self.model_copy(update={"path": place(self.path)})
+        named = {name: place(value) for name, value in self.parts if isinstance(value, str)}
+        return self.model_copy(update={"parts": self.parts.model_copy(update=named)})
 
 
 class DataSource(Checked):
@@ -349,7 +407,4 @@ class Recipe(Checked):
 
     def with_whole_path(self) -> Self:
         """The same with the model's place from the root, so that the run finds it from any folder; a hub name stays."""
-        path = Path(self.model.path).expanduser()
-        if not path.exists():
-            return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"path": str(path.absolute())})})
+        return self.model_copy(update={"model": self.model.with_whole_path()})

@@ -116,11 +116,11 @@ def _find_place(cls: type[BaseModel], path: list[str]) -> tuple[str, ...]:
         field = cls.model_fields.get(part)
         if field is None:
             break
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            cls = inner
+        if (group := _find_group(field.annotation)) is not None:
+            cls = group
             continue
-        return (*path[: i + 1], *(part for part in path[i + 1 + (_count_kinds(inner) > 1) :] if "[" not in part))
+        several = _count_kinds(field.annotation) > 1
+        return (*path[: i + 1], *(part for part in path[i + 1 + several :] if "[" not in part))
     return tuple(path)
 
 
@@ -131,11 +131,18 @@ def _count_kinds(annotation: Any) -> int:
     return sum(each is not type(None) for each in typing.get_args(annotation))
 
 
+def _find_group(annotation: Any) -> type[BaseModel] | None:
+    """The group of settings that a setting is, or may be beside null."""
+    if _count_kinds(annotation) == 1:
+        annotation = next((each for each in typing.get_args(annotation) if each is not type(None)), annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
 def _list_fields(cls: type[BaseModel], path: Iterable[str]) -> list[str]:
     for part in path:
         fields: Mapping[str, Any] = cls.model_fields
-        inner = fields[part].annotation if part in fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _find_group(fields[part].annotation) if part in fields else None
+        if inner is None:
             return []
         cls = inner
     return list(cls.model_fields)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from adapted import logits, move
-from conftest import make_llama
 
 from doralib import DoraConfig, adapt, load_adapter, save_adapter
 from doralib.adapters.towers import choose_language_layers
@@ -16,7 +15,7 @@ from doralib.training.recipe_file import packaged_recipes, read_recipe
 
 pytest.importorskip("PIL", reason="pictures are read by pillow")
 from PIL import Image
-from seeing_models import ALONE, build, make_tokenizer
+from seeing_models import ALONE, build, make_parts
 
 from doralib.checkpoints.llava import VICUNA, compose_llava
 from doralib.checkpoints.load import load_image_text
@@ -59,27 +58,7 @@ def test_the_recipes_are_those_of_the_paper():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
-    make_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "vicuna")
-    tokenizer.save_pretrained(folder / "vicuna")
-    tower = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    transformers.CLIPVisionModel(tower).save_pretrained(folder / "clip")
-    look = {
-        "crop_size": {"height": 28, "width": 28},
-        "size": {"shortest_edge": 28},
-        "image_processor_type": "CLIPImageProcessor",
-    }
-    mean = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps({**look, **mean}))
-    shapes = {"0.weight": (32, 16), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
-    torch.save(
-        {f"model.mm_projector.{name}": torch.randn(shape) for name, shape in shapes.items()},
-        folder / "mm_projector.bin",
-    )
-    return folder
+    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 def test_a_composed_model_is_its_parts(parts, tmp_path):
@@ -105,6 +84,13 @@ def test_a_composed_model_is_its_parts(parts, tmp_path):
         found = model(input_ids=ids, pixel_values=seen).logits
     torch.testing.assert_close(found[..., : want.shape[-1]], want, atol=1e-5, rtol=1e-4)
     assert found.shape[-1] % 64 == 0
+    # without weights it is the same, and none are read
+    empty = compose_llava(str(parts / "vicuna"), str(parts / "clip"), tmp_path / "empty", empty=True)
+    alike = transformers.AutoConfig.from_pretrained(empty)
+    assert {name for name, value in model.config.to_dict().items() if value != alike.to_dict()[name]} <= {
+        "_name_or_path"
+    }
+    assert not list(empty.glob("*.safetensors"))
     with pytest.raises(UsageError, match="is there already"):
         compose_llava(str(parts / "vicuna"), str(parts / "clip"), out)
     torch.save({"model.mm_projector.0.weight": torch.zeros(3, 3)}, tmp_path / "other.bin")

@@ -9,9 +9,12 @@ import zipfile
 import datasets
 import pyarrow as pa
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizer_kinds import make_tokenizer
 
 from doralib.data.columns import check_columns
+from doralib.data.json_rows import split_columns
 from doralib.data.prompts import render_row
 from doralib.data.rows import read_dataset
 from doralib.data.templates import columns_in, fill_template
@@ -279,3 +282,35 @@ def test_a_large_file_of_lines_is_read_as_a_small_one(tmp_path, monkeypatch):
             read_dataset(str(path), "data.train")
     path.write_text('{"a":\n 1}\n{"a": 2}\n')
     assert read_dataset(str(path), "data.train")["a"][:] == [1, 2]
+
+
+_VALUES = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.lists(st.integers(), max_size=2))
+
+
+@given(
+    st.dictionaries(st.text(), _VALUES, min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.none() | st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(',"\\}:0x \n\x01')),
+)
+@example({"a": "b\\", "c": 1}, False, None, None)
+@example({"a": "b", "c": "d"}, False, None, (0.4, '"'))
+def test_a_row_is_read_as_json_reads_it(row, ascii_only, indent, changed):
+    """Flat rows go by a regular expression: what it takes is JSON, and what it leaves is read value by value."""
+    text = json.dumps(row, ensure_ascii=ascii_only, indent=indent)
+    if changed is not None:
+        at = int(changed[0] * len(text))
+        text = text[:at] + changed[1] + text[at + 1 :]
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        with pytest.raises(ValueError):
+            split_columns(text, "train", "rows", by_lines=True)
+        return
+    if not isinstance(expected, dict):
+        return
+    found = split_columns(text, "train", "rows", by_lines=True)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        (written,) = found[name]
+        assert repr(json.loads(written) if written is not None else None) == repr(value)

@@ -10,11 +10,11 @@ import requests
 
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.generation import answer_each
+from doralib.evaluation.json_lines import append_lines
 from doralib.evaluation.mt_bench import judge as judging
 from doralib.evaluation.mt_bench.answers import Answering, answer_questions
 from doralib.evaluation.mt_bench.judge import Judge, Verdict, find_rating, find_winner
 from doralib.evaluation.mt_bench.questions import (
-    append_line,
     read_answers,
     read_judge_prompts,
     read_judgments,
@@ -312,7 +312,7 @@ def test_the_command(run, server, file, tiny_llama_folder, tmp_path, monkeypatch
     assert (out / "radar_single.png").read_bytes().startswith(b"\x89PNG")
     other = tmp_path / "other.jsonl"
     for question in QUESTIONS:
-        append_line(other, {"question_id": question["question_id"], "choices": [{"turns": ["x", "y"]}]})
+        append_lines(other, [{"question_id": question["question_id"], "choices": [{"turns": ["x", "y"]}]}])
     server.replies = ["[[A]]", "[[B]]"] * 4
     status, shown, err = run(*judge, "--yes", "--against", other)
     assert status == 0, err

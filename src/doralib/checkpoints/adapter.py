@@ -19,6 +19,7 @@ from ..hub import split_revision
 from ..state import AdapterState, LayerAdapter
 from .kind import is_pipeline
 from .match import MatchedAdapter, match_adapter, view_as_rows
+from .parts import compose_again
 from .quantized import find_quantized
 from .safetensors import Checkpoint, Stored, find_variant, read_whole
 
@@ -120,11 +121,14 @@ def find_other_base(named: str | None, base: str | Path) -> tuple[str, ...]:
 def locate_base(adapter: Path, named: str) -> str:
     """The model that an adapter names: a relative path from here, or else from the folders above the adapter.
 
-    A name that is in none of these places is returned as it is, for the hub.
+    A name that is in none of these places is returned as it is, for the hub; that of a run's composed model is composed
+    again.
     """
     place = Path(named).expanduser()
-    if place.is_absolute() or place.exists():
-        return str(place) if place.exists() else named
+    if place.exists():
+        return str(place)
+    if place.is_absolute():
+        return str(compose_again(adapter) or named)
     found = (above / place for above in _list_above(adapter))
     return next((str(place) for place in found if _is_model(place)), named)
 

@@ -1,5 +1,7 @@
 """LLaVA as it was begun: a language model, a vision tower and a projector between them, written as one checkpoint."""
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.utils.logging import disable_progress_bar
 
+from ..data.pictures import import_pillow
 from ..disk import replacing
 from ..errors import DoraError, UsageError
 from ..files import read_tensors
+from .explain import explaining_load
 
 _PLACE = "<image>"
 _TABLE_MULTIPLE = 64
@@ -46,6 +51,7 @@ def compose_llava(
     projector: str | Path | None = None,
     layer: int = -2,
     dtype: str = "auto",
+    empty: bool = False,
 ) -> Path:
     """Write a LLaVA of these parts as a checkpoint with its processor; returns its folder.
 
@@ -56,26 +62,60 @@ def compose_llava(
         vision: CLIP, or another vision transformer with a class token.
         projector: LLaVA's own mm_projector.bin or .safetensors; None: it starts at random, from torch's generator.
         layer: The layer of the tower whose patches the projector gets.
+        empty: Write configuration and processor alone, for which no weights are read.
 
     Raises:
-        UsageError: if the tower has no class token, or the projector is of another shape.
+        UsageError: if a part is not there or of another kind, the tower has no class token, or the projector is of
+            another shape.
         DoraError: if a file is damaged, or `out` is there already.
     """
     out = Path(out)
     if out.exists():
         raise UsageError(f"out: {out} is there already; choose another folder")
-    text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
-    has_both = hasattr(AutoConfig.from_pretrained(vision), "vision_config")
-    tower = (CLIPVisionModel if has_both else AutoModel).from_pretrained(vision, dtype=text.dtype)
-    processor = _make_processor(language, vision, tower.config)
-    text.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=_TABLE_MULTIPLE, mean_resizing=False)
+    import_pillow()
+    from transformers import AutoImageProcessor  # noqa: PLC0415  pillow comes with it
+
+    with explaining_load(vision):
+        whole = AutoConfig.from_pretrained(vision)
+        seeing = getattr(whole, "vision_config", whole)
+        own = AutoImageProcessor.from_pretrained(vision)
+    with explaining_load(language):
+        told, tokenizer = AutoConfig.from_pretrained(language), AutoTokenizer.from_pretrained(language)
+    processor = _make_processor(tokenizer, own, seeing)
+    rows = math.ceil(len(processor.tokenizer) / _TABLE_MULTIPLE) * _TABLE_MULTIPLE
+    text = tower = None
+    if empty:
+        told.vocab_size = rows
+    else:
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # bars of transformers are for a terminal
+        with explaining_load(language):
+            text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+        with explaining_load(vision):
+            kind = CLIPVisionModel if seeing is not whole else AutoModel
+            tower = kind.from_pretrained(vision, dtype=text.dtype)
+        text.resize_token_embeddings(rows, mean_resizing=False)
+        told, seeing = text.config, tower.config
     config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=text.config,
+        vision_config=seeing,
+        text_config=told,
         image_token_index=processor.tokenizer.convert_tokens_to_ids(_PLACE),
         vision_feature_layer=layer,
         vision_feature_select_strategy="default",
     )
+    if text is None:
+        config.architectures, config.dtype = [LlavaForConditionalGeneration.__name__], told.dtype
+        written: tuple[Any, ...] = (config, processor)
+    else:
+        written = (_join(config, text, tower, projector), processor)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as part:
+        for each in written:
+            each.save_pretrained(part)
+    return out
+
+
+def _join(config: LlavaConfig, text: Any, tower: Any, projector: str | Path | None) -> Any:
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
     between = _start_projector(config, text.dtype)
@@ -84,23 +124,18 @@ def compose_llava(
     model.model.vision_tower, model.model.multi_modal_projector = tower, between
     model.model.language_model, model.lm_head = text.get_decoder(), text.get_output_embeddings()
     model.generation_config = text.generation_config
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as part:
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-    return out
+    return model
 
 
-def _make_processor(language: str, vision: str, config: Any) -> Any:
+def _make_processor(tokenizer: Any, own: Any, config: Any) -> Any:
     # pillow comes with it, which is an extra
-    from transformers import AutoImageProcessor, LlavaProcessor  # noqa: PLC0415
+    from transformers import LlavaProcessor  # noqa: PLC0415
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil  # noqa: PLC0415
 
-    tokenizer = AutoTokenizer.from_pretrained(language)
     tokenizer.add_special_tokens({"additional_special_tokens": [_PLACE]})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    side, own = config.image_size, AutoImageProcessor.from_pretrained(vision)
+    side = config.image_size
     look = LlavaImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -45,9 +44,10 @@ from ..files import list_folder, read_json, read_yaml
 from ..formats.base import SETTINGS_FILE, Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
-from ..hub import add_revision, explain_hub, fetch_folder, find_hub_adapter, is_local, split_revision
+from ..hub import add_revision, fetch_folder, find_hub_adapter, is_local, split_revision
 from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
+from .explain import explaining_load, first_line
 from .heads import Head, find_head, is_of_head
 from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
@@ -59,9 +59,6 @@ from .window import fit_positions, has_window
 log = logging.getLogger(__name__)
 
 _on_cpu: ContextVar[bool] = ContextVar("_on_cpu", default=False)
-
-# what transformers says of a configuration that a class does not know
-_OTHER_CLASS = re.compile(r"Unrecognized configuration class <class '\S*?(\w+)'> for this kind of AutoModel: (\w+)")
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """A model and its tokenizer; beside models of pictures there is a processor, and of series a `SeriesForm`."""
@@ -118,7 +115,7 @@ def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
         # pillow and torchvision come with it, which are extras
         from transformers import AutoProcessor  # noqa: PLC0415
 
-        with _explaining(path):
+        with explaining_load(path):
             processor = AutoProcessor.from_pretrained(where, **options)
     except (DoraError, ImportError) as error:
         # transformers' own words for what is missing are those of Python: no attribute, no such operator
@@ -126,7 +123,7 @@ def _load_processor(path: str, where: str | Path, **options: Any) -> Any:
         told = f"; not installed are {lacks}, which it may need: pip install 'doralib[vision]'" if lacks else ""
         if isinstance(error, DoraError) and not lacks:
             raise
-        raise UsageError(f"model: the processor of {path} cannot be loaded: {_first_line(error)}{told}") from None
+        raise UsageError(f"model: the processor of {path} cannot be loaded: {first_line(error)}{told}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UsageError(
             f"model: {path} has no processor of pictures (no preprocessor_config.json beside it), only a "
@@ -164,14 +161,14 @@ def load_speech(settings: ModelSettings, *, empty: bool = False) -> Loaded:
     names = load_config(settings).architectures or [""]
     auto = AutoModelForCTC if names[0].endswith("ForCTC") else AutoModelForSpeechSeq2Seq
     where, options = _locate_with_options(settings)
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         processor = AutoProcessor.from_pretrained(where, **options)
     return _load_whole(settings, auto, empty=empty), processor
 
 
 def _load_hearing(model: PreTrainedModel, folder: Path, kind: Kind) -> Any:
     """What makes a sound a model's inputs, as it lies beside an adapter, to whose window the model is cut."""
-    with _explaining(str(folder)):
+    with explaining_load(str(folder)):
         found = (AutoFeatureExtractor if kind == "audio-class" else AutoProcessor).from_pretrained(folder)
     extractor = found if kind == "audio-class" else found.feature_extractor
     if has_window(extractor):
@@ -200,7 +197,7 @@ def _check_loaded(path: str, model: PreTrainedModel, *, lacks: Collection[str], 
 def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedModel:
     """The model without weights, on the device `meta`, with its own settings of generation."""
     where, options = _locate_with_options(settings)
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         config = AutoConfig.from_pretrained(where, **options, **more)
         dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
         with torch.device("meta"), quiet_loading():
@@ -235,7 +232,7 @@ def load_classifier(settings: ModelSettings, head: Head | None = None, *, empty:
 def load_sound_classifier(settings: ModelSettings, head: Head | None = None, *, empty: bool = False) -> Loaded:
     """Load a model with a head that gives a sound a label, and its feature extractor; as `load_classifier`."""
     where, options = _locate_with_options(settings)
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         extractor = AutoFeatureExtractor.from_pretrained(where, **options)
     return _load_head(settings, head, "audio-class", empty=empty), extractor
 
@@ -375,7 +372,7 @@ def quiet_loading() -> Iterator[None]:
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer alone; raises as `load_base`."""
     where, options = _locate_with_options(settings)
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return _with_pad(tokenizer)
 
@@ -383,7 +380,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
     """Load a model's configuration alone; raises as `load_base`."""
     where, options = _locate_with_options(settings)
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         return AutoConfig.from_pretrained(where, **options)
 
 
@@ -517,7 +514,7 @@ def find_model_kind(settings: ModelSettings) -> Kind | None:
 def _take_generation(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the settings of generation that lie beside its adapter: with what a target begins."""
     if (folder / "generation_config.json").is_file():
-        with _explaining(str(folder)):
+        with explaining_load(str(folder)):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
@@ -539,7 +536,7 @@ def load_own_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(own.folder), config=model.config)
     except Exception as error:  # noqa: BLE001 - tokenizers raise bare classes of their own
-        log.info(f"the base's tokenizer is used: that of {own.folder} cannot be read, {_first_line(error)}")
+        log.info(f"the base's tokenizer is used: that of {own.folder} cannot be read, {first_line(error)}")
         return base()
     count, largest = count_embeddings(model), find_largest_id(tokenizer)
     if count is not None and largest >= count:
@@ -565,7 +562,7 @@ def _load_weights(settings: ModelSettings, auto: Any = AutoModelForCausalLM, **m
     for_model: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     if _on_cpu.get():
         for_model["device_map"] = {"": "cpu"}
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         if (quantization := choose_quantization(settings, where, options)) is not None:
             for_model["quantization_config"] = quantization
         loaded = auto.from_pretrained(where, **options, **for_model, **more)
@@ -663,32 +660,3 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
         raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")
     name, revision = split_revision(path)
     return name, {"revision": revision} if revision else {}
-
-
-@contextmanager
-def _explaining(path: str) -> Iterator[None]:
-    """Name the model in what its files raise: safetensors and tokenizers have bare classes of their own."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise _explain(path, error) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _explain(path: str, error: Exception) -> DoraError:
-    first = _first_line(error)
-    if isinstance(error, ImportError | NotImplementedError):
-        return DoraError(f"model: {path} cannot be loaded as asked: {first}")
-    if other := _OTHER_CLASS.match(first):
-        return UsageError(
-            f"model: {path} is of another kind than model.kind says: its settings are a {other[1]}, and {other[2]} "
-            "takes none of these; leave model.kind at auto, or give a model of that kind"
-        )
-    if Path(path).exists():
-        return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
-    return UsageError(f"model: no folder or file {path}, and {explain_hub(error)}")

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError, did_you_mean
+from .answers import is_answer_file, keep_answers, rate_file, tell_files
 from .console import bars, console, print_json
+from .harness import Asked, Harness, run_harness_tasks
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ COMMONSENSE = {"boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-E
 """The tasks whose average the paper prints."""
 
 _ONLY_WITH = {
-    "--tasks": ("--resume", "--published"),
+    "--tasks": ("--published", "--answers"),
+    "--harness": ("--harness-python", "--harness-model"),
     "--mt-bench": ("--judge-url", "--judge-model", "--judge-price", "--against", "--yes"),
 }
 _WRONG_SHOWN = 5
@@ -47,8 +50,18 @@ def eval_command(
         str | None,
         typer.Option(help="A packaged recipe, or how names begin: their published scores are shown beside."),
     ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep the answers to LLaVA's evaluations here, with the files for servers.")
+    ] = None,
     harness: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for rows of a local file.")
+        str | None,
+        typer.Option(help="Tasks of lm-eval instead of --tasks; NAME=FILE for local rows; lmms:NAME,... of lmms-eval."),
+    ] = None,
+    harness_python: Annotated[
+        str | None, typer.Option(help="The Python of an environment with lmms-eval, for --harness lmms:TASK,...")
+    ] = None,
+    harness_model: Annotated[
+        str | None, typer.Option(help="lmms-eval's own name of the model, with more of its model_args: NAME,KEY=VALUE.")
     ] = None,
     mt_bench: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl, instead of --tasks.")] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, e.g. http://host/v1.")] = None,
@@ -61,7 +74,7 @@ def eval_command(
     yes: Annotated[bool, typer.Option("--yes", help="Judge without asking whether the cost is right.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a base, adapted or merged model."""
+    """Score a base, adapted or merged model, or a file of answers."""
     from ..checkpoints.load import load_model
     from ..disk import check_writable
     from ..formats.base import Hints
@@ -70,8 +83,10 @@ def eval_command(
     _check_together(
         {"--tasks": tasks, "--harness": harness, "--mt-bench": mt_bench},
         {
-            "--resume": resume,
             "--published": published,
+            "--answers": answers,
+            "--harness-python": harness_python,
+            "--harness-model": harness_model,
             "--judge-url": judge_url,
             "--judge-model": judge_model,
             "--judge-price": judge_price,
@@ -80,26 +95,33 @@ def eval_command(
         },
     )
     model = add_revision(model, revision)
-    load = lambda: load_model(model, base=base, dtype=dtype, given=Hints(alpha=alpha, allow_nonfinite=allow_nonfinite))
+    hints = Hints(alpha=alpha, allow_nonfinite=allow_nonfinite)
+    load = lambda: load_model(model, base=base, dtype=dtype, given=hints)
     if mt_bench is not None:
         from .mt_bench import MtBench, run_mt_bench
 
-        if out is None:
-            raise UsageError("--mt-bench needs --out, a folder for its files")
+        if out is None or resume:
+            why = "goes on by itself: leave out --resume" if resume else "needs --out, a folder for its files"
+            raise UsageError(f"--mt-bench {why}")
         check_writable(out, "--out", folder=True)
         asked = MtBench(mt_bench, out, judge_url, judge_model, judge_price, against, limit, max_new_tokens, yes)
         run_mt_bench(asked, Path(model).resolve().name, load, seed)
         return
     if harness is not None:
-        results = _run_harness(harness, load, out, model, batch_size=batch_size, limit=limit, seed=seed)
+        tasked = Harness(harness, harness_python, harness_model, out, resume, batch_size, limit, seed)
+        results = run_harness_tasks(tasked, Asked(model, base, dtype, hints, load))
+        console.print(results_table(results, title=f"{model}, by {tasked.tool}"))
+        if out is not None:
+            console.print(f"written: {out}")
         if as_json:
             print_json({name: result.to_json() for name, result in results.items()})
         return
-    if resume and out is None:
-        raise UsageError("--resume needs --out, the file that has the results so far")
+    if resume and out is None and answers is None:
+        raise UsageError("--resume needs --out, the file that has the results so far, or --answers, the folder")
     beside = _find_published(published)
     settings = {"model": model, "base": base, "alpha": alpha, "dtype": dtype, "limit": limit, "seed": seed}
-    results = _score(tasks, load, settings, out, batch_size=batch_size, resume=resume)
+    made = is_answer_file(model, {"--base": base, "--alpha": alpha})
+    results = _score(tasks, None if made else load, settings, out, answers, batch_size=batch_size, resume=resume)
     console.print(results_table(results, title=model))
     _show_published(results, beside, title=f"{model}, and {published} as published")
     for name, result in results.items():
@@ -125,44 +147,26 @@ def _check_together(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> None
             raise UsageError(f"{', '.join(given)}: goes with {owner}, not with {kind}")
 
 
-def _run_harness(
-    asked: str,
-    load: Callable[[], tuple[Any, Any]],
-    out: Path | None,
-    name: str,
-    *,
-    batch_size: int,
-    limit: int | None,
-    seed: int,
-) -> "dict[str, TaskResult]":
-    from ..disk import check_writable
-    from ..evaluation.harness import run_harness
-    from ..files import write_json
-
-    if out is not None:
-        check_writable(out, "--out", folder=False)
-    words = [word.strip() for word in asked.split(",") if word.strip()]
-    results = run_harness(*load(), words, batch_size=batch_size, limit=limit, seed=seed)
-    console.print(results_table(results, title=f"{name}, by lm-eval"))
-    if out is not None:
-        write_json(out, {"model": name, "after": {task: result.to_json() for task, result in results.items()}})
-        console.print(f"written: {out}")
-    return results
-
-
 def _score(
     tasks: str,
-    load: Callable[[], tuple[Any, Any]],
+    load: Callable[[], tuple[Any, Any]] | None,
     settings: Mapping[str, Any],
     out: Path | None,
+    answers: Path | None,
     *,
     batch_size: int,
     resume: bool,
 ) -> dict[str, "TaskResult"]:
-    """The result of each task; those that the file has already are not made again."""
+    """The result of each task; those that the file has already are not made again.
+
+    Args:
+        load: Loads the model; None: what is scored is a file of answers.
+    """
     from ..disk import check_writable
     from ..evaluation.evaluate import evaluate, read_all
+    from ..evaluation.llava.answers import keeping_answers
     from ..evaluation.results_file import ResultsFile
+    from ..evaluation.task import check_scored
     from ..evaluation.task_file import load_tasks
 
     chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
@@ -175,15 +179,24 @@ def _score(
         results = file.read(chosen) if resume else {}
     left = [task for task in chosen if task.name not in results]
     limit, seed = settings["limit"], settings["seed"]
-    read_all(left, limit)
-    if left:
-        model, tokenizer = load()
-    with bars() as tick:
+    kept = keep_answers(answers, settings["model"], left, resume=resume or load is None)
+    if load is None:
+        rate = lambda task: rate_file(task, chosen, settings, kept)
+    else:
+        if kept is None:
+            check_scored(left)
+        read_all(left, limit)
+        if left:
+            model, tokenizer = load()
+        given: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "seed": seed}
+        rate = lambda task: evaluate(model, tokenizer, [task], tick=tick, **given)[task.name]
+    with bars() as tick, keeping_answers(kept):
         for task in left:
-            found = evaluate(model, tokenizer, [task], batch_size=batch_size, limit=limit, seed=seed, tick=tick)
-            results |= found
+            results[task.name] = rate(task)
             if file:
-                file.add(task, found[task.name])
+                file.add(task, results[task.name])
+    if kept is not None:
+        tell_files(kept, chosen, made=load is not None)
     return {task.name: results[task.name] for task in chosen}
 
 
@@ -232,6 +245,10 @@ def _comparable_scores(result: "TaskResult") -> dict[str, tuple[float, int]]:
     """Values and digits by the name of the score in the recipes: TASK in per cent, TASK F1, TASK BERTScore."""
     # boolq, boolq-clean and boolq-likelihood are one data set
     task = result.task.removesuffix("-likelihood").removesuffix("-clean").rpartition("/")[2]
+    if result.kind == "llava":
+        # the published one is the first
+        scores = list(result.metrics.values())
+        return {task: (100 * scores[0].value, 1)} if scores else {}
     kinds = {"accuracy": ("", 100, 1), "weighted_f1": (" F1", 1, 3), "bertscore_f1": (" BERTScore", 1, 3)}
     return {
         f"{task}{name}": (factor * result.metrics[metric].value, digits)
@@ -270,6 +287,8 @@ def results_table(results: Mapping[str, "TaskResult"], title: str) -> Table:
         table.add_column(name, justify="right")
     for result in results.values():
         first = [result.task, str(result.n)]
+        if not result.metrics:
+            table.add_row(*first, "by its server", "", "")
         for name, score in result.metrics.items():
             interval = f"{score_text(name, score.low)} to {score_text(name, score.high)}"
             table.add_row(*first, name.replace("_", " "), score_text(name, score.value), interval)

@@ -14,6 +14,15 @@ _SMALL = re.compile(r"-?[1-9]\d{0,17}|0")
 _MOST_DIGITS = 4300
 """Python makes no number of more."""
 
+_BLANK = r"[ \t\r\n]*+"
+_STRING = r'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
+_VALUE = rf"(?>{_STRING}|-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][-+]?\d++)?|true|false|null)"
+_PAIR = re.compile(rf"{_BLANK}({_STRING}){_BLANK}:{_BLANK}({_VALUE}){_BLANK},?", re.ASCII)
+_FLAT = re.compile(
+    rf'\{{(?:{_BLANK}{_STRING}{_BLANK}:{_BLANK}{_VALUE}{_BLANK}(?:,(?={_BLANK}")|(?=\}})))++\}}', re.ASCII
+)
+"""An object of texts, numbers and words alone, which most rows are: several times as fast as value by value."""
+
 _SHORTEST_DEEP = 200
 """Characters: a shorter text cannot be nested too deep."""
 
@@ -185,6 +194,9 @@ def _items(array: str) -> Iterator[str]:
 
 def _read_pairs(text: str, at: int) -> tuple[Row, int]:
     """The keys of the object that begins here with the JSON of their values, and where it ends."""
+    if flat := _FLAT.match(text, at):
+        pairs = _PAIR.findall(text, at + 1, flat.end())
+        return {key[1:-1] if "\\" not in key else json.loads(key): value for key, value in pairs}, flat.end()
     found: Row = {}
     at = _skip(text, at + 1)
     while not text.startswith("}", at):

@@ -29,6 +29,8 @@ from .classifier import find_head_kind, list_labels, predict_labels, predict_sou
 from .forecast import Scoring, score_origins
 from .generation import Sampling, answer_each, answer_pictures, evaluation_mode, stop_at_turn_end, tell_ends
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options, text_requests
+from .llava.answers import answer_left, check_answered
+from .llava.scores import SCORED, rate_answers
 from .metrics import (
     Score,
     accuracy_score,
@@ -52,6 +54,8 @@ from .task import (
     ForecastExample,
     ForecastTask,
     GenerationTask,
+    LlavaExample,
+    LlavaTask,
     PerplexityTask,
     SummaryTask,
     Task,
@@ -165,6 +169,7 @@ def evaluate(
         tokenizer = encoder.tokenizer
     if blind := [task.name for task in tasks if task.images is not None and encoder is None]:
         raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")
+    check_answered(tasks)
     examples = read_all(tasks, limit)
     if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
         tell_ends(model, tokenizer)
@@ -173,7 +178,8 @@ def evaluate(
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
             advance = lambda share, name=task.name: tick(name, share, 1.0)
-            scorer = _Scorer(model, tokenizer, batch_size, seed, advance, None if task.images is None else encoder)
+            seeing = None if task.images is None else encoder
+            scorer = _Scorer(model, tokenizer, batch_size, seed, advance, seeing)
             results[task.name] = _result(task, examples[task.name], scorer)
             advance(1.0)
     return results
@@ -530,6 +536,21 @@ def _run_caption(task: CaptionTask, examples: Sequence[Example], scorer: _Scorer
     return _Outcome(caption_scores(said, [example.answers for example in examples], scorer.seed), cut=cut)
 
 
+def _run_llava(task: LlavaTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    questions = [each.question for each in examples if isinstance(each, LlavaExample)]
+
+    def answer(places: Sequence[int]) -> list[str]:
+        share = lambda done: scorer.tick(done * len(places) / len(examples))
+        texts, _ = _answer(task, [examples[i] for i in places], replace(scorer, tick=share))
+        return [text.strip() for text in texts]
+
+    said = answer_left(task, questions, answer, scorer.batch_size)
+    if task.benchmark not in SCORED:
+        return _Outcome({})
+    rated = rate_answers(task.benchmark, questions, said, scorer.seed)
+    return _Outcome(rated.metrics, rated.read, rated.right, said)
+
+
 def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
     limit = min(task.window, context_length(scorer.model) or task.window)
     pieces = [
@@ -574,6 +595,7 @@ _RUNS: dict[type[Task], Callable[[Any, Sequence[Example], _Scorer], _Outcome]] =
     BertScoreTask: _run_bertscore,
     VqaTask: _run_vqa,
     YesNoTask: _run_yes_no,
+    LlavaTask: _run_llava,
     CaptionTask: _run_caption,
     TranslationTask: _run_translation,
     SummaryTask: _run_summary,

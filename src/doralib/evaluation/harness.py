@@ -81,6 +81,11 @@ def _write_local(folder: Path, name: str, entry: Any, data: Path) -> None:
 
 
 def _read_result(name: str, values: Mapping[str, Any], samples: Mapping[str, Any]) -> TaskResult:
+    count = samples.get(f"local_{name}", samples.get(name, {})).get("effective", 0)
+    return TaskResult(name, "harness", int(count), read_metrics(values), None, (), 0, 0.0)
+
+
+def read_metrics(values: Mapping[str, Any]) -> dict[str, Score]:
     """Metrics such as ``acc,none`` with their ``acc_stderr,none``."""
     metrics: dict[str, Score] = {}
     for key, value in values.items():
@@ -92,5 +97,4 @@ def _read_result(name: str, values: Mapping[str, Any], samples: Mapping[str, Any
         ours = _OUR_NAMES.get(metric, metric)
         if ours not in metrics:
             metrics[ours] = Score(float(value), float(value - reach), float(value + reach))
-    count = samples.get(f"local_{name}", samples.get(name, {})).get("effective", 0)
-    return TaskResult(name, "harness", int(count), metrics, None, (), 0, 0.0)
+    return metrics

@@ -91,6 +91,22 @@ def yes_no_scores(truth: Sequence[bool], said: Sequence[bool], seed: int) -> dic
     return {name: _score(float(metric(table_22)), metric(drawn_S22)) for name, metric in metrics.items()}
 
 
+def yes_f1_scores(truth: Sequence[bool], said: Sequence[bool], groups: Sequence[str], seed: int) -> dict[str, Score]:
+    """F1 of yes in each group of rows, as ``GROUP_f1``, and before them their mean as ``f1``."""
+    names = list(dict.fromkeys(groups))
+    counts_G4 = np.zeros((len(names), 4), dtype=np.int64)
+    for true, yes, group in zip(truth, said, groups, strict=True):
+        counts_G4[names.index(group), 2 * true + yes] += 1
+    rng = np.random.default_rng(seed)
+    drawn_GS4 = np.array([rng.multinomial(each.sum(), each / each.sum(), size=RESAMPLES) for each in counts_G4])
+    f1 = lambda table_4: 2 * table_4[..., 3] / np.maximum(2 * table_4[..., 3] + table_4[..., 1] + table_4[..., 2], 1)
+    own = {
+        f"{name}_f1": _score(float(f1(c_4)), f1(d_S4))
+        for name, c_4, d_S4 in zip(names, counts_G4, drawn_GS4, strict=True)
+    }
+    return {"f1": _score(float(f1(counts_G4).mean()), f1(drawn_GS4).mean(axis=0)), **own}
+
+
 def weighted_f1(truth_N: Counts, said_N: Counts) -> float:
     """Mean F1 of the true labels, each by how often it is true; what was said may be none of them."""
     num_labels = int(max(truth_N.max(), said_N.max())) + 1

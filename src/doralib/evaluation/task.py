@@ -16,9 +16,11 @@ from ..data.templates import columns_in, fill_template, value_text
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 from ..recipe import DataSettings, SeriesSettings
 from .numbers import read_number
+from .vqa import read_yes_no
 
 if TYPE_CHECKING:
     from ..data.windows import Origin
+    from .llava.questions import LlavaQuestion
 
 log = logging.getLogger(__name__)
 
@@ -295,8 +297,7 @@ class YesNoTask(GenerationTask):
         return [Example(fill(self.prompt, row), answer) for row, answer in zip(rows, answers, strict=True)]
 
     def predicted(self, text: str) -> str:
-        words = self.counted(text).strip().partition(".")[0].replace(",", "").split(" ")
-        return "no" if {"No", "not", "no"} & set(words) else "yes"
+        return read_yes_no(self.counted(text).strip())
 
 
 class BertScoreTask(GenerationTask):
@@ -369,6 +370,54 @@ class WordsTask(Task):
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         root = Path(self.root or (Path(self.data or "").parent)).expanduser()
         return [Example(str(root / str(row[self.audio])), fill(self.answer, row)) for row in rows]
+
+
+class LlavaTask(GenerationTask):
+    """One of LLaVA-1.5's evaluations, asked and scored as it does; what a server scores is written for it alone."""
+
+    named_in = ()
+    kind: Literal["llava"] = "llava"
+    benchmark: Literal["gqa", "textvqa", "pope", "sqa", "vqav2", "vizwiz", "mmbench"]
+    """Which of them; its data is LLaVA's folder `eval`, or in_folder of it."""
+    prompt: Literal[""] = ""
+    answer: Literal[""] = ""
+    images: Literal["image"] = "image"
+
+    @property
+    def folder(self) -> Path:
+        """Where its questions are."""
+        whole = Path(self.data or "").expanduser()
+        return inside if self.in_folder and (inside := whole / self.in_folder).is_dir() else whole
+
+    def read(self, limit: int | None) -> "list[Example]":
+        """One example for each question, whose picture was opened once."""
+        from .llava.questions import read_asked  # noqa: PLC0415  see `read_examples`
+
+        asked = read_asked(self.benchmark, self.folder)[:limit]
+        _check_pictures(self.name, [(each.picture,) if each.picture else () for each in asked], [])
+        return [
+            LlavaExample(
+                each.text,
+                next(iter(each.answers), ""),
+                pictures=(each.picture,) if each.picture else (),
+                question=each,
+            )
+            for each in asked
+        ]
+
+
+def check_scored(tasks: Sequence[Task]) -> None:
+    """Check that each task gives a score here.
+
+    Raises:
+        UsageError: naming those that servers score.
+    """
+    from .llava.scores import SCORED  # noqa: PLC0415  see `read_examples`
+
+    if sent := [task.name for task in tasks if isinstance(task, LlavaTask) and task.benchmark not in SCORED]:
+        raise UsageError(
+            f"task {', '.join(sent)}: a server scores the answers; `doralib eval --answers DIR` writes the file for it"
+        )
 
 
 class FolderTask(Task):
@@ -479,6 +528,7 @@ KINDS: dict[str, type[Task]] = {
     "vqa": VqaTask,
     "yes_no": YesNoTask,
     "caption": CaptionTask,
+    "llava": LlavaTask,
     "bertscore": BertScoreTask,
     "translation": TranslationTask,
     "summary": SummaryTask,
@@ -509,6 +559,13 @@ class Example:
 
 
 @dataclass(frozen=True)
+class LlavaExample(Example):
+    """A question of one of LLaVA's evaluations."""
+
+    question: "LlavaQuestion" = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class ForecastExample(Example):
     """A series and a time from which on it is forecast."""
 
@@ -530,8 +587,9 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     from ..data.rows import read_dataset  # noqa: PLC0415  a task itself is checked without `datasets`
 
     if task.data is None:
-        raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, a file with its rows")
-    if isinstance(task, FolderTask | ForecastTask):
+        what = "the folder" if isinstance(task, FolderTask | LlavaTask) else "a file"
+        raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, {what} with its rows")
+    if isinstance(task, FolderTask | LlavaTask | ForecastTask):
         return task.read(limit)
     data = task.data
     if task.in_folder and Path(data).expanduser().is_dir():
@@ -571,12 +629,16 @@ def _add_pictures(task: Task, rows: Sequence[Row], root: Path) -> list[Example]:
             found.append(tuple(find_picture(picture, root) for picture in each))
         except BadRow as bad:
             problems.append(f"row {number}: {bad}")
+    _check_pictures(task.name, found, problems)
+    return [replace(one, pictures=each) for one, each in zip(task.examples(rows), found, strict=True)]
+
+
+def _check_pictures(name: str, found: Sequence[Sequence[Picture]], problems: list[str]) -> None:
     sizes = measure_pictures(picture for pictures in found for picture in pictures)
     problems += [str(size) for size in sizes.values() if isinstance(size, BadRow)]
     if problems:
         told = list_some(problems, _SHOWN)
-        raise DoraError(f"task {task.name}: {len(problems)} pictures cannot be read:\n  {told}")
-    return [replace(one, pictures=each) for one, each in zip(task.examples(rows), found, strict=True)]
+        raise DoraError(f"task {name}: {len(problems)} pictures cannot be read:\n  {told}")
 
 
 def _with_answers(prompt: str, value: Any) -> Example:

@@ -12,8 +12,8 @@ _NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
 _CONTRACTIONS = """
     'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
     he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
-    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've
-    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
     there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
     would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
@@ -21,7 +21,7 @@ _CONTRACTIONS = """
 # written without one of its apostrophes
 _WITH_APOSTROPHE = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
-}
+} | {"somebody'd": "somebodyd"}  # as the official table has it
 _ENOUGH = 3
 
 
@@ -32,8 +32,14 @@ def normalize_answer(text: str) -> str:
     joined = re.search(r"\d,\d", text) is not None
     parting = {mark for mark in _MARKS if not (joined or f"{mark} " in text or f" {mark}" in text)}
     text = "".join(" " * (letter in parting) if letter in _MARKS else letter for letter in text)
-    words = (_NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).lower().split())
+    # the official code hands over a flag where the number of points to take out belongs: 32
+    words = (_NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text, count=32).lower().split())
     return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def normalize_written(text: str) -> str:
+    """The form in which VQA's servers, and TextVQA, compare answers: `normalize_answer` behind one more step."""
+    return normalize_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 def soft_accuracy(said: str, answers: Sequence[str]) -> float:
@@ -45,6 +51,11 @@ def soft_accuracy(said: str, answers: Sequence[str]) -> float:
     said = said.replace("\n", " ").replace("\t", " ").strip()
     if len(set(answers)) > 1:
         said, answers = normalize_answer(said), [normalize_answer(answer) for answer in answers]
+    return leave_one_out(said, answers)
+
+
+def leave_one_out(said: str, answers: Sequence[str]) -> float:
+    """How right an answer is, 0 to 1, by those that equal it: see `soft_accuracy`."""
     matches, count = sum(answer == said for answer in answers), len(answers)
     if count == 1:
         return float(matches)
@@ -55,6 +66,12 @@ def soft_accuracy(said: str, answers: Sequence[str]) -> float:
 def labeled_accuracy(said: str, scores: Mapping[str, float]) -> float:
     """The score of an answer among those that are given with their scores, 0 to 1."""
     return scores.get(said.strip(), scores.get(normalize_answer(said), 0.0))
+
+
+def read_yes_no(text: str) -> str:
+    """Yes or no, as POPE reads an answer."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def vqa_scores(said: Sequence[str], answers: Sequence[Sequence[str]], seed: int) -> dict[str, Score]:

@@ -13,6 +13,7 @@ from .record import MetricValue, RunRecord, Values, read_metric
 SHARES = (
     *("accuracy", "macro_f1", "weighted_f1", "token_f1", "vqa_accuracy", "precision", "recall", "f1", "yes_rate"),
     *("wer", "cer", "rouge1", "rouge2", "rougeL"),
+    *("image_accuracy", "binary_accuracy", "open_accuracy", "random_f1", "popular_f1", "adversarial_f1"),
 )
 """Metrics that are shown in per cent."""
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "wer", "cer", "mase", "smape", "pinball")

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
+from ..checkpoints.parts import check_parts, compose_parts, settle_parts
 from ..config import DoraConfig
 from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
@@ -30,10 +31,10 @@ from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import TaskResult, evaluate
 from ..evaluation.metrics import Score, compare_answers
-from ..evaluation.task import Task, read_examples
+from ..evaluation.task import Task, check_scored, read_examples
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick
-from ..recipe import Recipe
+from ..recipe import ModelSettings, Recipe
 from ..runs import checkpointing
 from ..runs.card import write_card
 from ..runs.folder import RunFolder
@@ -151,7 +152,7 @@ def fine_tune(
 ) -> Path:
     """`train` without its report, for those who run many jobs and report on all of them."""
     recipe = take_over_launcher(recipe.with_whole_path())
-    plan = _check(recipe, resume=resume, overwrite=overwrite)
+    plan = _compose(_check(recipe, resume=resume, overwrite=overwrite))
     if not is_main():
         # the first process speaks for all
         logging.getLogger("doralib").setLevel(logging.WARNING)
@@ -184,6 +185,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         args = make_arguments(recipe, run.checkpoints)
     with collecting(problems):
         tasks = load_tasks(recipe.eval.tasks)
+        check_scored(tasks)
         for task in tasks:
             with collecting(problems):
                 read_examples(task, recipe.eval.limit)
@@ -192,7 +194,11 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         rows = modality.check_rows(recipe.data, recipe.seed)
         if isinstance(modality, DrawingModality):
             hashes |= modality.hash_rows(rows)
-    inputs = [recipe.model.path, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
+    if (parts := recipe.model.parts) is not None:
+        with collecting(problems):
+            check_parts(parts)
+    named = [recipe.model.path] if parts is None else [parts.language, parts.vision, parts.projector or parts.vision]
+    inputs = [*named, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
     asked: dict[str, Any] = {
         "resume": resume,
@@ -240,16 +246,36 @@ def look_ahead(
         UsageError: for all that `train` would refuse before the first step, all at once where it is in the recipe.
     """
     plan = _check(recipe.with_whole_path(), resume=resume, overwrite=overwrite, check_out=check_out)
-    job = _load(plan, tick, empty=True)
-    steps, per_epoch = _count_steps(job)
-    facts, notes = _list_facts(job), tuple(_list_row_notes(job))
-    return Outlook(plan.recipe, facts, notes, steps, per_epoch, _estimate_memory(plan), job.data)
+    with settle_parts(plan.recipe.model, recipe.seed, empty=True) as settings:
+        plan = _with_model(plan, settings)
+        job = _load(plan, tick, empty=True)
+        steps, per_epoch = _count_steps(job)
+        facts, notes = _list_facts(job), tuple(_list_row_notes(job))
+        return Outlook(plan.recipe, facts, notes, steps, per_epoch, _estimate_memory(plan), job.data)
+
+
+def _with_model(plan: _Plan, settings: ModelSettings) -> _Plan:
+    return replace(plan, recipe=plan.recipe.model_copy(update={"model": settings}))
+
+
+def _compose(plan: _Plan) -> _Plan:
+    """The plan with the path of its model, which the first process composes of its parts if it is not there yet."""
+    parts, seed = plan.recipe.model.parts, plan.recipe.seed
+    if parts is None:
+        return plan
+    if is_main():
+        compose_parts(parts, seed)
+    wait_for_all()
+    with settle_parts(plan.recipe.model, seed) as settings:
+        return _with_model(plan, settings)
 
 
 def _load(plan: _Plan, tick: Tick | None, *, empty: bool = False) -> _Job:
     recipe = plan.recipe
     log.info(
-        f"reading the tokenizer and the shapes of {recipe.model.path}" if empty else f"loading {recipe.model.path}"
+        f"reading the tokenizer and the shapes of {recipe.model.describe()}"
+        if empty
+        else f"loading {recipe.model.describe()}"
     )
     model, processor = _model(plan, empty=empty)
     data = plan.modality.prepare(plan.rows, recipe.data, model, processor, tick)
@@ -354,7 +380,7 @@ def _list_facts(job: _Job) -> dict[str, str]:
     )
     held_out = f", {validation.report.kept:,} held out" if validation else ""
     return {
-        "model": f"{recipe.model.path}, {total:,} parameters",
+        "model": f"{recipe.model.describe()}, {total:,} parameters",
         "method": _method(recipe),
         **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
         "trained": f"{changed:,} parameters, {changed / total:.2%}",

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ...data.encoding import chat_text, context_length, encode
 from ...errors import UsageError
 from ..generation import Sampling, answer_each
-from .questions import Question, append_line, read_answers
+from ..json_lines import append_lines
+from .questions import Question, read_answers
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """FastChat's, by category; 0 elsewhere."""
@@ -44,7 +45,7 @@ def answer_questions(
         if question.id not in done:
             turns = _answer(answering, question)
             line = {"question_id": question.id, "answer_id": uuid.uuid4().hex[:22], "model_id": answering.name}
-            append_line(path, {**line, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
+            append_lines(path, [{**line, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}])
             done[question.id] = turns
         tick()
     return done

@@ -12,7 +12,8 @@ from typing import Any
 import requests
 
 from ...errors import DoraError
-from .questions import JudgePrompt, Question, append_line, read_judgments
+from ..json_lines import append_lines
+from .questions import JudgePrompt, Question, read_judgments
 
 Answers = Mapping[int, Sequence[str]]
 _RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -146,7 +147,7 @@ def judge_single(
             line |= {"user_prompt": each.text, "judgment": said}
             score = find_rating(said)
             done[key] = {**line, "score": -1 if score is None else score, "turn": each.turn, "tstamp": time.time()}
-            append_line(path, done[key])
+            append_lines(path, [done[key]])
         tick()
     return [Verdict(*key, _find_score(done[key])) for key in ((each.question.id, each.turn) for each in asked)]
 
@@ -172,7 +173,7 @@ def judge_pairs(
             line |= {"g1_user_prompt": each.text, "g1_judgment": first}
             line |= {"g2_user_prompt": other.text, "g2_judgment": second, "tstamp": time.time()}
             done[key] = line
-            append_line(path, line)
+            append_lines(path, [line])
         tick()
     return [Verdict(each.question.id, each.turn, _score_pair(done[each.question.id, each.turn])) for each in asked]
 

@@ -29,7 +29,7 @@ def write_comparison(comparison: Comparison) -> list[Path]:
         drawn, note = [], f"No figures: {error}."
     sections = _sections(comparison, cells, differences, drawn)
     methods = ", ".join(comparison.grid.methods)
-    lead = f"{comparison.grid.recipe.model.path} on {comparison.grid.recipe.data.train}. {note}"
+    lead = f"{comparison.grid.recipe.model.describe()} on {comparison.grid.recipe.data.train}. {note}"
     written.append(write_sections(out / "compare.html", f"Compared: {methods}", lead, sections))
     return written + [out / "figures" / f"{name}.png" for name in drawn]
 

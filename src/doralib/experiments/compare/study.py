@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ... import disk, files
+from ...checkpoints.parts import compose_parts
 from ...documents import decode_json
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.evaluate import TaskResult, read_all
@@ -105,6 +106,8 @@ def compare(grid: Grid, launch: Launch, *, at_once: int = 1) -> Comparison:
 def _find_base(grid: Grid) -> str:
     """The untrained model, which of a VL-BART is made first: its base has no visual embedding."""
     recipe, folder = grid.recipe, grid.out / "base"
+    if recipe.model.parts is not None:
+        return str(compose_parts(recipe.model.parts, recipe.seed))
     if recipe.model.kind != "vl-bart":
         return recipe.model.path
     if not folder.is_dir():

@@ -31,6 +31,7 @@ _SHARDED = ("fsdp2", "zero3")
 _MOST_ROWS = 4096
 _TOO_MUCH = 1.15
 """So much more than there is, and a run is refused."""
+_PICTURES = "the memory of a model that takes pictures is not estimated: it depends on their sizes"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def estimate_run(
     """
     if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
         raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
+    if recipe.model.kind == "image-text":
+        raise UsageError(_PICTURES)
     config = load_config(recipe.model)
     head = _find_head(recipe, config)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,7 +146,7 @@ def estimate_run(
 def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
     if kind == "image-text":
-        raise UsageError("the memory of a model that takes pictures is not estimated: it depends on their sizes")
+        raise UsageError(_PICTURES)
     if kind == "vl-bart":
         raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
     if kind == "forecast":
