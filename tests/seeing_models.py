@@ -15,6 +15,10 @@ CHAT = (
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}PLACE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# of models that take videos too
+FILM_CHAT = CHAT.replace(
+    "{% else %}{{ part['text'] }}", "{% elif part['type'] == 'video' %}FILM{% else %}{{ part['text'] }}"
+)
 # as llava-hf's models have it: no token ends an answer
 LLAVA_CHAT = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
@@ -211,7 +215,8 @@ def make_smolvlm():
     return transformers.SmolVLMForConditionalGeneration(config), processor
 
 
-_QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_CHAT = FILM_CHAT.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>")
+_QWEN_CHAT = _QWEN_CHAT.replace("FILM", "<|vision_start|><|video_pad|><|vision_end|>")
 _QWEN_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
 
 
@@ -237,7 +242,7 @@ def make_qwen2_5_vl():
         Qwen2VLImageProcessorPil(size=_QWEN_SIZE, patch_size=7),
         tokenizer,
         transformers.Qwen2VLVideoProcessor(size=_QWEN_SIZE, patch_size=7),
-        chat_template=CHAT.replace("PLACE", _QWEN_PLACE),
+        chat_template=_QWEN_CHAT,
     )
     config = transformers.Qwen2_5_VLConfig(
         text_config={
@@ -270,7 +275,7 @@ def make_qwen3_vl():
         Qwen2VLImageProcessorPil(size=_QWEN_SIZE, patch_size=7),
         tokenizer,
         transformers.Qwen3VLVideoProcessor(size=_QWEN_SIZE, patch_size=7),
-        chat_template=CHAT.replace("PLACE", _QWEN_PLACE),
+        chat_template=_QWEN_CHAT,
     )
     config = transformers.Qwen3VLConfig(
         text_config={
@@ -311,7 +316,7 @@ def make_internvl():
         tokenizer,
         transformers.InternVLVideoProcessor(size={"height": 28, "width": 28}),
         image_seq_length=4,
-        chat_template=CHAT.replace("PLACE", "<IMG_CONTEXT>\n"),
+        chat_template=FILM_CHAT.replace("PLACE", "<IMG_CONTEXT>\n").replace("FILM", "<video>\n"),
     )
     config = transformers.InternVLConfig(
         vision_config={**SIGHT, "image_size": [28, 28], "patch_size": [7, 7]},
@@ -323,6 +328,31 @@ def make_internvl():
         image_seq_length=4,
     )
     return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def make_llava_next_video():
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tokenizer = make_tokenizer(more=["<image>", "<video>"])
+    size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    processor = transformers.LlavaNextVideoProcessor(
+        transformers.LlavaNextVideoVideoProcessor(**size),
+        LlavaNextImageProcessorPil(**size, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]]),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=FILM_CHAT.replace("PLACE", "<image>").replace("FILM", "<video>"),
+    )
+    config = transformers.LlavaNextVideoConfig(
+        vision_config={**_clip().to_dict(), "image_size": 56},
+        text_config=_llama(tokenizer),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+        vision_feature_layer=-2,
+    )
+    return transformers.LlavaNextVideoForConditionalGeneration(config), processor
 
 
 ALONE = {
@@ -338,6 +368,7 @@ WITH_TORCHVISION = {
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
     "internvl": make_internvl,
+    "llava_next_video": make_llava_next_video,
 }
 """Families whose processors take videos too, and need torchvision for it, and SmolVLM's num2words."""
 

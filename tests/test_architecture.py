@@ -35,7 +35,7 @@ OPTIONAL = {
     "reasoning_gym": {"data/problems.py"},
     "PIL": {
         *("checkpoints/vision.py", "cli/features.py", "data/pictures.py", "data/captioned.py", "data/frames.py"),
-        *("evaluation/pictures.py", "training/diffusion/"),
+        *("data/videos.py", "evaluation/pictures.py", "training/diffusion/", "cli/demo_scenes.py"),
     },
     "sacrebleu": set(),
     "soundfile": set(),

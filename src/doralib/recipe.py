@@ -209,8 +209,12 @@ class DataSettings(Checked):
     images: str | None = None
     """image-text, text-to-image: the column of pictures; null: the first of the usual names, or one that holds names of
     pictures."""
+    videos: str | None = None
+    """image-text: the column of videos; null: one of the usual names, or one that holds names of videos."""
+    video_frames: int = Field(default=8, ge=1, le=1024)
+    """image-text: so many frames of a video are seen, evenly apart; all of one that has fewer."""
     root: str | None = None
-    """The folder in which relative names of pictures and sounds begin; null: that of the file of rows."""
+    """The folder in which relative names of pictures, videos and sounds begin; null: that of the file of rows."""
     image_pixels: Annotated[int, Field(ge=1, lt=2**31)] | None = 448
     """image-text: a picture with a longer side is made smaller before the model's processor gets it; null: never."""
     instance_prompt: str | None = None
@@ -220,7 +224,8 @@ class DataSettings(Checked):
     layout: Literal["auto", "messages", "llava", "caption", "vqa", "vlbart", "value"] = "auto"
     """image-text: what a row is: a conversation (messages; llava is the same), a picture with its caption, or a
     question with its answer; auto: what its columns say. vl-bart: train, and validation, are folders of several tasks:
-    vlbart has VL-T5's of pictures, value those of VALUE, of videos; validation_split is validation or test."""
+    vlbart has VL-T5's of pictures, value those of VALUE, of videos, which image-text takes too; validation_split is
+    validation or test."""
     audio: str = "audio"
     """speech, audio-class: the column of the files of sounds (wav, flac, ogg, mp3); or of sounds, as data sets hold
     them."""
@@ -374,9 +379,11 @@ class Recipe(Checked):
 
     def _find_wrong_layout(self) -> list[str]:
         data, visual, told = self.data, self.model.kind == "vl-bart", f"data.layout {self.data.layout}"
+        films = data.layout == "value" and self.model.kind in ("image-text", "auto")
+        readers = "vl-bart or image-text" if data.layout == "value" else "vl-bart"
         checks = {
             "model.kind vl-bart reads folders: set data.layout to vlbart or value": visual and not data.has_tasks,
-            f"{told} goes with model.kind vl-bart, not {self.model.kind}": data.has_tasks and not visual,
+            f"{told} goes with model.kind {readers}, not {self.model.kind}": data.has_tasks and not (visual or films),
             f"data.tasks and data.features do not go with {told}": (
                 bool(data.tasks or data.features) and not data.has_tasks
             ),

@@ -13,7 +13,7 @@ pytest.importorskip("h5py", reason="h5py is not installed")
 from visual_folders import make_bart_folder, make_image_folder, make_video_folder, write_grid
 
 from doralib.data.features import fit_features, read_features, write_features
-from doralib.data.layouts import LAYOUTS, choose_tasks, read_layout
+from doralib.data.layouts import LAYOUTS, choose_tasks, make_questions, read_layout
 from doralib.data.rows import hash_sources, read_both
 from doralib.data.visual_rows import VisualCollator, encode_rows, encode_target, encode_text
 from doralib.errors import DoraError, UsageError
@@ -62,6 +62,19 @@ VIDEO_TEXTS = {
 def test_texts_of_pictures_to_the_byte(folder):
     rows = read_both(settings(folder), 0).train
     assert {row["task"]: row["text"] for row in rows} == IMAGE_TEXTS
+
+
+def test_videos_of_value_are_questions_for_models_that_see_them(folder, tmp_path):
+    rows = read_both(settings(folder, "value", tasks={"tvqa": 1}), 0).train
+    asked = make_questions(rows, None)
+    own = [*zip(rows["text"], [targets[0] for targets in rows["targets"]], strict=True)]
+    assert [(row["question"], row["answer"]) for row in asked] == [(text.strip(), right) for text, right in own]
+    names = [Path(row["features"][0]).stem for row in rows]
+    there = {row["video"] for row in asked}
+    assert there == {str(folder / "videos" / "videos" / "tv" / f"{name}.mp4") for name in names}
+    # elsewhere, under another ending
+    (tmp_path / f"{names[0]}.mkv").write_bytes(b"film")
+    assert make_questions(rows, str(tmp_path))["video"][0] == str(tmp_path / f"{names[0]}.mkv")
 
 
 def test_texts_of_videos_to_the_byte(folder):

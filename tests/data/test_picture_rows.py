@@ -139,8 +139,8 @@ def test_what_cannot_be_read_is_said():
         "names no picture": {"messages": talk, "images": [{"path": None}, "b.png"]},
         "nothing in 'answer'": {"image": "a.png", "question": "q", "answer": " "},
         "nothing in 'image'": {"image": "", "question": "q", "answer": "a"},
-        "pictures and texts alone are read": {
-            "messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, talk[1]],
+        "pictures, videos and texts alone are read": {
+            "messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, talk[1]],
             "images": [],
         },
     }

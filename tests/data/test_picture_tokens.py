@@ -1,10 +1,13 @@
 """Tokens and labels of rows with pictures, family by family, against transformers' own forward of each row alone."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 import torch
 
 pytest.importorskip("PIL", reason="pictures are read by pillow")
+from films import write_video
 from PIL import Image
 from seeing_models import ALONE, WITH_TORCHVISION, build
 from torch.nn import functional as nnf
@@ -13,7 +16,7 @@ from doralib.checkpoints.load import load_image_text
 from doralib.data.picture_tokens import PictureCollator, PictureEncoder, PictureText, tokenize_pictures
 from doralib.data.pictures import Picture
 from doralib.data.prepare import IGNORED
-from doralib.errors import DoraError
+from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, ModelSettings
 from doralib.training.loss import LabelLoss
 
@@ -178,3 +181,118 @@ def test_a_processor_without_a_template_is_refused():
     processor.tokenizer.chat_template = None
     with pytest.raises(DoraError, match="LlavaProcessor has no chat template"):
         PictureEncoder(processor)
+
+
+@pytest.fixture(scope="module")
+def films(pictures):
+    """Two videos of 20 and of 3 frames beside the pictures; of the first the frames 2, 7, 12 and 17 are seen."""
+    pytest.importorskip("av", reason="videos are read by PyAV")
+    write_video(pictures / "long.mp4", [12 * i for i in range(20)])
+    write_video(pictures / "short.mp4", [250, 120, 10], size=(24, 32))
+    return pictures
+
+
+def open_frames(file, places):
+    import av
+
+    with av.open(str(file)) as opened:
+        frames = [frame.to_image() for frame in opened.decode(video=0)]
+    told = {"total_num_frames": len(frames), "fps": 4.0, "duration": len(frames) / 4, "frames_indices": list(places)}
+    return [frames[i] for i in places], told
+
+
+PLACES = {"long.mp4": (2, 7, 12, 17), "short.mp4": (0, 1, 2)}
+FILM_ROWS = [
+    {
+        "videos": [name],
+        "messages": [{"role": "user", "content": "<video>what is it?"}, {"role": "assistant", "content": "a cat"}],
+    }
+    for name in PLACES
+]
+FILM_ROWS[1]["messages"][0]["content"] = "what is in <video>?"
+
+
+def test_the_loss_of_rows_with_videos_is_that_of_each_row_alone(seeing, films):
+    family, model, processor = seeing
+    encoder = PictureEncoder(processor, frames=4)
+    settings = SETTINGS.model_copy(update={"images": None, "videos": "videos"})
+    tokenize = lambda: tokenize_pictures(datasets.Dataset.from_list(FILM_ROWS), [1, 2], settings, encoder, films)
+    if family in ALONE:
+        with pytest.raises(UsageError, match="takes pictures and no videos; models that take both are Qwen-VL"):
+            tokenize()
+        return
+    made = tokenize()
+    special, total, count = set(encoder._special), 0.0, 0
+    for row, given in zip(made.rows, FILM_ROWS, strict=True):
+        (name,) = given["videos"]
+        frames, told = open_frames(films / name, PLACES[name])
+        parts, words = [], given["messages"][0]["content"].split("<video>")
+        for piece in (words[0], None, words[1]):
+            parts += [{"type": "video"}] if piece is None else [{"type": "text", "text": piece}] if piece else []
+        messages = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+        ]
+        text = processor.apply_chat_template(messages, tokenize=False)
+        alone = processor(
+            text=[text], videos=[frames], video_metadata=[told], do_sample_frames=False, return_tensors="pt"
+        )
+        assert alone["input_ids"][0].tolist() == row["input_ids"]
+        assert (row["num_pictures"], row["num_videos"]) == (0, 1)
+        assert special & set(row["input_ids"])
+        assert special.isdisjoint(set(row["labels"]))
+        said = processor.tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+        assert said.strip().startswith("a cat")
+        with torch.no_grad():
+            logits_TV = model(**alone).logits[0]
+        labels_T = torch.tensor(row["labels"])
+        total += nnf.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORED, reduction="sum").item()
+        count += int((labels_T[1:] != IGNORED).sum())
+    loss = LabelLoss(model)
+    try:
+        with torch.no_grad():
+            # the two have as many frames, where a processor wants that
+            alone = [PictureCollator(encoder, processor.tokenizer.pad_token_id)([row]) for row in made.rows]
+            found = [loss(model, batch) for batch in alone]
+    finally:
+        loss.remove()
+    assert sum(each for _, each in found) == count
+    torch.testing.assert_close(sum(each.item() for each, _ in found), total, rtol=1e-4, atol=1e-3)
+
+
+def test_videos_tell_in_the_loss(seeing, films):
+    family, model, processor = seeing
+    if family in ALONE:
+        return
+    encoder = PictureEncoder(processor, frames=4)
+    settings = SETTINGS.model_copy(update={"images": None, "videos": "videos"})
+    made = tokenize_pictures(datasets.Dataset.from_list(FILM_ROWS), [1, 2], settings, encoder, films)
+    collate = PictureCollator(encoder, 0)
+    batch, other = collate([made.rows[0]]), collate([made.rows[0]])
+    (name,) = [name for name in batch if name.startswith("pixel_values")]
+    other[name] = torch.zeros_like(other[name]) - 1
+    with torch.no_grad():
+        assert not torch.allclose(model(**batch).logits, model(**other).logits, atol=1e-3), family
+
+
+def test_pictures_and_videos_in_one_row(seeing, films):
+    family, model, processor = seeing
+    if family in ALONE:
+        return
+    ask = {"role": "user", "content": "is <image> in <video>?"}
+    row = {"images": ["wide.png"], "videos": ["long.mp4"], "messages": [ask, {"role": "assistant", "content": "no"}]}
+    encoder = PictureEncoder(processor, frames=4)
+    settings = SETTINGS.model_copy(update={"videos": "videos"})
+    tokenize = lambda: tokenize_pictures(datasets.Dataset.from_list([row]), [1], settings, encoder, films)
+    if family == "smolvlm":
+        with pytest.raises(UsageError, match="takes either in a row, not both"):
+            tokenize()
+        return
+    made = tokenize()
+    # that the tokens are the processor's own is checked there
+    batch = PictureCollator(encoder, 0)([made.rows[0]])
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+    asked = PictureText.of_row(made.rows[0])
+    assert asked.kind == (True, True)
+    assert encoder.count(replace(asked, text=asked.text)) == len(made.rows[0]["input_ids"])

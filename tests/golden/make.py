@@ -301,6 +301,89 @@ def torchtune():
         _finish(folder, "torchtune", *short)
 
 
+class Attention(torch.nn.Module):
+    """As transformers named its parts before version 5."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.attention = torch.nn.ModuleDict({n: torch.nn.Linear(width, width) for n in ("query", "key", "value")})
+        self.output = torch.nn.ModuleDict({"dense": torch.nn.Linear(width, width)})
+
+    def forward(self, x):
+        split = lambda y: y.view(*y.shape[:2], self.heads, -1).transpose(1, 2)
+        query, key, value = (split(self.attention[name](x)) for name in ("query", "key", "value"))
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
+        return self.output["dense"]((weights @ value).transpose(1, 2).reshape(x.shape))
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lambda1 = torch.nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        return x * self.lambda1
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = torch.nn.LayerNorm(width, eps=1e-6), torch.nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.layer_scale1, self.layer_scale2 = Scale(width), Scale(width)
+        self.mlp = torch.nn.ModuleDict(
+            {"fc1": torch.nn.Linear(width, 2 * width), "fc2": torch.nn.Linear(2 * width, width)}
+        )
+
+    def forward(self, x):
+        x = x + self.layer_scale1(self.attention(self.norm1(x)))
+        inner = torch.nn.functional.gelu(self.mlp["fc1"](self.norm2(x)))
+        return x + self.layer_scale2(self.mlp["fc2"](inner))
+
+
+class Dinov2(torch.nn.Module):
+    """A vision transformer with DINOv2's names and formulas; its positions follow the size of the pictures."""
+
+    def __init__(self, width=16, heads=2, patch=2, side=4, layers=2):
+        super().__init__()
+        embeddings = {"patch_embeddings": torch.nn.ModuleDict({"projection": torch.nn.Conv2d(3, width, patch, patch)})}
+        self.embeddings = torch.nn.ModuleDict(embeddings)
+        for name, count in (("cls_token", 1), ("position_embeddings", 1 + side * side)):
+            self.embeddings.register_parameter(name, torch.nn.Parameter(torch.randn(1, count, width)))
+        self.encoder = torch.nn.ModuleDict({"layer": torch.nn.ModuleList(Block(width, heads) for _ in range(layers))})
+        self.layernorm = torch.nn.LayerNorm(width, eps=1e-6)
+        self.patch, self.side = patch, side
+
+    def forward(self, pixels):
+        patches = self.embeddings["patch_embeddings"]["projection"](pixels).flatten(2).transpose(1, 2)
+        whole = torch.cat((self.embeddings.cls_token.expand(pixels.shape[0], -1, -1), patches), dim=1)
+        first, others = self.embeddings.position_embeddings[:, :1], self.embeddings.position_embeddings[:, 1:]
+        grid = others.reshape(1, self.side, self.side, whole.shape[2]).permute(0, 3, 1, 2)
+        size = (pixels.shape[2] // self.patch, pixels.shape[3] // self.patch)
+        fitted = torch.nn.functional.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+        x = whole + torch.cat((first, fitted.permute(0, 2, 3, 1).reshape(1, -1, whole.shape[2])), dim=1)
+        for block in self.encoder["layer"]:
+            x = block(x)
+        return self.layernorm(x)
+
+
+def onnx():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"backbone": Dinov2()}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    model.forward = model["backbone"].forward
+    pixels = {f"pixels.{side}": torch.randn(2, 3, side, side) for side in (8, 12)}
+    axes = {"pixels": {0: "batch", 2: "height", 3: "width"}}
+    folder = _folder("onnx")
+    given = {"input_names": ["pixels"], "dynamic_axes": axes, "dynamo": False}
+    torch.onnx.export(model, (pixels["pixels.8"],), folder / "model.onnx", **given)
+    with torch.no_grad():
+        states = {name.replace("pixels", "states"): model(value) for name, value in pixels.items()}
+    _finish(folder, "torch", pixels, states)
+
+
 if __name__ == "__main__":
     for tool in sys.argv[1:]:
         globals()[tool]()

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 pytest.importorskip("PIL", reason="pictures are read by pillow")
+from films import write_video
 from PIL import Image
-from seeing_models import ALONE, build
+from seeing_models import ALONE, WITH_TORCHVISION, build
 
 from doralib.adapters.load import load_adapter
 from doralib.adapters.param_groups import learning_rates
@@ -19,14 +20,16 @@ from doralib.adapters.registry import config_of
 from doralib.adapters.towers import find_parts
 from doralib.checkpoints.load import load_image_text, load_model
 from doralib.checkpoints.merge import merge_checkpoint
-from doralib.data.picture_rows import ask_with_pictures
-from doralib.data.picture_tokens import PictureEncoder
+from doralib.cli.chat import Chat
+from doralib.data.picture_rows import ask_with_pictures, find_layout, read_picture_row
+from doralib.data.picture_tokens import PictureEncoder, make_encoder
 from doralib.data.pictures import Picture
+from doralib.data.videos import Video
 from doralib.errors import UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.likelihood import score_options
 from doralib.evaluation.task import KINDS
-from doralib.recipe import ModelSettings, Recipe
+from doralib.recipe import DataSettings, ModelSettings, Recipe
 from doralib.runs.report import write_report
 from doralib.training.job import fine_tune
 from doralib.training.sampler import SortedSampler, count_rows
@@ -105,6 +108,7 @@ def test_the_files_of_a_run(trained, photos):
         "fields": ["question"],
         "pictures": True,
         "image_pixels": 448,
+        "video_frames": 8,
     }
     page = write_report(trained, figures=False).read_text()
     assert len(re.findall(r'<img src="data:image/webp;base64,[\w+/=]+"', page)) == 5
@@ -302,3 +306,66 @@ def test_generate_asks_about_a_picture(run, trained, photos, base):
 def test_a_text_model_takes_no_picture(run, tiny_llama_folder, photos):
     status, _, err = run("generate", tiny_llama_folder, "--image", photos / "1.jpg", "--prompt", "What?")
     assert (status, "takes text alone, and no pictures" in err) == (2, True)
+
+
+@pytest.fixture
+def films(tmp_path):
+    """A stranger's folder of videos with a table of questions, one of them about a video that is cut off."""
+    pytest.importorskip("av", reason="videos are read by PyAV")
+    lines = ["film,question,answer"]
+    for i in range(6):
+        color = list(COLORS)[i % 3]
+        write_video(tmp_path / f"{i}.mp4", [COLORS[color]] * 5)
+        lines.append(f"{i}.mp4,What color is it?,{color}")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "0.mp4").read_bytes()[:200])
+    (tmp_path / "questions.csv").write_text("\n".join([*lines, "cut.mp4,What color is it?,red"]) + "\n")
+    return tmp_path
+
+
+def test_a_model_that_takes_pictures_alone_refuses_videos(base, films, tmp_path):
+    data = {"train": str(films / "questions.csv"), "validation": None}
+    with pytest.raises(UsageError, match="LlavaProcessor takes pictures and no videos; models that take both are"):
+        fine_tune(recipe(base, films, tmp_path / "run", data=data))
+
+
+def test_videos_train_and_are_asked_about(films, tmp_path, run):
+    pytest.importorskip("torchvision", reason="its processor takes videos too", exc_type=Exception)
+    model, processor = build(WITH_TORCHVISION["qwen2_5_vl"])
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    data = {"train": str(films / "questions.csv"), "validation": 0.34, "video_frames": 4, "max_length": 256}
+    steps = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2}
+    made = fine_tune(recipe(tmp_path / "base", films, tmp_path / "run", data=data, training=steps))
+    samples = json.loads((made / "samples.json").read_text())
+    assert all(len(sample["pictures"]) == 3 for sample in samples)
+    reported = json.loads((made / "data.json").read_text())["splits"]
+    assert {"with a video that cannot be read": 1} in [part["dropped"] for part in reported.values()]
+    assert json.loads((made / "doralib_prompt.json").read_text())["video_frames"] == 4
+    assert load_model(str(made))[0].doralib_video_frames == 4
+    asked = ("generate", made, "--prompt", "What color is it?", "--max-new-tokens", "2", "--video")
+    status, out, err = run(*asked, films / "1.mp4")
+    assert status == 0, out + err
+    status, out, err = run(*asked, films / "cut.mp4")
+    assert status == 2
+    assert "--video: " in err
+    assert "cannot be read as a video" in err
+    # in the chat, whose rows train again
+    loaded, beside = load_model(str(made))
+    lines = iter(
+        [
+            f"/video {films / 'cut.mp4'}",
+            f"/video {films / '1.mp4'}",
+            "What is <video>?",
+            f"/save {tmp_path / 't.jsonl'}",
+        ]
+    )
+    said = []
+    encoder = make_encoder(loaded, beside)
+    Chat(loaded, beside.tokenizer, lambda _: next(lines, "/quit"), said.append, max_new_tokens=2, encoder=encoder).run()
+    told = "".join(said)
+    assert "/video FILE: " in told
+    assert "5 frames, of which 4 are seen" in told
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert row["videos"] == [str(films / "1.mp4")]
+    settings = find_layout(DataSettings(train="t"), list(row), row, "t")
+    assert read_picture_row(row, settings, tmp_path).pictures == (Video(str(films / "1.mp4")),)

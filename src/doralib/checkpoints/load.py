@@ -490,9 +490,10 @@ def _take_own(model: PreTrainedModel, beside: Any, folder: Path, kind: Kind | No
 
 
 def _set_picture_size(model: PreTrainedModel, folder: Path) -> None:
-    """Let the model know how large its pictures were in training."""
+    """Let the model know how large its pictures were in training, and how many frames of a video it saw."""
     form = read_form(folder)
     model.doralib_image_pixels = None if form is None else form.image_pixels
+    model.doralib_video_frames = None if form is None else form.video_frames
 
 
 def _find_base_kind(settings: ModelSettings, adapter: Path) -> Kind | None:

@@ -15,11 +15,12 @@ from ..adapters.adapt import disable, enable
 from ..adapters.multiple import set_adapter
 from ..data.conversations import Conversation
 from ..data.encoding import chat_text, context_length, encode
-from ..data.picture_rows import PictureRow, ask_with_pictures
+from ..data.picture_rows import PictureRow, Seen, ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.pictures import Picture, measure_pictures
 from ..data.prepare import BadRow
 from ..data.prompt_form import PromptForm
+from ..data.videos import Video, measure_video
 from ..disk import replacing
 from ..errors import UsageError, did_you_mean
 from ..evaluation.generation import GREEDY, Sampling, describe_ends, stream, stream_about
@@ -64,9 +65,9 @@ class Chat:
     """What was said since the last /reset; of single questions the last."""
     encoder: PictureEncoder | None = None
     """Of a model that takes pictures."""
-    waiting: list[Picture] = field(default_factory=list)
-    """Pictures that the next question is about."""
-    pictures: list[Picture] = field(default_factory=list)
+    waiting: list[Seen] = field(default_factory=list)
+    """Pictures and videos that the next question is about."""
+    pictures: list[Seen] = field(default_factory=list)
     """Those of the messages, in their order."""
 
     def __post_init__(self) -> None:
@@ -84,6 +85,8 @@ class Chat:
         }
         if self.encoder is not None:
             self._commands["/image"] = (self._add_image, "FILE: the next question is about this picture too")
+            if self.encoder.video_place is not None:
+                self._commands["/video"] = (self._add_video, "FILE: the next question is about this video too")
         if self._asks_alone():
             # nothing is remembered
             del self._commands["/reset"], self._commands["/save"], self._commands["/system"]
@@ -146,6 +149,14 @@ class Chat:
         self.waiting.append(picture)
         self.write(f"{name}, {found[0]} x {found[1]} pixels: ask about it\n")
 
+    def _add_video(self, name: str) -> None:
+        assert self.encoder is not None, "the command is there with it alone"
+        film = measure_video(Video(str(Path(name).expanduser())), self.encoder.frames) if name else None
+        if film is None or isinstance(film, BadRow):
+            raise UsageError(f"/video FILE: {film}" if name else "/video FILE: name a file")
+        self.waiting.append(Video(str(Path(name).expanduser()), film))
+        self.write(f"{name}, {film.total} frames, of which {len(film.places)} are seen: ask about it\n")
+
     def _reset(self, _rest: str) -> None:
         self.messages, self.pictures = [], []
         self.write("forgotten\n")
@@ -175,8 +186,13 @@ class Chat:
         if path.suffix != ".jsonl":
             raise UsageError(f"/save {name}: a conversation is a line of a .jsonl file; give the name that ending")
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
-        images = {"images": [str(Path(each.path).absolute()) for each in self.pictures]} if self.pictures else {}
-        row = json.dumps({"messages": self._with_system(self.messages), **images}, ensure_ascii=False)
+        kinds = {"images": Picture, "videos": Video}
+        seen = {
+            name: [str(Path(each.path).absolute()) for each in self.pictures if isinstance(each, kind)]
+            for name, kind in kinds.items()
+        }
+        shown = {name: files for name, files in seen.items() if files}
+        row = json.dumps({"messages": self._with_system(self.messages), **shown}, ensure_ascii=False)
         with replacing(path) as part:
             gap = "" if before.endswith("\n") or not before else "\n"
             part.write_text(f"{before}{gap}{row}\n", encoding="utf-8")

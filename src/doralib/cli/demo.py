@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .demo_assets import Assets
 
 METHODS = ("dora", "lora")
-SUBJECTS = ("reviews", "speech")
+SUBJECTS = ("reviews", "speech", "vision")
 _SEEN = "movies"
 _SENTENCE = "Review: A slow start, but by the end I did not want it to stop.\nSentiment:"
 
 
 def demo_command(
-    subject: Annotated[str, typer.Argument(help="reviews or speech.")] = "reviews",
+    subject: Annotated[str, typer.Argument(help="reviews, speech or vision.")] = "reviews",
     method: Annotated[str, typer.Option(help="dora or lora.")] = "dora",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     cache: Annotated[Path | None, typer.Option(help="Where model and data are kept; ~/.cache/doralib else.")] = None,
@@ -38,6 +38,7 @@ def demo_command(
     """
     from ..disk import check_writable
     from .demo_speech import run_speech_demo
+    from .demo_vision import run_vision_demo
 
     if subject not in SUBJECTS:
         raise UsageError(f"there is no demo {subject!r}{did_you_mean(subject, SUBJECTS)}; known: {', '.join(SUBJECTS)}")
@@ -45,6 +46,8 @@ def demo_command(
     check_writable(out, "--out", folder=True)
     if subject == "speech":
         run_speech_demo(method, out, cache=cache, given=package_file or ())
+    elif subject == "vision":
+        run_vision_demo(method, out, cache=cache, given=package_file or ())
     else:
         run_demo(method=method, out=out, cache=cache, given=package_file or ())
 

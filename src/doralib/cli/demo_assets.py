@@ -101,15 +101,20 @@ def demo_assets(cache: Path = DEFAULT_CACHE, given: Sequence[Path] = ()) -> Asse
         DoraError: if something must be fetched and cannot be.
     """
     cache = cache.expanduser()
-    make_folder(cache, _MODEL_NAME, (MODEL,), lambda files, out: _expand_model(files[0], out), given)
+    model = demo_model(cache, given)
     make_sentences = lambda files, out: write_sentences(read_sentences(files[0]), out)
     make_folder(cache, "sentences", (SENTENCES,), make_sentences, given)
     sentences = cache / "sentences"
     return Assets(
-        model=cache / _MODEL_NAME,
+        model=model,
         train=sentences / "movies-train.jsonl",
         tasks={name: sentences / f"{name}.yaml" for name in _MEMBERS},
     )
+
+
+def demo_model(cache: Path, given: Sequence[Path] = ()) -> Path:
+    """The folder of SmolLM2-135M-Instruct; arguments and errors as of `demo_assets`."""
+    return make_folder(cache, _MODEL_NAME, (MODEL,), lambda files, out: _expand_model(files[0], out), given)
 
 
 def are_cached(cache: Path = DEFAULT_CACHE) -> bool:

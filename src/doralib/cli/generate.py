@@ -14,8 +14,8 @@ from .draw import PICTURES, Drawn, draw
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Model, Revision, Seed
 
 if TYPE_CHECKING:
+    from ..data.picture_rows import Seen
     from ..data.picture_tokens import PictureEncoder
-    from ..data.pictures import Picture
     from ..data.prompt_form import PromptForm
     from ..evaluation.generation import Answer
 
@@ -30,6 +30,9 @@ def generate_command(
     ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture that is asked about; give it again for several.")
+    ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video that is asked about; give it again for several.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: .txt (a line each), .json, .jsonl; or series.")] = None,
     audio: Annotated[
@@ -92,6 +95,7 @@ def generate_command(
             "--system": system,
             "--adapter": adapter,
             "--image": image,
+            "--video": video,
             "--audio": audio,
         }
         write_forecasts(model, load, ForecastRequest(file, out, horizon, texts), batch_size)
@@ -102,6 +106,7 @@ def generate_command(
         _check_no_text(
             {
                 "--image": image,
+                "--video": video,
                 "--audio": audio,
                 "--field": fields,
                 "--system": system,
@@ -125,8 +130,8 @@ def generate_command(
     print_log(errors)
     model, named = add_revision(model, revision), read_named_adapters(adapter or [])
     forms = _find_forms(model, named, chat)
-    asked = _list_asked(prompt, fields, file, next(iter(forms.values())), about=bool(image))
-    pictures = _find_pictures(image or [], chat)
+    asked = _list_asked(prompt, fields, file, next(iter(forms.values())), about=bool(image or video))
+    pictures = _find_pictures(image or [], video or [], chat)
     # before the model is loaded: a field that is missing costs nothing
     complete = {name: _complete(asked, form, name, system) for name, form in forms.items()}
     loaded, tokenizer = load()
@@ -187,7 +192,7 @@ class _Asking:
     sampling: Any
     encoder: "PictureEncoder | None" = None
     """Of a model that takes pictures."""
-    pictures: "Sequence[Picture]" = ()
+    pictures: "Sequence[Seen]" = ()
     """What every prompt is about."""
 
     def chat(self, system: str) -> None:
@@ -249,7 +254,7 @@ class _Asking:
                 for values in questions
             ]
         except BadRow as bad:
-            raise UsageError(f"--image: {bad}") from None
+            raise UsageError(f"{_name_seen(self.pictures)}: {bad}") from None
         with unchanged(self.model):
             answers = answer_pictures(
                 self.model,
@@ -308,37 +313,52 @@ def _tell_empty(answers: "Sequence[Answer]") -> list[str]:
     return [each.text for each in answers]
 
 
-def _find_pictures(images: Sequence[Path], chat: bool | None) -> "list[Picture]":
-    """The pictures of --image, each of which can be read.
+def _find_pictures(images: Sequence[Path], videos: Sequence[Path], chat: bool | None) -> "list[Seen]":
+    """The pictures of --image and the videos of --video, each of which can be read.
 
     Raises:
         UsageError: if one cannot, or the prompt is to be given as it is.
     """
-    from ..data.pictures import Picture, measure_pictures
+    from ..data.picture_tokens import measure_seen
+    from ..data.pictures import Picture
     from ..data.prepare import BadRow
+    from ..data.videos import Video
 
-    if not images:
+    if not images and not videos:
         return []
+    pictures: list[Seen] = [Picture(str(path.expanduser())) for path in images]
+    pictures += [Video(str(path.expanduser())) for path in videos]
     if chat is False:
-        raise UsageError("--image: with --raw no chat template makes a place for a picture; leave --raw out")
-    pictures = [Picture(str(path.expanduser())) for path in images]
-    if bad := [str(found) for found in measure_pictures(pictures).values() if isinstance(found, BadRow)]:
-        raise UsageError("\n".join(f"--image: {each}" for each in bad))
+        raise UsageError(
+            f"{_name_seen(pictures)}: with --raw no chat template makes a place for a picture; leave --raw out"
+        )
+    # the frames are chosen once the model is loaded, which may say how many
+    found = measure_seen(pictures, 1)
+    if bad := [f"{_name_seen([seen])}: {look}" for seen, look in found.items() if isinstance(look, BadRow)]:
+        raise UsageError("\n".join(bad))
     return pictures
 
 
-def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[Picture]") -> "PictureEncoder | None":
+def _name_seen(pictures: "Sequence[Seen]") -> str:
+    """The option that gave the first of them."""
+    from ..data.videos import Video
+
+    return "--video" if isinstance(pictures[0], Video) else "--image"
+
+
+def _make_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[Seen]") -> "PictureEncoder | None":
     """What writes questions for a model that takes pictures; None for others.
 
     Raises:
         UsageError: if there are pictures and the model takes none.
     """
-    from ..data.picture_tokens import PictureEncoder
+    from ..data.picture_tokens import make_encoder
 
     if hasattr(processor, "image_processor"):
-        return PictureEncoder(processor, getattr(loaded, "doralib_image_pixels", None))
+        return make_encoder(loaded, processor)
     if pictures:
-        raise UsageError(f"--image: {model} takes text alone, and no pictures; leave --image out")
+        option = _name_seen(pictures)
+        raise UsageError(f"{option}: {model} takes text alone, and no pictures; leave {option} out")
     return None
 
 

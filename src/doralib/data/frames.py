@@ -79,18 +79,30 @@ def read_frames(file: Path, fps: float) -> "Iterator[Image]":
         DoraError: if the file is no video, or damaged.
     """
     taken, begin = 0, 0.0
-    for i, frame in enumerate(_decode(file)):
+    for i, frame in enumerate(decode_video(file)):
         time = float(frame.time or 0.0)
         begin = begin if i else time
         # a hair early: times are rounded to the file's own clock
         if time - begin >= taken / fps - 1e-3:
             taken += 1
-            yield frame.to_image()
+            yield turn_upright(frame)
     if not taken:
         raise DoraError(f"{file} has no frames")
 
 
-def _decode(file: Path) -> Iterator[Any]:
+def turn_upright(frame: Any) -> "Image":
+    """A frame of PyAV's as a picture; a telephone says by how much it was turned, counterclockwise."""
+    turned = getattr(frame, "rotation", 0)
+    return frame.to_image().rotate(turned, expand=True) if turned else frame.to_image()
+
+
+def decode_video(file: Path) -> Iterator[Any]:
+    """The frames of a video as PyAV has them.
+
+    Raises:
+        UsageError: if PyAV is not installed.
+        DoraError: if the file is no video, or damaged.
+    """
     av = _import_av(file)
     try:
         with av.open(str(file)) as opened:

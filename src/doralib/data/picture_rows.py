@@ -1,8 +1,8 @@
-"""Rows with pictures, in the layouts that people bring: each is a conversation with its pictures in their places."""
+"""Rows with pictures and videos, in the layouts that people bring: conversations with these in their places."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,21 @@ from .pictures import ENDINGS, Picture, find_picture, is_picture_name
 from .prepare import BadRow, Row
 from .prompts import fill_prompt
 from .templates import columns_in, value_text
+from .videos import Video, find_video, is_video_name
 
 ASK_FOR_CAPTION = "Describe this picture in one sentence."
 """What is asked of a picture with a caption, where data.prompt says nothing else."""
 
 _COLUMNS = ("images", "image", "pictures", "picture", "file_name", "image_path", "img", "photo", "filename", "path")
 _CAPTIONS = ("caption", "captions", "text", "description", "sentence", "sentences")
-_PLACE = "<image>"
-_MARK = "\ue0f1"
-"""Stands for a picture while a conversation is read as text; no text holds this character."""
+_VIDEO_COLUMNS = ("videos", "video", "video_path")
+_PLACES = {"<image>": "\ue0f1", "<video>": "\ue0f2"}
+"""What stands in a text for a picture or a video, and for it while a conversation is read; no text holds the latter."""
+_TYPES = {"\ue0f1": "image", "\ue0f2": "video"}
+_MARKS = "".join(_TYPES)
+
+Seen = Picture | Video
+"""What a row shows."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class PictureRow:
     """A conversation whose contents are texts, or lists of parts where pictures stand in them."""
 
     talk: Conversation
-    pictures: tuple[Picture, ...]
-    """In the order of their places."""
+    pictures: tuple[Seen, ...]
+    """Videos too, in the order of their places."""
 
 
 def find_layout(settings: DataSettings, columns: Sequence[str], first: Row, source: str) -> DataSettings:
@@ -43,11 +49,12 @@ def find_layout(settings: DataSettings, columns: Sequence[str], first: Row, sour
     Raises:
         UsageError: if the columns fit no layout, or lack what was named.
     """
-    images = settings.images or _find_pictures(columns, first)
+    videos = settings.videos or _find_videos(columns, first)
+    images = settings.images or _find_pictures([name for name in columns if name != videos], first)
     talk = find_column(settings.messages, columns)
     layout = {"auto": None, "llava": "messages"}.get(settings.layout, settings.layout)
-    pair = guess_pair([name for name in columns if name != images])
-    captions = next((name for name in _CAPTIONS if name in columns and name != images), None)
+    pair = guess_pair([name for name in columns if name not in (images, videos)])
+    captions = next((name for name in _CAPTIONS if name in columns and name not in (images, videos)), None)
     if layout is None and talk is not None and settings.prompt is None and settings.target is None:
         layout = "messages"
     asks = settings.target is not None or (pair is not None and pair[0] != captions and pair[1] != captions)
@@ -57,7 +64,7 @@ def find_layout(settings: DataSettings, columns: Sequence[str], first: Row, sour
             f"data.layout: auto cannot tell from the columns what a row is; name the columns by data.images, "
             f"data.prompt and data.target\n  columns of {source}: {', '.join(columns)}"
         )
-    made: dict[str, Any] = {"layout": layout, "images": images, "style": "chat"}
+    made: dict[str, Any] = {"layout": layout, "images": images, "videos": videos, "style": "chat"}
     if layout == "messages":
         made["messages"] = talk or settings.messages
     elif layout == "caption":
@@ -77,8 +84,9 @@ def describe_layout(settings: DataSettings) -> str:
         "caption": f"captions in {settings.target!r}, asked for by {settings.prompt!r}",
         "vqa": f"questions in {settings.prompt!r}, answers in {settings.target!r}",
     }
-    pictures = f"pictures in {settings.images!r}" if settings.images else "pictures in the messages"
-    return f"{words[settings.layout]}, {pictures}"
+    named = {"pictures": settings.images, "videos": settings.videos}
+    seen = " and ".join(f"{what} in {column!r}" for what, column in named.items() if column)
+    return f"{words[settings.layout]}, {seen or 'pictures in the messages'}"
 
 
 def _find_pictures(columns: Sequence[str], first: Row) -> str | None:
@@ -88,14 +96,21 @@ def _find_pictures(columns: Sequence[str], first: Row) -> str | None:
     return next(iter([*holding, *(name for name in named if name in _COLUMNS[:4])]), None)
 
 
+def _find_videos(columns: Sequence[str], first: Row) -> str | None:
+    """The column of videos: by its usual names, or by what it holds."""
+    holding = [name for name in (*_VIDEO_COLUMNS, *columns) if is_video_name(first.get(name))]
+    return next(iter([*holding, *(name for name in _VIDEO_COLUMNS if name in columns)]), None)
+
+
 def _check_columns(settings: DataSettings, columns: Sequence[str], source: str) -> None:
-    needed: dict[str, list[str]] = {"data.images": [settings.images] if settings.images else []}
+    named = {"data.images": settings.images, "data.videos": settings.videos}
+    needed: dict[str, list[str]] = {setting: [name] if name else [] for setting, name in named.items()}
     if settings.layout == "messages":
         needed["data.messages"] = [settings.messages]
     else:
-        if not settings.images:
+        if not (settings.images or settings.videos):
             raise UsageError(
-                f"data.images: no column of {source} holds names of pictures; name the one that does\n"
+                f"data.images: no column of {source} holds names of pictures or videos; name the one that does\n"
                 f"  columns of {source}: {', '.join(columns)}"
             )
         needed["data.target"] = columns_in(settings.target or "", "data.target")
@@ -118,7 +133,7 @@ def _list_asked(settings: DataSettings, columns: Sequence[str]) -> list[str]:
 
 
 def read_picture_row(row: Row, settings: DataSettings, root: Path) -> PictureRow:
-    """The conversation in a row, and its pictures, which are not opened.
+    """The conversation in a row, and its pictures and videos, which are not opened.
 
     Args:
         settings: With the layout found.
@@ -127,87 +142,129 @@ def read_picture_row(row: Row, settings: DataSettings, root: Path) -> PictureRow
     Raises:
         BadRow: if it has no answer to learn, or not as many pictures as places for them.
     """
-    given = _read_column(row, settings, root)
+    given = _read_columns(row, settings, root)
     if settings.layout == "messages":
         return _read_talk(row, settings, given, root)
     if not given:
-        raise BadRow("without its picture", f"nothing in {settings.images!r}")
+        what, column = ("picture", settings.images) if settings.images else ("video", settings.videos)
+        raise BadRow(f"without its {what}", f"nothing in {column!r}")
     asked = settings.prompt or ""
     if _list_asked(settings, list(row)):
         asked = fill_prompt(asked, row, "data.prompt")
     answer = _read_answer(row, settings.target or "")
     if not answer.strip():
         raise BadRow("empty", f"nothing in {settings.target!r}")
-    parts = [*({"type": "image"} for _ in given), {"type": "text", "text": asked.replace(_PLACE, "").strip()}]
+    for place in _PLACES:
+        asked = asked.replace(place, "")
+    parts = [*({"type": _TYPES[_mark(each)]} for each in given), {"type": "text", "text": asked.strip()}]
     messages: list[Message] = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
     return PictureRow(Conversation(messages, [False, True]), tuple(given))
 
 
-def ask_with_pictures(text: str, pictures: Sequence[Picture], system: str = "") -> PictureRow:
-    """A question, with the pictures where it has places for them, else before it."""
-    marked = text.replace(_PLACE, _MARK) if _PLACE in text else _MARK * len(pictures) + text
+def ask_with_pictures(text: str, pictures: Sequence[Seen], system: str = "") -> PictureRow:
+    """A question, with pictures and videos where it has places for them, else before it."""
+    marked = _mark_places(text)
+    if marked == text:
+        marked = "".join(map(_mark, pictures)) + text
     told = [{"role": "system", "content": system}] if system else []
     messages: list[Message] = [*told, {"role": "user", "content": _split(marked)}]
-    if marked.count(_MARK) != len(pictures):
-        raise _tell_uneven(marked.count(_MARK), len(pictures))
-    return PictureRow(Conversation(messages, [False] * len(messages)), tuple(pictures))
+    waiting = list(pictures)
+    found = [_take(mark, waiting) for mark in marked if mark in _TYPES]
+    return PictureRow(Conversation(messages, [False] * len(messages)), _check_places(found, waiting))
 
 
-def _tell_uneven(places: int, pictures: int) -> BadRow:
-    told = f"pictures: {pictures}, places for them ({_PLACE}): {places}"
-    return BadRow("with another number of pictures than of places for them", told)
+def _mark_places(text: str) -> str:
+    for place, mark in _PLACES.items():
+        text = text.replace(place, mark)
+    return text
 
 
-def _read_column(row: Row, settings: DataSettings, root: Path) -> list[Picture]:
-    """The pictures in a row's own column."""
-    value = row.get(settings.images) if settings.images else None
-    if value is None or value == "" or value == []:
-        return []
-    return [find_picture(each, root) for each in (value if isinstance(value, list | tuple) else [value])]
+def _mark(seen: Seen) -> str:
+    return _PLACES["<video>" if isinstance(seen, Video) else "<image>"]
 
 
-def _read_talk(row: Row, settings: DataSettings, given: list[Picture], root: Path) -> PictureRow:
+def _take(mark: str, waiting: list[Seen]) -> Seen | None:
+    """The next picture, or video, that waits for its place; None: there is none left."""
+    at = next((i for i, each in enumerate(waiting) if _mark(each) == mark), None)
+    return None if at is None else waiting.pop(at)
+
+
+def _check_places(found: Sequence[Seen | None], waiting: Sequence[Seen]) -> tuple[Seen, ...]:
+    """What stands in the places, each of which has something.
+
+    Raises:
+        BadRow: if there are more places, or fewer.
+    """
+    if not waiting and None not in found:
+        return tuple(each for each in found if each is not None)
+    given = [each for each in (*found, *waiting) if each is not None]
+    what = "videos" if given and all(isinstance(each, Video) for each in given) else "pictures"
+    place = "<video>" if what == "videos" else "<image>"
+    told = f"{what}: {len(given)}, places for them ({place}): {len(found)}"
+    raise BadRow(f"with another number of {what} than of places for them", told)
+
+
+def _read_columns(row: Row, settings: DataSettings, root: Path) -> list[Seen]:
+    """The pictures and videos in a row's own columns."""
+    found: list[Seen] = []
+    for column, find in ((settings.images, find_picture), (settings.videos, find_video)):
+        value = row.get(column) if column else None
+        if value is not None and value not in ("", []):
+            found += [find(each, root) for each in (value if isinstance(value, list | tuple) else [value])]
+    return found
+
+
+def _read_talk(row: Row, settings: DataSettings, given: list[Seen], root: Path) -> PictureRow:
     waiting = list(given)
     messages: list[Message] = []
-    pictures: list[Picture | None] = []
+    found: list[Seen | None] = []
     for message in parse_messages(row[settings.messages], settings.messages):
-        marked, found = _mark_pictures(message, waiting, root)
+        marked, here = _mark_message(message, waiting, root)
         messages.append(marked)
-        pictures += found
-    if not pictures and given:
+        found += here
+    if not found and given:
         first = next((message for message in messages if _name_role(message) in ("user", "human")), None)
         if first is not None:
             key = next(key for key in ("content", "value", "text") if key in first)
-            first[key], pictures, waiting = f"{_MARK * len(given)}{_as_text(first[key])}", [*given], []
-    if waiting or None in pictures:
-        raise _tell_uneven(len(pictures), len(given))
+            first[key] = f"{''.join(map(_mark, given))}{_as_text(first[key])}"
+            found, waiting = [*given], []
+    pictures = _check_places(found, waiting)
     talk = read_conversation({**row, settings.messages: messages}, settings.messages)
     split = [{**message, "content": _split(message["content"])} for message in talk.messages]
-    return PictureRow(replace(talk, messages=split), tuple(picture for picture in pictures if picture is not None))
+    return PictureRow(replace(talk, messages=split), pictures)
 
 
-def _mark_pictures(message: Message, waiting: list[Picture], root: Path) -> tuple[Message, list[Picture | None]]:
-    """The message with a mark in the place of each picture, and the pictures; None: there is none left for it."""
+def _mark_message(message: Message, waiting: list[Seen], root: Path) -> tuple[Message, list[Seen | None]]:
+    """The message with a mark in the place of each picture and video, and these; None: there is none left for it."""
     key = next((key for key in ("content", "value", "text") if message.get(key) is not None), None)
     if key is None or _name_role(message) in ("assistant", "gpt", "model"):
         return message, []
-    take = lambda: waiting.pop(0) if waiting else None
     content = message[key]
     if isinstance(content, str):
-        found: list[Picture | None] = [take() for _ in range(content.count(_PLACE))]
-        return {**message, key: content.replace(_PLACE, _MARK)}, found
-    parts, found = [], []
+        marked = _mark_places(content)
+        return {**message, key: marked}, [_take(mark, waiting) for mark in marked if mark in _TYPES]
+    parts: list[Any] = []
+    found: list[Seen | None] = []
     for given in content if isinstance(content, list) else [content]:
         part = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
-        if isinstance(part, dict) and part.get("type") in ("video", "audio", "video_url", "input_audio"):
-            raise BadRow(f"with {part['type']}", "pictures and texts alone are read")
-        if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        if isinstance(part, dict) and part.get("type") in ("audio", "input_audio"):
+            raise BadRow(f"with {part['type']}", "pictures, videos and texts alone are read")
+        kind = _PARTS.get(str(part.get("type"))) if isinstance(part, dict) else None
+        if kind is None:
             parts.append(part)
             continue
+        mark, find = kind
         own = {name: value for name, value in part.items() if name != "type"}
-        found.append(find_picture(own, root) if own else take())
-        parts.append({"type": "text", "text": _MARK})
+        found.append(find(own, root) if own else _take(mark, waiting))
+        parts.append({"type": "text", "text": mark})
     return {**message, key: parts}, found
+
+
+_PARTS: Mapping[str, tuple[str, Callable[[Any, Path], Seen]]] = {
+    **dict.fromkeys(("image", "image_url"), (_PLACES["<image>"], find_picture)),
+    **dict.fromkeys(("video", "video_url"), (_PLACES["<video>"], find_video)),
+}
+"""The types of parts that show something: the mark of its place, and what finds it."""
 
 
 def _name_role(message: Message) -> str:
@@ -221,13 +278,13 @@ def _as_text(content: Any) -> str:
 
 
 def _split(content: Any) -> Any:
-    """A content with marks as parts: texts, without the line ends around a picture, and pictures."""
-    if not isinstance(content, str) or _MARK not in content:
+    """A content with marks as parts: texts, without the line ends around a picture, pictures and videos."""
+    if not isinstance(content, str) or not set(_MARKS) & set(content):
         return content
     parts: list[dict[str, Any]] = []
-    for piece in re.split(f"({_MARK})", content):
-        if piece == _MARK:
-            parts.append({"type": "image"})
+    for piece in re.split(f"([{_MARKS}])", content):
+        if piece in _TYPES:
+            parts.append({"type": _TYPES[piece]})
         elif text := piece.strip("\n"):
             parts.append({"type": "text", "text": text})
     return parts

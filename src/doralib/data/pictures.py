@@ -97,14 +97,15 @@ def find_root(named: str | None, source: str) -> Path:
 
 
 def keep_picture_files(rows: "Dataset") -> "Dataset":
-    """Rows of `datasets` with columns of pictures as they are stored, not opened."""
+    """Rows of `datasets` with columns of pictures and videos as they are stored, not opened."""
     import datasets  # noqa: PLC0415  a task is checked without it
 
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
-        if isinstance(inner, datasets.Image):
-            closed = datasets.Image(decode=False)
-            rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))
+        for kind in (datasets.Image, datasets.Video):
+            if isinstance(inner, kind):
+                closed = kind(decode=False)
+                rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))
     return rows
 
 

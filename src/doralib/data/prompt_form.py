@@ -34,6 +34,8 @@ class PromptForm(Checked):
     """Whether it is asked about pictures."""
     image_pixels: int | None = None
     """The longest side that a picture had in training; None: any."""
+    video_frames: int = 8
+    """So many frames of a video were seen."""
 
     @property
     def closed(self) -> bool:

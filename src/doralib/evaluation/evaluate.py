@@ -17,7 +17,7 @@ from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_
 from ..data.forecaster import is_forecaster
 from ..data.layouts import choose_tasks
 from ..data.picture_rows import ask_with_pictures
-from ..data.picture_tokens import PictureEncoder, PictureText
+from ..data.picture_tokens import PictureEncoder, PictureText, make_encoder
 from ..data.prepare import BadRow
 from ..data.sounds import Clip, name_clip
 from ..data.windows import Origin
@@ -165,7 +165,7 @@ def evaluate(
     """
     encoder = None
     if hasattr(tokenizer, "image_processor"):
-        encoder = PictureEncoder(tokenizer, getattr(model, "doralib_image_pixels", None))
+        encoder = make_encoder(model, tokenizer)
         tokenizer = encoder.tokenizer
     if blind := [task.name for task in tasks if task.images is not None and encoder is None]:
         raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")

@@ -182,15 +182,15 @@ def answer_pictures(
     sampling: Sampling = GREEDY,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
-    """The answer to each question about pictures, which are read now; questions without pictures are asked by
+    """The answer to each question about pictures or videos, which are read now; questions of each kind are asked by
     themselves.
 
     Raises:
         UsageError: if a question and its answer are longer than the model takes.
         DoraError: if a picture cannot be read.
     """
-    order = sorted(range(len(asked)), key=lambda i: (not asked[i].pictures, -len(asked[i].text)))
-    groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: not asked[i].pictures)]
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].kind, -len(asked[i].text)))
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: asked[i].kind)]
     batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
     found: dict[int, Answer] = {}
     with evaluation_mode(model), _seeded(model, sampling.seed):

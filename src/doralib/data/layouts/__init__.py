@@ -10,6 +10,7 @@ import datasets
 
 from ...errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from ...recipe import DataSettings
+from ..frames import VIDEOS
 from .task import Asked, Layout, LayoutTask, Split
 from .value import VALUE
 from .vlbart import VLBART
@@ -69,6 +70,24 @@ def read_layout(settings: DataSettings, folder: str, split: str, setting: str) -
     if not numbers:
         raise UsageError(f"{setting}: {folder} has no rows of {', '.join(tasks)} for {split}")
     return datasets.Dataset.from_dict(columns, features=datasets.Features(_COLUMNS)), numbers
+
+
+def make_questions(rows: datasets.Dataset, root: str | None) -> datasets.Dataset:
+    """Rows of a layout of videos as questions with answers: the columns video, question and answer.
+
+    Args:
+        root: The folder of the videos; None: as the layout has them.
+    """
+    columns: dict[str, list[str]] = {"video": [], "question": [], "answer": []}
+    for row in rows:
+        stem = Path(row["pictures"][0])
+        stem = (stem if root is None else Path(root).expanduser() / stem.name).absolute()
+        files = [stem.with_name(stem.name + ending) for ending in VIDEOS]
+        right = max(zip(row["scores"], row["targets"], strict=True), default=(0.0, ""))
+        values = (str(next(filter(Path.is_file, files), files[0])), row["text"].strip(), right[1])
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return datasets.Dataset.from_dict(columns)
 
 
 def list_layout_files(settings: DataSettings) -> dict[str, list[Path]]:

@@ -30,7 +30,7 @@ class Asked:
     answers: tuple[str, ...] = ()
     """What people said, where an answer is scored by that."""
     pictures: tuple[str, ...] = ()
-    """Where pictures may lie, without their endings."""
+    """Where pictures, or videos, may lie, without their endings."""
     spare: int = 0
     """How many characters at the beginning of the text, behind its first word, may be left out if it is too long."""
     told: Mapping[str, Any] = field(default_factory=dict)

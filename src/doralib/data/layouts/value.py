@@ -37,11 +37,13 @@ class _ValueTask:
         file, subtitles = self.list_files(root, split)
         spoken = _read_subtitles(subtitles)
         solution = _read_solution(file.with_name(f"{self.name}_{'val' if split == 'validation' else split}"))
-        folder = _find_notes(root).parent / "vis_features" / self.videos / features
+        above = _find_notes(root).parent
+        folder, films = above / "vis_features" / self.videos / features, above / "videos" / self.videos
         for number, row in enumerate(read_lines(file), 1):
             video = str(pick(row, "vid_name", file, number))
             said = spoken.get(video, "")
-            shared = {"features": (str(folder / f"{video}.npz"),), "spare": len(said)}
+            shared: dict[str, Any] = {"features": (str(folder / f"{video}.npz"),), "spare": len(said)}
+            shared["pictures"] = (str(films / video),)
             if self.choices:
                 yield self._read_question(row, file, number, said, solution, shared)
             else:

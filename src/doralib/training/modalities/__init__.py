@@ -50,6 +50,7 @@ def choose_modality(recipe: Recipe) -> Modality:
 _READ_BY = {
     **dict.fromkeys(("audio", "audio_seconds"), ("speech", "audio-class")),
     "root": ("image-text", "speech", "audio-class"),
+    **dict.fromkeys(("videos", "video_frames"), ("image-text",)),
     "translate": ("speech",),
     "language": ("seq2seq", "speech"),
     "source_language": ("seq2seq",),

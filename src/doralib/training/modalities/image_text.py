@@ -14,15 +14,17 @@ from ...checkpoints.load import Loaded, load_image_text
 from ...config import DoraConfig
 from ...data.detect import look_at
 from ...data.encoding import check_ids, context_length, encode, pad_token
-from ...data.picture_rows import describe_layout, find_layout, list_captioned, read_picture_row
-from ...data.picture_tokens import PictureCollator, PictureEncoder, PictureText, tokenize_pictures
-from ...data.pictures import find_root, keep_picture_files, make_thumbnail
+from ...data.layouts import make_questions
+from ...data.picture_rows import Seen, describe_layout, find_layout, list_captioned, read_picture_row
+from ...data.picture_tokens import PictureCollator, PictureEncoder, PictureText, make_encoder, tokenize_pictures
+from ...data.pictures import Picture, encode_thumbnail, find_root, keep_picture_files, make_thumbnail
 from ...data.prepare import BadRow, PreparedRows, Row, Sample
 from ...data.prompt_form import PromptForm
-from ...data.rows import RawRows, as_written, read_sets
+from ...data.rows import RawRows, as_written, read_both, read_sets
 from ...data.survey import LEFT, RIGHT, shorten, split_learned, survey_rows
 from ...data.templates import columns_in
 from ...data.tokenize import join_prepared
+from ...data.videos import measure_video, open_video
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.generation import answer_pictures, describe_ends
 from ...progress import Tick
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 _SAMPLES = 24
 _SAMPLE_TOKENS = 64
 _AT_ONCE = 8
+_FRAMES_SHOWN = 3
 _PAGE_BYTES = 3_000_000
 """So much of pictures stands in a report at most."""
 
@@ -58,6 +61,12 @@ class ImageText:
             )
         if settings.layout == "auto" and any(list_captioned(each.path) is not None for each in settings.sources()):
             settings = settings.model_copy(update={"layout": "caption"})
+        if settings.layout == "value":
+            rows = read_both(settings, seed)
+            names = {"layout": "vqa", "videos": "video", "prompt": "question", "target": "answer"}
+            self.settings = asked = settings.model_copy(update={**names, "style": "chat"})
+            held = None if rows.validation is None else make_questions(rows.validation, settings.root)
+            return replace(rows, train=make_questions(rows.train, settings.root), validation=held, settings=asked)
         self.settings = settings
         problems: list[DoraError] = []
         found: list[RawRows] = []
@@ -72,7 +81,9 @@ class ImageText:
     def load(self, settings: ModelSettings, *, empty: bool = False) -> Loaded:
         """The model and its processor."""
         model, processor = load_image_text(settings, empty=empty)
-        model.doralib_image_pixels = self.settings.image_pixels if self.settings is not None else None
+        if self.settings is not None:
+            model.doralib_image_pixels = self.settings.image_pixels
+            model.doralib_video_frames = self.settings.video_frames
         return model, processor
 
     def choose_targets(self, model: nn.Module, adapter: DoraConfig) -> DoraConfig:
@@ -86,7 +97,7 @@ class ImageText:
         limit = context_length(model)
         if limit is not None and settings.max_length > limit:
             settings = settings.model_copy(update={"max_length": limit})
-        encoder = PictureEncoder(processor, settings.image_pixels)
+        encoder = PictureEncoder(processor, settings.image_pixels, settings.video_frames)
         trained, held_out = [], []
         for each in (rows, *rows.others):
             own = _limit(each, settings)
@@ -102,7 +113,8 @@ class ImageText:
         own = _limit(rows, settings)
         layouts = [describe_layout(_limit(each, settings)) for each in (rows, *rows.others)]
         samples = self._find_samples(rows, own, encoder)
-        kinds = [int(count > 0) for count in train.rows["num_pictures"]]
+        counts = zip(train.rows["num_pictures"], train.rows["num_videos"], strict=True)
+        kinds = [(pictures > 0) + 2 * (videos > 0) for pictures, videos in counts]
         return Prepared(
             train,
             validation,
@@ -121,9 +133,8 @@ class ImageText:
 
     def collate(self, model: nn.Module, processor: Any, data: Prepared) -> Collate:  # noqa: ARG002
         """Rows padded on the right, with what the processor makes of their pictures."""
-        pixels = self.settings.image_pixels if self.settings is not None else None
         dtype = getattr(model, "dtype", torch.float32)
-        return PictureCollator(PictureEncoder(processor, pixels), pad_token(processor.tokenizer, model), dtype)
+        return PictureCollator(make_encoder(model, processor), pad_token(processor.tokenizer, model), dtype)
 
     def samples(
         self,
@@ -136,7 +147,7 @@ class ImageText:
         longest = max(len(encode(processor.tokenizer, each["expected"], chat=True)) for each in asked)
         answers = answer_pictures(
             model,
-            PictureEncoder(processor, settings.image_pixels),
+            PictureEncoder(processor, settings.image_pixels, settings.video_frames),
             self.asked[: len(asked)],
             max_new_tokens=min(longest + 8, _SAMPLE_TOKENS),
             batch_size=_AT_ONCE,
@@ -190,8 +201,16 @@ def _tokenize(
 
 
 def _describe_pictures(train: PreparedRows, settings: DataSettings) -> str:
-    counts = train.rows["num_pictures"][:]
-    said = f"{sum(counts):,} in {sum(map(bool, counts)):,} of {len(counts):,} rows"
+    counts = {what: train.rows[f"num_{what}"][:] for what in ("pictures", "videos")}
+    told = [
+        f"{sum(each):,} {what if what == 'videos' else ''}".strip()
+        + f" in {sum(map(bool, each)):,} of {len(each):,} rows"
+        for what, each in counts.items()
+        if what == "pictures" or any(each)
+    ]
+    said = ", ".join(told)
+    if any(counts["videos"]):
+        said += f", {settings.video_frames} frames of each (data.video_frames)"
     if settings.image_pixels is None:
         return said
     return f"{said}, none with a side above {settings.image_pixels} pixels (data.image_pixels)"
@@ -209,11 +228,25 @@ def _iterate_samples(
                 *before, last = before
             count = sum(_count_pictures(message["content"]) for message in before)
             asked = encoder.ask(replace(read, talk=replace(read.talk, messages=before), pictures=read.pictures[:count]))
-            thumbnails = tuple(make_thumbnail(picture) for picture in asked.pictures)
+            thumbnails = tuple(small for seen in asked.pictures for small in _make_small(seen))
         except BadRow:
             continue
         question = " ".join(part for part in _list_words(before[-1]["content"]) if part)
         yield asked, Sample(question, str(last["content"]), _take_fields(row, settings), thumbnails)
+
+
+def _make_small(seen: Seen) -> list[str]:
+    """What a report shows of a picture, or of a video: its beginning, middle and end.
+
+    Raises:
+        BadRow: if it cannot be read.
+    """
+    if isinstance(seen, Picture):
+        return [make_thumbnail(seen)]
+    film = measure_video(seen, _FRAMES_SHOWN)
+    if isinstance(film, BadRow):
+        raise film
+    return [encode_thumbnail(frame) for frame in open_video(seen, film)]
 
 
 def _take_fields(row: Row, settings: DataSettings) -> dict[str, str]:
@@ -226,12 +259,13 @@ def _list_words(content: Any) -> list[str]:
 
 
 def _count_pictures(content: Any) -> int:
-    return sum(part["type"] == "image" for part in content) if isinstance(content, list) else 0
+    return sum(part["type"] in ("image", "video") for part in content) if isinstance(content, list) else 0
 
 
 def _make_form(settings: DataSettings) -> PromptForm:
     """How a run is asked: about pictures, in the words of its training."""
-    about = {"style": "chat", "pictures": True, "image_pixels": settings.image_pixels}
+    about = {"style": "chat", "pictures": True}
+    about |= {"image_pixels": settings.image_pixels, "video_frames": settings.video_frames}
     if settings.layout == "messages":
         return PromptForm(**about, fields=("prompt",))
     fields = tuple(dict.fromkeys(columns_in(settings.prompt or "", "data.prompt")))
