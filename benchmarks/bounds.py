@@ -101,16 +101,21 @@ def main():
     parser.add_argument("--gib", type=float, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenizer", type=Path, default=DEFAULT_CACHE.expanduser() / "SmolLM2-135M-Instruct")
+    parser.add_argument("--only", choices=["layers", "rows", "start"], nargs="+", default=["layers", "rows", "start"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    found = {
-        "machine": describe_machine(),
-        "layers": measure_layers(options.layers),
-        "rows": measure_rows(options.gib),
-        "start": measure_start(options.tokenizer, options.rows),
+    measures = {
+        "layers": lambda: measure_layers(options.layers),
+        "rows": lambda: measure_rows(options.gib),
+        "start": lambda: measure_start(options.tokenizer, options.rows),
     }
+    path = options.out / "bounds.json"
+    # what is not measured stays as it was measured before
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for name in options.only:
+        found[name] = {**measures[name](), "machine": describe_machine()}
     print(json.dumps(found, indent=1))
-    write_json(options.out / "bounds.json", found)
+    write_json(path, found)
 
 
 main()
