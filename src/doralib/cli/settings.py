@@ -53,7 +53,7 @@ def _table(title: str, lines: Iterable[Line]) -> Table:
 
 
 def _settings_line(name: str, field: FieldInfo) -> Line:
-    default = "needed" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+    default = "needed" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True)) or '""'
     choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
     said = " ".join((field.description or "").split())
     unsaid = [choice for choice in choices if str(choice) not in said]
