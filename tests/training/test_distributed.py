@@ -30,6 +30,8 @@ from doralib.training.job import Interrupted
 from doralib.training.job import fine_tune as train_as_recipe
 from doralib.training.recipe_file import read_recipe
 
+pytestmark = pytest.mark.long
+
 METHODS = {
     "dora": {},
     "full_gradient": {"detach_norm": False},
