@@ -47,7 +47,7 @@ slow: $(STAMP)
 
 interop: $(INTEROP)/pefts $(TORCHTUNE)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(INTEROP)/bin/python -m pytest -q -m "interop and not torchtune" --no-skips --numprocesses $(WORKERS) --dist worksteal
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(TORCHTUNE)/bin/python -m pytest -q -m torchtune --no-skips tests/formats
 
 pythons:
 	WORKERS=$(WORKERS) tests/pythons.sh
