@@ -23,6 +23,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from doralib.cli.demo_assets import DEFAULT_CACHE
 from doralib.cli.demo_fetch import Package, fetch_package, read_members
+from doralib.cli.demo_speech import STAMPS
 from doralib.disk import replacing
 
 WORDNET = Package(
@@ -31,14 +32,6 @@ WORDNET = Package(
     sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
     nbytes=6_467_132,
     holds="WordNet 3.0 (WordNet's own license)",
-    source="Debian",
-)
-STAMPS = Package(
-    requirement="tuxpaint-stamps-default=2022.06.04-1",
-    file="tuxpaint-stamps-default_2022.06.04-1_all.deb",
-    sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-    nbytes=160_880_444,
-    holds="captioned pictures of Tux Paint, GPL-2",
     source="Debian",
 )
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}

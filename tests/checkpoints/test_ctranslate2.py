@@ -13,7 +13,7 @@ pytest.importorskip("soundfile", reason="sounds are an extra")
 
 from speech_kinds import save_whisper, tone
 
-from doralib.checkpoints.ctranslate2 import read_tensors, rename_weights, write_whisper
+from doralib.checkpoints.ctranslate2 import read_binary, rename_weights, write_whisper
 from doralib.errors import DoraError
 
 SETTINGS = {"suppress_ids": [3, 5], "suppress_ids_begin": [7]}
@@ -120,7 +120,7 @@ def test_a_whisper_comes_out_as_it_was(base, model, tmp_path):
 
 def test_half_precision_is_read(model):
     tensors = lay_out(model)
-    read = dict(read_tensors(pack(tensors, dtype=np.float16, code=4)))
+    read = dict(read_binary(pack(tensors, dtype=np.float16, code=4)))
     assert list(read) == list(tensors)
     assert all(torch.equal(read[name], tensor.half()) for name, tensor in tensors.items())
 
@@ -157,7 +157,7 @@ def test_a_file_of_the_tools_own(base, model, tmp_path, dtype):
     converter = ctranslate2.converters.TransformersConverter(str(tmp_path / "base"))
     converter.convert(str(tmp_path / "theirs"), quantization=dtype)
     settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    read = rename_weights(dict(read_tensors((tmp_path / "theirs" / "model.bin").read_bytes())))
+    read = rename_weights(dict(read_binary((tmp_path / "theirs" / "model.bin").read_bytes())))
     expected = {n: t for n, t in model.state_dict().items() if n != "proj_out.weight"}
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], t.to(read[name].dtype)) for name, t in expected.items())

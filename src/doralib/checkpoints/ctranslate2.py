@@ -37,7 +37,7 @@ _WHOLE = {"position_encodings/encodings": "embed_positions.weight", "embeddings/
 _FIELDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
 
 
-def read_tensors(data: bytes) -> Iterator[tuple[str, Tensor]]:
+def read_binary(data: bytes) -> Iterator[tuple[str, Tensor]]:
     """The weights of a CTranslate2 ``model.bin`` by their names there.
 
     Raises:
@@ -114,7 +114,7 @@ def write_whisper(weights: bytes, settings: Mapping[str, Any], tokenizer: bytes,
     Raises:
         DoraError: if the files are not those of a Whisper.
     """
-    state = {name: tensor.float() for name, tensor in rename_weights(dict(read_tensors(weights))).items()}
+    state = {name: tensor.float() for name, tensor in rename_weights(dict(read_binary(weights))).items()}
     ids = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
     try:
         vocabulary, width = state["model.decoder.embed_tokens.weight"].shape

@@ -15,6 +15,9 @@ HEADS: dict[HeadKind, str] = {
     "audio-class": "ForAudioClassification",
 }
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""What makes the inputs of models that see or hear."""
+
 # transformers' own tables of classes; a class that stands in several is of the first kind here
 _TABLES: dict[Kind | None, tuple[str, ...]] = {
     "image-text": ("IMAGE_TEXT_TO_TEXT",),

@@ -49,9 +49,9 @@ from ..recipe import ModelSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .explain import explaining_load, first_line
 from .heads import Head, find_head, is_of_head
-from .kind import HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
+from .kind import PROCESSOR_FILES, HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
 from .quantize import choose_quantization
-from .tokenizer import PROCESSOR_FILES, explain_misfit, find_own_tokenizer
+from .tokenizer import explain_misfit, find_own_tokenizer
 from .visual_file import read_visual
 from .vl_bart import VLBart, extend_vocabulary
 from .window import fit_positions, has_window

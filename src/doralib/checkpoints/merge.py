@@ -26,6 +26,7 @@ from ..recipe import PROMPT_FILE, SERIES_FILE
 from ..state import LayerAdapter, RowValues
 from .adapter import check_one_model, describe_base, find_other_base, match_checkpoint, read_for_base
 from .heads import change_config, find_head
+from .kind import PROCESSOR_FILES
 from .match import MatchedAdapter
 from .quantized import find_quantized
 from .safetensors import CODES, Checkpoint, copy_bytes, read_whole, write_at
@@ -41,7 +42,7 @@ from .stream import (
     write_companions,
     write_headers,
 )
-from .tokenizer import PROCESSOR_FILES, read_template, take_tokenizer
+from .tokenizer import read_template, take_tokenizer
 from .window import POSITIONS, read_positions
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,6 +11,7 @@ from ..disk import check_writable
 from ..errors import DoraError, UsageError, raise_all
 from ..files import hash_texts, read_yaml
 from ..recipe import ModelParts, ModelSettings
+from .kind import PROCESSOR_FILES
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +20,9 @@ CACHE = Path("~/.cache/doralib/composed")
 
 _FORM = "1"
 """Goes up where what is written changes, so that nobody goes on with an older one."""
-_LOOKS = ("preprocessor_config.json", "processor_config.json")
 
 
-def check_parts(parts: ModelParts) -> None:
+def check_model_parts(parts: ModelParts) -> None:
     """Check that the parts that are local are there.
 
     Raises:
@@ -33,8 +33,9 @@ def check_parts(parts: ModelParts) -> None:
         path = Path(getattr(parts, name)).expanduser()
         if path.exists() and not (path / "config.json").is_file():
             problems.append(UsageError(f"model.parts.{name}: {path} is no folder of a model: it has no config.json"))
-        elif name == "vision" and path.exists() and not any((path / file).is_file() for file in _LOOKS):
-            problems.append(UsageError(f"model.parts.vision: {path} does not say how it sees pictures: no {_LOOKS[0]}"))
+        elif name == "vision" and path.exists() and not any((path / file).is_file() for file in PROCESSOR_FILES):
+            told = f"{path} does not say how it sees pictures: no {' or '.join(PROCESSOR_FILES)}"
+            problems.append(UsageError(f"model.parts.vision: {told}"))
     if parts.projector is not None and not Path(parts.projector).expanduser().is_file():
         problems.append(UsageError(f"model.parts.projector: there is no file {parts.projector}"))
     raise_all(problems)
@@ -101,7 +102,10 @@ def compose_again(run: Path) -> Path | None:
     values: Any = read_yaml(file) if file.is_file() else None
     model = values.get("model") if isinstance(values, dict) else None
     told = model.get("parts") if isinstance(model, dict) else None
-    return compose_parts(ModelParts(**told), int(values["seed"])) if told else None
+    if not isinstance(told, dict):
+        return None
+    seed = values.get("seed")
+    return compose_parts(ModelParts(**told), seed if isinstance(seed, int) else 0)
 
 
 def _compose(parts: ModelParts, out: Path, seed: int, **options: Any) -> None:
@@ -110,7 +114,7 @@ def _compose(parts: ModelParts, out: Path, seed: int, **options: Any) -> None:
 
     from .llava import compose_llava  # noqa: PLC0415
 
-    check_parts(parts)
+    check_model_parts(parts)
     local = lambda name: str(path) if (path := Path(name).expanduser()).exists() else name
     projector = None if parts.projector is None else Path(parts.projector).expanduser()
     with torch.random.fork_rng():

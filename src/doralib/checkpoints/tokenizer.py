@@ -20,8 +20,6 @@ _FILES = (
     *(*_VOCABULARIES, _CONFIG, _TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
     *("merges.txt", "target.spm"),
 )
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""What makes the inputs of models that see or hear."""
 _TEMPLATES_FOLDER = "additional_chat_templates"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..files import read_json
-from .tokenizer import PROCESSOR_FILES
+from .kind import PROCESSOR_FILES
 
 POSITIONS = "encoder.embed_positions.weight"
 """The end of the name of the weight that is cut."""

@@ -94,7 +94,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SceneQuestion:
     """A question about a scene and its answer."""
 
     task: str
@@ -206,28 +206,28 @@ def describe_scene(scene: Scene) -> str:
 _NUMBERS = ("no", "one", "two", "three", "four")
 
 
-def _ask_what(scene: Scene, draw: random.Random) -> Asked | None:  # noqa: ARG001
+def _ask_what(scene: Scene, draw: random.Random) -> SceneQuestion | None:  # noqa: ARG001
     alone = len(scene.stamps) == 1
-    return Asked("what", "What is it?", scene.kinds[0]) if alone else None
+    return SceneQuestion("what", "What is it?", scene.kinds[0]) if alone else None
 
 
-def _ask_count(scene: Scene, draw: random.Random) -> Asked | None:  # noqa: ARG001
-    return Asked("how_many", "How many things are there?", str(len(scene.stamps)))
+def _ask_count(scene: Scene, draw: random.Random) -> SceneQuestion | None:  # noqa: ARG001
+    return SceneQuestion("how_many", "How many things are there?", str(len(scene.stamps)))
 
 
-def _ask_color(scene: Scene, draw: random.Random) -> Asked | None:  # noqa: ARG001
+def _ask_color(scene: Scene, draw: random.Random) -> SceneQuestion | None:  # noqa: ARG001
     stamp = next(iter(scene.stamps.values()))
-    return Asked("color", "What color is it?", stamp.color) if len(scene.stamps) == 1 and stamp.color else None
+    return SceneQuestion("color", "What color is it?", stamp.color) if len(scene.stamps) == 1 and stamp.color else None
 
 
-def _ask_presence(scene: Scene, draw: random.Random) -> Asked | None:
+def _ask_presence(scene: Scene, draw: random.Random) -> SceneQuestion | None:
     """As often of a kind that is there as of one that is not."""
     there = draw.random() < 0.5
     kind = draw.choice([kind for kind in KINDS if (kind in scene.kinds) == there])
-    return Asked("yes_no", f"Is there a {kind}?", "yes" if there else "no")
+    return SceneQuestion("yes_no", f"Is there a {kind}?", "yes" if there else "no")
 
 
-def _ask_left(scene: Scene, draw: random.Random) -> Asked | None:
+def _ask_left(scene: Scene, draw: random.Random) -> SceneQuestion | None:
     """Of two things side by side."""
     sides = [
         (scene.stamps[cell].kind, scene.stamps[cell + 1].kind) for cell in (0, 2) if {cell, cell + 1} <= {*scene.stamps}
@@ -238,14 +238,14 @@ def _ask_left(scene: Scene, draw: random.Random) -> Asked | None:
     one, other = draw.choice(clear)
     if turned := draw.random() < 0.5:
         one, other = other, one
-    return Asked("left_of", f"Is the {one} left of the {other}?", "no" if turned else "yes")
+    return SceneQuestion("left_of", f"Is the {one} left of the {other}?", "no" if turned else "yes")
 
 
-def _ask_caption(scene: Scene, draw: random.Random) -> Asked | None:  # noqa: ARG001
-    return Asked("caption", ASK_FOR_CAPTION, describe_scene(scene))
+def _ask_caption(scene: Scene, draw: random.Random) -> SceneQuestion | None:  # noqa: ARG001
+    return SceneQuestion("caption", ASK_FOR_CAPTION, describe_scene(scene))
 
 
-QUESTIONS: tuple[Callable[[Scene, random.Random], Asked | None], ...] = (
+QUESTIONS: tuple[Callable[[Scene, random.Random], SceneQuestion | None], ...] = (
     _ask_what,
     _ask_count,
     _ask_color,
@@ -265,7 +265,7 @@ _MOST_ASKED = 60
 """Questions of a task."""
 
 
-def ask_scene(scene: Scene, draw: random.Random) -> list[Asked]:
+def ask_scene(scene: Scene, draw: random.Random) -> list[SceneQuestion]:
     """All that can be asked of a scene, in an order by chance; of presence several questions."""
     several = [_ask_presence] * _MORE_PRESENCE
     asked = [made for ask in (*QUESTIONS, *several) if (made := ask(scene, draw)) is not None]
@@ -320,7 +320,7 @@ def _write_talks(scenes: Sequence[tuple[str, Scene]], draw: random.Random, out: 
 
 
 def _write_tests(scenes: Sequence[tuple[str, Scene]], draw: random.Random, out: Path) -> None:
-    asked: dict[str, list[tuple[str, Asked]]] = {task: [] for task in TASKS}
+    asked: dict[str, list[tuple[str, SceneQuestion]]] = {task: [] for task in TASKS}
     for name, scene in scenes:
         for each in ask_scene(scene, draw):
             asked[each.task].append((name, each))
@@ -343,7 +343,7 @@ _WRITERS: Mapping[Part, Callable[[Sequence[tuple[str, Scene]], random.Random, Pa
 }
 
 
-def _make_talk(asked: Sequence[Asked]) -> list[dict[str, str]]:
+def _make_talk(asked: Sequence[SceneQuestion]) -> list[dict[str, str]]:
     turns = [({"role": "user", "content": a.question}, {"role": "assistant", "content": a.answer}) for a in asked]
     return [message for turn in turns for message in turn]
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..errors import UsageError, did_you_mean
 from .answers import is_answer_file, keep_answers, rate_file, tell_files
 from .console import bars, console, print_json
-from .harness import Asked, Harness, run_harness_tasks
+from .harness import AskedModel, Harness, run_harness_tasks
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def eval_command(
         return
     if harness is not None:
         tasked = Harness(harness, harness_python, harness_model, out, resume, batch_size, limit, seed)
-        results = run_harness_tasks(tasked, Asked(model, base, dtype, hints, load))
+        results = run_harness_tasks(tasked, AskedModel(model, base, dtype, hints, load))
         console.print(results_table(results, title=f"{model}, by {tasked.tool}"))
         if out is not None:
             console.print(f"written: {out}")

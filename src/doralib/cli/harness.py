@@ -44,7 +44,7 @@ class Harness:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedModel:
     """The model that is asked."""
 
     path: str
@@ -54,7 +54,7 @@ class Asked:
     load: Callable[[], tuple[Any, Any]]
 
 
-def run_harness_tasks(harness: Harness, model: Asked) -> "dict[str, TaskResult]":
+def run_harness_tasks(harness: Harness, model: AskedModel) -> "dict[str, TaskResult]":
     """The result of each task; with --out it is written.
 
     Raises:
@@ -80,7 +80,7 @@ def run_harness_tasks(harness: Harness, model: Asked) -> "dict[str, TaskResult]"
     return results
 
 
-def _run_lmms(harness: Harness, model: Asked) -> "dict[str, TaskResult]":
+def _run_lmms(harness: Harness, model: AskedModel) -> "dict[str, TaskResult]":
     from ..disk import delete
     from ..evaluation.lmms import LmmsTask, find_lmms, name_model
     from ..evaluation.results_file import ResultsFile
@@ -117,7 +117,7 @@ def _run_lmms(harness: Harness, model: Asked) -> "dict[str, TaskResult]":
     return {task.name: results[task.name] for task in chosen}
 
 
-def _merge(model: Asked, out: Path) -> str:
+def _merge(model: AskedModel, out: Path) -> str:
     """What lmms-eval can load: the model as it is, or the adapter merged into its base, at `out`."""
     from ..checkpoints.merge import Ingredient
     from ..formats.files import is_adapter

@@ -45,11 +45,12 @@ class Picture:
         return self.path or "a picture in the row"
 
 
-def find_picture(value: Any, root: Path) -> Picture:
+def find_picture(value: Any, root: Path, what: str = "picture") -> Picture:
     """The picture that a value of a row stands for: a path, a data URI, base64, or an object with one of them.
 
     Args:
         root: Relative paths begin there.
+        what: The word for it in errors.
 
     Raises:
         BadRow: if it is none of these.
@@ -58,17 +59,17 @@ def find_picture(value: Any, root: Path) -> Picture:
         inner = next((value[key] for key in _KEYS if value.get(key) is not None), None)
         if isinstance(inner, bytes):
             return Picture(str(value.get("path") or ""), inner)
-        return find_picture(inner, root)
+        return find_picture(inner, root, what)
     if isinstance(value, bytes):
         return Picture(data=value)
     if isinstance(value, Path):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("without its picture", f"{value!r:.60} names no picture")
+        raise BadRow(f"without its {what}", f"{value!r:.60} names no {what}")
     if value.startswith("data:"):
         return Picture("", _decode(value.partition(",")[2]))
     if value.startswith(("http://", "https://")):
-        raise BadRow("with a picture on the net", f"{value:.100} is not here; fetch it and name the file")
+        raise BadRow(f"with a {what} on the net", f"{value:.100} is not here; fetch it and name the file")
     path = Path(value.removeprefix("file://")).expanduser()
     return Picture(str(path if path.is_absolute() else root / path))
 

@@ -62,10 +62,7 @@ def find_video(value: Any, root: Path) -> Video:
         value = next((value[key] for key in _KEYS if value.get(key) is not None), None)
     if isinstance(value, Mapping):
         return find_video(value, root)
-    try:
-        found = find_picture(value, root)
-    except BadRow as bad:
-        raise BadRow(bad.kind.replace("picture", "video"), bad.detail.replace("picture", "video")) from None
+    found = find_picture(value, root, "video")
     if found.data is not None:
         raise BadRow("with a video that is no file", "name the file of the video")
     return Video(found.path)

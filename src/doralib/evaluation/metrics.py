@@ -45,10 +45,7 @@ def macro_f1(counts_LL: Counts) -> Floats:
 
 def classification_scores(counts_LL: Counts, seed: int) -> dict[str, Score]:
     """Accuracy and macro F1 of a confusion matrix."""
-    # drawing rows with replacement and counting them is one multinomial draw over the cells
-    cells = counts_LL.ravel() / counts_LL.sum()
-    drawn = np.random.default_rng(seed).multinomial(counts_LL.sum(), cells, size=RESAMPLES)
-    drawn_SLL = drawn.reshape(RESAMPLES, *counts_LL.shape)
+    drawn_SLL = _draw_tables(counts_LL, np.random.default_rng(seed))
     return {
         name: _score(float(metric(counts_LL)), metric(drawn_SLL))
         for name, metric in (("accuracy", accuracy), ("macro_f1", macro_f1))
@@ -63,9 +60,14 @@ def tag_score(counts_LL: Counts, tags: Sequence[int], seed: int) -> Score:
         seen = table_LL[..., tags, :].sum(axis=(-2, -1)) + table_LL[..., tags].sum(axis=(-2, -1))
         return 2 * hits / np.maximum(seen, 1)
 
-    cells = counts_LL.ravel() / counts_LL.sum()
-    drawn = np.random.default_rng(seed).multinomial(counts_LL.sum(), cells, size=RESAMPLES)
-    return _score(float(f1(counts_LL)), f1(drawn.reshape(RESAMPLES, *counts_LL.shape)))
+    return _score(float(f1(counts_LL)), f1(_draw_tables(counts_LL, np.random.default_rng(seed))))
+
+
+def _draw_tables(counts_LL: Counts, rng: np.random.Generator) -> Counts:
+    """Tables of rows that are drawn with replacement, (S, L, L)."""
+    # drawing rows and counting them is one multinomial draw over the cells
+    rows = counts_LL.sum()
+    return rng.multinomial(rows, counts_LL.ravel() / rows, size=RESAMPLES).reshape(RESAMPLES, *counts_LL.shape)
 
 
 def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
@@ -77,34 +79,40 @@ def accuracy_score(correct: Sequence[bool], seed: int) -> Score:
 
 def yes_no_scores(truth: Sequence[bool], said: Sequence[bool], seed: int) -> dict[str, Score]:
     """Accuracy, and of yes precision, recall, F1 and how often it is said."""
-    table_22 = confusion_counts([int(each) for each in truth], [int(each) for each in said], 2)
-    rows = table_22.sum()
-    drawn_S22 = np.random.default_rng(seed).multinomial(rows, table_22.ravel() / rows, size=RESAMPLES).reshape(-1, 2, 2)
-    share = lambda part, whole: part / np.maximum(whole, 1)
+    counts_22 = _count_yes(truth, said)
+    drawn_S22 = _draw_tables(counts_22, np.random.default_rng(seed))
     metrics = {
         "accuracy": accuracy,
-        "precision": lambda each: share(each[..., 1, 1], each[..., :, 1].sum(axis=-1)),
-        "recall": lambda each: share(each[..., 1, 1], each[..., 1, :].sum(axis=-1)),
-        "f1": lambda each: share(2 * each[..., 1, 1], each[..., 1, :].sum(axis=-1) + each[..., :, 1].sum(axis=-1)),
-        "yes_rate": lambda each: share(each[..., :, 1].sum(axis=-1), each.sum(axis=(-2, -1))),
+        "precision": lambda each: _share(each[..., 1, 1], each[..., :, 1].sum(axis=-1)),
+        "recall": lambda each: _share(each[..., 1, 1], each[..., 1, :].sum(axis=-1)),
+        "f1": _yes_f1,
+        "yes_rate": lambda each: _share(each[..., :, 1].sum(axis=-1), each.sum(axis=(-2, -1))),
     }
-    return {name: _score(float(metric(table_22)), metric(drawn_S22)) for name, metric in metrics.items()}
+    return {name: _score(float(metric(counts_22)), metric(drawn_S22)) for name, metric in metrics.items()}
 
 
 def yes_f1_scores(truth: Sequence[bool], said: Sequence[bool], groups: Sequence[str], seed: int) -> dict[str, Score]:
     """F1 of yes in each group of rows, as ``GROUP_f1``, and before them their mean as ``f1``."""
-    names = list(dict.fromkeys(groups))
-    counts_G4 = np.zeros((len(names), 4), dtype=np.int64)
-    for true, yes, group in zip(truth, said, groups, strict=True):
-        counts_G4[names.index(group), 2 * true + yes] += 1
+    rows = {name: [i for i, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
+    counts = {name: _count_yes([truth[i] for i in own], [said[i] for i in own]) for name, own in rows.items()}
     rng = np.random.default_rng(seed)
-    drawn_GS4 = np.array([rng.multinomial(each.sum(), each / each.sum(), size=RESAMPLES) for each in counts_G4])
-    f1 = lambda table_4: 2 * table_4[..., 3] / np.maximum(2 * table_4[..., 3] + table_4[..., 1] + table_4[..., 2], 1)
-    own = {
-        f"{name}_f1": _score(float(f1(c_4)), f1(d_S4))
-        for name, c_4, d_S4 in zip(names, counts_G4, drawn_GS4, strict=True)
-    }
-    return {"f1": _score(float(f1(counts_G4).mean()), f1(drawn_GS4).mean(axis=0)), **own}
+    f1 = {name: (float(_yes_f1(each)), _yes_f1(_draw_tables(each, rng))) for name, each in counts.items()}
+    values, drawn = zip(*f1.values(), strict=True)
+    mean = _score(float(np.mean(values)), np.mean(drawn, axis=0))
+    return {"f1": mean, **{f"{name}_f1": _score(*each) for name, each in f1.items()}}
+
+
+def _count_yes(truth: Sequence[bool], said: Sequence[bool]) -> Counts:
+    return confusion_counts([int(each) for each in truth], [int(each) for each in said], 2)
+
+
+def _share(part: Counts, whole: Counts) -> Floats:
+    return part / np.maximum(whole, 1)
+
+
+def _yes_f1(counts_22: Counts) -> Floats:
+    """F1 of yes; any number of leading axes."""
+    return _share(2 * counts_22[..., 1, 1], counts_22[..., 1, :].sum(axis=-1) + counts_22[..., :, 1].sum(axis=-1))
 
 
 def weighted_f1(truth_N: Counts, said_N: Counts) -> float:

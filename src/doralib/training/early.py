@@ -1,7 +1,7 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
 from ..checkpoints.kind import guess_kind
-from ..checkpoints.parts import check_parts
+from ..checkpoints.parts import check_model_parts
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.sources import list_files
@@ -26,7 +26,7 @@ def check_early(recipe: Recipe) -> None:
         load_tasks(recipe.eval.tasks)
     if recipe.model.parts is not None:
         with collecting(problems):
-            check_parts(recipe.model.parts)
+            check_model_parts(recipe.model.parts)
     # folders of tasks are looked at later, all files of a task together
     if not trl and not recipe.data.has_tasks:
         kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind

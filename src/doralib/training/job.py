@@ -22,7 +22,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.kind import name_auto_class
 from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
-from ..checkpoints.parts import check_parts, compose_parts, settle_parts
+from ..checkpoints.parts import check_model_parts, compose_parts, settle_parts
 from ..config import DoraConfig
 from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
@@ -196,7 +196,7 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
             hashes |= modality.hash_rows(rows)
     if (parts := recipe.model.parts) is not None:
         with collecting(problems):
-            check_parts(parts)
+            check_model_parts(parts)
     named = [recipe.model.path] if parts is None else [parts.language, parts.vision, parts.projector or parts.vision]
     inputs = [*named, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]

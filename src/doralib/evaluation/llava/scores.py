@@ -15,7 +15,7 @@ _MOSTLY = 0.5
 
 
 @dataclass(frozen=True)
-class Rated:
+class RatedAnswers:
     """What answers were read as, and how right they are."""
 
     metrics: dict[str, Score]
@@ -24,7 +24,7 @@ class Rated:
     right: list[bool]
 
 
-def rate_answers(benchmark: str, questions: Sequence[LlavaQuestion], said: Sequence[str], seed: int) -> Rated:
+def rate_answers(benchmark: str, questions: Sequence[LlavaQuestion], said: Sequence[str], seed: int) -> RatedAnswers:
     """Rate an answer to each question, of an evaluation in `SCORED`."""
     if benchmark == "textvqa":
         return _rate_textvqa(questions, said, seed)
@@ -40,7 +40,7 @@ def rate_answers(benchmark: str, questions: Sequence[LlavaQuestion], said: Seque
     elif benchmark == "pope":
         true, yes = ([text == "yes" for text in texts] for texts in ((each.answers[0] for each in questions), read))
         metrics = {**yes_f1_scores(true, yes, [each.group for each in questions], seed), **metrics}
-    return Rated(metrics, read, right)
+    return RatedAnswers(metrics, read, right)
 
 
 def read_gqa(text: str) -> str:
@@ -60,10 +60,10 @@ def read_letter(text: str, choices: int) -> str:
     return letter if letter and letter in LETTERS[:choices] else ""
 
 
-def _rate_textvqa(questions: Sequence[LlavaQuestion], said: Sequence[str], seed: int) -> Rated:
+def _rate_textvqa(questions: Sequence[LlavaQuestion], said: Sequence[str], seed: int) -> RatedAnswers:
     read = [normalize_written(text) for text in said]
     values = [
         leave_one_out(text, [normalize_written(answer) for answer in each.answers])
         for text, each in zip(read, questions, strict=True)
     ]
-    return Rated({"vqa_accuracy": mean_score(values, seed)}, read, [value >= _MOSTLY for value in values])
+    return RatedAnswers({"vqa_accuracy": mean_score(values, seed)}, read, [value >= _MOSTLY for value in values])

@@ -23,7 +23,7 @@ _ENCODER_LAYER = re.compile(r"(?P<part>\w+)\..*\blayers\.(?P<number>\d+)\.self_a
 
 
 @dataclass(frozen=True)
-class Asked:
+class NoisyBatch:
     """What a network is asked: noisy latents (B, C, h, w), and everything that it is told of them."""
 
     noisy_BCHW: Tensor
@@ -51,7 +51,7 @@ class DiffusionFamily:
     """The layers that are adapted where the recipe names none."""
     encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
     """The conditions of captions, by the pipeline's own encoders."""
-    predict: Callable[[nn.Module, Asked], Tensor]
+    predict: Callable[[nn.Module, NoisyBatch], Tensor]
     """What the network says, (B, C, h, w)."""
     flow: bool = False
     """Whether it learns the flow from a picture to noise; else what its scheduler's prediction_type says."""
@@ -80,13 +80,13 @@ def _encode_flux(pipeline: Any, captions: list[str], device: torch.device) -> di
     return {"embeds": embeds, "pooled": pooled}
 
 
-def _predict_sd(network: Any, asked: Asked) -> Tensor:
+def _predict_sd(network: Any, asked: NoisyBatch) -> Tensor:
     return network(asked.noisy_BCHW, asked.time_B, encoder_hidden_states=asked.conditions["embeds"], return_dict=False)[
         0
     ]
 
 
-def _predict_sdxl(network: Any, asked: Asked) -> Tensor:
+def _predict_sdxl(network: Any, asked: NoisyBatch) -> Tensor:
     given = asked.conditions
     added = {"text_embeds": given["pooled"], "time_ids": asked.sizes_B6.to(asked.noisy_BCHW)}
     return network(
@@ -98,7 +98,7 @@ def _predict_sdxl(network: Any, asked: Asked) -> Tensor:
     )[0]
 
 
-def _predict_sd3(network: Any, asked: Asked) -> Tensor:
+def _predict_sd3(network: Any, asked: NoisyBatch) -> Tensor:
     return network(
         hidden_states=asked.noisy_BCHW,
         timestep=asked.time_B,
@@ -108,7 +108,7 @@ def _predict_sd3(network: Any, asked: Asked) -> Tensor:
     )[0]
 
 
-def _predict_flux(network: Any, asked: Asked) -> Tensor:
+def _predict_flux(network: Any, asked: NoisyBatch) -> Tensor:
     """Latents go in as tokens of two by two."""
     noisy, embeds = asked.noisy_BCHW, asked.conditions["embeds"]
     B, C, h, w = noisy.shape

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ...recipe import DiffusionSettings
-from .families import Asked, Conditions, DiffusionFamily
+from .families import Conditions, DiffusionFamily, NoisyBatch
 from .noise import Diffusion, Flow
 
 _SEEDS = 2**62
@@ -115,7 +115,7 @@ class TextToImage(nn.Module):
         )
         dtype = next(p.dtype for p in self.network.parameters() if p.is_floating_point())
         said = {name: value.to(dtype) for name, value in conditions.items()}
-        asked = Asked(noised.noisy_BCHW.to(dtype), noised.time_B, said, sizes_B6, self.settings.guidance)
+        asked = NoisyBatch(noised.noisy_BCHW.to(dtype), noised.time_B, said, sizes_B6, self.settings.guidance)
         predicted = self.family.predict(self.network, asked)
         wide = self._loss_dtype(latents)
         error_BCHW = predicted.to(wide) - noised.target_BCHW.to(wide)
