@@ -37,7 +37,9 @@ WORDNET = Package(
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 LONGEST = 48
 HIDDEN, SPAN = 0.3, 3.0
-BATCH, RATE, WARMUP = 64, 7e-4, 300
+# batches that are sorted by length together
+POOL = 20
+RATE, WARMUP = 7e-4, 300
 
 
 def read_glosses(package: Path) -> list[str]:
@@ -96,18 +98,20 @@ def hide(tokens: list[int], mask: int, rng: np.random.Generator) -> list[int]:
 
 
 def make_batches(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, batch: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end: texts with holes, and the whole texts as labels."""
+    """Batches without end: texts with holes, and the whole texts as labels; those of a batch are about as long."""
     rows = [ids[:LONGEST] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     while True:
-        order = rng.permutation(len(rows))
-        for start in range(0, len(order) - BATCH, BATCH):
-            whole = [rows[i] for i in order[start : start + BATCH]]
-            holes = [hide(row, tokenizer.mask_token_id, rng) for row in whole]
-            ids, mask = pad([[0, *row, 2] for row in holes], tokenizer.pad_token_id)
-            labels, _ = pad([[0, *row, 2] for row in whole], -100)
-            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        order = rng.permutation(len(rows)).tolist()
+        for start in range(0, len(order) - batch, batch * POOL):
+            pool = sorted(order[start : start + batch * POOL], key=lambda i: len(rows[i]))
+            for first in rng.permutation(range(0, len(pool) - batch + 1, batch)).tolist():
+                whole = [rows[i] for i in pool[first : first + batch]]
+                holes = [hide(row, tokenizer.mask_token_id, rng) for row in whole]
+                ids, mask = pad([[0, *row, 2] for row in holes], tokenizer.pad_token_id)
+                labels, _ = pad([[0, *row, 2] for row in whole], -100)
+                yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def pad(rows: list[list[int]], filling: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +146,8 @@ def main() -> None:
     """Read the texts, train, write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-bart"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8000)
@@ -158,7 +163,8 @@ def main() -> None:
     tokenizer = make_tokenizer(texts, asked.tokens)
     model = make_model(len(tokenizer), asked.width, asked.layers)
     print(f"{len(glosses):,} glosses, {len(captions):,} captions, {model.num_parameters():,} parameters", flush=True)
-    pretrain(model, make_batches(texts, tokenizer, np.random.default_rng(asked.seed)), asked.steps, asked.every)
+    batches = make_batches(texts, tokenizer, np.random.default_rng(asked.seed), asked.batch)
+    pretrain(model, batches, asked.steps, asked.every)
     with replacing(asked.out) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -209,9 +209,9 @@ def test_pictures_that_datasets_holds(tmp_path):
             {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
         ),
     )
-    from doralib.data.pictures import keep_picture_files
+    from doralib.data.pictures import keep_files
 
-    (row,) = keep_picture_files(rows)
+    (row,) = keep_files(rows)
     assert read(row)[0] == "vqa"
     (picture,) = read_picture_row(row, find_layout(DataSettings(train="r"), list(row), row, "r"), ROOT).pictures
     assert measure_pictures([picture])[picture] == (8, 6)

@@ -17,6 +17,8 @@ from doralib.checkpoints.merge import merge_checkpoint  # noqa: E402
 from doralib.checkpoints.verify import verify_merge  # noqa: E402
 from doralib.errors import UsageError  # noqa: E402
 from doralib.evaluation.classifier import list_labels, predict_sounds  # noqa: E402
+from doralib.evaluation.evaluate import evaluate  # noqa: E402
+from doralib.evaluation.task import KINDS  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402
 from doralib.training.job import train  # noqa: E402
 from doralib.training.loss import HeadLoss  # noqa: E402
@@ -53,6 +55,14 @@ def test_from_the_rows_to_the_merged_model(tmp_path, save):
     sounds = [str(tmp_path / "clips" / f"{i}.wav") for i in range(4)]
     found = predict_sounds(model, extractor, sounds, 3, lambda _: None)
     assert list_labels(model) == LABELS
+    task = {"kind": "audio-class", "name": "heard", "data": str(tmp_path / "test.jsonl"), "answer": "text"}
+    scored = evaluate(model, extractor, [KINDS["audio-class"](**task)])["heard"]
+    want = {key: results["after"]["validation"][key] for key in ("metrics", "confusion", "right")}
+    assert {key: scored.to_json()[key] for key in want} == want
+    with pytest.raises(UsageError, match=r"labels clips/0\.wav, .*, and the model's are doi, patru, trei, unu"):
+        evaluate(model, extractor, [KINDS["audio-class"](**{**task, "answer": "audio"})])
+    with pytest.raises(UsageError, match=r"gives labels \(audio-class\)"):
+        evaluate(model, extractor, [KINDS["words"](**{**task, "kind": "words"})])
     merge_checkpoint(run, base, tmp_path / "merged")
     assert verify_merge(tmp_path / "merged", run, base).passed
     merged = transformers.AutoModelForAudioClassification.from_pretrained(tmp_path / "merged")

@@ -25,10 +25,10 @@ from doralib.data.picture_rows import ask_with_pictures, find_layout, read_pictu
 from doralib.data.picture_tokens import PictureEncoder, make_encoder
 from doralib.data.pictures import Picture
 from doralib.data.videos import Video
-from doralib.errors import UsageError
+from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.likelihood import score_options
-from doralib.evaluation.task import KINDS
+from doralib.evaluation.task import KINDS, read_examples
 from doralib.recipe import DataSettings, ModelSettings, Recipe
 from doralib.runs.report import write_report
 from doralib.training.job import fine_tune
@@ -326,6 +326,17 @@ def test_a_model_that_takes_pictures_alone_refuses_videos(base, films, tmp_path)
     data = {"train": str(films / "questions.csv"), "validation": None}
     with pytest.raises(UsageError, match="LlavaProcessor takes pictures and no videos; models that take both are"):
         fine_tune(recipe(base, films, tmp_path / "run", data=data))
+    (films / "questions.csv").write_text("film,question,answer\n0.mp4,What color is it?,red\n")
+    with pytest.raises(UsageError, match="vqa: asks about videos, and LlavaProcessor takes pictures alone"):
+        evaluate(*load_model(str(base)), [make_task("vqa", films / "questions.csv", images=None, videos="film")])
+
+
+def test_videos_that_a_task_cannot_show_are_told(films):
+    task = make_task("vqa", films / "questions.csv", images=None, videos="film")
+    with pytest.raises(DoraError, match=r"1 videos cannot be read:\s+.*cut\.mp4"):
+        read_examples(task)
+    made = read_examples(task, 6)
+    assert [example.pictures for example in made] == [(Video(str(films / f"{i}.mp4")),) for i in range(6)]
 
 
 def test_videos_train_and_are_asked_about(films, tmp_path, run):
@@ -349,6 +360,12 @@ def test_videos_train_and_are_asked_about(films, tmp_path, run):
     assert status == 2
     assert "--video: " in err
     assert "cannot be read as a video" in err
+    (films / "few.csv").write_text("film,question,answer\n0.mp4,What color is it?,red\n1.mp4,What color is it?,blue\n")
+    task = make_task("vqa", films / "few.csv", images=None, videos="film", max_new_tokens=2)
+    scored = evaluate(*load_model(str(made)), [task])["vqa"]
+    said = [run(*asked, films / f"{i}.mp4")[1].strip() for i in range(2)]
+    told = [("red", "blue")[i] for i in range(2) if scored.right[i] == "1"]
+    assert [each["predicted"] for each in scored.wrong] + told == said, (scored, said)
     # in the chat, whose rows train again
     loaded, beside = load_model(str(made))
     lines = iter(

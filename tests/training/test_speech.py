@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,9 @@ from doralib.checkpoints.load import load_model, load_speech  # noqa: E402
 from doralib.checkpoints.merge import merge_checkpoint  # noqa: E402
 from doralib.checkpoints.verify import verify_merge  # noqa: E402
 from doralib.cli.main import app  # noqa: E402
-from doralib.errors import UsageError  # noqa: E402
+from doralib.errors import DoraError, UsageError  # noqa: E402
 from doralib.evaluation.evaluate import evaluate  # noqa: E402
+from doralib.evaluation.task import KINDS, read_examples  # noqa: E402
 from doralib.evaluation.task_file import read_task  # noqa: E402
 from doralib.evaluation.transcripts import transcribe  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402
@@ -109,6 +111,10 @@ def test_merged_with_its_window_it_is_plain_whisper(trained):
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == ours[0]
 
 
+def make_task(kind, data):
+    return KINDS[kind](kind=kind, name=kind, data=str(data), answer="text")
+
+
 def test_a_task_of_words(trained):
     folder, run = trained
     (folder / "words.yaml").write_text(json.dumps({"kind": "words", "data": "test.jsonl", "answer": "text"}))
@@ -116,6 +122,27 @@ def test_a_task_of_words(trained):
     found = evaluate(model, processor, [read_task(folder / "words.yaml")])["words"]
     results = json.loads((run / "results.json").read_text())
     assert found.metrics["wer"].value == results["after"]["validation"]["metrics"]["wer"]["value"]
+    with pytest.raises(UsageError, match="asks a model that gives labels to sounds"):
+        evaluate(model, processor, [make_task("audio-class", folder / "test.jsonl")])
+
+
+def test_sounds_that_a_task_cannot_hear_are_all_told(tmp_path):
+    write_clips(tmp_path, 4, "test.jsonl")
+    (tmp_path / "clips" / "1.wav").unlink()
+    soundfile.write(tmp_path / "clips" / "2.wav", np.zeros(RATE), RATE)
+    with pytest.raises(DoraError, match=r"2 sounds cannot be heard:\s+row 2: there is no sound .*\s+row 3: .*silent"):
+        read_examples(make_task("words", tmp_path / "test.jsonl"))
+
+
+def test_a_task_hears_sounds_that_rows_hold(tmp_path):
+    path = pathlib.Path(write_clips(tmp_path, 2))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sounds = [{"bytes": (tmp_path / row["audio"]).read_bytes(), "path": row["audio"]} for row in rows]
+    made = datasets.Dataset.from_dict({"audio": sounds, "text": [row["text"] for row in rows]})
+    made.cast_column("audio", datasets.Audio()).to_parquet(str(tmp_path / "held.parquet"))
+    found = read_examples(make_task("words", tmp_path / "held.parquet"))
+    assert [example.answer for example in found] == [row["text"] for row in rows]
+    assert [example.sound for example in found] == sounds
 
 
 def prepare(folder, base, data=None):

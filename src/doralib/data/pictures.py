@@ -97,13 +97,13 @@ def find_root(named: str | None, source: str) -> Path:
     return path if path.is_dir() else Path()
 
 
-def keep_picture_files(rows: "Dataset") -> "Dataset":
-    """Rows of `datasets` with columns of pictures and videos as they are stored, not opened."""
+def keep_files(rows: "Dataset") -> "Dataset":
+    """Rows of `datasets` with columns of pictures, videos and sounds as they are stored, not opened."""
     import datasets  # noqa: PLC0415  a task is checked without it
 
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
-        for kind in (datasets.Image, datasets.Video):
+        for kind in (datasets.Image, datasets.Video, datasets.Audio):
             if isinstance(inner, kind):
                 closed = kind(decode=False)
                 rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))

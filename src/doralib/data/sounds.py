@@ -5,14 +5,17 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..extras import import_extra
 from .prepare import BadRow
+
+if TYPE_CHECKING:
+    # a task is checked without torch
+    from torch import Tensor
 
 Clip = str | Mapping[str, Any]
 """The path of a file, or its ``bytes`` with the ``path`` it had, as data sets hold it."""
@@ -47,17 +50,10 @@ class Hearing:
             BadRow: if it is not there, broken, silent, or too short to hear.
             UsageError: if soundfile or soxr is not installed.
         """
-        samples_TC, rate = _read_file(clip)
-        sound: Sound = samples_TC.mean(axis=1, dtype=np.float32)
-        if not np.isfinite(sound).all():
-            raise BadRow("broken", f"{name_clip(clip)} holds numbers that are not finite")
-        if len(sound) < _SHORTEST * rate:
-            raise BadRow("too short", f"{name_clip(clip)} has {len(sound) / rate:.2f} seconds")
-        if np.abs(sound).max() < _SILENT:
-            raise BadRow("silent", f"{name_clip(clip)} is silent: {len(sound) / rate:.1f} seconds of nothing")
+        sound, rate = hear_clip(clip)
         return sound if rate == self.rate else _resample(sound, rate, self.rate)
 
-    def make_features(self, sounds: Sequence[Sound], *, masked: bool = False) -> dict[str, Tensor]:
+    def make_features(self, sounds: Sequence[Sound], *, masked: bool = False) -> "dict[str, Tensor]":
         """The model's inputs for some sounds, filled up to its window or to the longest.
 
         Args:
@@ -66,6 +62,24 @@ class Hearing:
         more: dict[str, Any] = {"return_attention_mask": True} if masked else {}
         more |= {} if self.window else {"padding": True}
         return dict(self.extractor(list(sounds), sampling_rate=self.rate, return_tensors="pt", **more))
+
+
+def hear_clip(clip: Clip) -> tuple[Sound, int]:
+    """The samples of a sound, (T,), at the rate that it was recorded with.
+
+    Raises:
+        BadRow: if it is not there, broken, silent, or too short to hear.
+        UsageError: if soundfile is not installed.
+    """
+    samples_TC, rate = _read_file(clip)
+    sound: Sound = samples_TC.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(sound).all():
+        raise BadRow("broken", f"{name_clip(clip)} holds numbers that are not finite")
+    if len(sound) < _SHORTEST * rate:
+        raise BadRow("too short", f"{name_clip(clip)} has {len(sound) / rate:.2f} seconds")
+    if np.abs(sound).max() < _SILENT:
+        raise BadRow("silent", f"{name_clip(clip)} is silent: {len(sound) / rate:.1f} seconds of nothing")
+    return sound, rate
 
 
 def name_clip(clip: Clip) -> str:

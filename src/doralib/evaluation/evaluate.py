@@ -21,7 +21,7 @@ from ..data.picture_tokens import PictureEncoder, PictureText, make_encoder
 from ..data.prepare import BadRow
 from ..data.sounds import Clip, name_clip
 from ..data.windows import Origin
-from ..errors import DoraError, UsageError, collecting, raise_all
+from ..errors import DoraError, UsageError, collecting, list_some, raise_all
 from ..progress import Tick, log_progress
 from .bertscore import load_encoder
 from .captions import caption_scores, check_caption_tools
@@ -57,6 +57,7 @@ from .task import (
     LlavaExample,
     LlavaTask,
     PerplexityTask,
+    SoundLabelTask,
     SummaryTask,
     Task,
     TranslationTask,
@@ -71,6 +72,7 @@ from .vqa import normalize_answer, soft_accuracy, vqa_scores
 
 WRONG_KEPT = 20
 """Mistakes of a task that a result shows."""
+_SHOWN = 12
 _MOSTLY = 0.5
 """From here on a soft accuracy counts as right, where answers are compared row by row."""
 
@@ -167,8 +169,7 @@ def evaluate(
     if hasattr(tokenizer, "image_processor"):
         encoder = make_encoder(model, tokenizer)
         tokenizer = encoder.tokenizer
-    if blind := [task.name for task in tasks if task.images is not None and encoder is None]:
-        raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")
+    _check_sight(tasks, encoder)
     check_answered(tasks)
     examples = read_all(tasks, limit)
     if any(task.chat and isinstance(task, GenerationTask) for task in tasks):
@@ -178,11 +179,20 @@ def evaluate(
     with evaluation_mode(model), unchanged(model):
         for task in tasks:
             advance = lambda share, name=task.name: tick(name, share, 1.0)
-            seeing = None if task.images is None else encoder
+            seeing = encoder if task.shows else None
             scorer = _Scorer(model, tokenizer, batch_size, seed, advance, seeing)
             results[task.name] = _result(task, examples[task.name], scorer)
             advance(1.0)
     return results
+
+
+def _check_sight(tasks: Sequence[Task], encoder: PictureEncoder | None) -> None:
+    """Check that the model takes what the tasks show it."""
+    if blind := [task.name for task in tasks if task.shows and encoder is None]:
+        raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")
+    if encoder is not None and encoder.video_place is None and any(task.videos for task in tasks):
+        names, takes = ", ".join(task.name for task in tasks if task.videos), type(encoder.processor).__name__
+        raise UsageError(f"task {names}: asks about videos, and {takes} takes pictures alone")
 
 
 def score_labels(
@@ -320,6 +330,8 @@ def read_all(tasks: Sequence[Task], limit: int | None = None) -> dict[str, list[
 def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
     start = time.perf_counter()
     head = find_head_kind(scorer.model)
+    if isinstance(task, SoundLabelTask):
+        return _rate_labels(task, examples, scorer)
     if head in ("tokens", "audio-class") or (head is not None and not isinstance(task, ClassificationTask)):
         raise UsageError(
             f"task {task.name}: kind {task.kind} asks a language model, and this one gives labels ({head})"
@@ -328,7 +340,7 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         asks = "a model of series" if isinstance(task, ForecastTask) else "a language model"
         raise UsageError(f"task {task.name}: kind {task.kind} asks {asks}, not a {type(scorer.model).__name__}")
     if isinstance(task, WordsTask):
-        spoken = Spoken([(example.prompt, example.answer) for example in examples], task.language)
+        spoken = Spoken(_list_sounds(examples), task.language)
         if not hasattr(scorer.tokenizer, "feature_extractor"):
             raise UsageError(f"task {task.name}: kind words asks a model of speech, and this one hears nothing")
         asked_of = (scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick)
@@ -358,6 +370,27 @@ def _result(task: Task, examples: list[Example], scorer: _Scorer) -> TaskResult:
         seconds=time.perf_counter() - start,
         right="".join("01"[right] for right in outcome.right),
     )
+
+
+def _rate_labels(task: SoundLabelTask, examples: Sequence[Example], scorer: _Scorer) -> TaskResult:
+    """The result of a model with a head for sounds.
+
+    Raises:
+        UsageError: if it has none, or the task's labels are none of its own.
+    """
+    if find_head_kind(scorer.model) != "audio-class":
+        raise UsageError(f"task {task.name}: kind audio-class asks a model that gives labels to sounds")
+    own = list_labels(scorer.model)
+    if unknown := sorted({example.answer for example in examples} - set(own)):
+        told = list_some(unknown, _SHOWN, ", ")
+        raise UsageError(f"task {task.name}: the data has the labels {told}, and the model's are {', '.join(own)}")
+    rows = _list_sounds(examples)
+    return rate_sounds(task.name, rows, scorer.model, scorer.tokenizer, scorer.batch_size, scorer.seed, scorer.tick)
+
+
+def _list_sounds(examples: Sequence[Example]) -> list[tuple[Clip, str]]:
+    """Sounds, and what is right of each."""
+    return [(example.sound, example.answer) for example in examples if example.sound is not None]
 
 
 def _run_choice(task: ChoiceTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked, explain_regex, search_text
-from ..data.pictures import Picture, find_picture, find_root, keep_picture_files, measure_pictures
+from ..data.pictures import Picture, find_picture, find_root, keep_files
 from ..data.prepare import BadRow, Row
+from ..data.sounds import Clip, hear_clip, name_clip
 from ..data.templates import columns_in, fill_template, value_text
+from ..data.videos import Video, find_video
 from ..errors import DoraError, UsageError, did_you_mean, list_some
 from ..recipe import DataSettings, SeriesSettings
 from .numbers import read_number
@@ -65,8 +67,15 @@ class Task(Checked):
     """Put the prompt into the tokenizer's chat template."""
     images: str | None = None
     """The column of the pictures that the prompt is about; it is then put into the processor's chat template."""
+    videos: str | None = None
+    """Likewise the column of videos."""
     root: str | None = None
     """The folder in which relative names of pictures begin; null: that of the data; within data with in_folder."""
+
+    @property
+    def shows(self) -> list[str]:
+        """The columns of what is shown with the prompt, pictures before videos."""
+        return [column for column in (self.images, self.videos) if column is not None]
 
     def templates(self) -> list[str]:
         """Every text that names columns."""
@@ -101,7 +110,7 @@ class ChoiceTask(Task):
 
     def examples(self, rows: Sequence[Row]) -> "list[Example]":
         made, bad = [], Counter[str]()
-        before = self.before_choice if self.before_choice is not None else "" if self.chat or self.images else " "
+        before = self.before_choice if self.before_choice is not None else "" if self.chat or self.shows else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
             truth = _index(_value(self.answer, row), texts, self.first_index)
@@ -352,24 +361,47 @@ class PerplexityTask(Task):
         return made
 
 
-class WordsTask(Task):
-    """Which words, and characters, of what is spoken are heard wrongly: WER and CER."""
+class SoundTask(Task):
+    """What both kinds of task about sounds say; an example's prompt is the name of its sound."""
 
     named_in = ("audio", "answer")
-    kind: Literal["words"] = "words"
     prompt: Literal[""] = ""
     audio: str = "audio"
     """The column of the files of sounds."""
     answer: str
-    """A column or template with what is said."""
+    """A column or template with what is right."""
     root: str | None = None
     """The folder that the files are searched from; null: where the data lies."""
+
+    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+        return [
+            Example(name_clip(clip), self.read_answer(row), sound=clip)
+            for clip, row in zip(_find_sounds(self, rows), rows, strict=True)
+        ]
+
+    def read_answer(self, row: Row) -> str:
+        """What is right."""
+        raise NotImplementedError
+
+
+class WordsTask(SoundTask):
+    """Which words, and characters, of what is spoken are heard wrongly: WER and CER."""
+
+    kind: Literal["words"] = "words"
     language: str | None = None
     """The language that is spoken, for a multilingual model that nothing else tells; null: as it was trained."""
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        root = Path(self.root or (Path(self.data or "").parent)).expanduser()
-        return [Example(str(root / str(row[self.audio])), fill(self.answer, row)) for row in rows]
+    def read_answer(self, row: Row) -> str:
+        return fill(self.answer, row)
+
+
+class SoundLabelTask(SoundTask):
+    """Which label a sound has: accuracy and macro F1 of a model with a head for sounds."""
+
+    kind: Literal["audio-class"] = "audio-class"
+
+    def read_answer(self, row: Row) -> str:
+        return plain_text(_value(self.answer, row))
 
 
 class LlavaTask(GenerationTask):
@@ -533,6 +565,7 @@ KINDS: dict[str, type[Task]] = {
     "translation": TranslationTask,
     "summary": SummaryTask,
     "words": WordsTask,
+    "audio-class": SoundLabelTask,
     "perplexity": PerplexityTask,
     "folder": FolderTask,
     "forecast": ForecastTask,
@@ -554,8 +587,10 @@ class Example:
     """Of a layout, what the text alone does not say."""
     answers: tuple[str, ...] = ()
     """What several people answered."""
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture | Video, ...] = ()
     """What the prompt is about."""
+    sound: Clip | None = None
+    """What is heard."""
 
 
 @dataclass(frozen=True)
@@ -595,11 +630,10 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     if task.in_folder and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser() / task.in_folder)
     dataset = read_dataset(data, f"task {task.name}: data", task.split)
-    if task.images is not None:
-        dataset = keep_picture_files(dataset)
+    dataset = keep_files(dataset)
     rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
     known = dataset.column_names
-    templates = [*task.templates(), *([task.images] if task.images else [])]
+    templates = [*task.templates(), *task.shows]
     wanted = list(dict.fromkeys(column for template in templates for column in columns_in(template)))
     if unknown := [column for column in wanted if column not in known]:
         lines = [f"  there is no column {column!r}{did_you_mean(column, known)}" for column in unknown]
@@ -607,7 +641,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     absent = {column: sum(row[column] is None for row in rows) for column in wanted}
     if partly := ", ".join(f"{column!r} in {count}" for column, count in absent.items() if count):
         raise DoraError(f"task {task.name}: of {len(rows)} rows, a value is missing for {partly}; fill or remove them")
-    if task.images is None:
+    if not task.shows:
         return task.examples(rows)
     within = task.in_folder and task.root and data != task.data
     root = str(Path(task.data).expanduser() / str(task.root)) if within else task.root
@@ -615,36 +649,66 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
 
 
 def _add_pictures(task: Task, rows: Sequence[Row], root: Path) -> list[Example]:
-    """The examples with their pictures, each of which was opened once.
+    """The examples with their pictures and videos, each of which was opened once.
 
     Raises:
         DoraError: if some cannot be read.
     """
-    given = [row[task.images or ""] for row in rows]
     problems: list[str] = []
-    found: list[tuple[Picture, ...]] = []
-    for number, value in enumerate(given, 1):
+    found: list[tuple[Picture | Video, ...]] = []
+    for number, row in enumerate(rows, 1):
         try:
-            each = value if isinstance(value, list | tuple) else [value]
-            found.append(tuple(find_picture(picture, root) for picture in each))
+            pictures = [find_picture(value, root) for value in _list_shown(row, task.images)]
+            videos = [find_video(value, root) for value in _list_shown(row, task.videos)]
+            found.append((*pictures, *videos))
         except BadRow as bad:
             problems.append(f"row {number}: {bad}")
     _check_pictures(task.name, found, problems)
     return [replace(one, pictures=each) for one, each in zip(task.examples(rows), found, strict=True)]
 
 
-def _check_pictures(name: str, found: Sequence[Sequence[Picture]], problems: list[str]) -> None:
-    sizes = measure_pictures(picture for pictures in found for picture in pictures)
-    problems += [str(size) for size in sizes.values() if isinstance(size, BadRow)]
+def _list_shown(row: Row, column: str | None) -> Sequence[Any]:
+    """What a row has in a column of pictures or videos, which may hold one or several."""
+    value = [] if column is None else row[column]
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _check_pictures(name: str, found: Sequence[Sequence[Picture | Video]], problems: list[str]) -> None:
+    from ..data.picture_tokens import measure_seen  # noqa: PLC0415  see `read_examples`
+
+    looks = measure_seen((each for seen in found for each in seen), frames=1)
+    problems += [str(look) for look in looks.values() if isinstance(look, BadRow)]
     if problems:
-        told = list_some(problems, _SHOWN)
-        raise DoraError(f"task {name}: {len(problems)} pictures cannot be read:\n  {told}")
+        videos = any(isinstance(each, Video) for seen in found for each in seen)
+        what, told = "videos" if videos else "pictures", list_some(problems, _SHOWN)
+        raise DoraError(f"task {name}: {len(problems)} {what} cannot be read:\n  {told}")
 
 
 def _with_answers(prompt: str, value: Any) -> Example:
     given = value if isinstance(value, list | tuple) else [value]
     answers = tuple(plain_text(each.get("answer") if isinstance(each, Mapping) else each) for each in given)
     return Example(prompt, Counter(answers).most_common(1)[0][0] if answers else "", answers=answers or ("",))
+
+
+def _find_sounds(task: SoundTask, rows: Sequence[Row]) -> list[Clip]:
+    """The sound of each row, all of which were read once.
+
+    Raises:
+        DoraError: if some cannot be heard.
+    """
+    root, found, problems = find_root(task.root, task.data or ""), list[Clip](), list[str]()
+    for number, row in enumerate(rows, 1):
+        value = row[task.audio]
+        clip: Clip = value if isinstance(value, Mapping) else str(root / str(value))
+        try:
+            hear_clip(clip)
+        except BadRow as bad:
+            problems.append(f"row {number}: {bad}")
+        found.append(clip)
+    if problems:
+        told = list_some(problems, _SHOWN)
+        raise DoraError(f"task {task.name}: {len(problems)} sounds cannot be heard:\n  {told}")
+    return found
 
 
 def _value(template: str, row: Row) -> Any:
