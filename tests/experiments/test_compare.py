@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,14 +22,17 @@ from doralib import files
 from doralib.cli.main import app
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import TaskResult
+from doralib.evaluation.metrics import Score
 from doralib.experiments.compare import launch as launching
 from doralib.experiments.compare.early_stop import Halving
 from doralib.experiments.compare.grid import Cell, Grid, Run, check_grid, make_recipe
 from doralib.experiments.compare.launch import Outcome, find_launcher, launch_here
+from doralib.experiments.compare.pictures import pictures_section
 from doralib.experiments.compare.rates import next_step, rate_at
 from doralib.experiments.compare.report import write_comparison
-from doralib.experiments.compare.study import compare, list_commands
+from doralib.experiments.compare.study import Comparison, RunResult, compare, list_commands
 from doralib.experiments.compare.table import COLUMNS, compare_methods, summarize
+from doralib.experiments.page import write_sections
 from doralib.experiments.statistics import correlation, deviation, mean_interval, paired_difference
 from doralib.recipe import Recipe
 
@@ -411,16 +415,40 @@ def test_correlations_against_scipy():
     assert correlation([1, 2, 3], [5, 5, 5], "spearman") is None
 
 
+def test_what_each_method_draws_stands_side_by_side(request_for):
+    """The paper's Figure 10: a line a prompt, a column a cell, of the first seed."""
+    grid = request_for(seeds=(0, 1))
+    picture = lambda text: f"data:image/webp;base64,{text}"
+    runs = []
+    for method in ("lora", "dora"):
+        for seed in grid.seeds:
+            run = Run(Cell(method, 2, None), 1e-2, seed)
+            runs.append(RunResult(run, 1.0, 1.0, None, False, chosen=True))
+            samples = [
+                {"prompt": f"a <b>{word}", "expected": picture(word), "after": picture(f"{method}{seed}{word}")}
+                for word in ("cat", "cup")
+            ]
+            folder = grid.out / "runs" / run.name
+            folder.mkdir(parents=True)
+            # of the last run one prompt was not drawn
+            few = samples[: 1 if (method, seed) == ("dora", 0) else 2]
+            (folder / "samples.json").write_text(json.dumps(few))
+    section = pictures_section(Comparison(grid, {}, runs))
+    assert list(section.head) == ["prompt", "of the data", "lora r 2", "dora r 2"]
+    page = write_sections(grid.out / "compare.html", "compared", "", [section]).read_text()
+    assert "a &lt;b&gt;cat" in page
+    assert re.findall(r'src="data:image/webp;base64,(\w+)"', page) == ["cat", "lora0cat", "dora0cat", "cup", "lora0cup"]
+    assert pictures_section(Comparison(grid, {}, [])) is None
+    for file in grid.out.rglob("samples.json"):
+        file.write_text(json.dumps([{"prompt": "a text", "expected": "yes", "after": "no"}]))
+    assert pictures_section(Comparison(grid, {}, runs)) is None
+
+
 def test_a_difference_is_of_the_same_rank(request_for):
     def result(method, r, right):
-        from doralib.evaluation.metrics import Score
-        from doralib.experiments.compare.study import RunResult
-
         score = Score(right.count("1") / len(right), 0, 1)
         scored = TaskResult("t", "regex", len(right), {"accuracy": score}, None, (), 0, 1.0, right)
         return RunResult(Run(Cell(method, r, None), 1e-3, 0), 1.0, 1.0, None, False, True, {"t": scored})
-
-    from doralib.experiments.compare.study import Comparison
 
     runs = [
         result("lora", 2, "1100"),
