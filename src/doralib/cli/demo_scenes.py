@@ -28,7 +28,7 @@ _HELD_OUT = 5
 """One stamp of so many is for scenes that nothing is trained on."""
 
 Part = Literal["captions", "train", "test"]
-NUM_SCENES: Mapping[Part, int] = {"captions": 280, "train": 400, "test": 320}
+NUM_SCENES: Mapping[Part, int] = {"captions": 600, "train": 400, "test": 320}
 
 
 @dataclass(frozen=True)
