@@ -42,6 +42,7 @@ EMOJI = Package(
     source="npm",
     nbytes=74_344_091,
     holds="Noto's emoji, Apache-2.0, in a list under MIT",
+    version=2,
 )
 
 # pictures first, and few tokens around the words: they are what a step costs
