@@ -5,7 +5,8 @@
 No weights of a diffusion model install from a registry, so this one is trained: two CLIP text encoders, a VAE (32
 pixels to 16 x 16 x 4) and a U-Net of some five million parameters, on the Noto icons of npm's emoji-datasource-google
 (Apache-2.0 art). By the time of its first steps it takes two hours or more on two free cores; it was not run to its
-end yet. Every thousand steps the pipeline is written again, with pictures.png beside it: look at them.
+end yet. Every 500 steps the pipeline is written again, with pictures.png beside it: look at them. The same command goes
+on where the last such writing was.
 
 --icons gets the other side of the experiment, from npm's @lobehub/fluent-emoji-3d (MIT): `train/`, 23 icons with
 captions "3d icon of NAME", as many as linoyts/3d_icon has; `true/`, the 3D icons of 40 other names, and `flat/`, the
@@ -17,15 +18,20 @@ import io
 import json
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from doralib.cli.demo_fetch import Package, fetch_package, read_members
 from doralib.cli.demo_vision import EMOJI
 from doralib.data.captioned import fit_picture
+from doralib.disk import replacing
 from doralib.evaluation.pictures import Drawing, draw_pictures, join_pictures
 from doralib.files import write_json
 from doralib.recipe import DiffusionSettings
@@ -48,6 +54,7 @@ GROUPS = (
 )
 PIXELS, TOKENS, CAPTIONS = 32, 16, ("{}", "icon of {}", "a picture of {}")
 TRAINED, HELD_OUT = 23, 40
+_STATE = "state.pt"
 
 
 def read_icons(cache, count):
@@ -107,9 +114,6 @@ def make_tokenizer(names, folder):
 
 def make_pipeline(tokenizer):
     """The pipeline with random weights."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     count, width = len(tokenizer), 64
     config = CLIPTextConfig(
         vocab_size=count,
@@ -181,10 +185,38 @@ def train_vae(vae, pixels_BCHW, steps):
     vae.eval().requires_grad_(False)
 
 
+@dataclass
+class Training:
+    """What a step changes, kept in a file so that the next call goes on from it."""
+
+    model: TextToImage
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    mean: EMAModel
+    loss: float = 1.0
+    step: int = 0
+
+    def write(self, file):
+        """Write the file."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "mean")}
+        state |= {"loss": self.loss, "step": self.step, "random": torch.get_rng_state()}
+        with replacing(file) as part:
+            torch.save(state, part)
+
+    def read(self, file):
+        """Go on as the file says, if it is there."""
+        if not file.is_file():
+            return
+        state = torch.load(file, weights_only=True)
+        for name in ("model", "optimizer", "schedule", "mean"):
+            getattr(self, name).load_state_dict(state[name])
+        self.loss, self.step = state["loss"], state["step"]
+        torch.set_rng_state(state["random"])
+        print(f"going on from step {self.step}", flush=True)
+
+
 def train_network(pipeline, names, pixels_BCHW, options):
     """Let U-Net and text encoders learn what each name looks like; keep a running mean of their weights."""
-    from diffusers.training_utils import EMAModel
-
     family = next(each for each in FAMILIES if each.name == "sdxl")
     parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
     settings = DiffusionSettings(caption_dropout=0.1, snr_gamma=5.0)
@@ -197,8 +229,11 @@ def train_network(pipeline, names, pixels_BCHW, options):
     trained = list(model.parameters())
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=options.steps, pct_start=0.05)
-    mean, running, begun = EMAModel(trained, decay=0.998, use_ema_warmup=True, power=0.75), 1.0, time.perf_counter()
-    for step in range(1, options.steps + 1):
+    mean = EMAModel(trained, decay=0.998, use_ema_warmup=True, power=0.75)
+    training = Training(model, optimizer, schedule, mean)
+    training.read(options.out / _STATE)
+    first, begun = training.step, time.perf_counter()
+    while training.step < options.steps:
         rows = torch.randint(len(names), (options.batch,))
         loss = model(
             [latents[i] for i in rows.tolist()],
@@ -213,15 +248,17 @@ def train_network(pipeline, names, pixels_BCHW, options):
         optimizer.step()
         schedule.step()
         mean.step(trained)
-        running = 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            speed = step / (time.perf_counter() - begun)
-            print(f"step {step}/{options.steps}  loss {running:.4f}  {speed:.2f} steps/s", flush=True)
-        if step % 1000 == 0 or step == options.steps:
+        training.step, training.loss = training.step + 1, 0.98 * training.loss + 0.02 * loss.item()
+        if training.step % 100 == 0:
+            speed = (training.step - first) / (time.perf_counter() - begun)
+            left = f"{speed:.2f} steps/s, {(options.steps - training.step) / speed / 60:.0f} minutes to go"
+            print(f"step {training.step}/{options.steps}  loss {training.loss:.4f}  {left}", flush=True)
+        if training.step % options.every == 0 or training.step == options.steps:
             mean.store(trained)
             mean.copy_to(trained)
             show(pipeline, names, options.out)
             mean.restore(trained)
+            training.write(options.out / _STATE)
     mean.copy_to(trained)
 
 
@@ -264,6 +301,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--every", type=int, default=500, help="steps between two writings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -271,13 +309,19 @@ def main():
     write_icons(icons, options.icons)
     pixels = torch.stack([fit_picture(open_icon(flat), (PIXELS, PIXELS)).pixels_CHW for flat, _ in icons.values()])
     options.out.mkdir(parents=True, exist_ok=True)
-    pipeline = make_pipeline(make_tokenizer(icons, options.out / "words"))
+    begun = (options.out / _STATE).is_file()
+    if begun:
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(options.out, add_watermarker=False)
+        pipeline.vae.eval().requires_grad_(False)
+    else:
+        pipeline = make_pipeline(make_tokenizer(icons, options.out / "words"))
     pipeline.set_progress_bar_config(disable=True)
     counts = {
         name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae", "text_encoder")
     }
     print(f"{len(icons)} icons; parameters: {counts}", flush=True)
-    train_vae(pipeline.vae, pixels, options.vae_steps)
+    if not begun:
+        train_vae(pipeline.vae, pixels, options.vae_steps)
     train_network(pipeline, icons, pixels, options)
 
 
