@@ -214,6 +214,14 @@ def test_higher_perplexity_is_worse(run):
     assert "+10.000" in page.said()
 
 
+def test_saying_yes_more_often_is_neither_better_nor_worse(run):
+    asked = lambda value: {"pope": {"n": 5, "metrics": {"yes_rate": {"value": value}}}}
+    (run / "results.json").write_text(json.dumps({"before": asked(0.4), "after": asked(0.6)}))
+    page = page_of(run)
+    assert "+20.0 points" in page.said()
+    assert not {("span", "class", "good"), ("span", "class", "bad")} & set(page.attributes)
+
+
 @pytest.mark.parametrize(("status", "text"), [("interrupted", "not the end of the run"), ("nan", "loss was NaN")])
 def test_a_run_that_did_not_finish_says_so_at_the_top(run, status, text):
     summary = json.loads((run / "summary.json").read_text())

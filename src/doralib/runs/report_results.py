@@ -17,6 +17,7 @@ SHARES = (
 )
 """Metrics that are shown in per cent."""
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "eval_loss", "wer", "cer", "mase", "smape", "pinball")
+_NEITHER_IS_BETTER = ("yes_rate",)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class _Change:
 
     @property
     def color(self) -> str | None:
-        """Green where it got better, red where worse; neither where the rows alone may have made the change."""
-        if not self.difference or (self.paired and self.paired.low <= 0 <= self.paired.high):
+        """Green where it got better, red where worse; neither where no value is better or rows may be the cause."""
+        if (
+            not self.difference
+            or self.metric in _NEITHER_IS_BETTER
+            or (self.paired and self.paired.low <= 0 <= self.paired.high)
+        ):
             return None
         better = (self.difference < 0) if self.metric in _LOWER_IS_BETTER else (self.difference > 0)
         return "good" if better else "bad"
