@@ -214,7 +214,7 @@ adapter:
   bias: all
   modules_to_save: [visual_embedding, layer_norm, layernorm_embedding]
 training:
-  num_train_epochs: 1
+  num_train_epochs: 6
   per_device_train_batch_size: 16
   learning_rate: 1.0e-3
   warmup_steps: 0.1
