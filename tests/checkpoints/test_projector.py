@@ -60,6 +60,13 @@ def test_it_is_the_least_squares_of_numpy(captioned, ridge):
     assert {name.rpartition("projector.")[2] for name in changed} == {"linear_2.weight", "linear_2.bias"}
 
 
-def test_one_caption_is_too_few(captioned):
-    with pytest.raises(UsageError, match="two captions at least; there are 1"):
-        fit_projector(*build(ALONE["llava"]), captioned[:1])
+def test_captions_that_teach_nothing_are_refused(captioned):
+    model, processor = build(ALONE["llava"])
+    same = [(picture, " yes ") for picture, _ in captioned[:3]]
+    for given, said in (
+        ([], "0 pictures have 0 different ones"),
+        (same, "3 pictures have 1 different ones"),
+        ([*captioned[:4], (captioned[5][0], " ")], "5 pictures have 4 different ones"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            fit_projector(model, processor, given)

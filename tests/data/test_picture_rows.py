@@ -209,9 +209,9 @@ def test_pictures_that_datasets_holds(tmp_path):
             {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
         ),
     )
-    from doralib.data.pictures import keep_files
+    from doralib.data.rows import keep_undecoded
 
-    (row,) = keep_files(rows)
+    (row,) = keep_undecoded(rows)
     assert read(row)[0] == "vqa"
     (picture,) = read_picture_row(row, find_layout(DataSettings(train="r"), list(row), row, "r"), ROOT).pictures
     assert measure_pictures([picture])[picture] == (8, 6)

@@ -178,7 +178,7 @@ def test_a_file_that_lacks_answers_or_a_folder_of_another_version_is_refused(fol
     with pytest.raises(DoraError, match="has no answer to 3 of 3 questions; it is of another version"):
         read_examples(load_tasks([f"llava/gqa={other}"])[0])
     (other / "pope" / "val2014" / "p.jpg").unlink()
-    with pytest.raises(DoraError, match="task llava/pope: 1 pictures cannot be read"):
+    with pytest.raises(DoraError, match="task llava/pope: of its pictures and videos 1 cannot be read"):
         read_examples(load_tasks([f"llava/pope={other}"])[0])
     (other / "sqa").mkdir()
     with pytest.raises(UsageError, match=r"no file llava_test_CQM-A.json|no file problems.json"):

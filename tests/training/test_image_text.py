@@ -270,7 +270,7 @@ def test_tasks_about_pictures(trained, photos, tmp_path):
     with pytest.raises(UsageError, match="asks about pictures, and this model takes text alone"):
         evaluate(model, processor.tokenizer, tasks[:1])
     lost = make_task("exact_match", photos / "questions.csv", max_new_tokens=4)
-    with pytest.raises(Exception, match=r"1 pictures cannot be read:\s+there is no file .*lost.jpg"):
+    with pytest.raises(Exception, match=r"of its pictures and videos 1 cannot be read:\s+there is no file .*lost.jpg"):
         evaluate(model, processor, [lost])
 
 
@@ -333,7 +333,7 @@ def test_a_model_that_takes_pictures_alone_refuses_videos(base, films, tmp_path)
 
 def test_videos_that_a_task_cannot_show_are_told(films):
     task = make_task("vqa", films / "questions.csv", images=None, videos="film")
-    with pytest.raises(DoraError, match=r"1 videos cannot be read:\s+.*cut\.mp4"):
+    with pytest.raises(DoraError, match=r"of its pictures and videos 1 cannot be read:\s+.*cut\.mp4"):
         read_examples(task)
     made = read_examples(task, 6)
     assert [example.pictures for example in made] == [(Video(str(films / f"{i}.mp4")),) for i in range(6)]

@@ -130,7 +130,9 @@ def test_sounds_that_a_task_cannot_hear_are_all_told(tmp_path):
     write_clips(tmp_path, 4, "test.jsonl")
     (tmp_path / "clips" / "1.wav").unlink()
     soundfile.write(tmp_path / "clips" / "2.wav", np.zeros(RATE), RATE)
-    with pytest.raises(DoraError, match=r"2 sounds cannot be heard:\s+row 2: there is no sound .*\s+row 3: .*silent"):
+    with pytest.raises(
+        DoraError, match=r"of its sounds 2 cannot be heard:\s+row 2: there is no sound .*\s+row 3: .*silent"
+    ):
         read_examples(make_task("words", tmp_path / "test.jsonl"))
 
 

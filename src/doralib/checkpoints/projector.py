@@ -31,16 +31,20 @@ def fit_projector(
     Args:
         model: Of class `LlavaForConditionalGeneration`, whose projector is random.
         processor: The model's own.
-        captioned: Pictures with captions, at least two.
+        captioned: Pictures with captions, at least two of which differ.
         ridge: How much W is held back, where 1 is as much as an average x counts.
         tick: Gets the pictures that were read since its last call.
 
     Raises:
-        UsageError: if there are fewer than two captions.
+        UsageError: if a caption is blank, or all say the same.
         BadRow: if a picture cannot be read.
     """
-    if len(captioned) < 2:
-        raise UsageError(f"a projector is fitted to two captions at least; there are {len(captioned)}")
+    captions = {caption.strip() for _, caption in captioned}
+    if "" in captions or len(captions) < 2:
+        raise UsageError(
+            f"a projector is fitted to captions that differ and are not blank; {len(captioned)} pictures have "
+            f"{len(captions - {''})} different ones"
+        )
     layer: nn.Linear = model.model.multi_modal_projector.linear_2
     table_VH = model.get_input_embeddings().weight
     x_rows: list[Tensor] = []

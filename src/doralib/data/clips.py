@@ -13,7 +13,7 @@ from ..errors import UsageError, did_you_mean
 from ..progress import Tick
 from ..recipe import DataSettings
 from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport
-from .rows import RawRows
+from .rows import RawRows, keep_undecoded
 from .sounds import Clip, Hearing, name_clip
 from .sources import list_files
 from .templates import value_text
@@ -61,7 +61,7 @@ def _place(rows: datasets.Dataset, settings: DataSettings, source: str, setting:
     """The rows with undecoded sounds, and whole paths."""
     column = settings.audio
     if isinstance(rows.features.get(column), datasets.Audio):
-        return rows.cast_column(column, datasets.Audio(decode=False))
+        return keep_undecoded(rows)
     files = list_files(source, setting, settings.split)
     root = Path(settings.root).expanduser() if settings.root else files[0].parent if files else Path()
     if getattr(rows.features.get(column), "dtype", "") not in ("string", "large_string"):

@@ -16,7 +16,6 @@ from ..extras import import_extra
 from .prepare import BadRow
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from PIL.Image import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -95,19 +94,6 @@ def find_root(named: str | None, source: str) -> Path:
     if path.is_file():
         return path.parent
     return path if path.is_dir() else Path()
-
-
-def keep_files(rows: "Dataset") -> "Dataset":
-    """Rows of `datasets` with columns of pictures, videos and sounds as they are stored, not opened."""
-    import datasets  # noqa: PLC0415  a task is checked without it
-
-    for name, feature in rows.features.items():
-        inner = getattr(feature, "feature", feature)
-        for kind in (datasets.Image, datasets.Video, datasets.Audio):
-            if isinstance(inner, kind):
-                closed = kind(decode=False)
-                rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))
-    return rows
 
 
 def open_picture(picture: Picture, longest: int | None = None) -> "Image":

@@ -51,6 +51,17 @@ def read_dataset(source: str, setting: str, split: str = "train") -> datasets.Da
     return _read(source, setting, split)[0]
 
 
+def keep_undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows whose columns of pictures, videos and sounds are as they are stored, where `datasets` would open them."""
+    for name, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)
+        for kind in (datasets.Image, datasets.Video, datasets.Audio):
+            if isinstance(inner, kind):
+                closed = kind(decode=False)
+                rows = rows.cast_column(name, closed if inner is feature else datasets.List(closed))
+    return rows
+
+
 def read_both(settings: DataSettings, seed: int) -> RawRows:
     """The rows of training and, if asked for, of validation; a fraction is drawn by the seed.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked, explain_regex, search_text
-from ..data.pictures import Picture, find_picture, find_root, keep_files
+from ..data.pictures import Picture, find_picture, find_root
 from ..data.prepare import BadRow, Row
 from ..data.sounds import Clip, hear_clip, name_clip
 from ..data.templates import columns_in, fill_template, value_text
@@ -619,7 +619,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
         UsageError: if the data is not there, has no rows, or lacks a column.
         DoraError: if the data is damaged, a value is missing in some rows, or an answer cannot be given.
     """
-    from ..data.rows import read_dataset  # noqa: PLC0415  a task itself is checked without `datasets`
+    from ..data.rows import keep_undecoded, read_dataset  # noqa: PLC0415  a task itself is checked without `datasets`
 
     if task.data is None:
         what = "the folder" if isinstance(task, FolderTask | LlavaTask) else "a file"
@@ -629,8 +629,7 @@ def read_examples(task: Task, limit: int | None = None) -> list[Example]:
     data = task.data
     if task.in_folder and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser() / task.in_folder)
-    dataset = read_dataset(data, f"task {task.name}: data", task.split)
-    dataset = keep_files(dataset)
+    dataset = keep_undecoded(read_dataset(data, f"task {task.name}: data", task.split))
     rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
     known = dataset.column_names
     templates = [*task.templates(), *task.shows]
@@ -679,9 +678,8 @@ def _check_pictures(name: str, found: Sequence[Sequence[Picture | Video]], probl
     looks = measure_seen((each for seen in found for each in seen), frames=1)
     problems += [str(look) for look in looks.values() if isinstance(look, BadRow)]
     if problems:
-        videos = any(isinstance(each, Video) for seen in found for each in seen)
-        what, told = "videos" if videos else "pictures", list_some(problems, _SHOWN)
-        raise DoraError(f"task {name}: {len(problems)} {what} cannot be read:\n  {told}")
+        told = list_some(problems, _SHOWN)
+        raise DoraError(f"task {name}: of its pictures and videos {len(problems)} cannot be read:\n  {told}")
 
 
 def _with_answers(prompt: str, value: Any) -> Example:
@@ -707,7 +705,7 @@ def _find_sounds(task: SoundTask, rows: Sequence[Row]) -> list[Clip]:
         found.append(clip)
     if problems:
         told = list_some(problems, _SHOWN)
-        raise DoraError(f"task {task.name}: {len(problems)} sounds cannot be heard:\n  {told}")
+        raise DoraError(f"task {task.name}: of its sounds {len(problems)} cannot be heard:\n  {told}")
     return found
 
 

@@ -17,10 +17,10 @@ from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.layouts import make_questions
 from ...data.picture_rows import Seen, describe_layout, find_layout, list_captioned, read_picture_row
 from ...data.picture_tokens import PictureCollator, PictureEncoder, PictureText, make_encoder, tokenize_pictures
-from ...data.pictures import Picture, encode_thumbnail, find_root, keep_files, make_thumbnail
+from ...data.pictures import Picture, encode_thumbnail, find_root, make_thumbnail
 from ...data.prepare import BadRow, PreparedRows, Row, Sample
 from ...data.prompt_form import PromptForm
-from ...data.rows import RawRows, as_written, read_both, read_sets
+from ...data.rows import RawRows, as_written, keep_undecoded, read_both, read_sets
 from ...data.survey import LEFT, RIGHT, shorten, split_learned, survey_rows
 from ...data.templates import columns_in
 from ...data.tokenize import join_prepared
@@ -172,7 +172,9 @@ class ImageText:
 def _find_layout(rows: RawRows, settings: DataSettings, source: str) -> RawRows:
     """The rows of one set with the settings that hold for them; pictures in them stay files."""
     asked = rows.settings or settings
-    rows = replace(rows, train=keep_files(rows.train), validation=rows.validation and keep_files(rows.validation))
+    rows = replace(
+        rows, train=keep_undecoded(rows.train), validation=rows.validation and keep_undecoded(rows.validation)
+    )
     found = find_layout(asked, rows.train.column_names, look_at(rows.train), source)
     if rows.validation is not None and isinstance(settings.validation, str):
         find_layout(found, rows.validation.column_names, look_at(rows.validation), settings.validation)
