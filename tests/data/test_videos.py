@@ -1,5 +1,6 @@
 """Videos of rows: which frames are seen, what stands for them in a conversation, and those that cannot be read."""
 
+import wave
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_a_video_that_cannot_be_read_is_a_bad_row(film, damage, tmp_path):
     assert isinstance(found, BadRow)
     assert found.kind == ("without its video" if damage == "gone" else "with a video that cannot be read")
     assert str(file) in str(found)
+
+
+def test_a_sound_is_no_video(tmp_path):
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
+    found = measure_video(Video(str(tmp_path / "a.wav")), 4)
+    assert str(found).endswith("a.wav cannot be read as a video: it has no pictures")
 
 
 def test_a_video_that_has_changed_since_is_told(film, tmp_path):

@@ -92,3 +92,8 @@ def test_what_cannot_be_is_said(tmp_path):
         recipe = make_recipe(tmp_path, base)
         with pytest.raises(UsageError, match=said):
             train(recipe.model_copy(update={"data": recipe.data.model_copy(update=change)}))
+
+
+def test_a_model_of_text_is_told_to_hear_nothing(tmp_path, tiny_llama_folder):
+    with pytest.raises(UsageError, match=r"neither sees nor hears: it has no processor_config\.json or "):
+        train(make_recipe(tmp_path, tiny_llama_folder))

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from ..errors import DoraError, UsageError
 from ..hub import explain_hub
+from .kind import PROCESSOR_FILES
 
-# what transformers says of a configuration that a class does not know
+# what transformers says where nothing makes a model's inputs, and of a configuration that a class does not know
+_NO_INPUTS = re.compile(r"Can't load (feature extractor|image processor|processor) for ")
 _OTHER_CLASS = re.compile(r"Unrecognized configuration class <class '\S*?(\w+)'> for this kind of AutoModel: (\w+)")
 
 
@@ -36,6 +38,11 @@ def _explain(path: str, error: Exception) -> DoraError:
         return UsageError(
             f"model: {path} is of another kind than model.kind says: its settings are a {other[1]}, and {other[2]} "
             "takes none of these; leave model.kind at auto, or give a model of that kind"
+        )
+    if Path(path).is_dir() and _NO_INPUTS.match(first):
+        return UsageError(
+            f"model: {path} neither sees nor hears: it has no {' or '.join(PROCESSOR_FILES)}; give a model of the kind "
+            "that model.kind says, with all its files"
         )
     if Path(path).exists():
         return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")

@@ -106,6 +106,8 @@ def decode_video(file: Path) -> Iterator[Any]:
     av = _import_av(file)
     try:
         with av.open(str(file)) as opened:
+            if not opened.streams.video:
+                raise ValueError("it has no pictures")
             yield from opened.decode(opened.streams.video[0])
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise DoraError(f"{file} cannot be read as a video: {error}") from None
