@@ -1,5 +1,6 @@
 """The settings of a run: model, data, evaluation; the keys of a recipe file."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +27,15 @@ class VisualSettings(Checked):
     """Features of a picture or video; a larger grid, or more frames, are pooled to as many."""
     images: int = Field(default=2, ge=1, le=100)
     """Pictures that one row may have."""
+    boxes: bool = False
+    """Whether each feature comes with its place in the picture, the cell of a square grid. The published models of
+    grids were trained without."""
+
+    @model_validator(mode="after")
+    def _have_cells(self) -> Self:
+        if self.boxes and math.isqrt(self.tokens) ** 2 != self.tokens:
+            raise ValueError(f"boxes are those of a square grid, and {self.tokens} tokens make none")
+        return self
 
 
 ModelKind = Literal[

@@ -13,12 +13,13 @@ from visual_folders import COLORS, make_bart_folder, make_image_folder, make_vid
 from doralib.checkpoints.load import load_model, load_vl_bart
 from doralib.data.layouts import choose_tasks
 from doralib.data.rows import read_both
+from doralib.data.visual_rows import stack_features
 from doralib.errors import UsageError
 from doralib.evaluation import captions, visual
 from doralib.evaluation.layout_scores import score_layout
 from doralib.evaluation.metrics import Score
 from doralib.files import read_tensors
-from doralib.recipe import DataSettings, Recipe
+from doralib.recipe import DataSettings, Recipe, VisualSettings
 from doralib.training.job import fine_tune, train
 from doralib.training.modalities import vl_bart
 from doralib.training.task_batches import TaskBatches
@@ -104,8 +105,32 @@ def test_the_answer_is_learned_from_the_picture(trained):
 def test_a_saved_model_is_a_vl_bart_again(trained):
     model, tokenizer = load_model(str(trained / "model"))
     assert type(model).__name__ == "VLBart"
-    assert model.config.visual == {"features": 8, "tokens": 9, "images": 2}
+    assert model.config.visual == {"features": 8, "tokens": 9, "images": 2, "boxes": False}
     assert tokenizer.convert_tokens_to_ids("<vis_extra_id_0>") == len(model.get_input_embeddings().weight) - 1
+
+
+def test_a_model_is_told_where_features_are(folders):
+    asked = {"features": 8, "tokens": 9, "images": 2, "boxes": True}
+    recipe = make_recipe(folders, "boxes", model={"path": str(folders / "bart"), "kind": "vl-bart", "visual": asked})
+    run = train(recipe)
+    # without boxes it is multiplied by zeros, and never learns
+    learned = read_tensors(run / "adapter_model.safetensors")["base_model.model.visual_embedding.position.0.weight"]
+    drawn = load_vl_bart(recipe.model, seed=recipe.seed)[0].visual_embedding.position[0].weight
+    assert not learned.equal(drawn)
+    model, _ = load_model(str(run))
+    assert model.config.visual == asked
+    file = str(next((folders / "images").rglob("*.h5")))
+    stacked = stack_features([[file, file], [file]], VisualSettings(**asked))
+    for i in range(18):
+        row, column = i % 9 // 3, i % 3
+        edges = torch.tensor([column, column + 1, row, row + 1]) / 3
+        assert stacked["boxes"][:, i].allclose(edges.expand(2, 4))
+    words = torch.tensor([[5, 6], [7, 8]])
+    given = {"input_ids": words, "attention_mask": torch.ones_like(words), **stacked}
+    with torch.no_grad():
+        told = model(**given, decoder_input_ids=words).logits
+        untold = model(**{**given, "boxes": None}, decoder_input_ids=words).logits
+    assert not told.allclose(untold)
 
 
 def test_an_adapter_goes_with_the_visual_embedding_into_one_folder(folders, trained, run):
@@ -296,6 +321,11 @@ def test_a_visual_embedding_follows_from_the_seed(folders):
     assert weight(first).std().item() == pytest.approx(0.2, rel=0.2)
     assert first.visual_embedding.feature[1].weight.eq(1).all()
     assert first.visual_embedding.position[0].bias.eq(0).all()
+
+
+def test_boxes_are_those_of_a_square():
+    with pytest.raises(UsageError, match="boxes are those of a square grid, and 8 tokens make none"):
+        VisualSettings(tokens=8, boxes=True)
 
 
 MISTAKES = {

@@ -45,7 +45,7 @@ from ..formats.base import SETTINGS_FILE, Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
 from ..hub import add_revision, fetch_folder, find_hub_adapter, is_local, split_revision
-from ..recipe import ModelSettings
+from ..recipe import ModelSettings, VisualSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .explain import explaining_load, first_line
 from .heads import Head, find_head, is_of_head
@@ -295,7 +295,7 @@ def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False)
             f"model.kind vl-bart: {settings.path} is a {config.model_type}; give a BART, such as facebook/bart-base"
         )
     asked = settings.visual.model_dump()
-    config.visual = getattr(config, "visual", None) or asked
+    config.visual = VisualSettings(**(getattr(config, "visual", None) or asked)).model_dump()
     if "visual" in settings.model_fields_set and config.visual != asked:
         raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
     if empty:

@@ -1,4 +1,4 @@
-"""Where the projector of a LLaVA begins: pictures come out near the words of their captions, by least squares."""
+"""Where what shows pictures to a language model begins: they come out near the words of their captions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,16 +23,15 @@ def fit_projector(
 ) -> float:
     """Fit the last layer of a LLaVA's projector to captions; returns the share of their variance that it explains.
 
-    With x the mean, over a picture's patches, of what goes into the layer, and y the mean embedding of its caption's
-    tokens, the layer becomes the W and b that minimize ``sum |W x + b - y|² + ridge * mean(x²) * n * |W|²``, in
-    float64. What is before the layer stays as it is. One pass of the vision tower over the pictures replaces the first
-    stage of LLaVA's training where there are few captions and no time.
+    `fit_linear` gets the mean, over a picture's patches, of what goes into the layer, and the mean embedding of its
+    caption's tokens. What is before the layer stays as it is. One pass of the vision tower over the pictures replaces
+    the first stage of LLaVA's training where there are few captions and no time.
 
     Args:
         model: Of class `LlavaForConditionalGeneration`, whose projector is random.
         processor: The model's own.
         captioned: Pictures with captions, at least two of which differ.
-        ridge: How much W is held back, where 1 is as much as an average x counts.
+        ridge: As for `fit_linear`.
         tick: Gets the pictures that were read since its last call.
 
     Raises:
@@ -64,7 +63,25 @@ def fit_projector(
                 tick("fitting the projector", len(batch), len(captioned))
     finally:
         watching.remove()
-    x_NI, y_NH = torch.cat(x_rows), torch.stack(y_rows)
+    return fit_linear(layer, torch.cat(x_rows), torch.stack(y_rows), ridge=ridge)
+
+
+@torch.no_grad()
+def fit_linear(layer: nn.Linear, x_NI: Tensor, y_NH: Tensor, *, ridge: float) -> float:
+    """Give a layer the W and b that minimize ``sum |W x + b - y|² + ridge * mean(x²) * N * |W|²``, in float64.
+
+    Means are taken from x and y first, so that W alone is held back.
+
+    Args:
+        layer: From I numbers to H.
+        x_NI: What goes into it.
+        y_NH: What should come out.
+        ridge: How much W is held back, where 1 is as much as an average x counts.
+
+    Returns:
+        The share of the variance of y that is explained.
+    """
+    x_NI, y_NH = x_NI.double(), y_NH.double()
     x_I, y_H = x_NI.mean(0), y_NH.mean(0)
     x_NI, y_NH = x_NI - x_I, y_NH - y_H
     held_back = ridge * x_NI.square().mean() * len(x_NI) * torch.eye(len(x_I), dtype=x_NI.dtype, device=x_NI.device)

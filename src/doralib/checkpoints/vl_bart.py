@@ -84,7 +84,7 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
             attention_mask: (B, T), 0 for padding.
             features: (B, N, F).
             places: (B, N, 2), which picture a feature is of and its number there, from 0; -1 for padding.
-            boxes: (B, N, 4); None: zeros, as for grids.
+            boxes: (B, N, 4); None: zeros, as the published models of grids have it.
         """
         encoder, table_VC = self.model.encoder, self.get_input_embeddings().weight
         boxes = features.new_zeros(*features.shape[:2], 4) if boxes is None else boxes
@@ -119,13 +119,14 @@ class VLBart(BartForConditionalGeneration):  # type: ignore[misc]  # transformer
             labels: (B, T), -100 for padding.
             weights: (B, T), what a label's loss is multiplied by before all are added; None: their mean.
             encoder_outputs: What `encode` gave, in place of all that it reads.
-            others: Of BART.
+            others: Of BART; and boxes, as for `encode`.
         """
+        boxes = others.pop("boxes", None)
         if features is not None:
             assert input_ids is not None
             assert attention_mask is not None
             assert places is not None
-            encoder_outputs, attention_mask = self.encode(input_ids, attention_mask, features, places)
+            encoder_outputs, attention_mask = self.encode(input_ids, attention_mask, features, places, boxes)
             input_ids = None
         if labels is not None:
             config = self.config

@@ -67,6 +67,13 @@ def write_features(file: Path, features_LF: Tensor) -> None:
                 np.savez(opened, features=values)
 
 
+def make_boxes(count: int) -> Tensor:
+    """Left, right, top and bottom of each cell of a square grid, row by row, (count, 4), 0 to 1."""
+    side = math.isqrt(count)
+    top_N, left_N = torch.arange(count) // side / side, torch.arange(count) % side / side
+    return torch.stack([left_N, left_N + 1 / side, top_N, top_N + 1 / side], dim=-1)
+
+
 def fit_features(features_LF: Tensor, count: int, file: Path) -> Tensor:
     """As many features as a model reads, (count, F): a grid is max-pooled in both directions.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..errors import UsageError
 from ..progress import Tick
 from ..recipe import DataSettings, VisualSettings
-from .features import fit_features, import_h5py, read_features
+from .features import fit_features, import_h5py, make_boxes, read_features
 from .layouts import choose_tasks
 from .layouts.task import LayoutTask
 from .prepare import IGNORED, BadRow, PreparedRows, Row, RowNumber, RowReport
@@ -121,7 +121,10 @@ def check_width(rows: PreparedRows, visual: VisualSettings) -> None:
 
 
 def stack_features(files: Sequence[Sequence[str]], visual: VisualSettings) -> dict[str, Tensor]:
-    """``features`` (B, N, F) of the pictures of each row, and their ``places`` (B, N, 2), padded with zeros and -1."""
+    """``features`` (B, N, F) of the pictures of each row, and their ``places`` (B, N, 2), padded with zeros and -1.
+
+    ``boxes`` (B, N, 4) where the model is told them.
+    """
     most = max(map(len, files))
     if most > visual.images:
         raise UsageError(f"model.visual.images is {visual.images}, and a row has {most} pictures: {files[0][0]} ...")
@@ -139,7 +142,10 @@ def stack_features(files: Sequence[Sequence[str]], visual: VisualSettings) -> di
             here = slice(k * visual.tokens, (k + 1) * visual.tokens)
             features_BNF[i, here] = fit_features(found_LF, visual.tokens, file)
             places_BN2[i, here] = torch.stack([torch.full((visual.tokens,), k), torch.arange(visual.tokens)], dim=-1)
-    return {"features": features_BNF, "places": places_BN2}
+    stacked = {"features": features_BNF, "places": places_BN2}
+    if visual.boxes:
+        stacked["boxes"] = make_boxes(visual.tokens).repeat(len(files), most, 1)
+    return stacked
 
 
 @dataclass
@@ -162,7 +168,7 @@ class VisualCollator:
         self.epoch = epoch
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Keys input_ids, attention_mask, labels, weights, features, places and num_tokens."""
+        """Keys input_ids, attention_mask, labels, weights, features, places, num_tokens, and perhaps boxes."""
         drawn = [self._draw(row) for row in rows]
         targets = [row["targets"][choice] for row, choice in zip(rows, drawn, strict=True)]
         counted = [len(row["input_ids"]) for row in rows]
