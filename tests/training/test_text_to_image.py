@@ -397,8 +397,13 @@ def test_a_run_and_its_files(kind, recipe, bases):
     assert "pipeline_tag: text-to-image" in (run / "README.md").read_text()
 
     ours = load_adapted_pipeline(str(run), find_pipeline(str(run)))
-    theirs = diffusers.DiffusionPipeline.from_pretrained(bases[kind][0], **_without_t5(kind)).to("cpu")
-    theirs.set_progress_bar_config(disable=True)
+
+    def load_pipeline():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(bases[kind][0], **_without_t5(kind)).to("cpu")
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    theirs = load_pipeline()
     plain = draw(theirs)
     theirs.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     state = read_any_format(run, Hints())[1].state
@@ -410,9 +415,27 @@ def test_a_run_and_its_files(kind, recipe, bases):
         assert torch.equal(theirs_too.lora_B["default_0"].weight, layer.b_OR)
         assert torch.equal(theirs_too.lora_magnitude_vector["default_0"].weight, layer.m_O)
         assert theirs_too.scaling["default_0"] == layer.scale == 2
-    # two orders of the same sums
+    # two orders of the same sums, and from the same layers the same bits
     assert (draw(ours).int() - draw(theirs).int()).abs().max() <= 2
+    assert draw(inject_by_peft(load_pipeline(), state.layers)).equal(draw(theirs))
     assert (draw(theirs).int() - plain.int()).abs().max() > 10
+
+
+def inject_by_peft(pipeline, layers):
+    """A pipeline with PEFT's own layers, which get the numbers one by one and read no file."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed here")
+    for part in {find_component(name) for name in layers}:
+        inside = {name.partition(".")[2]: layer for name, layer in layers.items() if name.startswith(f"{part}.")}
+        first = next(iter(inside.values()))
+        config = peft.LoraConfig(r=len(first.a_RI), lora_alpha=len(first.a_RI), use_dora=True, target_modules=[*inside])
+        network = peft.inject_adapter_in_model(config, getattr(pipeline, part), "ours")
+        for name, layer in inside.items():
+            theirs = network.get_submodule(name)
+            theirs.lora_A["ours"].weight.data.copy_(layer.a_RI)
+            theirs.lora_B["ours"].weight.data.copy_(layer.b_OR)
+            theirs.lora_magnitude_vector["ours"].weight.data.copy_(layer.m_O)
+            theirs.scaling["ours"] = layer.scale
+    return pipeline
 
 
 def _without_t5(kind):
