@@ -9,8 +9,8 @@ end yet. Every 500 steps the pipeline is written again, with pictures.png beside
 on where the last such writing was.
 
 --icons gets the other side of the experiment, from npm's @lobehub/fluent-emoji-3d (MIT): `train/`, 23 icons with
-captions "3d icon of NAME", as many as linoyts/3d_icon has; `true/`, the 3D icons of 40 other names, and `flat/`, the
-Noto icons of these.
+captions "3d icon of NAME", as many as linoyts/3d_icon has; `valid/`, 20 more to choose rates by; `true/`, the 3D
+icons of 40 other names, and `flat/`, the Noto icons of these; and `recipe.yaml`. benchmarks/score_icons.py scores runs.
 """
 
 import argparse
@@ -53,7 +53,7 @@ GROUPS = (
     *("transport-ground", "transport-air", "transport-water", "musical-instrument", "tool", "sport", "sky & weather"),
 )
 PIXELS, TOKENS, CAPTIONS = 32, 16, ("{}", "icon of {}", "a picture of {}")
-TRAINED, HELD_OUT = 23, 40
+TRAINED, HELD_OUT, VALID = 23, 40, 20
 _STATE = "state.pt"
 
 
@@ -272,21 +272,38 @@ def show(pipeline, names, out):
     write_json(out / "names.json", list(names))
 
 
-def write_icons(icons, folder):
-    """Icons to learn the style from, and others to be compared with."""
+def write_icons(icons, folder, base):
+    """Icons to learn the style from, others to be compared with, and the recipe that learns."""
     names = sorted(icons)
     random.Random(0).shuffle(names)
-    for part, chosen in (("train", names[:TRAINED]), ("true", names[TRAINED:][:HELD_OUT])):
+    rest = names[TRAINED + HELD_OUT :][:VALID]
+    for part, chosen in (("train", names[:TRAINED]), ("true", names[TRAINED:][:HELD_OUT]), ("valid", rest)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for name in chosen:
             picture = open_icon(icons[name][1]).resize((64, 64), Image.Resampling.LANCZOS)
             picture.save(folder / part / f"{name.replace(' ', '_')}.png")
-            if part == "train":
+            if part != "true":
                 (folder / part / f"{name.replace(' ', '_')}.txt").write_text(f"3d icon of {name}")
             else:
                 (folder / "flat").mkdir(exist_ok=True)
                 open_icon(icons[name][0]).save(folder / "flat" / f"{name.replace(' ', '_')}.png")
     write_json(folder / "held_out.json", names[TRAINED:][:HELD_OUT])
+    (folder / "recipe.yaml").write_text(f"""\
+model: {{path: {base.absolute()}, kind: text-to-image, dtype: float32}}
+data: {{train: {folder.absolute() / "train"}, validation: {folder.absolute() / "valid"}}}
+adapter: {{r: 4, lora_alpha: 4, init_lora_weights: gaussian}}
+diffusion: {{resolution: {PIXELS}, snr_gamma: 5.0, sample_prompts: ["3d icon of {names[TRAINED]}"]}}
+training:
+  max_steps: 400
+  per_device_train_batch_size: 4
+  learning_rate: 1.0e-3
+  lr_scheduler_type: constant
+  warmup_steps: 0
+  eval_strategy: steps
+  eval_steps: 100
+  save_steps: 100
+out: runs/icons
+""")
 
 
 def main():
@@ -306,7 +323,7 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     icons = read_icons(options.cache, options.names)
-    write_icons(icons, options.icons)
+    write_icons(icons, options.icons, options.out)
     pixels = torch.stack([fit_picture(open_icon(flat), (PIXELS, PIXELS)).pixels_CHW for flat, _ in icons.values()])
     options.out.mkdir(parents=True, exist_ok=True)
     begun = (options.out / _STATE).is_file()
