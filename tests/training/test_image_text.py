@@ -13,6 +13,7 @@ pytest.importorskip("PIL", reason="pictures are read by pillow")
 from films import write_video
 from PIL import Image
 from seeing_models import ALONE, WITH_TORCHVISION, build
+from visual_folders import make_video_folder
 
 from doralib.adapters.load import load_adapter
 from doralib.adapters.param_groups import learning_rates
@@ -27,8 +28,11 @@ from doralib.data.pictures import Picture
 from doralib.data.videos import Video
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
+from doralib.evaluation.generation import answer_pictures
 from doralib.evaluation.likelihood import score_options
 from doralib.evaluation.task import KINDS, read_examples
+from doralib.evaluation.task_file import load_tasks
+from doralib.evaluation.visual import read_choice
 from doralib.recipe import DataSettings, ModelSettings, Recipe
 from doralib.runs.report import write_report
 from doralib.training.job import fine_tune
@@ -387,3 +391,71 @@ def test_videos_train_and_are_asked_about(films, tmp_path, run):
     assert row["videos"] == [str(films / "1.mp4")]
     settings = find_layout(DataSettings(train="t"), list(row), row, "t")
     assert read_picture_row(row, settings, tmp_path).pictures == (Video(str(films / "1.mp4")),)
+
+
+@pytest.fixture
+def values(tmp_path):
+    """A folder in the layout of VALUE with the videos themselves, but for the last two of each task."""
+    pytest.importorskip("av", reason="videos are read by PyAV")
+    folder = make_video_folder(tmp_path / "value", count=4)
+    for file in (folder / "ann").rglob("*_release.jsonl"):
+        place = folder / "videos" / {"tvqa": "tv", "tvc": "tv", "how2qa": "how2", "yc2c": "yc2"}[file.parent.name]
+        place.mkdir(parents=True, exist_ok=True)
+        for line in file.read_text().splitlines()[:-2]:
+            write_video(place / f"{json.loads(line)['vid_name']}.mp4", [COLORS["red"]] * 3)
+    return folder
+
+
+def test_values_questions_are_asked_about_the_videos_themselves(values, tmp_path, run):
+    pytest.importorskip("torchvision", reason="its processor takes videos too", exc_type=Exception)
+    model, processor = build(WITH_TORCHVISION["qwen2_5_vl"])
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    data = {
+        "layout": "value",
+        "train": str(values),
+        "validation": str(values),
+        "tasks": {"tvqa": 1.0, "how2qa": 1.0},
+        "video_frames": 2,
+        "max_length": 512,
+    }
+    made = fine_tune(
+        recipe(
+            tmp_path / "base",
+            values,
+            tmp_path / "run",
+            data=data,
+            training={"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2},
+            eval={"tasks": [f"value/tvqa={values}"]},
+        )
+    )
+    reported = json.loads((made / "data.json").read_text())["splits"]
+    assert [part["dropped"] for part in reported.values()] == [{"without its video": 4}] * 2
+    after = json.loads((made / "results.json").read_text())["after"]["value/tvqa"]
+    assert (after["n"], list(after["metrics"])) == (4, ["accuracy"])
+    (asked,) = load_tasks([f"value/tvqa={values}"])
+    examples = read_examples(asked)
+    assert all(example.pictures[0].path.endswith(".mp4") for example in examples)
+    model, processor = load_model(str(made))
+    scored = evaluate(model, processor, [asked])["value/tvqa"]
+    assert scored.right == after["right"]
+    said = answer_pictures(
+        model,
+        make_encoder(model, processor),
+        [make_encoder(model, processor).ask(ask_with_pictures(e.prompt, e.pictures)) for e in examples],
+        max_new_tokens=10,
+        batch_size=1,
+    )
+    choice = [str(read_choice(answer.text.strip(), 5)) for answer in said]
+    truth = [example.answer.removeprefix("a") for example in examples]
+    assert scored.right == "".join("01"[one == other] for one, other in zip(choice, truth, strict=True))
+    with pytest.raises(UsageError, match=r"asks a VL-BART about features, and this is a Qwen2_5_VL.*value/tvqa"):
+        evaluate(model, processor, load_tasks([f"vl-bart/tvqa={values}"]))
+
+
+def test_tasks_about_videos_say_what_they_lack(tmp_path):
+    folder = make_video_folder(tmp_path / "value", count=4)
+    with pytest.raises(UsageError, match=r"no row has its video; the first would be .*videos/tv/tvqa_val_release_0\."):
+        read_examples(*load_tasks([f"value/tvqa={folder}"]))
+    with pytest.raises(UsageError, match="videos: layout vlbart is about pictures"):
+        KINDS["folder"](name="t", layout="vlbart", task="vqa", videos="video")

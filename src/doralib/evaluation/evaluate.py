@@ -16,9 +16,10 @@ from ..adapters.inference import unchanged
 from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
 from ..data.forecaster import is_forecaster
 from ..data.layouts import choose_tasks
+from ..data.layouts.task import LayoutTask
 from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText, make_encoder
-from ..data.prepare import BadRow
+from ..data.prepare import BadRow, Row
 from ..data.sounds import Clip, name_clip
 from ..data.windows import Origin
 from ..errors import DoraError, UsageError, collecting, list_some, raise_all
@@ -483,8 +484,9 @@ def _run_summary(task: SummaryTask, examples: Sequence[Example], scorer: _Scorer
 
 def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) -> tuple[list[str], int]:
     """What the model writes after each prompt, and how many prompts were cut: at their end for an encoder."""
+    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     if scorer.encoder is not None:
-        return _answer_about(task, examples, scorer, scorer.encoder), 0
+        return _answer_about(task, examples, scorer, sampling, task.max_new_tokens), 0
     encoded = has_encoder(scorer.model)
     prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
     cut = 0
@@ -497,7 +499,6 @@ def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) 
             )
         cut = sum(len(tokens) > room for tokens in prompts)
         prompts = [tokens[:room] if encoded else tokens[-room:] for tokens in prompts]
-    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
     answers = answer_each(
         scorer.model,
         scorer.tokenizer,
@@ -511,15 +512,16 @@ def _answer(task: GenerationTask, examples: Sequence[Example], scorer: _Scorer) 
 
 
 def _answer_about(
-    task: GenerationTask, examples: Sequence[Example], scorer: _Scorer, encoder: PictureEncoder
+    task: Task, examples: Sequence[Example], scorer: _Scorer, sampling: Sampling, max_new_tokens: int
 ) -> list[str]:
-    """What the model writes about the pictures of each example."""
-    sampling = Sampling(num_beams=task.num_beams, stop=task.stop)
+    """What a model that takes pictures writes about those of each example."""
+    encoder = scorer.encoder
+    assert encoder is not None, "see _check_sight"
     answers = answer_pictures(
         scorer.model,
         encoder,
         [_ask_about(task, row, example, encoder) for row, example in enumerate(examples, 1)],
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         batch_size=scorer.batch_size,
         sampling=stop_at_turn_end(sampling, scorer.tokenizer),
         tick=lambda done: scorer.tick(done / len(examples)),
@@ -598,18 +600,27 @@ def _run_perplexity(task: PerplexityTask, examples: Sequence[Example], scorer: _
 
 
 def _run_folder(task: FolderTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:
+    own, rows = choose_tasks(task.settings())[task.task], [one.row for one in examples if one.row is not None]
+    if task.videos:
+        said = _answer_about(task, examples, scorer, Sampling(num_beams=own.num_beams), own.target_tokens)
+    else:
+        said = _ask_features(task, own, rows, scorer)
+    said = [text.strip() for text in said]
+    metrics, values = score_answers(own, rows, said, seed=scorer.seed)
+    return _Outcome(metrics, said, [value > 0 for value in values])
+
+
+def _ask_features(task: FolderTask, own: LayoutTask, rows: Sequence[Row], scorer: _Scorer) -> list[str]:
+    """What a VL-BART answers to each row."""
     if not hasattr(scorer.model, "visual_embedding"):
         raise UsageError(
-            f"task {task.name}: kind folder asks a VL-BART about features, and this is a {type(scorer.model).__name__}"
+            f"task {task.name}: asks a VL-BART about features, and this is a {type(scorer.model).__name__}; "
+            "value/tvqa and its like show videos themselves"
         )
     settings = task.settings()
     if (limit := context_length(scorer.model)) is not None:
         settings = settings.model_copy(update={"max_length": min(limit, settings.max_length)})
-    asked = VisualModel(scorer.model, scorer.tokenizer, settings, scorer.batch_size)
-    own, rows = choose_tasks(settings)[task.task], [example.row for example in examples if example.row is not None]
-    said = asked.answer(own, rows, scorer.tick)
-    metrics, values = score_answers(own, rows, said, seed=scorer.seed)
-    return _Outcome(metrics, said, [value > 0 for value in values])
+    return VisualModel(scorer.model, scorer.tokenizer, settings, scorer.batch_size).answer(own, rows, scorer.tick)
 
 
 def _run_forecast(task: ForecastTask, examples: Sequence[Example], scorer: _Scorer) -> _Outcome:

@@ -1,6 +1,7 @@
 """What a model is scored on: a table of kinds of task, and examples made from rows."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -453,7 +454,10 @@ def check_scored(tasks: Sequence[Task]) -> None:
 
 
 class FolderTask(Task):
-    """A task of a folder about pictures or videos, asked of a VL-BART and scored as it was published."""
+    """A task of a folder about pictures or videos, scored as it was published.
+
+    A VL-BART is asked about their features, another model about the videos themselves.
+    """
 
     named_in = ()
     kind: Literal["folder"] = "folder"
@@ -467,8 +471,16 @@ class FolderTask(Task):
     """Not read: the layout has texts of its own."""
     features: str | None = None
     """The folder of features below the task's own; null: as it is published."""
+    videos: Literal["video"] | None = None
+    """video: show the videos of layout value themselves, which lie in root or where the layout has them."""
     max_length: int = Field(default=600, ge=2)
     """Tokens of a text."""
+
+    @model_validator(mode="after")
+    def _videos_are_values(self) -> Self:
+        if self.videos and self.layout != "value":
+            raise ValueError(f"videos: layout {self.layout} is about pictures; leave it out")
+        return self
 
     def settings(self) -> DataSettings:
         """The same as settings of a recipe's data."""
@@ -477,25 +489,33 @@ class FolderTask(Task):
         return DataSettings(**given, max_length=self.max_length)
 
     def read(self, limit: int | None) -> "list[Example]":
-        """One example for each row whose features are there.
+        """One example for each row whose features, or whose video, are there.
 
         Raises:
             UsageError: if files are missing, or what scores them is not installed.
         """
-        from ..data.layouts import choose_tasks, read_layout  # noqa: PLC0415  a task is checked without `datasets`
+        from ..data.layouts import choose_tasks, make_questions, read_layout  # noqa: PLC0415  a task is checked without `datasets`
         from .captions import check_caption_tools  # noqa: PLC0415
 
         settings, where = self.settings(), f"task {self.name}: data"
         if choose_tasks(settings)[self.task].scoring == "caption":
             check_caption_tools(where)
         rows, _ = read_layout(settings, str(self.data), self.split, where)
-        there = [row for row in rows if all(Path(file).is_file() for file in row["features"])]
+        files = [[ask["video"]] for ask in make_questions(rows, self.root)] if self.videos else rows["features"]
+        there = [(row, seen) for row, seen in zip(rows, files, strict=True) if all(map(os.path.isfile, seen))]
         if not there:
-            raise UsageError(f"{where}: no row has its features; the first would be {rows[0]['features'][0]}")
-        known = [row for row in there if row["targets"] or row["answers"]]
+            what = "video" if self.videos else "features"
+            raise UsageError(f"{where}: no row has its {what}; the first would be {files[0][0]}")
+        known = [(row, seen) for row, seen in there if row["targets"] or row["answers"]][:limit]
         if not known:
             raise UsageError(f"{where}: of no row of {self.split} the answer is known; give another split")
-        return [Example(row["text"], [*row["targets"], *row["answers"]][0], row=row) for row in known[:limit]]
+        shown = [tuple(map(Video, seen)) if self.videos else () for _, seen in known]
+        if self.videos:
+            _check_pictures(self.name, shown, [])
+        return [
+            Example(row["text"].strip(), [*row["targets"], *row["answers"]][0], row=row, pictures=videos)
+            for (row, _), videos in zip(known, shown, strict=True)
+        ]
 
 
 class ForecastTask(Task):
