@@ -109,7 +109,7 @@ def _show(comparison: "Comparison") -> None:
     console.print(_table("means over the seeds", *cell_rows(comparison, summarize(comparison))))
     differences = compare_methods(comparison)
     if differences:
-        console.print(_table("differences on the same rows", *difference_rows(comparison, differences)))
+        console.print(_table("differences in rows that are right", *difference_rows(comparison, differences)))
 
 
 def _describe(comparison: "Comparison") -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _sections(
     sections = [Section("Results", text, head, rows, [name for name in drawn if name.startswith("score")])]
     if differences:
         text = (
-            "On the same rows; a row counts by its mean over the seeds. Intervals are scipy's bootstrap over the rows."
+            "Points are per cent of the rows that are wholly right, on the same rows; a row counts by its mean over "
+            "the seeds. Intervals are scipy's bootstrap over the rows."
         )
         head, rows = difference_rows(comparison, differences)
         sections.append(Section("Differences of methods", text, head, rows))
