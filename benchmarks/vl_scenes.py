@@ -17,6 +17,7 @@ the captions by ridge regression: `bart/` in the folder. A few epochs from rando
 import argparse
 import io
 import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -204,6 +205,24 @@ def make_vision_model(package: Path, folder: Path) -> Path:
     return folder
 
 
+def rate_commonest(root: Path) -> dict[str, float]:
+    """How often the commonest answer of training is right, by the first two words of what is asked."""
+    files = {
+        "vqa": ("vqa/karpathy_train", "vqa/karpathy_test"),
+        "gqa": ("GQA/train", "GQA/testdev"),
+        "nlvr": ("nlvr/train", "nlvr/test"),
+    }
+    found = {}
+    for task, pair in files.items():
+        learned, asked = (json.loads((root / f"{name}.json").read_text()) for name in pair)
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in learned:
+            answers[" ".join(row["sent"].split()[:2])][json.dumps(row["label"])] += 1
+        said = [answers[" ".join(row["sent"].split()[:2])].most_common(1)[0][0] for row in asked]
+        found[task] = sum(json.dumps(row["label"]) == one for row, one in zip(asked, said, strict=True)) / len(asked)
+    return found
+
+
 @torch.no_grad()
 def write_base(bart: Path, images: list[dict[str, object]], grids: Path, folder: Path) -> float:
     """Write the BART with a visual embedding that is fitted to captions; returns how much of them it explains.
@@ -295,6 +314,8 @@ def main() -> None:
     share = write_base(asked.bart, shown, grids, asked.out / "bart")
     print(f"features explain {share:.0%} of the captions' words")
     write_recipe(asked.out)
+    commonest = ", ".join(f"{task} {share:.1%}" for task, share in rate_commonest(asked.out).items())
+    print(f"the commonest answer to each form of question is right in: {commonest}")
     print(f"the scenes are in {asked.out}, and the recipe is {asked.out / 'recipe.yaml'}")
 
 
