@@ -65,7 +65,7 @@ def write(folder, kind, task, labels=3):
     return logits(tuned)
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "bert", "roberta"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "bert", pytest.param("roberta", marks=pytest.mark.long)])
 @pytest.mark.parametrize("task", AUTO)
 def test_load_and_merge(tmp_path, kind, task):
     want = write(tmp_path, kind, task)

@@ -249,6 +249,8 @@ LANGUAGE = {
     "embedding": {"target_modules": ("embed_tokens", "lm_head")},
     "whole": {"modules_to_save": ("lm_head", "norm")},
 }
+# others of these differ from dora in more
+REPEATING = ("rslora", "ranks", "dvora")
 
 
 def moved(folder, out, settings, seed=0):
@@ -260,7 +262,13 @@ def moved(folder, out, settings, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [*((m, "bfloat16") for m in LANGUAGE), ("dora", "float32"), ("dvora", "float16")]
+    ("method", "dtype"),
+    [
+        *((m, "bfloat16") for m in LANGUAGE if m not in REPEATING),
+        *(pytest.param(m, "bfloat16", marks=pytest.mark.long) for m in REPEATING),
+        ("dora", "float32"),
+        ("dvora", "float16"),
+    ],
 )
 def test_verify_passes_what_is_right_and_nothing_else(tmp_path, tiny_llama_folder, method, dtype):
     moved(tiny_llama_folder, tmp_path / "adapter", LANGUAGE[method])

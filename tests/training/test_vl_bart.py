@@ -111,8 +111,10 @@ def test_a_saved_model_is_a_vl_bart_again(trained):
 
 def test_a_model_is_told_where_features_are(folders):
     asked = {"features": 8, "tokens": 9, "images": 2, "boxes": True}
-    recipe = make_recipe(folders, "boxes", model={"path": str(folders / "bart"), "kind": "vl-bart", "visual": asked})
-    run = train(recipe)
+    model = {"path": str(folders / "bart"), "kind": "vl-bart", "visual": asked}
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "eval_strategy": "no"}
+    recipe = make_recipe(folders, "boxes", tasks={"vqa": 1.0}, model=model, training=training, eval={"before": False})
+    run = fine_tune(recipe)
     # without boxes it is multiplied by zeros, and never learns
     learned = read_tensors(run / "adapter_model.safetensors")["base_model.model.visual_embedding.position.0.weight"]
     drawn = load_vl_bart(recipe.model, seed=recipe.seed)[0].visual_embedding.position[0].weight

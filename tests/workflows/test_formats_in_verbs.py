@@ -82,10 +82,9 @@ def _modules(base):
 
 
 LANGUAGE = ["peft", "nvlabs", "kohya", "ai-toolkit", "mlx", "torchtune", "fsdp-qlora"]
-each_format = pytest.mark.parametrize("name", LANGUAGE)
 
 
-@each_format
+@pytest.mark.parametrize("name", [*LANGUAGE[:-1], pytest.param("fsdp-qlora", marks=pytest.mark.long)])
 def test_every_verb_reads_it(name, tmp_path, tiny_llama_folder, run):
     model = adapted()
     want = model(IDS).logits
