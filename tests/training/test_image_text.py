@@ -28,7 +28,7 @@ from doralib.data.pictures import Picture
 from doralib.data.videos import Video
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
-from doralib.evaluation.generation import answer_pictures
+from doralib.evaluation.generation import Answer, answer_pictures
 from doralib.evaluation.likelihood import score_options
 from doralib.evaluation.task import KINDS, read_examples
 from doralib.evaluation.task_file import load_tasks
@@ -406,7 +406,7 @@ def values(tmp_path):
     return folder
 
 
-def test_values_questions_are_asked_about_the_videos_themselves(values, tmp_path, run):
+def test_values_questions_are_asked_about_the_videos_themselves(values, tmp_path, monkeypatch):
     pytest.importorskip("torchvision", reason="its processor takes videos too", exc_type=Exception)
     model, processor = build(WITH_TORCHVISION["qwen2_5_vl"])
     model.save_pretrained(tmp_path / "base")
@@ -449,6 +449,9 @@ def test_values_questions_are_asked_about_the_videos_themselves(values, tmp_path
     choice = [str(read_choice(answer.text.strip(), 5)) for answer in said]
     truth = [example.answer.removeprefix("a") for example in examples]
     assert scored.right == "".join("01"[one == other] for one, other in zip(choice, truth, strict=True))
+    told = [Answer(text, cut=False) for text in (examples[0].answer, "a7", f" {examples[2].answer} ", "nothing")]
+    monkeypatch.setattr("doralib.evaluation.evaluate.answer_pictures", lambda *_, **__: told)
+    assert evaluate(model, processor, [asked])["value/tvqa"].right == "1010"
     with pytest.raises(UsageError, match=r"asks a VL-BART about features, and this is a Qwen2_5_VL.*value/tvqa"):
         evaluate(model, processor, load_tasks([f"vl-bart/tvqa={values}"]))
 

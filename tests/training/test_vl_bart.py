@@ -330,6 +330,12 @@ def test_boxes_are_those_of_a_square():
         VisualSettings(tokens=8, boxes=True)
 
 
+def test_frames_have_no_boxes(folders):
+    file = str(next((folders / "videos").rglob("*.npz")))
+    with pytest.raises(UsageError, match=r"model\.visual\.boxes: frames of a video have no place in a grid: .*\.npz"):
+        stack_features([[file]], VisualSettings(features=8, tokens=9, boxes=True))
+
+
 MISTAKES = {
     "no layout": ({"data": {"train": "images"}}, "model.kind vl-bart reads folders: set data.layout"),
     "other task": ({"tasks": {"vqua": 1}}, "layout vlbart has no 'vqua'; did you mean 'vqa'"),

@@ -133,6 +133,8 @@ def stack_features(files: Sequence[Sequence[str]], visual: VisualSettings) -> di
     for i, row in enumerate(files):
         for k, name in enumerate(row):
             file = Path(name)
+            if visual.boxes and file.suffix == ".npz":
+                raise UsageError(f"model.visual.boxes: frames of a video have no place in a grid: {file}; leave it out")
             found_LF = read_features(file)
             if found_LF.shape[1] != visual.features:
                 raise UsageError(
