@@ -1,6 +1,6 @@
 """Damage files of each kind, and read them: no traceback, no hang, no crash.
 
-make fuzz                                   the whole, with its table in docs/reliability.md
+SEED=7 make fuzz                            the whole; the counts of all seeds are the table in docs/reliability.md
 python tests/fuzz/harness.py --only JSON    some kinds
 """
 
@@ -26,10 +26,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
+from tally import Tally  # noqa: E402
+
 from doralib.errors import DoraError  # noqa: E402
 from fuzz.readers import KINDS, Kind, build  # noqa: E402
 
-BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
+HERE = Path(__file__).parent
 SECONDS = 20
 """Of the processor that one case may take."""
 
@@ -138,18 +140,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the kinds' names")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no case begins later")
-    parser.add_argument("--page", type=Path, help="write the table into this page")
+    parser.add_argument("--page", type=Path, help="keep the counts, and write those of all seeds into this page")
     asked = parser.parse_args()
+    tally = Tally(HERE / "counts.jsonl", asked.page, "fuzz") if asked.page else None
+    if tally:
+        tally.refuse_again(asked.seed)
     tell = partial(print, flush=True)
     counts, failures = run_cases(asked.count, asked.seed, asked.only, asked.minutes, tell)
-    table = write_table(counts)
-    tell(table)
-    if asked.page:
-        head, _, rest = asked.page.read_text(encoding="utf-8").partition(BEGIN)
-        part = "" if asked.minutes == math.inf else f", as many as began within {asked.minutes:g} minutes"
-        machine = f"{os.cpu_count()} cores, seed {asked.seed}"
-        text = f"On {time.strftime('%Y-%m-%d')}, {machine}, at most {SECONDS} seconds a case{part}:\n\n{table}"
-        asked.page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    tell(write_table(counts))
+    if tally:
+        tally.write(write_table(tally.add(asked.seed, counts)), f"at most {SECONDS} seconds a case")
     return int(bool(failures))
 
 

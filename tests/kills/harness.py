@@ -1,8 +1,8 @@
 """Kill a verb, or fill its disk, at each call that changes a file; do it again; see that nothing was lost.
 
 `python tests/kills/harness.py [--tries N] [--seed S] [--minutes M] [--only PATTERN] [--page docs/reliability.md]`
-prints a line for each failure and a table of what was tried. It needs Linux and a C compiler. Each try is a fork of one
-process that has torch and all else in memory.
+prints a line for each failure and a table of what was tried; the page's table sums all seeds. It needs Linux and a C
+compiler. Each try is a fork of one process that has torch and all else in memory.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 KILL, FULL, QUOTA = 0, errno.ENOSPC, errno.EDQUOT
 WORDS = {KILL: "killed", FULL: "disk full", QUOTA: "disk full"}
-BEGIN, END = "<!-- kills: begin -->", "<!-- kills: end -->"
 UNEXPECTED = 99
 _LONGEST = 300  # seconds; a child that takes longer hangs
 
@@ -195,13 +194,6 @@ def write_table(counts: Counter) -> str:
     return "\n".join([*lines, f"| all | | {' | '.join(map(str, sums))} |"])
 
 
-def update_page(page: Path, text: str) -> None:
-    """Put the text between the page's two marks."""
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
-
-
 def main() -> int:
     """Read the command line, run, print and write; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -209,21 +201,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a regular expression, found in a scenario's name")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no try begins later")
-    parser.add_argument("--page", type=Path, help="write the table into this page")
+    parser.add_argument("--page", type=Path, help="keep the counts, and write those of all seeds into this page")
     asked = parser.parse_args()
     if "trap.so" not in os.environ.get("LD_PRELOAD", ""):
         return start(sys.argv[1:])
-    from doralib.runs.machine import cpu_name
+    from tally import Tally
 
-    started = time.strftime("%Y-%m-%d")
+    tally = Tally(HERE / "counts.jsonl", asked.page, "kills") if asked.page else None
+    if tally:
+        tally.refuse_again(asked.seed)
     counts, failures = run_tries(asked.tries, asked.seed, asked.only, asked.minutes)
-    table = write_table(counts)
-    print(table)  # noqa: T201
-    if asked.page:
-        most = f"at most {asked.tries} places of each kind" if asked.tries else "places"
-        most += f", as many as began within {asked.minutes:g} minutes" if asked.minutes < math.inf else ", all"
-        machine = f"{cpu_name()}, {os.cpu_count()} cores"
-        update_page(asked.page, f"On {started}, {machine}, seed {asked.seed}, {most}:\n\n{table}")
+    print(write_table(counts))  # noqa: T201
+    if tally:
+        tally.write(write_table(tally.add(asked.seed, counts)), "as many places as there was time for")
     return int(bool(failures))
 
 
