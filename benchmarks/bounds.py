@@ -1,6 +1,7 @@
-"""What large things take: a model of many layers, a large file, and the start of a run of many rows. Writes JSON.
+"""What large things take: a model of many layers, a large file, the start of a run of many rows, an analysis of wide
+layers. Writes JSON.
 
-    python benchmarks/bounds.py [--layers 10000] [--gib 2] [--rows 1000000] [--tokenizer FOLDER]
+    python benchmarks/bounds.py [--layers 10000] [--gib 2] [--rows 1000000] [--tokenizer FOLDER] [--wide 2]
 
 Seconds are those of the processor, but for the start of a run, whose tokenizing is shared by all cores: these are the
 clock's. FOLDER is a model's, of which the tokenizer is taken: by default that which `make demo` fetches.
@@ -8,6 +9,8 @@ clock's. FOLDER is a model's, of which the tokenizer is taken: by default that w
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch import nn
 import doralib
 from doralib.cli.demo_assets import DEFAULT_CACHE
 from doralib.data.rows import read_dataset
+from doralib.experiments.bench.llama_files import write_model
 from doralib.experiments.bench.measure import describe_machine
 from doralib.files import write_json
 from doralib.recipe import Recipe
@@ -94,6 +98,28 @@ def measure_start(tokenizer, count):
         return {"rows": count, "steps_an_epoch": ahead.steps_an_epoch, "seconds": {"first": first, "again": again}}
 
 
+_ANALYZE = """
+import atexit
+from doralib.cli.main import main
+from doralib.process import read_peak_memory
+atexit.register(lambda: print(read_peak_memory()))
+main()
+"""
+
+
+def measure_analysis(count):
+    """Bytes of memory that the process of `doralib analyze` holds at most, for layers as wide as LLaMA-3-8B's."""
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = write_model(Path(folder), count)
+        peaks, begun = {}, time.perf_counter()
+        # how far they moved does not matter, so the base stands for its own fine-tune
+        for name, tuned in {"adapter": adapter, "full": base}.items():
+            command = [sys.executable, "-c", _ANALYZE, "analyze", base, tuned, "--out", f"{folder}/{name}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peaks[name] = int(done.stdout.split()[-1])
+        return {"layers": count, "peak_bytes": peaks, "seconds": round(time.perf_counter() - begun, 1)}
+
+
 def main():
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,18 +127,20 @@ def main():
     parser.add_argument("--gib", type=float, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenizer", type=Path, default=DEFAULT_CACHE.expanduser() / "SmolLM2-135M-Instruct")
-    parser.add_argument("--only", choices=["layers", "rows", "start"], nargs="+", default=["layers", "rows", "start"])
+    parser.add_argument("--wide", type=int, default=2)
+    parser.add_argument("--only", choices=["layers", "rows", "start", "analysis"], nargs="+")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     measures = {
         "layers": lambda: measure_layers(options.layers),
         "rows": lambda: measure_rows(options.gib),
         "start": lambda: measure_start(options.tokenizer, options.rows),
+        "analysis": lambda: measure_analysis(options.wide),
     }
     path = options.out / "bounds.json"
     # what is not measured stays as it was measured before
     found = json.loads(path.read_text()) if path.is_file() else {}
-    for name in options.only:
+    for name in options.only or measures:
         found[name] = {**measures[name](), "machine": describe_machine()}
     print(json.dumps(found, indent=1))
     write_json(path, found)

@@ -135,7 +135,8 @@ def _make_full_source(path: Path, label: str, step: int | None, base: Checkpoint
 
 
 def _give(W_OI: Tensor, V_OI: Tensor) -> Iterator[Block]:
-    yield W_OI, V_OI
+    for rows in F.row_blocks(*W_OI.shape):
+        yield W_OI[rows], V_OI[rows]
 
 
 def _list_matrices(checkpoint: Checkpoint) -> dict[str, Slot | QuantizedWeight]:
