@@ -1,10 +1,13 @@
 """What `doralib plan` says beside what `doralib train` takes, each in a process of its own; Linux only.
 
-    python benchmarks/plan.py MODEL [OUT.json]
+    python benchmarks/plan.py MODEL [--out benchmarks/results/busy/plan.json] [--only NAME ...]
+    python benchmarks/plan.py --recipe RECIPE [KEY=VALUE ...]
 
-MODEL is a folder, such as that of SmolLM2-135M-Instruct which `make demo` fetches.
+MODEL is a folder, such as that of SmolLM2-135M-Instruct which `make demo` fetches: a few sizes of batch are tried.
+With --recipe a job of any kind is tried; give it a few steps (training.max_steps=4).
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -13,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from doralib.experiments.bench.measure import describe_machine
+from doralib.files import write_json
 
 CASES = {
     "float32, 1 x 64": {"rows": 1, "words": 50},
@@ -41,19 +45,27 @@ def measure(model: str, case: dict) -> dict:
             "model": {"path": model},
             "data": {"train": str(rows), "prompt": "{text}:", "target": " {label}"},
             "adapter": {"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
-            "training": {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": case["rows"]},
-            "eval": {"before": False},
-            "out": f"{folder}/run",
+            "training": {"max_steps": 4, "per_device_train_batch_size": case["rows"]},
         }
         recipe.write_text(json.dumps(values))
-        changes = [f"{key}={value}" for key, value in case.items() if "." in key]
-        planned = run("-m", "doralib", "plan", str(recipe), *changes, "--json")
-        measured = run("-c", _MEASURE, str(recipe), *changes)
-    seconds = statistics.median(measured["seconds"])
-    return {
+        return measure_recipe(str(recipe), [f"{key}={value}" for key, value in case.items() if "." in key])
+
+
+def measure_recipe(recipe: str, changes: list[str]) -> dict:
+    """A job, planned and measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = ["training.logging_steps=1", "eval.before=false", f"out={folder}/run", *changes]
+        planned = run("-m", "doralib", "plan", recipe, *changes, "--json")
+        measured = run("-c", _MEASURE, recipe, *changes)
+    found = {
         "planned_bytes": planned["peak_bytes"],
         "measured_bytes": measured["peak_bytes"],
         "bytes_ratio": planned["peak_bytes"] / measured["peak_bytes"],
+    }
+    if planned["seconds_per_step"] is None:
+        return found
+    seconds = statistics.median(measured["seconds"])
+    return found | {
         "planned_seconds": planned["seconds_per_step"],
         "measured_seconds": seconds,
         "seconds_ratio": planned["seconds_per_step"] / seconds,
@@ -66,11 +78,23 @@ def run(*arguments: str) -> dict:
     return json.loads(out[out.index("{\n") if "{\n" in out else out.rindex('{"') :])
 
 
+def main() -> None:
+    """Read the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("given", nargs="*", help="MODEL, or KEY=VALUE after --recipe")
+    parser.add_argument("--recipe")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/busy/plan.json"))
+    options = parser.parse_args()
+    if options.recipe:
+        print(json.dumps(measure_recipe(options.recipe, options.given)))
+        return
+    found = {"machine": describe_machine(), "cases": {}}
+    for name in options.only:
+        found["cases"][name] = measure(*options.given, CASES[name])
+        print(name, json.dumps(found["cases"][name]), flush=True)
+        write_json(options.out, found)
+
+
 if __name__ == "__main__":
-    where, cases = describe_machine(), {}
-    for name, case in CASES.items():
-        cases[name] = measure(sys.argv[1], case)
-        print(name, json.dumps(cases[name]), flush=True)
-        Path(sys.argv[2] if len(sys.argv) > 2 else "benchmarks/results/plan.json").write_text(
-            json.dumps({"machine": where, "cases": cases}, indent=2) + "\n"
-        )
+    main()

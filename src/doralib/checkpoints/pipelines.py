@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from ..adapters.load import load_adapter
@@ -24,6 +24,8 @@ from .kind import find_pipeline_folder, is_pipeline
 from .load import quiet_loading
 
 _T5 = "text_encoder_3"
+# what SD 1.5 looks at its own pictures with
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def import_diffusers() -> Any:
@@ -70,12 +72,7 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()  # bars are for a terminal
         disable_progress_bar()
-    parts: dict[str, Any] = {}
-    if "safety_checker" in index:
-        # it would turn pictures of training black
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    if index.get("_class_name") == "StableDiffusionXLPipeline":
-        parts["add_watermarker"] = False
+    parts = _leave_out(index)
     if index.get("_class_name") == "StableDiffusion3Pipeline" and not any(index.get(_T5) or ()):
         # SD3 draws without its largest encoder, and loads only if told that it is left out
         parts |= {_T5: None, "tokenizer_3": None}
@@ -94,6 +91,13 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
     for part in list_modules(pipeline).values():
         part.requires_grad_(False).eval()
     return pipeline
+
+
+def _leave_out(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline is told of parts that training has no use for."""
+    # it would turn pictures of training black
+    said = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return said | ({"add_watermarker": False} if index.get("_class_name") == "StableDiffusionXLPipeline" else {})
 
 
 def _load_quantized(settings: ModelSettings, where: str, part: str, kind: str, common: Mapping[str, Any]) -> nn.Module:
@@ -122,15 +126,44 @@ def _load_quantized(settings: ModelSettings, where: str, part: str, kind: str, c
 
 def make_empty_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, nn.Module]:
     """Parts of a pipeline without weights, on the device `meta`."""
+    found = _make_parts(settings, names)
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+def make_empty_pipeline(settings: ModelSettings) -> Any:
+    """A pipeline whose models have no weights, on the device `meta`, with its tokenizers and its scheduler.
+
+    Raises:
+        UsageError: if there is no pipeline.
+    """
+    index = read_pipeline_index(settings.path)
+    cls = getattr(import_diffusers(), str(index["_class_name"]))
+    # a part that is left out is given as None
+    parts: dict[str, Any] = {name: None for name, said in index.items() if isinstance(said, list)}
+    with quiet_loading():
+        parts |= _make_parts(settings, [name for name in parts if name not in _UNUSED])
+        made = cls(**{**parts, **_leave_out(index)})
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    for part in list_modules(made).values():
+        # diffusers' own `to` would warn of a cast
+        nn.Module.to(part, dtype=dtype)
+        part.requires_grad_(False).eval()
+    return made
+
+
+def _make_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]:
     index = read_pipeline_index(settings.path)
     where, revision = split_revision(settings.path)
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for name in names:
         library, kind = index.get(name) or (None, None)
         if library is None or kind is None:
             continue
         cls = getattr(importlib.import_module(library), kind)
         options: dict[str, Any] = {"subfolder": name, "revision": revision or settings.revision}
+        if not issubclass(cls, nn.Module):
+            found[name] = cls.from_pretrained(where, **options)
+            continue
         with torch.device("meta"):
             if library == "transformers":
                 found[name] = cls(cls.config_class.from_pretrained(where, **options))
@@ -162,11 +195,16 @@ def add_tokens(pipeline: Any, tokens: Sequence[str], encoders: Sequence[str]) ->
         found[name] = tuple(range(before, len(tokenizer)))
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         weight = encoder.get_input_embeddings().weight
-        with torch.no_grad():
-            drawn = torch.randn(len(tokens), weight.shape[1], generator=torch.Generator().manual_seed(0))
-            weight[before:] = (drawn * weight[:before].float().std().cpu()).to(weight)
+        if not weight.is_meta:
+            _begin_rows(weight, before)
         encoder.requires_grad_(False)
     return found
+
+
+@torch.no_grad()
+def _begin_rows(weight: Tensor, before: int) -> None:
+    drawn = torch.randn(len(weight) - before, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    weight[before:] = (drawn * weight[:before].float().std().cpu()).to(weight)
 
 
 def join_parts(pipeline: Any) -> nn.ModuleDict:

@@ -1,19 +1,22 @@
 """`doralib plan`."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import DoraError, check_given_once
+from ..errors import DoraError, UsageError, check_given_once
 from .console import console
 
 if TYPE_CHECKING:
     from ..data.rows import RawRows
     from ..recipe import Recipe
     from ..training.plan.estimate import Estimate
+    from ..training.plan.sampled import Sampled
 
 
 def plan_command(
@@ -35,21 +38,30 @@ def plan_command(
 
     check_given_once(changes or [])
     chosen = read_recipe(recipe, changes or [])
-    rows, told = _read_rows(chosen)
-    found = estimate_run(chosen, gpus=gpus, gpu_memory=gpu_memory, rows=rows, calibrate=calibration)
+    rows, sample, told = _read_rows(chosen)
+    found = estimate_run(chosen, gpus=gpus, gpu_memory=gpu_memory, rows=rows, sample=sample, calibrate=calibration)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
         return
     _show(found, told)
 
 
-def _read_rows(recipe: "Recipe") -> "tuple[RawRows | None, str]":
+def _read_rows(recipe: "Recipe") -> "tuple[RawRows | None, Callable[[], Sampled], str]":
+    """The rows, None if they cannot be read; what makes batches of them, or raises why not; and the same in words."""
     from ..training.modalities import choose_modality
+    from ..training.plan.sampled import Sampled
 
     try:
-        return choose_modality(recipe).check_rows(recipe.data, recipe.seed), ""
+        modality = choose_modality(recipe)
+        rows = modality.check_rows(recipe.data, recipe.seed)
     except (DoraError, OSError) as error:
-        return None, f"the data were not read: {str(error).splitlines()[0]}"
+        why = error
+
+        def refuse() -> Sampled:
+            raise UsageError(f"a plan for this kind of model needs its data: {why}")
+
+        return None, refuse, f"the data were not read: {str(error).splitlines()[0]}"
+    return rows, partial(Sampled, recipe, modality, rows), ""
 
 
 def _show(found: "Estimate", told: str) -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.kind import name_auto_class
-from ..checkpoints.load import Loaded, find_head_modules, loading_on_cpu
+from ..checkpoints.load import Loaded, loading_on_cpu
 from ..checkpoints.parts import check_model_parts, compose_parts, settle_parts
-from ..config import DoraConfig
 from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
@@ -43,6 +43,7 @@ from ..runs.report import write_report
 from ..runs.use import closing_lines
 from .arguments import has_own_order, make_arguments
 from .callbacks import AtCheckpoints, MetricsFile, StepLog, StopOnSignal
+from .configure import configure_adapter
 from .distributed import is_lost_process, is_main, wait_for_all
 from .label_trainer import LabelTrainer
 from .modalities import choose_modality
@@ -53,16 +54,15 @@ from .modality import (
     Modality,
     Prepared,
     ScoringModality,
-    TargetingModality,
 )
 from .optimizers import make_prodigy
 from .outlook import Outlook
 from .plan.estimate import Estimate, check_fits, estimate_run
+from .plan.sampled import Sampled
 from .rewards import find_rewards
 from .sampler import PADDING_WORTH_GROUPING, count_rows, measure_padding
 from .sharding import is_shared_out, reads_once, share_out, take_over_launcher, waits_for_weights
 from .task_batches import make_task_batches
-from .tokens import add_new_tokens
 from .trainer import AdapterTrainer, LossNotFinite
 
 log = logging.getLogger(__name__)
@@ -219,11 +219,12 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
 
 def _estimate_memory(plan: _Plan) -> Estimate | None:
     """What the run will take of its device; None of a model that cannot be built without its values."""
+    sample = partial(Sampled, plan.recipe, plan.modality, plan.rows)
     try:
-        found = estimate_run(plan.recipe, calibrate=False)
+        found = estimate_run(plan.recipe, sample=sample, calibrate=False)
         if found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
             # with every row as long as it may be; how long are they?
-            found = estimate_run(plan.recipe, rows=plan.rows, calibrate=False)
+            found = estimate_run(plan.recipe, rows=plan.rows, sample=sample, calibrate=False)
     except Exception as error:  # noqa: BLE001  such a model may train all the same
         log.debug(f"memory: not estimated, {type(error).__name__}: {error}")
         return None
@@ -316,13 +317,7 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     with loading_on_cpu() if is_shared_out(recipe) else nullcontext():
         model, processor = plan.modality.load(settings, empty=empty or waits_for_weights(recipe))
     torch.manual_seed(recipe.seed)
-    if isinstance(plan.modality, DrawingModality):
-        config = plan.modality.configure(model, processor, recipe.adapter)
-    else:
-        config = add_new_tokens(model, getattr(processor, "tokenizer", processor), recipe)
-    config = _train_head(config, find_head_modules(model))
-    if isinstance(plan.modality, TargetingModality):
-        config = plan.modality.choose_targets(model, config)
+    config = configure_adapter(plan.modality, model, processor, recipe)
     if empty:
         return adapt(model, config), processor
     if plan.resume and trained.is_file():
@@ -335,24 +330,6 @@ def _model(plan: _Plan, *, empty: bool) -> Loaded:
     else:
         model.to(plan.args.device)
     return model, processor
-
-
-def _train_head(config: DoraConfig, head: Sequence[str]) -> DoraConfig:
-    """The settings with which a head that the base may lack is trained too.
-
-    Raises:
-        UsageError: if it would be left out.
-    """
-    if not head or (config.method == "full" and config.target_modules is None):
-        return config
-    if config.method != "full":
-        return config.model_copy(update={"modules_to_save": tuple(dict.fromkeys((*config.modules_to_save, *head)))})
-    if isinstance(config.target_modules, str):
-        raise UsageError(
-            f"adapter.target_modules {config.target_modules!r} leaves out {', '.join(head)}, which is new; with method "
-            "full name the modules, or leave target_modules out to train all"
-        )
-    return config.model_copy(update={"target_modules": tuple(dict.fromkeys((*(config.target_modules or ()), *head)))})
 
 
 def _describe(job: _Job) -> None:

@@ -32,7 +32,7 @@ class TextToImage(nn.Module):
     one process or in several, in batches of one shape or of many. In evaluation the seed is the row's number.
 
     Args:
-        pipeline: Its scheduler and encoders are used; None: of a model on the device meta, which is only looked at.
+        pipeline: Its scheduler and encoders are used.
         parts: The modules that are children here, by the names of the pipeline's parts: the network first.
         name: The pipeline's path or hub name.
     """
@@ -54,11 +54,10 @@ class TextToImage(nn.Module):
         """Those that `captions_B` counts, where text encoders are trained."""
         for part, module in parts.items():
             self.add_module(part, module)
-        self.process: Diffusion | Flow | None = None
-        if pipeline is not None:
-            weighting = settings.time_weighting or family.time_weighting
-            scheduler = pipeline.scheduler
-            self.process = Flow(scheduler, weighting) if family.flow else Diffusion(scheduler, settings.snr_gamma)
+        weighting, scheduler = settings.time_weighting or family.time_weighting, pipeline.scheduler
+        self.process: Diffusion | Flow = (
+            Flow(scheduler, weighting) if family.flow else Diffusion(scheduler, settings.snr_gamma)
+        )
 
     @property
     def network(self) -> nn.Module:
@@ -108,7 +107,6 @@ class TextToImage(nn.Module):
 
     def _measure(self, drawn: list[_Drawn], conditions: Conditions, sizes_B6: Tensor) -> Tensor:
         """The loss of each of these pictures, whose latents have one shape; (B,)."""
-        assert self.process is not None
         latents = torch.stack([each.latents_CHW for each in drawn])
         noised = self.process.add(
             latents, torch.stack([each.noise_CHW for each in drawn]), torch.cat([each.time for each in drawn])
@@ -131,7 +129,6 @@ class TextToImage(nn.Module):
         return torch.randint(_SEEDS, (world * count,))[rank * count :][:count].tolist()
 
     def _draw(self, latents_2CHW: Tensor, seed: int) -> _Drawn:
-        assert self.process is not None
         generator = torch.Generator().manual_seed(seed)
         mean, deviation = latents_2CHW
         like = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32).to(mean)

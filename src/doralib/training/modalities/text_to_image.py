@@ -18,7 +18,7 @@ from ...checkpoints.pipelines import (
     add_tokens,
     list_modules,
     load_pipeline,
-    make_empty_parts,
+    make_empty_pipeline,
     read_pipeline_index,
 )
 from ...config import DoraConfig
@@ -122,10 +122,9 @@ class Pictures:
         """The network that is trained, with its text encoders if those are too; and the pipeline."""
         family = self._find_family()
         wanted = [family.network, *(family.encoders if self.settings.text_encoders or settings.new_tokens else ())]
-        if empty:
-            parts = make_empty_parts(settings, wanted)
-            return TextToImage(family, None, parts, self.settings, settings.path), Gallery(None)
-        pipeline = load_pipeline(settings, family.network, self.settings.vae)
+        pipeline = (
+            make_empty_pipeline(settings) if empty else load_pipeline(settings, family.network, self.settings.vae)
+        )
         modules = list_modules(pipeline)
         parts = {name: modules[name] for name in wanted if name in modules}
         return TextToImage(family, pipeline, parts, self.settings, settings.path), Gallery(pipeline)
@@ -138,7 +137,7 @@ class Pictures:
             targets = tuple(dict.fromkeys((*targets, *list_encoder_targets(model, family))))
         changes: dict[str, Any] = {"target_modules": targets}
         tokens = self.recipe.model.new_tokens
-        if tokens and processor.pipeline is not None:
+        if tokens:
             encoders = [name for name in family.encoders if hasattr(model, name)]
             ids = add_tokens(processor.pipeline, tokens, encoders)
             changes["trainable_token_indices"] = {_name_embedding(model, name): ids[name] for name in encoders}
@@ -243,11 +242,9 @@ class _Making:
         self.device = next(model.parameters()).device
         self.shown: dict[str, str] = {}
         """Some captions with the picture of each."""
-        self.vae: Any = None
-        if not self.is_empty:
-            # in 16 bits SDXL's overflows; diffusers' own `to` would warn of such a cast
-            self.vae, self.dtype = gallery.pipeline.vae, gallery.pipeline.vae.dtype
-            nn.Module.to(self.vae, self.device, torch.float32)
+        # in 16 bits SDXL's overflows; diffusers' own `to` would warn of such a cast
+        self.vae, self.dtype = gallery.pipeline.vae, gallery.pipeline.vae.dtype
+        nn.Module.to(self.vae, self.device, torch.float32)
 
     @property
     def is_empty(self) -> bool:
@@ -279,15 +276,19 @@ class _Making:
 
     def add(self, picture: FittedPicture, caption: str) -> int:
         """Add a picture; returns its number."""
-        return self.gallery.add(picture, caption, torch.empty(0) if self.is_empty else self._encode(picture.pixels_CHW))
+        return self.gallery.add(picture, caption, self._encode(picture.pixels_CHW))
 
     def finish(self) -> None:
         """Encode the captions, unless that is to be learned; what is needed no more leaves the device."""
-        if self.is_empty:
-            return
         model, gallery = self.model, self.gallery
-        nn.Module.to(self.vae, "cpu", self.dtype)
         model.captions = gallery.captions
+        if self.is_empty:
+            if not model.trains_encoders:
+                # of one shape are the conditions of all
+                gallery.conditions = [self._encode_caption(gallery.captions[0])] * len(gallery.captions)
+                model.empty = model.encode_empty()
+            return
+        nn.Module.to(self.vae, "cpu", self.dtype)
         encoders = [part for name, part in list_modules(gallery.pipeline).items() if name.startswith("text_encoder")]
         for part in encoders:
             part.to(self.device)
@@ -296,11 +297,15 @@ class _Making:
             return
         with torch.no_grad():
             for caption in gallery.captions:
-                found = model.encode([caption])
-                gallery.conditions.append({name: value[0].cpu() for name, value in found.items()})
+                found = self._encode_caption(caption)
+                gallery.conditions.append({name: value.cpu() for name, value in found.items()})
             model.empty = model.encode_empty()
         for part in encoders:
             part.to("cpu")
+
+    @torch.no_grad()
+    def _encode_caption(self, caption: str) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.model.encode([caption]).items()}
 
     @torch.no_grad()
     def _encode(self, pixels_CHW: Tensor) -> Tensor:
@@ -312,7 +317,8 @@ class _Making:
         given = own if all(own) else [[getattr(config, "shift_factor", None) or 0.0], [1.0]]
         shift, spread = (torch.tensor(each, device=mean.device).view(-1, 1, 1) for each in given)
         scale = config.scaling_factor / spread
-        return torch.stack([(mean - shift) * scale, deviation * scale]).cpu()
+        latents = torch.stack([(mean - shift) * scale, deviation * scale])
+        return latents if self.is_empty else latents.cpu()
 
     def _count_pixels(self, number: int) -> int:
         """By which pictures of one shape come together."""

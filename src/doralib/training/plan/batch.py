@@ -35,6 +35,14 @@ class Lengths:
     told: str
     """Where this is known from."""
 
+    def describe(self, rows: int) -> str:
+        """So many rows, for a person."""
+        return f"{rows} x {self.longest} tokens"
+
+    def describe_logits(self, rows: int) -> str:
+        """What the head makes of them, for a person."""
+        return f"{rows * min(self.labels, self.longest):,} tokens with a label x the vocabulary, and the loss"
+
 
 def assume_full(recipe: Recipe, config: Any) -> Lengths:
     """Every row as long as it may be, every token learned."""

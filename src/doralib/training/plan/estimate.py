@@ -6,12 +6,13 @@ bytes grow by equal parts with each block and each row, so all else follows.
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from ...checkpoints.kind import HEADS, HeadKind, find_kind, is_pipeline
+from ...checkpoints.kind import HeadKind, find_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -19,7 +20,8 @@ from ...process import read_machine_memory, read_resident_memory
 from ...recipe import Recipe
 from .batch import Lengths, assume_full, measure_lengths
 from .calibration import NotCalibrated, time_step
-from .skeleton import Skeleton, Weights, find_dtype, find_widest, weigh
+from .sampled import Beside, Sampled, SampledRows
+from .skeleton import TEXT_HEADS, Skeleton, Weights, find_dtype, find_widest, weigh
 from .trace import StepBytes, trace_step
 
 GIB = 2**30
@@ -31,7 +33,6 @@ _SHARDED = ("fsdp2", "zero3")
 _MOST_ROWS = 4096
 _TOO_MUCH = 1.15
 """So much more than there is, and a run is refused."""
-_PICTURES = "the memory of a model that takes pictures is not estimated: it depends on their sizes"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Estimate:
     strategy: str
     rows: int
     """Of one batch of one process."""
-    lengths: Lengths
+    lengths: Lengths | SampledRows
     parts: tuple[MemoryPart, ...]
     limit_bytes: int | None
     largest_rows: int | None
@@ -103,6 +104,7 @@ def estimate_run(
     gpus: int | None = None,
     gpu_memory: float | None = None,
     rows: RawRows | None = None,
+    sample: Callable[[], Sampled] | None = None,
     calibrate: bool = True,
 ) -> Estimate:
     """Estimate memory and time of a recipe; reads the model's config.json and none of its weights.
@@ -111,49 +113,55 @@ def estimate_run(
         gpus: Plan for so many GPUs instead of this device.
         gpu_memory: GiB of each.
         rows: The data, where they have been read: lengths are measured then.
+        sample: Makes batches of them, for a model that sees more than text; without it such a model is not planned.
         calibrate: Run a few small steps for the time; only this device can be timed.
 
     Raises:
-        UsageError: if there is no such model, or it is of a kind whose step is not known beforehand.
+        UsageError: if there is no such model, or its step cannot be known beforehand.
     """
-    if recipe.model.kind == "text-to-image" or is_pipeline(recipe.model.path):
-        raise UsageError(f"model: {recipe.model.path} is a diffusion pipeline, whose memory cannot be planned yet")
-    if recipe.model.kind == "image-text":
-        raise UsageError(_PICTURES)
-    config = load_config(recipe.model)
-    head = _find_head(recipe, config)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = gpus is not None or gpu_memory is not None
-    device = "cuda" if planned else here.type
     processes = gpus or (1 if planned else int(os.environ.get("WORLD_SIZE", "1")))
-    strategy = find_strategy(recipe, processes)
-    lengths = assume_full(recipe, config) if rows is None or head else measure_lengths(recipe, config, rows)
-    skeleton = Skeleton(recipe, config, head)
-    labels = None if head is not None else min(lengths.labels, lengths.longest)
-    growth = Growth.of(skeleton, lengths.longest, labels)
+    setting = _Setting(recipe, "cuda" if planned else here.type, processes, find_strategy(recipe, processes))
     count = int(recipe.training.get("per_device_train_batch_size", 8))
-    setting = _Setting(recipe, device, processes, strategy)
-    parts = setting.parts(growth, count, lengths)
     limit = round(gpu_memory * GIB) if gpu_memory else None if planned else _find_limit(here)
+    lengths: Lengths | SampledRows
+    if _has_text_alone(recipe):
+        config = load_config(recipe.model)
+        head = _find_head(recipe, config)
+        lengths = assume_full(recipe, config) if rows is None or head else measure_lengths(recipe, config, rows)
+        skeleton = Skeleton(recipe, config, head)
+        labels = None if head is not None else min(lengths.labels, lengths.longest)
+        growth = Growth.of(skeleton, lengths.longest, labels)
+        seconds, how = None, "not timed: another device is planned for"
+        if not planned:
+            seconds, how = _time(skeleton, lengths, count, here, calibrate=calibrate)
+    else:
+        if sample is None:
+            raise UsageError("a plan for this kind of model needs its data, whose rows say how large a batch is")
+        sampled = sample()
+        lengths, growth = sampled.rows, Growth.of_sampled(sampled)
+        seconds, how = None, "not timed: only language models are"
+    parts = setting.parts(growth, count, lengths)
     largest = None if limit is None else setting.find_largest(growth, limit, lengths)
-    seconds, how = None, "not timed: another device is planned for"
-    if not planned:
-        seconds, how = _time(skeleton, lengths, count, here, calibrate=calibrate)
-    made = Estimate(device, processes, strategy, count, lengths, parts, limit, largest, (), seconds, how)
+    made = Estimate(
+        setting.device, processes, setting.strategy, count, lengths, parts, limit, largest, (), seconds, how
+    )
     return replace(made, advice=setting.advise(made, growth)) if made.fits is False else made
+
+
+def _has_text_alone(recipe: Recipe) -> bool:
+    """Whether rows of tokens are all that the model sees."""
+    said = recipe.model.kind
+    if said == "text-to-image" or is_pipeline(recipe.model.path):
+        return False
+    kind = find_kind(load_config(recipe.model).to_dict()) if said == "auto" else said
+    return kind in (None, "causal", *TEXT_HEADS)
 
 
 def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
     kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    if kind == "image-text":
-        raise UsageError(_PICTURES)
-    if kind == "vl-bart":
-        raise UsageError("model.kind vl-bart: its memory is not estimated; it depends on the features of a batch")
-    if kind == "forecast":
-        raise UsageError("a plan is made for models of text; those of series are small enough to try")
-    if kind in ("seq2seq", "speech", "audio-class"):
-        raise UsageError(f"plan: the memory of a model of kind {kind} is not estimated; a few steps show what it takes")
-    return kind if kind in HEADS else None
+    return kind if kind in TEXT_HEADS else None
 
 
 def check_fits(estimate: Estimate) -> None:
@@ -189,6 +197,8 @@ class Growth:
     itemsize: int
     steps: tuple[tuple[StepBytes, ...], ...]
     """By the number of rows (1, 2), then of blocks."""
+    beside: Beside | None = None
+    """A pipeline's parts that are not trained."""
 
     @classmethod
     def of(cls, skeleton: Skeleton, tokens: int, labels: int | None) -> "Growth":
@@ -208,6 +218,16 @@ class Growth:
             widest = find_widest(model)
         dtype = find_dtype(skeleton.recipe, skeleton.plain.config)
         return cls(skeleton.count, tuple(weights), widest, dtype.itemsize, tuple(map(tuple, steps)))
+
+    @classmethod
+    def of_sampled(cls, sampled: Sampled) -> "Growth":
+        """Trace the whole model with one row and with two."""
+        steps = []
+        for rows in (1, 2):
+            model = sampled.adapted()
+            steps.append((sampled.trace(model, rows),))
+        itemsize = max(p.dtype.itemsize for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+        return cls(1, (weigh(model),), find_widest(model), itemsize, tuple(steps), sampled.beside)
 
     @property
     def whole(self) -> Weights:
@@ -239,7 +259,7 @@ class _Setting:
     processes: int
     strategy: str
 
-    def parts(self, growth: Growth, rows: int, lengths: Lengths) -> tuple[MemoryPart, ...]:
+    def parts(self, growth: Growth, rows: int, lengths: Lengths | SampledRows) -> tuple[MemoryPart, ...]:
         """All that one process holds when it holds most."""
         whole, step = growth.whole, growth.step(rows)
         sharded = self.processes if self.strategy in _SHARDED else 1
@@ -273,13 +293,28 @@ class _Setting:
             parts.append(MemoryPart("gathered", gathered, "two blocks at a time, the embedding and the head whole"))
         if self.strategy == "ddp":
             parts.append(MemoryPart("buckets", gradients, "a copy of the gradients, for the other processes"))
-        parts += self._step_parts(step, gradients, shared, among, rows, lengths, growth)
-        return tuple(parts)
+        moving = self._step_parts(step, gradients, shared, among, rows, lengths, growth)
+        if growth.beside is not None:
+            parts.append(self._beside(growth.beside, round(states / shared) + sum(part.bytes for part in moving)))
+        return (*parts, *moving)
+
+    def _beside(self, beside: Beside, moving: int) -> MemoryPart:
+        if self.device == "cpu":
+            return MemoryPart("pipeline", beside.weights, "its parts that are not trained")
+        more = max(0, beside.most - moving)
+        how = f"parts that are not trained take {in_gib(beside.most)} before training, and are then in the CPU's memory"
+        return MemoryPart("pipeline", more, how + (f": {in_gib(more)} more than a step" if more else ""))
 
     def _step_parts(
-        self, step: StepBytes, gradients: int, shared: int, among: str, rows: int, lengths: Lengths, growth: Growth
+        self,
+        step: StepBytes,
+        gradients: int,
+        shared: int,
+        among: str,
+        rows: int,
+        lengths: Lengths | SampledRows,
+        growth: Growth,
     ) -> list[MemoryPart]:
-        at = f"{rows} x {lengths.longest} tokens"
         steps = int(self.recipe.training.get("gradient_accumulation_steps", 1))
         # without accumulation the first gradients come when the last activations go
         apart = steps > 1 or shared > 1
@@ -288,12 +323,12 @@ class _Setting:
         held = -(-gradients // shared) if apart else min(gradients, working)
         checkpointed = self.recipe.training.get("gradient_checkpointing")
         how = "of each block its input" if checkpointed else "of each block all that its backward pass reads"
-        labels = rows * min(lengths.labels, lengths.longest)
+        blocks = f"{growth.blocks} blocks" if growth.beside is None and growth.blocks > 1 else "the whole model"
         dense = f"; a weight of {growth.widest:,} made dense" if growth.widest else ""
         parts = [
             MemoryPart("gradients", held, f"{in_gib(gradients)}{among}"),
-            MemoryPart("activations", step.kept, f"{at}, {growth.blocks} blocks: {how}"),
-            MemoryPart("logits", step.logits, f"{labels:,} tokens with a label x the vocabulary, and the loss"),
+            MemoryPart("activations", step.kept, f"{lengths.describe(rows)}, {blocks}: {how}"),
+            MemoryPart("logits", step.logits, lengths.describe_logits(rows)),
             MemoryPart("working", working - (0 if apart else held), f"the backward pass, where it holds most{dense}"),
         ]
         if self.device == "cpu":
@@ -318,7 +353,7 @@ class _Setting:
         # of float32: a byte for each number of the state
         return factor / 4 if "8bit" in name else factor
 
-    def find_largest(self, growth: Growth, limit: int, lengths: Lengths) -> int:
+    def find_largest(self, growth: Growth, limit: int, lengths: Lengths | SampledRows) -> int:
         """Rows of the largest batch within a limit."""
 
         def peak(rows: int) -> int:
@@ -351,7 +386,7 @@ class _Setting:
             if by_name["weights"] > 0.2 * estimate.limit_bytes:
                 said.append(f"model.quantization=nf4 takes about {in_gib(saved)} off the weights")
         if by_name["activations"] + by_name["logits"] > 0.2 * estimate.limit_bytes:
-            said.append("a smaller data.max_length")
+            said.append("a smaller " + ("diffusion.resolution" if growth.beside is not None else "data.max_length"))
         if self.strategy not in _SHARDED and by_name["weights"] > 0.3 * estimate.limit_bytes:
             said.append("several GPUs with distributed.strategy=fsdp2, which shares the weights out")
         if self.strategy in _SHARDED and not recipe.distributed.cpu_offload:

@@ -16,8 +16,7 @@ from ...config import DoraConfig
 from ...recipe import Recipe
 from .storage import StoredLinear, find_storage_of, replace_quantized
 
-_HEADS: dict[HeadKind | None, Any] = {
-    None: AutoModelForCausalLM,
+TEXT_HEADS: dict[HeadKind, Any] = {
     "classify": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
 }
@@ -58,7 +57,7 @@ class Skeleton:
             config._attn_implementation = "sdpa"
         attention = recipe.model.attn_implementation
         with torch.device("meta"):
-            self.plain: Any = _HEADS[kind].from_config(
+            self.plain: Any = (AutoModelForCausalLM if kind is None else TEXT_HEADS[kind]).from_config(
                 config,
                 dtype=find_dtype(recipe, config),
                 trust_remote_code=recipe.model.trust_remote_code,

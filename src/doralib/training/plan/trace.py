@@ -1,18 +1,21 @@
 """A training step of a model on the meta device: no values, and every byte that it would hold at once."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 aten = torch.ops.aten
+_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,12 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
         labels: Tokens of the batch that count in the loss; the vocabulary head sees no other. None: the model has a
             head that classifies, and a label for each of its outputs.
     """
-    watch = _Watch(each.untyped_storage() for each in (*model.parameters(), *model.buffers()))
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     marks: dict[str, int] = {}
     head = model.get_output_embeddings() if labels is not None else None  # type: ignore[operator]
-    hooks = [p.register_post_accumulate_grad_hook(watch.set_aside) for p in model.parameters() if p.requires_grad]
-    if head is not None and labels is not None:
-        hooks.append(head.register_forward_pre_hook(_select(labels, marks, watch)))
-    try:
-        with watch, _fused_attention():
+    with _watching(model) as watch:
+        hook = head.register_forward_pre_hook(_select(labels, marks, watch)) if head is not None and labels else None
+        try:
             more = {"use_cache": False} if labels is not None else {}
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
             if labels is None:
@@ -59,11 +59,49 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
             marks.setdefault("kept", watch.live)
             marks["loss"] = watch.live
             loss.backward()
+        finally:
+            if hook is not None:
+                hook.remove()
+    return StepBytes(marks["kept"], marks["loss"] - marks["kept"], watch.peak, watch.peak_without)
+
+
+def trace_loss(model: nn.Module, compute: Callable[[], Tensor]) -> StepBytes:
+    """Make a step of any model whose parameters are on the meta device, by what computes its loss.
+
+    Nothing tells its head from the rest, so `logits` is 0.
+    """
+    with _watching(model) as watch:
+        loss = compute()
+        kept = watch.live
+        loss.backward()
+    return StepBytes(kept, 0, watch.peak, watch.peak_without)
+
+
+def trace_most(model: nn.Module, compute: Callable[[], object]) -> int:
+    """The most bytes at once beside the weights, of something that needs no backward pass."""
+    with _watching(model) as watch, torch.no_grad():
+        compute()
+    return watch.peak
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator["_Watch"]:
+    """Count every byte that operators make, with the gradients of the parameters apart; these are gone after it."""
+    watch = _Watch(each.untyped_storage() for each in (*model.parameters(), *model.buffers()))
+    hooks = [p.register_post_accumulate_grad_hook(watch.set_aside) for p in model.parameters() if p.requires_grad]
+    # transformers counts tokens of pictures, which have no values here
+    said, os.environ[_CHECKS] = os.environ.get(_CHECKS), "1"
+    try:
+        with watch, _fused_attention():
+            yield watch
     finally:
+        if said is None:
+            del os.environ[_CHECKS]
+        else:
+            os.environ[_CHECKS] = said
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return StepBytes(marks["kept"], marks["loss"] - marks["kept"], watch.peak, watch.peak_without)
 
 
 def _select(labels: int, marks: dict[str, int], watch: "_Watch") -> Callable[..., Any]:
@@ -111,6 +149,33 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operator gives new tensors, and changes none."""
+    schema = func._schema
+    return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+
+
+class _Shape(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _describe(value: Any) -> Any:
+    """A tensor by its shape; another value as itself, with its type, for 1 is not 1.0."""
+    if isinstance(value, Tensor):
+        return _Shape(value.shape, value.stride(), value.dtype, value.device)
+    return type(value), value
+
+
+def _build(described: Any) -> Any:
+    if not isinstance(described, _Shape):
+        return described[1]
+    return torch.empty_strided(described.size, described.stride, dtype=described.dtype, device=described.device)
+
+
 class _Watch(TorchDispatchMode):
     """Counts the bytes of all tensors that operators make, from the operator until nobody holds them."""
 
@@ -118,17 +183,19 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.peak_without = 0
         self._gradients = 0
+        # what an operator makes of tensors of some shapes: its kernels for this device are slow Python
+        self._known: dict[Any, tuple[list[Any], TreeSpec]] = {}
         # views of the weights are no new memory
         self._held = {storage._cdata: weakref.ref(storage) for storage in known}
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
             # what is asked of values (is no row padded? is a gain tiny?) is answered as for a usual batch
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func is aten.equal.default:
+        if func is aten.equal.default and args[0].is_meta:
             return True
-        made = func(*args, **(kwargs or {}))
+        made = self._make(func, args, kwargs or {})
         for each in tree_leaves(made):
             if isinstance(each, Tensor) and each.is_meta:
                 self._add(each.untyped_storage())
@@ -137,6 +204,24 @@ class _Watch(TorchDispatchMode):
     def set_aside(self, p: Tensor) -> None:
         """Count a parameter's gradient apart from now on."""
         self._gradients += 0 if p.grad is None else p.grad.nbytes
+
+    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        given, form = tree_flatten((args, kwargs))
+        key = (func, form, *map(_describe, given))
+        try:
+            known = self._known.get(key)
+        except TypeError:
+            # it takes something else than tensors and numbers
+            return func(*args, **kwargs)
+        if known is None:
+            made = func(*args, **kwargs)
+            leaves, form = tree_flatten(made)
+            if all(each.is_meta for each in (*leaves, *given) if isinstance(each, Tensor)):
+                self._known[key] = ([_describe(each) for each in leaves], form)
+            return made
+        return tree_unflatten([_build(each) for each in known[0]], known[1])
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
