@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from PIL import Image
@@ -127,10 +128,18 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
+    by_cell: dict[str, list[dict]] = defaultdict(list)
+    for line in lines:
+        by_cell[line["run"].partition("-seed")[0]].append(line)
+    means = Table("method, rank, rate", "seeds", *COLUMNS[1:], title="mean and deviation over the seeds")
+    for cell, each in by_cell.items():
+        if len(each) > 1:
+            columns = ([line[name] for line in each] for name in COLUMNS[1:])
+            means.add_row(cell, str(len(each)), *(f"{mean(values):.3f} ± {stdev(values):.3f}" for values in columns))
     shown = {name: each for name, each in drawn.items() if not name.endswith(tuple(f"seed{i}" for i in range(1, 10)))}
     cells = [pictures[i].resize((96, 96)) for i in range(SHOWN) for pictures in shown.values()]
     join_pictures(cells, len(shown)).save(asked.compared / "icons.png")
-    Console().print(table)
+    Console().print(table, means)
     print(f"columns of {asked.compared / 'icons.png'}: {', '.join(shown)}")
 
 

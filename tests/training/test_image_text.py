@@ -273,6 +273,9 @@ def test_tasks_about_pictures(trained, photos, tmp_path):
     assert evaluate(model, processor, tasks[:1], batch_size=1)["exact_match"].right == found["exact_match"].right
     with pytest.raises(UsageError, match="asks about pictures, and this model takes text alone"):
         evaluate(model, processor.tokenizer, tasks[:1])
+    seen = tasks[0].model_copy(update={"images": None, "videos": "photo"})
+    with pytest.raises(UsageError, match="asks about videos, and this model takes text alone"):
+        evaluate(model, processor.tokenizer, [seen])
     lost = make_task("exact_match", photos / "questions.csv", max_new_tokens=4)
     with pytest.raises(Exception, match=r"of its pictures and videos 1 cannot be read:\s+there is no file .*lost.jpg"):
         evaluate(model, processor, [lost])

@@ -45,6 +45,7 @@ from ..formats.base import SETTINGS_FILE, Hints
 from ..formats.files import find_base_name, is_adapter
 from ..functional import explain_nonfinite, is_finite
 from ..hub import add_revision, fetch_folder, find_hub_adapter, is_local, split_revision
+from ..progress import quiet_transformers
 from ..recipe import ModelSettings, VisualSettings
 from .adapter import find_other_base, locate_base, telling_places
 from .explain import explaining_load, first_line
@@ -200,7 +201,7 @@ def _make_empty(settings: ModelSettings, auto: Any, **more: Any) -> PreTrainedMo
     with explaining_load(settings.path):
         config = AutoConfig.from_pretrained(where, **options, **more)
         dtype = getattr(config, "dtype", None) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with torch.device("meta"), quiet_loading():
+        with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = auto.from_config(
                 config, dtype=dtype, attn_implementation=settings.attn_implementation
             )
@@ -252,7 +253,7 @@ def _load_head(
         last = {name for name, _ in model.named_parameters() if is_of_head(name)}
         model.doralib_new = sorted({name.rpartition(".")[0] for name in last})
         return model
-    with quiet_loading():
+    with quiet_transformers():
         model, info = _load_weights(settings, auto, output_loading_info=True, ignore_mismatched_sizes=True, **more)
     wrong = [name for name, *_ in info.get("mismatched_keys") or []]
     _check_loaded(settings.path, model, lacks=_find_missing(model, info["missing_keys"], whole=head is None))
@@ -299,10 +300,10 @@ def load_vl_bart(settings: ModelSettings, *, seed: int = 0, empty: bool = False)
     if "visual" in settings.model_fields_set and config.visual != asked:
         raise UsageError(f"model.visual: {settings.path} was made for {config.visual}, and {asked} is asked for")
     if empty:
-        with torch.device("meta"), quiet_loading():
+        with torch.device("meta"), quiet_transformers():
             model = VLBart._from_config(config)
     else:
-        with quiet_loading():
+        with quiet_transformers():
             model, info = _load_weights(settings, VLBart, config=config, output_loading_info=True)
         fresh = [name for name in info["missing_keys"] if name.startswith("visual_embedding.")]
         _check_loaded(settings.path, model, lacks=set(info["missing_keys"]).difference(fresh))
@@ -355,18 +356,6 @@ def _take_one_channel(path: str, config: PreTrainedConfig) -> dict[str, int]:
             "time; take a model of one channel, or one with the same weights for every channel"
         )
     return {"num_input_channels": 1}
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without what transformers warns of while it loads: a head that is to be trained is missing by intention."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:

@@ -19,9 +19,9 @@ from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..formats.pipeline import COMPONENTS
 from ..hub import explain_hub, find_hub_file, is_local, split_revision
+from ..progress import quiet_transformers
 from ..recipe import ModelSettings
 from .kind import find_pipeline_folder, is_pipeline
-from .load import quiet_loading
 
 _T5 = "text_encoder_3"
 # what SD 1.5 looks at its own pictures with
@@ -81,7 +81,7 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
         if settings.quantization and network is not None:
             parts[network] = _load_quantized(settings, where, network, index[network][1], common)
-        with quiet_loading():
+        with quiet_transformers():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(where, **common, **parts)
     except UsageError:
         raise
@@ -140,7 +140,7 @@ def make_empty_pipeline(settings: ModelSettings) -> Any:
     cls = getattr(import_diffusers(), str(index["_class_name"]))
     # a part that is left out is given as None
     parts: dict[str, Any] = {name: None for name, said in index.items() if isinstance(said, list)}
-    with quiet_loading():
+    with quiet_transformers():
         parts |= _make_parts(settings, [name for name in parts if name not in _UNUSED])
         made = cls(**{**parts, **_leave_out(index)})
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)

@@ -189,8 +189,11 @@ def evaluate(
 
 def _check_sight(tasks: Sequence[Task], encoder: PictureEncoder | None) -> None:
     """Check that the model takes what the tasks show it."""
-    if blind := [task.name for task in tasks if task.shows and encoder is None]:
-        raise UsageError(f"task {', '.join(blind)}: asks about pictures, and this model takes text alone")
+    if encoder is None and (blind := [task for task in tasks if task.shows]):
+        words = {"images": "pictures", "videos": "videos"}
+        shown = " and ".join(words[name] for name in words if any(getattr(task, name) for task in blind))
+        names = ", ".join(task.name for task in blind)
+        raise UsageError(f"task {names}: asks about {shown}, and this model takes text alone")
     if encoder is not None and encoder.video_place is None and any(task.videos for task in tasks):
         names, takes = ", ".join(task.name for task in tasks if task.videos), type(encoder.processor).__name__
         raise UsageError(f"task {names}: asks about videos, and {takes} takes pictures alone")

@@ -1,9 +1,7 @@
 """What a model hears in sounds, as text, and how far that is from what was said: word and character error rates."""
 
-import contextlib
 import copy
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 
 from ..data.sounds import Clip, Hearing
 from ..extras import import_extra
+from ..progress import quiet_transformers
 from .generation import evaluation_mode
 from .metrics import Score, ratio_score
 
@@ -81,21 +80,9 @@ def _write(
     told = {"language": language} if language and getattr(model.generation_config, "lang_to_id", None) else {}
     settings = copy.deepcopy(model.generation_config)
     settings.update(max_new_tokens=most, max_length=None, num_beams=1, do_sample=False)
-    with _quiet():
+    with quiet_transformers():
         ids = model.generate(**features, **told, generation_config=settings)
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers warns of its own settings of Whisper."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
