@@ -227,8 +227,8 @@ def test_what_generate_says_to_what_it_cannot_do(run, recipe, bases, tmp_path, t
     assert (status, "no series of" in err, "each of its 2 values is 5" in err) == (2, True, True)
     status, _, err = run("generate", tiny_llama_folder, "--prompt", "x", "--horizon", 3)
     assert (status, "does not forecast series" in err) == (2, True)
-    status, _, err = run("plan", _write(recipe(), tmp_path))
-    assert (status, "a plan is made for models of text" in err) == (2, True)
+    status, out, err = run("plan", _write(recipe(), tmp_path))
+    assert (status, "activations" in out) == (0, True), err
     status, out, err = run("check", _write(recipe(), tmp_path))
     assert (status, "64 of 24 and 6 values, 8 held out" in out) == (0, True), err
 

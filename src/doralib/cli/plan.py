@@ -33,13 +33,16 @@ def plan_command(
 
     From the model's config.json: its weights are not read, and the data only where they are at hand.
     """
+    from ..checkpoints.parts import settle_parts
     from ..training.plan.estimate import estimate_run
     from ..training.recipe_file import read_recipe
 
     check_given_once(changes or [])
     chosen = read_recipe(recipe, changes or [])
-    rows, sample, told = _read_rows(chosen)
-    found = estimate_run(chosen, gpus=gpus, gpu_memory=gpu_memory, rows=rows, sample=sample, calibrate=calibration)
+    with settle_parts(chosen.model, chosen.seed, empty=True) as settings:
+        chosen = chosen.model_copy(update={"model": settings})
+        rows, sample, told = _read_rows(chosen)
+        found = estimate_run(chosen, gpus=gpus, gpu_memory=gpu_memory, rows=rows, sample=sample, calibrate=calibration)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
         return
