@@ -1,7 +1,7 @@
 """DreamBooth of 3D icons on the tiny SDXL, scored against pictures that are known.
 
     python benchmarks/tiny_sdxl.py --out tiny-sdxl --icons icons
-    doralib compare icons/recipe.yaml --methods lora,dora --ranks 2,4,8 --lrs 3e-4,1e-3,3e-3 --seeds 0,1,2 \\
+    doralib compare icons/recipe.yaml --methods lora,dora --ranks 2,4,8 --lrs 1e-4,3e-4,1e-3 --seeds 0,1,2 \\
             --out icons-compared
     python benchmarks/score_icons.py icons-compared --base tiny-sdxl --icons icons
 

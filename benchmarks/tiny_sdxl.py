@@ -291,12 +291,17 @@ def write_icons(icons, folder, base):
     (folder / "recipe.yaml").write_text(f"""\
 model: {{path: {base.absolute()}, kind: text-to-image, dtype: float32}}
 data: {{train: {folder.absolute() / "train"}, validation: {folder.absolute() / "valid"}}}
-adapter: {{r: 4, lora_alpha: 4, init_lora_weights: gaussian}}
+adapter:
+  r: 4
+  lora_alpha: 4
+  init_lora_weights: gaussian
+  # attention alone draws mush: at this size the convolutions do most of the work
+  target_modules: [to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1, conv2]
 diffusion: {{resolution: {PIXELS}, snr_gamma: 5.0, sample_prompts: ["3d icon of {names[TRAINED]}"]}}
 training:
-  max_steps: 400
+  max_steps: 300
   per_device_train_batch_size: 4
-  learning_rate: 1.0e-3
+  learning_rate: 3.0e-4
   lr_scheduler_type: constant
   warmup_steps: 0
   eval_strategy: steps
