@@ -295,7 +295,7 @@ adapter:
   r: 4
   lora_alpha: 4
   init_lora_weights: gaussian
-  # attention alone draws mush: at this size the convolutions do most of the work
+  # with attention alone nobody can tell what is drawn
   target_modules: [to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1, conv2]
 diffusion: {{resolution: {PIXELS}, snr_gamma: 5.0, sample_prompts: ["3d icon of {names[TRAINED]}"]}}
 training:

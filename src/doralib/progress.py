@@ -1,4 +1,4 @@
-"""How far long work is, for whoever draws it; the command line draws bars (cli/console.py)."""
+"""What long work tells: how far it is, for whoever draws it (cli/console.py), and not a library's usual warnings."""
 
 import logging
 import time

@@ -1,6 +1,7 @@
 """What is planned of models that see more than text: against their real parts, and the bytes that a real step keeps."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,9 @@ def test_another_device_holds_the_rest_of_a_pipeline_before_training(recipes):
         part.name: part for part in estimate_run(recipe, gpus=1, gpu_memory=24, sample=lambda: sample(recipe)).parts
     }
     beside = sample(recipe).beside
+    pipeline = load(recipe)[1].pipeline
+    encoders = [getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")]
+    assert beside.most >= sum(p.nbytes for part in encoders for p in part.parameters()) > 0
     moving = sum(parts[name].bytes for name in ("optimizer", "gradients", "activations", "logits", "working"))
     assert 0 < beside.most < beside.weights + sum(part.bytes for part in parts.values())
     assert moving > 0
@@ -165,6 +169,15 @@ def test_a_step_with_checkpoints_or_four_bits_takes_less(recipes):
     assert packed.whole.frozen_bytes < plain.whole.frozen_bytes
 
 
+def test_what_is_trained_in_full_is_planned(recipes):
+    recipe = recipes("t5")
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"method": "full"})})
+    found = estimate_run(recipe, sample=lambda: sample(recipe), calibrate=False)
+    parts = {part.name: part.bytes for part in found.parts}
+    assert parts["adapter"] > 0
+    assert parts["optimizer"] == 2 * parts["adapter"]
+
+
 def test_a_run_of_pictures_is_planned_and_told(run, recipes, tmp_path):
     recipe = recipes("sdxl")
     file = tmp_path / "recipe.yaml"
@@ -176,6 +189,16 @@ def test_a_run_of_pictures_is_planned_and_told(run, recipes, tmp_path):
     status, out, err = run("check", file)
     assert status == 0, err
     assert "memory    about " in out
+
+
+def test_a_pipeline_without_one_of_its_parts_is_told(run, recipes, tmp_path):
+    recipe = recipes("sdxl")
+    shutil.copytree(recipe.model.path, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer"))
+    values = recipe.model_dump(exclude_defaults=True, mode="json")
+    values["model"]["path"] = str(tmp_path / "base")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    status, _, err = run("plan", tmp_path / "recipe.yaml")
+    assert (status, "has no folder tokenizer, which its model_index.json names" in err) == (1, True), err
 
 
 def test_what_a_step_asks_of_values_is_said(run, tmp_path):

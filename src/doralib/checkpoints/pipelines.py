@@ -152,6 +152,15 @@ def make_empty_pipeline(settings: ModelSettings) -> Any:
 
 
 def _make_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        return _make_each(settings, names)
+    except DoraError:
+        raise
+    except Exception as error:
+        raise _explain(settings.path, error) from error
+
+
+def _make_each(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]:
     index = read_pipeline_index(settings.path)
     where, revision = split_revision(settings.path)
     found: dict[str, Any] = {}
@@ -159,6 +168,9 @@ def _make_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]
         library, kind = index.get(name) or (None, None)
         if library is None or kind is None:
             continue
+        # a tokenizer without files would be an empty one
+        if Path(where).is_dir() and not (Path(where) / name).is_dir():
+            raise DoraError(f"model: {settings.path} has no folder {name}, which its model_index.json names")
         cls = getattr(importlib.import_module(library), kind)
         options: dict[str, Any] = {"subfolder": name, "revision": revision or settings.revision}
         if not issubclass(cls, nn.Module):

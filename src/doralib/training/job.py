@@ -57,6 +57,7 @@ from .modality import (
 )
 from .optimizers import make_prodigy
 from .outlook import Outlook
+from .plan.batch import Lengths
 from .plan.estimate import Estimate, check_fits, estimate_run
 from .plan.sampled import Sampled
 from .rewards import find_rewards
@@ -222,9 +223,10 @@ def _estimate_memory(plan: _Plan) -> Estimate | None:
     sample = partial(Sampled, plan.recipe, plan.modality, plan.rows)
     try:
         found = estimate_run(plan.recipe, sample=sample, calibrate=False)
-        if found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
+        assumed = isinstance(found.lengths, Lengths)
+        if assumed and found.limit_bytes is not None and found.peak_bytes > found.limit_bytes / 4:
             # with every row as long as it may be; how long are they?
-            found = estimate_run(plan.recipe, rows=plan.rows, sample=sample, calibrate=False)
+            found = estimate_run(plan.recipe, rows=plan.rows, calibrate=False)
     except Exception as error:  # noqa: BLE001  such a model may train all the same
         log.debug(f"memory: not estimated, {type(error).__name__}: {error}")
         return None

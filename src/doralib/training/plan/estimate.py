@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.kind import HeadKind, find_kind, is_pipeline
+from ...checkpoints.kind import find_kind, is_pipeline
 from ...checkpoints.load import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
@@ -126,9 +126,9 @@ def estimate_run(
     count = int(recipe.training.get("per_device_train_batch_size", 8))
     limit = round(gpu_memory * GIB) if gpu_memory else None if planned else _find_limit(here)
     lengths: Lengths | SampledRows
-    if _has_text_alone(recipe):
-        config = load_config(recipe.model)
-        head = _find_head(recipe, config)
+    kind = _find_kind(recipe)
+    if kind in (None, "causal", *TEXT_HEADS):
+        config, head = load_config(recipe.model), kind if kind in TEXT_HEADS else None
         lengths = assume_full(recipe, config) if rows is None or head else measure_lengths(recipe, config, rows)
         skeleton = Skeleton(recipe, config, head)
         labels = None if head is not None else min(lengths.labels, lengths.longest)
@@ -150,18 +150,11 @@ def estimate_run(
     return replace(made, advice=setting.advise(made, growth)) if made.fits is False else made
 
 
-def _has_text_alone(recipe: Recipe) -> bool:
-    """Whether rows of tokens are all that the model sees."""
-    said = recipe.model.kind
-    if said == "text-to-image" or is_pipeline(recipe.model.path):
-        return False
-    kind = find_kind(load_config(recipe.model).to_dict()) if said == "auto" else said
-    return kind in (None, "causal", *TEXT_HEADS)
-
-
-def _find_head(recipe: Recipe, config: Any) -> HeadKind | None:
-    kind = find_kind(config.to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
-    return kind if kind in TEXT_HEADS else None
+def _find_kind(recipe: Recipe) -> Any:
+    """What the model sees and gives, as `ModelSettings.kind` has it; None of a model of text."""
+    if is_pipeline(recipe.model.path):
+        return "text-to-image"
+    return find_kind(load_config(recipe.model).to_dict()) if recipe.model.kind == "auto" else recipe.model.kind
 
 
 def check_fits(estimate: Estimate) -> None:
@@ -226,7 +219,8 @@ class Growth:
         for rows in (1, 2):
             model = sampled.adapted()
             steps.append((sampled.trace(model, rows),))
-        itemsize = max(p.dtype.itemsize for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+        frozen = (p.dtype.itemsize for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+        itemsize = max(frozen, default=4)
         return cls(1, (weigh(model),), find_widest(model), itemsize, tuple(steps), sampled.beside)
 
     @property

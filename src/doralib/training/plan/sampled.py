@@ -78,7 +78,10 @@ class Sampled:
         few = _choose(rows)
         data = modality.prepare(few, recipe.data, model, processor)
         collate = modality.collate(model, processor, data)
-        assert collate is not None
+        if collate is None:
+            raise UsageError(
+                f"plan: the batches of objective {recipe.objective.kind} are made by its trainer, and not known"
+            )
         self._collate: Collate = collate
         lengths = data.train.rows["length"]
         self._largest = data.train.rows[int(np.argmax(lengths))]
@@ -93,11 +96,8 @@ class Sampled:
             # it asks how long the sounds are, and hides some of each
             model.config.apply_spec_augment = False
         training = self.recipe.training
-        if training.get("activation_checkpointing"):
+        if training.get("gradient_checkpointing") or training.get("activation_checkpointing"):
             model.activation_checkpointing_enable()
-        elif training.get("gradient_checkpointing"):
-            enable = getattr(model, "gradient_checkpointing_enable", None) or model.activation_checkpointing_enable
-            enable()
         return model.train()
 
     def trace(self, model: Any, rows: int) -> StepBytes:
@@ -110,9 +110,10 @@ class Sampled:
         batch.pop("num_tokens", None)
         try:
             return trace_loss(model, lambda: model(**batch)["loss"])
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            said = str(error).splitlines()[0][:200]
-            raise UsageError(f"the memory of this model is not estimated: its step asks for values ({said})") from None
+        except Exception as error:
+            # whatever a model does without values
+            said = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"the memory of this model is not estimated: its step asks for values ({said})") from error
 
 
 def _choose(rows: RawRows) -> RawRows:
@@ -138,7 +139,7 @@ def _weigh_beside(processor: Any, model: nn.Module) -> Beside | None:
     parts = {name: part for name, part in list_modules(pipeline).items() if part not in trained}
     sizes = {name: weigh(part).frozen_bytes for name, part in parts.items()}
     captions = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
-    latents = processor.latents[0]
+    latents = max(processor.latents, key=Tensor.numel)
     scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     pixels = torch.empty(1, 3, *(scale * side for side in latents.shape[-2:]), device="meta")
     pictures = sizes["vae"] + trace_most(pipeline.vae, lambda: pipeline.vae.encode(pixels))

@@ -49,7 +49,11 @@ def trace_step(model: nn.Module, rows: int, tokens: int, labels: int | None) -> 
     marks: dict[str, int] = {}
     head = model.get_output_embeddings() if labels is not None else None  # type: ignore[operator]
     with _watching(model) as watch:
-        hook = head.register_forward_pre_hook(_select(labels, marks, watch)) if head is not None and labels else None
+        hook = (
+            head.register_forward_pre_hook(_select(labels, marks, watch))
+            if head is not None and labels is not None
+            else None
+        )
         try:
             more = {"use_cache": False} if labels is not None else {}
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
