@@ -136,7 +136,9 @@ def write_table(counts: Counter) -> str:
 def main() -> int:
     """Read the command line, run, print and write; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=250, help="cases of the slowest kind; others have up to 20 times")
+    parser.add_argument(
+        "--count", type=int, default=250, help="cases of the rarest kind; of others up to 24 times as many"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the kinds' names")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no case begins later")

@@ -41,7 +41,7 @@ class Kind:
 
     name: str
     share: int
-    """Of all cases, by the time that one takes."""
+    """How many are tried for each of the rarest kind."""
     make: Callable[[Path, Path, random.Random], Path]
     """Copy a whole one from the world into an empty folder; returns what is read."""
     harm: Callable[[Path, random.Random], None]
@@ -184,10 +184,10 @@ def _resume(path: Path, _world: Path) -> None:
 
 _ADAPTERS = (*FORMATS, "vera")
 KINDS = [
-    Kind("adapter tensors", 20, _copy(*_ADAPTERS), _harm_one("*.[sp]*", damage.damage_tensors), _read_adapter),
-    Kind("adapter JSON", 20, _copy("peft", "mlx", "vera"), _harm_one("*.json", damage.damage_json), _read_adapter),
-    Kind("recipe YAML", 20, _copy("recipe.yaml"), damage.damage_yaml, _read_recipe),
-    Kind("task YAML", 20, _copy("task.yaml"), damage.damage_yaml, lambda path, _: load_tasks([str(path)])),
+    Kind("adapter tensors", 24, _copy(*_ADAPTERS), _harm_one("*.[sp]*", damage.damage_tensors), _read_adapter),
+    Kind("adapter JSON", 10, _copy("peft", "mlx", "vera"), _harm_one("*.json", damage.damage_json), _read_adapter),
+    Kind("recipe YAML", 5, _copy("recipe.yaml"), damage.damage_yaml, _read_recipe),
+    Kind("task YAML", 4, _copy("task.yaml"), damage.damage_yaml, lambda path, _: load_tasks([str(path)])),
     Kind(
         "data files",
         6,
@@ -197,14 +197,14 @@ KINDS = [
     ),
     Kind(
         "prompt files",
-        10,
+        2,
         _copy("data/prompts.txt", "data/prompts.json", "data/prompts.jsonl"),
         _harm_file,
         lambda path, _: read_prompts(path),
     ),
-    Kind("run folders", 10, _copy("run"), _harm_file, lambda path, _: write_report(path, figures=False)),
-    Kind("resume files", 1, _copy("run"), _harm_one("*.[jpsty]*", _harm_file), _resume),
-    Kind("base folders", 4, _copy("base"), _harm_file, _read_base),
-    Kind("load_adapter", 6, _copy("peft", "mlx", "vera"), _harm_file, _load_adapter),
-    Kind("GGUF", 3, _copy("model.gguf"), _harm_file, lambda path, _: expand_gguf(path, path.parent / "out")),
+    Kind("run folders", 4, _copy("run"), _harm_file, lambda path, _: write_report(path, figures=False)),
+    Kind("resume files", 2, _copy("run"), _harm_one("*.[jpsty]*", _harm_file), _resume),
+    Kind("base folders", 6, _copy("base"), _harm_file, _read_base),
+    Kind("load_adapter", 1, _copy("peft", "mlx", "vera"), _harm_file, _load_adapter),
+    Kind("GGUF", 1, _copy("model.gguf"), _harm_file, lambda path, _: expand_gguf(path, path.parent / "out")),
 ]
