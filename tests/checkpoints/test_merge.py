@@ -270,6 +270,14 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         merge_checkpoint(folder, base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_base_whose_vocabulary_is_one_number_is_refused(tmp_path, name):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32) | {name: torch.tensor(0.5)})
+    adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
+    with pytest.raises(DoraError, match=f"the base model is damaged: {name} is one number, and no row for each token"):
+        merge_checkpoint(adapter, base, tmp_path / "out")
+
+
 def test_conv1d_by_shape_and_by_model_type(tmp_path):
     names = {"transformer.h.0.attn.c_attn": (O, I), "transformer.h.0.attn.c_proj": (I, I)}
     tensors = {f"{name}.weight": torch.randn(in_, out) for name, (out, in_) in names.items()}

@@ -1,7 +1,9 @@
 """`--harness lmms:...` with a program in lmms-eval's place, of the same command line and file of results."""
 
 import json
+import os
 import shutil
+import signal
 import stat
 import sys
 
@@ -15,7 +17,7 @@ from doralib.evaluation.lmms import name_model
 
 # the arguments and the file are those of lmms-eval 0.7.3: a model is loaded, and of a group each task has its numbers
 STAND_IN = """
-import argparse, json, pathlib, sys
+import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
 for name in ("model", "model_args", "tasks", "batch_size", "seed", "output_path", "limit"):
     parser.add_argument("--" + name)
@@ -27,6 +29,10 @@ assert list(pathlib.Path(given["pretrained"]).glob("*.safetensors"))
 print("asking", args.model, config["architectures"], given.get("device_map"))
 if args.tasks == "nonsense":
     sys.exit("Tasks not found: nonsense")
+if args.tasks == "endless":
+    pathlib.Path(args.output_path, "process").write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
 limit = int(float(args.limit or 50))
 tasks = {"mmbench_en": ["mmbench_en_dev", "mmbench_en_test"]}.get(args.tasks, [args.tasks])
 values = {
@@ -141,6 +147,15 @@ def test_what_stops_it_is_said(adapter, python, tmp_path, run):
     main.write_text("")
     status, _, err = run(*ask, "lmms:gqa", "--harness-python", broken / "python")
     assert (status, "lmms-eval wrote no results" in err) == (1, True)
+
+
+def test_sigterm_ends_it_too(adapter, python, tmp_path, run):
+    out = tmp_path / "s.json"
+    ask = ["eval", adapter, "--harness", "lmms:endless", "--harness-python", python, "--out", out]
+    assert run(*ask)[0] == 130
+    process = int((tmp_path / "s_lmms" / "endless" / "process").read_text())
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_models_are_named_as_lmms_eval_does():

@@ -22,6 +22,7 @@ from .match import MatchedAdapter, match_adapter, view_as_rows
 from .parts import compose_again
 from .quantized import find_quantized
 from .safetensors import Checkpoint, Stored, find_variant, read_whole
+from .vocabulary import check_vocabularies
 
 # where a single-file Stable Diffusion checkpoint keeps the parts of its pipeline
 _SINGLE_FILE = {
@@ -190,7 +191,7 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool
         untie: whether a head that is tied to the embedding becomes a tensor of its own.
 
     Raises:
-        DoraError: if the adapter does not fit the checkpoint: everything, at once.
+        DoraError: if the adapter does not fit the checkpoint: everything, at once; or if the checkpoint is damaged.
     """
 
     def lengths(name: str, num_rows: int) -> Tensor:
@@ -201,6 +202,7 @@ def match_checkpoint(state: AdapterState, checkpoint: Checkpoint, *, untie: bool
         return torch.stack([row_norm_sq(W_OI).sqrt() for W_OI in W_EOI])
 
     stored, config = _list_stored(checkpoint), checkpoint.config()
+    check_vocabularies(stored)
     if not config and any(name.startswith(tuple(_SINGLE_FILE)) for name in stored):
         # no config.json stands beside a single file
         config = {"_class_name": "StableDiffusion"}

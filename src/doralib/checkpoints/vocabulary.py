@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import DoraError
 from ..state import RowValues
 from .safetensors import Stored
 
@@ -120,6 +121,17 @@ class Resized:
         return self.stored.plain
 
 
+def check_vocabularies(stored: Mapping[str, Stored]) -> None:
+    """Check that each embedding and head of a checkpoint has a row for each token.
+
+    Raises:
+        DoraError: naming those that are a single number, as in a damaged file.
+    """
+    single = [name for name, each in stored.items() if name.endswith((*EMBEDDINGS, *HEADS)) and not each.shape]
+    if single:
+        raise DoraError(f"the base model is damaged: {', '.join(single)} is one number, and no row for each token")
+
+
 def find_resized(
     values: Mapping[str, Tensor], names: Mapping[str, str], stored: Mapping[str, Stored]
 ) -> dict[str, Tensor]:
@@ -127,7 +139,7 @@ def find_resized(
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if (target := names.get(name, "")).endswith((*EMBEDDINGS, *HEADS)):
-            (size, *others), (mine, *same) = stored[target].shape or (0,), tuple(value.shape) or (0,)
+            (size, *others), (mine, *same) = stored[target].shape, tuple(value.shape) or (0,)
             found |= {target: value} if others == same and size != mine else {}
     return found
 

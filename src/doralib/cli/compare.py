@@ -1,6 +1,5 @@
 """`doralib compare`."""
 
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
-from .console import console, print_json
+from .console import console, print_json, sigterm_as_ctrl_c
 from .options import Json
 
 if TYPE_CHECKING:
@@ -90,11 +89,8 @@ def compare_command(
             print(command)
         return
     # as Ctrl-C: a run that nobody watches any more is stopped with a checkpoint
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with sigterm_as_ctrl_c():
         comparison = compare(grid, launch, at_once=at_once)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     written = write_comparison(comparison)
     _show(comparison)
     console.print(f"written: {', '.join(str(path) for path in written[:2])}, and figures")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .console import console
+from .console import console, sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import TaskResult
@@ -98,7 +98,7 @@ def _run_lmms(harness: Harness, model: AskedModel) -> "dict[str, TaskResult]":
     results = file.read(chosen) if file and harness.resume else {}
     left = [task for task in chosen if task.name not in results]
     kept = nullcontext(str(out.with_name(f"{out.stem}_lmms"))) if out else tempfile.TemporaryDirectory()
-    with kept as place:
+    with sigterm_as_ctrl_c(), kept as place:
         folder = Path(place)
         if not harness.resume:
             delete(folder / "model")

@@ -1,7 +1,6 @@
 """`doralib serve`: a model handed to the server of transformers."""
 
 import importlib.util
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DoraError, UsageError
-from .console import console
+from .console import console, sigterm_as_ctrl_c
 from .options import Alpha, Base, Model, Revision
 
 # what `transformers serve` imports beside transformers itself
@@ -38,7 +37,7 @@ def serve_command(
 
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(f"transformers serve needs {', '.join(missing)}: pip install 'doralib[serve]'")
-    with _ending_as_by_ctrl_c(), _open_plain(add_revision(model, revision), base, alpha) as place:
+    with sigterm_as_ctrl_c(), _open_plain(add_revision(model, revision), base, alpha) as place:
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", place]
         command += ["--host", host, "--port", str(port), "--dtype", dtype, "--device", device]
         console.print(f"transformers serve {' '.join(command[4:])}")
@@ -52,16 +51,6 @@ def serve_command(
                 return
     if status:
         raise DoraError(f"transformers serve ended with status {status}; its own lines above say why")
-
-
-@contextmanager
-def _ending_as_by_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: end the server, and take the merged folder away."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
