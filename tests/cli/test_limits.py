@@ -1,8 +1,13 @@
 """Numbers that no run can hold are refused before anything is loaded, and options that nothing would read."""
 
+import json
+import shutil
+
 import pytest
 
+from doralib.checkpoints.pipelines import read_pipeline_index
 from doralib.data.templates import columns_in, fill_template
+from doralib.errors import DoraError
 
 RECIPE = """
 model: {path: MODEL}
@@ -88,3 +93,42 @@ def test_a_template_names_columns_and_never_reaches_into_values():
             fill_template(f"a {{{reach}}}", {"text": "b"})
         assert fill_template(f"a {{{reach}}}", {reach: "c"}) == "a c"
     assert fill_template("{text}", {"text": "{text.__class__} {0}"}) == "{text.__class__} {0}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_hidden_layers": 10**20}, "num_hidden_layers 100000000000000000000"),
+        ({"num_hidden_layers": 10**9, "num_labels": 10**9}, "num_hidden_layers 1000000000, num_labels 1000000000"),
+        ({"text_config": {"depths": [2, 10**6]}}, "depths 1000000"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "r.yaml", "model.path=BASE"],
+        ["check", "r.yaml", "model.path=BASE"],
+        ["plan", "r.yaml", "model.path=BASE"],
+        ["generate", "BASE", "--prompt", "a"],
+        ["targets", "BASE"],
+        ["features", "pictures", "--model", "BASE", "--out", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_base_of_more_layers_than_any_model_has(run, recipe, tmp_path, tiny_llama_folder, words, settings, named):
+    base = shutil.copytree(tiny_llama_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | settings))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"not read before the model")
+    status, _, err = run(*(word.replace("BASE", str(base)) for word in words))
+    assert status in (1, 2)
+    assert f"config.json is damaged, no model has so many: {named}" in " ".join(err.split())
+
+
+def test_a_pipeline_of_more_layers_than_any_model_has(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet" / "config.json").write_text('{"layers_per_block": [1, 1000000], "num_attention_heads": 1000000}')
+    with pytest.raises(DoraError, match=r"unet.config\.json is damaged, .* so many: layers_per_block 1000000$"):
+        read_pipeline_index(str(tmp_path))

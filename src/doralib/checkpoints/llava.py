@@ -23,6 +23,7 @@ from ..disk import replacing
 from ..errors import DoraError, UsageError
 from ..files import read_tensors
 from .explain import explaining_load
+from .limits import check_sizes
 
 _PLACE = "<image>"
 _TABLE_MULTIPLE = 64
@@ -75,6 +76,8 @@ def compose_llava(
     import_pillow()
     from transformers import AutoImageProcessor  # noqa: PLC0415  pillow comes with it
 
+    for path in (vision, language):
+        check_sizes(path)
     with explaining_load(vision):
         whole = AutoConfig.from_pretrained(vision)
         seeing = getattr(whole, "vision_config", whole)

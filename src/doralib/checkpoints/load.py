@@ -51,6 +51,7 @@ from .adapter import find_other_base, locate_base, telling_places
 from .explain import explaining_load, first_line
 from .heads import Head, find_head, is_of_head
 from .kind import PROCESSOR_FILES, HeadKind, Kind, find_kind, find_label_kind, read_kind, read_label_kind
+from .limits import check_sizes
 from .quantize import choose_quantization
 from .tokenizer import explain_misfit, find_own_tokenizer
 from .visual_file import read_visual
@@ -644,6 +645,7 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
             raise UsageError(
                 f"model: {path} holds no config.json, so it is no model folder; it holds: {list_folder(place)}"
             )
+        check_sizes(place)
         return str(place), {}
     if is_local(path) or place.exists():
         raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")

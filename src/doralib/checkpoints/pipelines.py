@@ -22,6 +22,7 @@ from ..hub import explain_hub, find_hub_file, is_local, split_revision
 from ..progress import quiet_transformers
 from ..recipe import ModelSettings
 from .kind import find_pipeline_folder, is_pipeline
+from .limits import check_sizes
 
 _T5 = "text_encoder_3"
 # what SD 1.5 looks at its own pictures with
@@ -42,6 +43,7 @@ def read_pipeline_index(path: str) -> Mapping[str, Any]:
 
     Raises:
         UsageError: if the folder, or what the hub has by the name, is no pipeline.
+        DoraError: if a part of it would be larger than any model.
     """
     place = Path(path).expanduser()
     file = place / "model_index.json" if place.exists() or is_local(path) else find_hub_file(path, "model_index.json")
@@ -49,6 +51,7 @@ def read_pipeline_index(path: str) -> Mapping[str, Any]:
         raise UsageError(
             f"model: {path} is no diffusion pipeline, it has no model_index.json; give a folder or hub name"
         )
+    check_sizes(place)
     return read_json(file)
 
 

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from ..errors import UsageError
 from ..hub import split_revision
+from .limits import check_sizes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +79,7 @@ def load_vision_encoder(path: str) -> VisionEncoder:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, revision = split_revision(path)
+    check_sizes(name)
     try:
         # Pillow alone is enough for it, and gives the same numbers everywhere
         processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")

@@ -1,0 +1,38 @@
+"""What a config.json may ask for: transformers makes one layer after another, until the memory is gone."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DoraError
+from ..files import read_json
+from .kind import is_pipeline
+
+# settings that count what is made in a loop, and more than any model has
+_LIMITS = {re.compile(r"(layers?|layers_per_block|depths?|blocks|experts)$"): 10_000, re.compile(r"labels$"): 1_000_000}
+
+
+def check_sizes(path: str | Path) -> None:
+    """Check that a model's folder, or a pipeline's, asks for no more layers, experts or labels than a model can have.
+
+    What is no folder is not looked at: it may be a hub name.
+
+    Raises:
+        DoraError: naming the settings that do.
+    """
+    folder = Path(path).expanduser()
+    for file in sorted(folder.glob("*/config.json" if is_pipeline(folder) else "config.json")):
+        if wrong := [f"{key} {count}" for key, count in _find_too_large(read_json(file))]:
+            raise DoraError(f"model: {file} is damaged, no model has so many: {', '.join(wrong)}")
+
+
+def _find_too_large(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _find_too_large(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _find_too_large(each, key)
+    elif isinstance(value, int) and any(rule.search(key) and value > most for rule, most in _LIMITS.items()):
+        yield key, value
