@@ -19,6 +19,8 @@ from doralib.cli.recipe import complete_recipe, complete_setting
 from doralib.config import DoraConfig
 from doralib.training.recipe_file import read_recipe
 
+pytestmark = pytest.mark.estimates
+
 VERBS = typer.main.get_command(app).commands
 SLOW = ("torch", "transformers", "datasets", "pandas", "pyarrow")
 

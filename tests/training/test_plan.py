@@ -14,6 +14,8 @@ from doralib.training.plan.estimate import GIB, Growth, estimate_run
 from doralib.training.plan.skeleton import Skeleton, weigh
 from doralib.training.plan.trace import trace_step
 
+pytestmark = pytest.mark.estimates
+
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False, "dtype": "bfloat16"}
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},

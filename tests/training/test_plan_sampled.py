@@ -13,6 +13,8 @@ from doralib.training.modalities import choose_modality
 from doralib.training.plan.estimate import Growth, estimate_run
 from doralib.training.plan.sampled import Sampled
 
+pytestmark = pytest.mark.estimates
+
 
 def pictures(kind, folder):
     pytest.importorskip("diffusers", reason="diffusers is not installed here")
