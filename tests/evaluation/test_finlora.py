@@ -9,10 +9,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from doralib.cli.eval import published_table
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation import evaluate as scoring
+from doralib.evaluation import kinds
 from doralib.evaluation.bertscore import load_encoder
-from doralib.evaluation.evaluate import TaskResult, evaluate
+from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.metrics import Score, label_scores, mean_score
+from doralib.evaluation.result import TaskResult
 from doralib.evaluation.task import read_examples
 from doralib.evaluation.task_file import load_tasks, packaged_tasks
 from doralib.families import Variant
@@ -77,7 +78,7 @@ def write_rows(path, targets):
 
 def score_outputs(monkeypatch, path, name, written):
     """The result of a model that writes these texts."""
-    monkeypatch.setattr(scoring, "_answer", lambda *_: (list(written), 0))
+    monkeypatch.setattr(kinds, "answer_examples", lambda *_: (list(written), 0))
     (task,) = load_tasks([f"finlora/{name}={path}"])
     return evaluate(torch.nn.Linear(1, 1), None, [task])[task.name]
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from doralib.errors import DoraError
-from doralib.evaluation.evaluate import TaskResult
 from doralib.evaluation.metrics import Score
+from doralib.evaluation.result import TaskResult
 from doralib.evaluation.results_file import ResultsFile
 from doralib.evaluation.task import ClassificationTask
 

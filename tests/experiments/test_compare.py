@@ -21,8 +21,8 @@ from scipy import stats
 from doralib import files
 from doralib.cli.main import app
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation.evaluate import TaskResult
 from doralib.evaluation.metrics import Score
+from doralib.evaluation.result import TaskResult
 from doralib.experiments.compare import launch as launching
 from doralib.experiments.compare.early_stop import Halving
 from doralib.experiments.compare.grid import Cell, Grid, Run, check_grid, make_recipe

@@ -453,7 +453,7 @@ def test_values_questions_are_asked_about_the_videos_themselves(values, tmp_path
     truth = [example.answer.removeprefix("a") for example in examples]
     assert scored.right == "".join("01"[one == other] for one, other in zip(choice, truth, strict=True))
     told = [Answer(text, cut=False) for text in (examples[0].answer, "a7", f" {examples[2].answer} ", "nothing")]
-    monkeypatch.setattr("doralib.evaluation.evaluate.answer_pictures", lambda *_, **__: told)
+    monkeypatch.setattr("doralib.evaluation.asking.answer_pictures", lambda *_, **__: told)
     assert evaluate(model, processor, [asked])["value/tvqa"].right == "1010"
     with pytest.raises(UsageError, match=r"asks a VL-BART about features, and this is a Qwen2_5_VL.*value/tvqa"):
         evaluate(model, processor, load_tasks([f"vl-bart/tvqa={values}"]))

@@ -10,8 +10,8 @@ from ..errors import UsageError
 from .console import console
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import TaskResult
     from ..evaluation.llava.answers import AnswerFolder
+    from ..evaluation.result import TaskResult
     from ..evaluation.task import Task
 
 

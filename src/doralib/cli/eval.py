@@ -16,7 +16,7 @@ from .harness import AskedModel, Harness, run_harness_tasks
 from .options import AllowNonfinite, Alpha, Base, Batch, Dtype, Json, Model, Revision, Seed
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import TaskResult
+    from ..evaluation.result import TaskResult
     from ..families import Variant
 
 COMMONSENSE = {"boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"}

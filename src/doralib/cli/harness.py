@@ -11,7 +11,7 @@ from ..errors import UsageError
 from .console import console, sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import TaskResult
+    from ..evaluation.result import TaskResult
     from ..formats.base import Hints
 
 _LMMS = "lmms:"

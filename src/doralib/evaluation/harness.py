@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import UsageError, did_you_mean
 from ..files import find_file
-from .evaluate import TaskResult
 from .metrics import Score
+from .result import TaskResult
 
 _Z = 1.96  # of a 95 % interval, by the harness' standard errors
 _OUR_NAMES = {"acc": "accuracy", "exact_match": "accuracy"}

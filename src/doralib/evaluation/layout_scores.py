@@ -8,8 +8,8 @@ from ..adapters.inference import unchanged
 from ..data.layouts import choose_tasks
 from ..data.prepare import Row
 from ..progress import Tick, log_progress
-from .evaluate import WRONG_KEPT, TaskResult
 from .generation import evaluation_mode
+from .result import WRONG_KEPT, TaskResult
 from .visual import VisualModel, score_answers, write_predictions
 
 

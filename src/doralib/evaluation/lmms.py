@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from ..errors import DoraError, UsageError
 from ..files import read_json
-from .evaluate import TaskResult
 from .harness import read_metrics
 from .metrics import Score
+from .result import TaskResult
 from .task import Task
 
 # lmms-eval's own class for each kind of transformers' models; the general one for the others

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import DoraError, UsageError
 from ..files import read_json, write_json
-from .evaluate import TaskResult
+from .result import TaskResult
 from .task import Task
 
 

@@ -29,8 +29,9 @@ from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
 from ..data.survey import LEFT, RIGHT
 from ..errors import DoraError, UsageError, collecting, raise_all
-from ..evaluation.evaluate import TaskResult, evaluate
+from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import Score, compare_answers
+from ..evaluation.result import TaskResult
 from ..evaluation.task import Task, check_scored, read_examples
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick

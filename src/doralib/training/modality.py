@@ -12,7 +12,7 @@ from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm
 from ..data.rows import RawRows
-from ..evaluation.evaluate import TaskResult
+from ..evaluation.result import TaskResult
 from ..progress import Tick
 from ..recipe import DataSettings, ModelSettings
 

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from ..evaluate import WRONG_KEPT, TaskResult
+from ..result import WRONG_KEPT, TaskResult
 from ..task import LlavaTask, check_scored
 from .answers import AnswerFolder, check_upload, send_answers
 from .files import AnswerFile

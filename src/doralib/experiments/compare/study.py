@@ -20,7 +20,8 @@ from ... import disk, files
 from ...checkpoints.parts import compose_parts
 from ...documents import decode_json
 from ...errors import DoraError, UsageError, collecting, raise_all
-from ...evaluation.evaluate import TaskResult, read_all
+from ...evaluation.evaluate import read_all
+from ...evaluation.result import TaskResult
 from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
 from ...runs.folder import RunFolder

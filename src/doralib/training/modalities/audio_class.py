@@ -15,7 +15,8 @@ from ...data.rows import RawRows, read_both
 from ...data.sounds import Clip, Hearing
 from ...errors import UsageError
 from ...evaluation.classifier import list_labels, predict_sounds
-from ...evaluation.evaluate import TaskResult, rate_sounds
+from ...evaluation.result import TaskResult
+from ...evaluation.validation import rate_sounds
 from ...progress import Tick, log_progress
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared

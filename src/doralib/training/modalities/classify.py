@@ -22,7 +22,8 @@ from ...data.prepare import BadRow, Row, Sample
 from ...data.rows import RawRows, read_both
 from ...errors import UsageError
 from ...evaluation.classifier import list_labels, predict_labels, predict_tags
-from ...evaluation.evaluate import TaskResult, score_labels
+from ...evaluation.result import TaskResult
+from ...evaluation.validation import score_labels
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared

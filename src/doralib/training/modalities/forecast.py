@@ -17,9 +17,10 @@ from ...data.series import TimeSeries, Values, read_series
 from ...data.series_form import SeriesForm
 from ...data.windows import Origin, WindowCollator, least_past, list_origins
 from ...errors import DoraError, UsageError, collecting, raise_all
-from ...evaluation.evaluate import TaskResult, score_series
 from ...evaluation.forecast import Scoring, check_scorable
 from ...evaluation.generation import evaluation_mode
+from ...evaluation.result import TaskResult
+from ...evaluation.validation import score_series
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings
 from ..modality import Collate, Prepared

@@ -17,8 +17,9 @@ from ...data.sounds import Clip, Hearing, encode_clip, name_clip
 from ...data.survey import LEFT, RIGHT
 from ...data.templates import value_text
 from ...errors import UsageError
-from ...evaluation.evaluate import TaskResult, rate_transcripts
+from ...evaluation.result import TaskResult
 from ...evaluation.transcripts import Spoken, transcribe
+from ...evaluation.validation import rate_transcripts
 from ...progress import Tick, log_progress
 from ...recipe import DataSettings, ModelSettings
 from ...runs.charts import time_text

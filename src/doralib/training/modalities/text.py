@@ -22,7 +22,7 @@ from ...data.rows import RawRows, read_sets
 from ...data.survey import mark_learned, survey_rows
 from ...data.tokenize import find_samples, join_prepared, tokenize_rows
 from ...errors import DoraError, UsageError, collecting, raise_all
-from ...evaluation.evaluate import encode_prompts
+from ...evaluation.asking import encode_prompts
 from ...evaluation.generation import GREEDY, answer_each, describe_ends, stop_at_turn_end
 from ...evaluation.task import Task, read_examples
 from ...progress import Tick

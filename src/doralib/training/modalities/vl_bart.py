@@ -17,9 +17,9 @@ from ...data.rows import RawRows, read_both
 from ...data.survey import LEFT, RIGHT
 from ...data.visual_rows import VisualCollator, check_readable, check_width, encode_rows
 from ...evaluation.captions import check_caption_tools
-from ...evaluation.evaluate import TaskResult
 from ...evaluation.generation import evaluation_mode
 from ...evaluation.layout_scores import score_layout
+from ...evaluation.result import TaskResult
 from ...evaluation.visual import VisualModel
 from ...progress import Tick
 from ...recipe import DataSettings, ModelSettings, Recipe, VisualSettings
