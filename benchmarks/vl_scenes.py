@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import MobileNetV2Config, MobileNetV2Model
 from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
-from doralib.checkpoints.load import load_vl_bart
+from doralib.checkpoints.models import load_vl_bart
 from doralib.checkpoints.projector import fit_linear
 from doralib.checkpoints.vision import load_vision_encoder
 from doralib.cli.demo_assets import DEFAULT_CACHE

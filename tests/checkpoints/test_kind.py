@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from doralib.checkpoints.kind import find_kind, find_label_kind
-from doralib.checkpoints.load import load_forecaster, load_seq2seq, load_sound_classifier
+from doralib.checkpoints.models import load_forecaster, load_seq2seq, load_sound_classifier
 from doralib.errors import UsageError
 from doralib.recipe import ModelSettings
 

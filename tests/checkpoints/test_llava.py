@@ -18,8 +18,8 @@ from PIL import Image
 from seeing_models import ALONE, build, make_parts
 
 from doralib.checkpoints.llava import VICUNA, compose_llava
-from doralib.checkpoints.load import load_image_text
 from doralib.checkpoints.merge import merge_checkpoint
+from doralib.checkpoints.models import load_image_text
 from doralib.data.picture_rows import read_picture_row
 from doralib.data.picture_tokens import PictureEncoder
 from doralib.data.pictures import Picture, measure_pictures

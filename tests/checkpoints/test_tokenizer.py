@@ -9,8 +9,9 @@ from conftest import TEMPLATE, make_llama, make_tokenizer
 from transformers import AutoTokenizer
 
 import doralib
-from doralib.checkpoints.load import load_base, load_model
+from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import Ingredient, merge_checkpoint
+from doralib.checkpoints.models import load_base
 from doralib.config import DoraConfig
 from doralib.data.encoding import check_ids, pad_token
 from doralib.errors import UsageError

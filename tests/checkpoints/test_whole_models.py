@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from doralib.checkpoints.heads import Head
-from doralib.checkpoints.load import find_head_modules, load_base, load_classifier, load_model
+from doralib.checkpoints.load import load_model
+from doralib.checkpoints.models import find_head_modules, load_base, load_classifier
 from doralib.errors import UsageError
 from doralib.files import read_tensors, write_tensors
 from doralib.recipe import ModelSettings

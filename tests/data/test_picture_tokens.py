@@ -12,7 +12,7 @@ from PIL import Image
 from seeing_models import ALONE, WITH_TORCHVISION, build
 from torch.nn import functional as nnf
 
-from doralib.checkpoints.load import load_image_text
+from doralib.checkpoints.models import load_image_text
 from doralib.data.picture_tokens import PictureCollator, PictureEncoder, PictureText, tokenize_pictures
 from doralib.data.pictures import Picture
 from doralib.data.prepare import IGNORED

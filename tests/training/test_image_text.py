@@ -19,8 +19,9 @@ from doralib.adapters.load import load_adapter
 from doralib.adapters.param_groups import learning_rates
 from doralib.adapters.registry import config_of
 from doralib.adapters.towers import find_parts
-from doralib.checkpoints.load import load_image_text, load_model
+from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
+from doralib.checkpoints.models import load_image_text
 from doralib.cli.chat import Chat
 from doralib.data.picture_rows import ask_with_pictures, find_layout, read_picture_row
 from doralib.data.picture_tokens import PictureEncoder, make_encoder

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import doralib
 from doralib import DoraConfig
-from doralib.checkpoints import load as checkpoints
-from doralib.checkpoints.load import load_base
+from doralib.checkpoints import models as checkpoints
+from doralib.checkpoints.models import load_base
 from doralib.errors import DoraError, UsageError
 from doralib.layers.base.linear import Dense
 from doralib.layers.base.opaque import Quantized

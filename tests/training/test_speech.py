@@ -17,8 +17,9 @@ pytest.importorskip("jiwer", reason="sounds are an extra")
 
 from speech_kinds import RATE, save_moonshine, save_wav2vec2, save_whisper, teach_whisper, tone, write_clips  # noqa: E402
 
-from doralib.checkpoints.load import load_model, load_speech  # noqa: E402
+from doralib.checkpoints.load import load_model  # noqa: E402
 from doralib.checkpoints.merge import merge_checkpoint  # noqa: E402
+from doralib.checkpoints.models import load_speech  # noqa: E402
 from doralib.checkpoints.verify import verify_merge  # noqa: E402
 from doralib.cli.main import app  # noqa: E402
 from doralib.errors import DoraError, UsageError  # noqa: E402

@@ -10,7 +10,8 @@ pytest.importorskip("h5py", reason="h5py is not installed")
 
 from visual_folders import COLORS, make_bart_folder, make_image_folder, make_video_folder
 
-from doralib.checkpoints.load import load_model, load_vl_bart
+from doralib.checkpoints.load import load_model
+from doralib.checkpoints.models import load_vl_bart
 from doralib.data.layouts import choose_tasks
 from doralib.data.rows import read_both
 from doralib.data.visual_rows import stack_features

@@ -7,7 +7,8 @@ import torch
 
 import doralib
 from doralib.adapters.merge import dequantize
-from doralib.checkpoints.load import load_base, load_model
+from doralib.checkpoints.load import load_model
+from doralib.checkpoints.models import load_base
 from doralib.errors import UsageError
 from doralib.layers.base.opaque import Quantized
 from doralib.layers.base.registry import open_base

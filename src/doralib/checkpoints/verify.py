@@ -23,8 +23,9 @@ from ..errors import Note
 from ..quantization.error import QuantizationCost
 from ..recipe import ModelSettings
 from .heads import find_head
-from .load import load_model, load_with_head
+from .load import load_model
 from .merge import Ingredient
+from .models import load_with_head
 from .safetensors import DTYPES, Checkpoint
 from .window import POSITIONS_A_SECOND, read_positions, shorten_window
 

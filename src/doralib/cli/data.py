@@ -53,7 +53,7 @@ def data_command(
         raise_all(problems)
     (chosen,) = recipes
     _check_shown(chosen.model)
-    from ..checkpoints.load import load_tokenizer
+    from ..checkpoints.models import load_tokenizer
     from ..runs.report_data import write_data_page
 
     made, survey = _prepare(chosen, rows, problems)
@@ -79,7 +79,7 @@ def _prepare(recipe: "Recipe", shown: int, problems: list[DoraError]) -> tuple[A
     Raises:
         DoraError: with these problems and all that is wrong with rows, tasks and tokenizer.
     """
-    from ..checkpoints.load import load_config, load_tokenizer
+    from ..checkpoints.models import load_config, load_tokenizer
     from ..evaluation.task_file import load_tasks
     from ..training.job import look_ahead
     from ..training.modalities import choose_modality, text

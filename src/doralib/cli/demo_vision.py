@@ -137,7 +137,7 @@ def _compose(language: Path, package: Path, scenes: Path, out: Path) -> None:
     import torch
 
     from ..checkpoints.llava import compose_llava
-    from ..checkpoints.load import load_image_text
+    from ..checkpoints.models import load_image_text
     from ..checkpoints.onnx import write_dinov2
     from ..checkpoints.projector import fit_projector
     from ..data.pictures import Picture

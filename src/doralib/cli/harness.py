@@ -144,7 +144,7 @@ def _merge(model: AskedModel, out: Path) -> str:
 
 
 def _read_config(where: str) -> Mapping[str, Any]:
-    from ..checkpoints.load import load_config
+    from ..checkpoints.models import load_config
     from ..recipe import ModelSettings
 
     found: Mapping[str, Any] = load_config(ModelSettings(path=where)).to_dict()

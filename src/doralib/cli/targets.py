@@ -62,7 +62,7 @@ def describe_layers(model: str) -> list[dict[str, Any]]:
 def _load(model: str) -> Any:
     """The model; of a diffusion pipeline its parts, without weights."""
     from ..checkpoints.kind import is_pipeline, read_kind
-    from ..checkpoints.load import load_base, load_image_text
+    from ..checkpoints.models import load_base, load_image_text
     from ..checkpoints.pipelines import load_empty_parts
     from ..recipe import ModelSettings
 

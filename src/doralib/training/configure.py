@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.load import find_head_modules
+from ..checkpoints.models import find_head_modules
 from ..config import DoraConfig
 from ..errors import UsageError
 from ..recipe import Recipe

@@ -22,7 +22,7 @@ from ..adapters.registry import trainable
 from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.kind import name_auto_class
-from ..checkpoints.load import Loaded, loading_on_cpu
+from ..checkpoints.models import Loaded, loading_on_cpu
 from ..checkpoints.parts import check_model_parts, compose_parts, settle_parts
 from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ..checkpoints.load import Loaded
+from ..checkpoints.models import Loaded
 from ..config import DoraConfig
 from ..data.prepare import PreparedRows, Row, Sample
 from ..data.prompt_form import PromptForm

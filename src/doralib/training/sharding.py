@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.fsdp import as_placed, whole_tensor
-from ..checkpoints.load import load_config
+from ..checkpoints.models import load_config
 from ..errors import UsageError
 from ..recipe import Recipe
 from .distributed import is_distributed, is_main

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ...checkpoints.load import load_base, load_language_model
+from ...checkpoints.models import load_base, load_language_model
 from ...recipe import ModelSettings, Quantization
 from .subjects import trained_parameters
 

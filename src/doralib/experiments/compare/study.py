@@ -113,7 +113,7 @@ def _find_base(grid: Grid) -> str:
         return recipe.model.path
     if not folder.is_dir():
         # transformers, which takes seconds to import
-        from ...checkpoints.load import load_vl_bart  # noqa: PLC0415
+        from ...checkpoints.models import load_vl_bart  # noqa: PLC0415
 
         model, tokenizer = load_vl_bart(recipe.model, seed=recipe.seed)
         with disk.replacing(folder) as part:

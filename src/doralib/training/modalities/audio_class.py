@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ...checkpoints.heads import Head
-from ...checkpoints.load import Loaded, load_sound_classifier
+from ...checkpoints.models import Loaded, load_sound_classifier
 from ...checkpoints.window import has_window, shorten_window
 from ...data.classes import find_labels, number_labels, read_labels
 from ...data.clips import ClipCollator, check_clips, encode_clips

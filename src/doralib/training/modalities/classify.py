@@ -7,7 +7,7 @@ from torch import nn
 
 from ...checkpoints.heads import Head
 from ...checkpoints.kind import HeadKind
-from ...checkpoints.load import Loaded, load_classifier
+from ...checkpoints.models import Loaded, load_classifier
 from ...data.batches import Collator
 from ...data.classes import (
     find_labels,

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from torch import nn
 
-from ...checkpoints.load import Loaded, load_forecaster
+from ...checkpoints.models import Loaded, load_forecaster
 from ...data.forecaster import describe_forecaster, find_frequency, forecast
 from ...data.prepare import BadRow, PreparedRows, RowReport, Sample
 from ...data.rows import RawRows

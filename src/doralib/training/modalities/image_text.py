@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...adapters.towers import choose_language_layers, describe_parts
-from ...checkpoints.load import Loaded, load_image_text
+from ...checkpoints.models import Loaded, load_image_text
 from ...config import DoraConfig
 from ...data.detect import look_at
 from ...data.encoding import check_ids, context_length, encode, pad_token

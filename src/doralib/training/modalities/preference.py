@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from torch import nn
 
-from ...checkpoints.load import Loaded
+from ...checkpoints.models import Loaded
 from ...data.batches import OddsCollator
 from ...data.detect import look_at
 from ...data.encoding import check_ids, encode, pad_token

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints.load import Loaded, load_seq2seq
+from ...checkpoints.models import Loaded, load_seq2seq
 from ...data.batches import PairCollator
 from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.pairs import encode_pairs, find_start, set_languages

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoints.load import Loaded, load_speech
+from ...checkpoints.models import Loaded, load_speech
 from ...checkpoints.window import has_window, shorten_window
 from ...data.clips import ClipCollator, Clips, check_clips, encode_clips
 from ...data.encoding import has_encoder

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints.load import Loaded, load_base
+from ...checkpoints.models import Loaded, load_base
 from ...data.batches import Collator
 from ...data.columns import check_columns
 from ...data.detect import describe_style, find_style, look_at

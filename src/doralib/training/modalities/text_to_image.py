@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...adapters.adapt import disabled
 from ...adapters.fsdp import gather
 from ...adapters.registry import config_of, state_of
-from ...checkpoints.load import Loaded
+from ...checkpoints.models import Loaded
 from ...checkpoints.pipelines import (
     add_tokens,
     list_modules,

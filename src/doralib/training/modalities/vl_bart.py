@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoints.load import Loaded, load_vl_bart
+from ...checkpoints.models import Loaded, load_vl_bart
 from ...checkpoints.visual_file import write_visual
 from ...data.layouts import choose_tasks
 from ...data.pictures import ENDINGS, Picture, make_thumbnail

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoints.load import load_tokenizer
+from ...checkpoints.models import load_tokenizer
 from ...data.encoding import context_length
 from ...data.packing import is_packed
 from ...data.prepare import IGNORED

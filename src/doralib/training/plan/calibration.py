@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...adapters.adapt import adapt
-from ...checkpoints.load import load_language_model
+from ...checkpoints.models import load_language_model
 from ..loss import LabelLoss
 from .batch import Lengths
 from .skeleton import Skeleton, find_dtype

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.kind import find_kind, is_pipeline
-from ...checkpoints.load import load_config
+from ...checkpoints.models import load_config
 from ...data.rows import RawRows
 from ...errors import UsageError
 from ...process import read_machine_memory, read_resident_memory

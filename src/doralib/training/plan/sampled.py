@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters.adapt import adapt
 from ...checkpoints.kind import is_pipeline
-from ...checkpoints.load import load_config
+from ...checkpoints.models import load_config
 from ...checkpoints.pipelines import list_modules
 from ...data.rows import RawRows
 from ...errors import UsageError
