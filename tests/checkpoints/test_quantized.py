@@ -2,12 +2,14 @@
 
 import importlib
 import re
+import shutil
 
 import pytest
 import torch
 from adapters.test_quantized_models import KINDS, load, logits, quantized
 from checkpoints.test_verify import save_turned
 from conftest import make_tokenizer
+from safetensors import safe_open
 from torch import nn
 
 import doralib
@@ -18,12 +20,13 @@ from doralib.checkpoints.safetensors import Checkpoint
 from doralib.checkpoints.verify import verify_merge
 from doralib.cli.merge import merge_and_show
 from doralib.errors import DoraError
-from doralib.files import read_json, read_tensors, write_json
+from doralib.files import read_json, read_tensors, write_json, write_tensors
 from doralib.layers.base.registry import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_layout = pytest.mark.parametrize("shard_size", ["10GB", "60KB"], ids=["single", "sharded"])
+STATED = "weight.quant_state.bitsandbytes__nf4"
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
 
 
@@ -216,6 +219,47 @@ def test_the_base_is_looked_through_once_whatever_the_adapters(bases, adapter, t
     monkeypatch.setattr(packed, "is_conv1d_model", lambda config: looks.append(config) or False)
     merge_checkpoint([Ingredient(adapter, 0.5), Ingredient(adapter, 0.5)], base, tmp_path / "out")
     assert len(looks) == 1
+
+
+def _rewrite(base, damage):
+    file = next(base.glob("*.safetensors"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = read_tensors(file)
+    damage(tensors)
+    write_tensors(file, tensors, metadata)
+
+
+def _put(part, change):
+    def damage(tensors):
+        name = next(each for each in tensors if each.endswith(f"q_proj.{part}"))
+        made = change(tensors.pop(name))
+        tensors |= {} if made is None else {name: made}
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change", "told"),
+    [
+        ("nf4 double", "weight.absmax", lambda _: None, "absmax (missing for U8 x "),
+        ("nf4 double", "weight.absmax", lambda old: old.float(), "absmax (F32 x "),
+        ("nf4 double", "weight.quant_map", lambda old: old[:3], "quant_map (F32 x 3 for F32 x 16)"),
+        ("nf4 double", "weight.nested_absmax", lambda old: old.repeat(2), "nested_absmax (F32 x 2 for F32 x 1)"),
+        ("nf4 double", "weight", lambda old: old[:4], "weight (4 bytes for "),
+        ("nf4 double", STATED, lambda old: old[:9], "settings are damaged"),
+        ("nf4 double", STATED, lambda old: torch.full_like(old, 255), "settings are damaged"),
+        ("nf4 double", STATED, lambda _: torch.tensor([*b'{"quant_type": "nf4"}'], dtype=torch.uint8), "damaged"),
+        ("int8", "SCB", lambda old: old[:2], "SCB (F32 x 2 for the rows of"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(kind, part, change, told, bases, adapter, tmp_path):
+    base = shutil.copytree(bases(kind), tmp_path / "base")
+    _rewrite(base, _put(part, change))
+    with pytest.raises(DoraError, match=re.escape(told)) as failed:
+        merge_checkpoint(adapter, base, tmp_path / "out", dtype="float32")
+    assert "q_proj.weight: " in str(failed.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_understood_is_refused_before_anything_is_written(bases, adapter, tmp_path, monkeypatch):

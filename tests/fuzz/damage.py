@@ -151,7 +151,7 @@ def damage_tensors(path: Path, draw: random.Random) -> None:  # noqa: C901, PLR0
             tensors[name] = tensor.to(draw.choice(DTYPES))
         elif change == 3 and tensor.numel():
             wrong = draw.choice((float("nan"), float("inf"), 3e38, 1e-45))
-            tensors[name] = torch.full_like(tensor, wrong if tensor.is_floating_point() else 0)
+            tensors[name] = torch.full(tensor.shape, wrong if tensor.is_floating_point() else 0).to(tensor.dtype)
         elif change == 4:
             other = draw.choice((name + "x", "", "\x1b[2J", name.replace("0", "7"), name.rpartition(".")[2]))
             tensors[other] = tensors.pop(name)

@@ -11,12 +11,14 @@ import numpy as np
 import yaml
 from adapted import move
 from conftest import make_llama, make_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import doralib
 from doralib.checkpoints.adapter import describe_base, match_checkpoint, read_for_base
 from doralib.checkpoints.convert import ConversionRequest, convert_adapter
 from doralib.checkpoints.gguf import expand_gguf
 from doralib.checkpoints.load import load_model
+from doralib.checkpoints.merge import merge_checkpoint
 from doralib.checkpoints.safetensors import Checkpoint
 from doralib.cli.inspect import inspect_adapter
 from doralib.cli.prompt_file import read_prompts
@@ -89,6 +91,14 @@ def build(world: Path) -> None:
     (world / "recipe.yaml").write_text(recipe.to_yaml())
     fine_tune(recipe)
     _write_gguf(world / "model.gguf")
+    _write_four_bit(base, world / "base-nf4")
+
+
+def _write_four_bit(base: Path, out: Path) -> None:
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=how).save_pretrained(out)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, out)
 
 
 def _write_parquet(path: Path) -> None:
@@ -173,6 +183,11 @@ def _read_base(path: Path, world: Path) -> None:
     load_model(str(path))
 
 
+def _read_quantized(path: Path, world: Path) -> None:
+    merge_checkpoint(world / "peft", path, path.parent / "out", dtype="float32")
+    load_model(str(path))
+
+
 def _load_adapter(path: Path, _world: Path) -> None:
     doralib.load_adapter(make_llama(), path)
 
@@ -205,6 +220,7 @@ KINDS = [
     Kind("run folders", 4, _copy("run"), _harm_file, lambda path, _: write_report(path, figures=False)),
     Kind("resume files", 2, _copy("run"), _harm_one("*.[jpsty]*", _harm_file), _resume),
     Kind("base folders", 6, _copy("base"), _harm_file, _read_base),
+    Kind("quantized bases", 2, _copy("base-nf4"), _harm_file, _read_quantized),
     Kind("load_adapter", 1, _copy("peft", "mlx", "vera"), _harm_file, _load_adapter),
     Kind("GGUF", 1, _copy("model.gguf"), _harm_file, lambda path, _: expand_gguf(path, path.parent / "out")),
 ]

@@ -1,6 +1,7 @@
 """report.html: whole on its own, true to the files, safe against what the data says, patient with what is missing."""
 
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -163,6 +164,18 @@ def test_a_missing_or_damaged_file_is_named_and_the_rest_is_there(run, name, dam
     if not (name == "metrics.jsonl" and damage == "empty") and not (name == "config.yaml" and damage == "half"):
         assert name in said.split("Results")[0]
     assert "doralib" in said
+
+
+@pytest.mark.parametrize("number", [1e300, -1e12, math.inf, math.nan])
+@pytest.mark.parametrize("key", ["value", "low", "high"])
+def test_a_share_that_is_none_is_not_drawn(run, key, number):
+    results = json.loads((run / "results.json").read_text())
+    assert 'class="track"' in write_report(run, figures=False).read_text()
+    for when in ("before", "after"):
+        for each in results[when].values():
+            each["metrics"]["accuracy"][key] = number
+    (run / "results.json").write_text(json.dumps(results))
+    assert 'class="track"' not in write_report(run, figures=False).read_text()
 
 
 def test_a_model_of_no_parameters_has_no_share_of_them(run):

@@ -1,4 +1,4 @@
-"""What a config.json may ask for: transformers makes one layer after another, until the memory is gone."""
+"""What a config.json may say: transformers makes one layer after another, until the memory is gone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,25 @@ def check_sizes(path: str | Path) -> None:
     What is no folder is not looked at: it may be a hub name.
 
     Raises:
-        DoraError: naming the settings that do.
+        DoraError: as `read_config`.
     """
     folder = Path(path).expanduser()
     for file in sorted(folder.glob("*/config.json" if is_pipeline(folder) else "config.json")):
-        if wrong := [f"{key} {count}" for key, count in _find_too_large(read_json(file))]:
-            raise DoraError(f"model: {file} is damaged, no model has so many: {', '.join(wrong)}")
+        read_config(file)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The values of a model's config.json.
+
+    Raises:
+        DoraError: if it is damaged, or asks for more layers, experts or labels than a model can have.
+    """
+    config: dict[str, Any] = read_json(file)
+    if wrong := [f"{key} {count}" for key, count in _find_too_large(config)]:
+        raise DoraError(f"model: {file} is damaged, no model has so many: {', '.join(wrong)}")
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise DoraError(f"model: {file} is damaged: its quantization_config is no object")
+    return config
 
 
 def _find_too_large(value: Any, key: str = "") -> Iterator[tuple[str, int]]:

@@ -22,9 +22,9 @@ from ..quantization.bitsandbytes import Rows4bit, Rows8bit, quantize_4bit, quant
 from ..quantization.torchao import dequantize_torchao, quantize_torchao
 from .match import is_conv1d_model
 from .safetensors import Checkpoint, Slot, read_whole
+from .stored_bits import STATE, check_eight_bits, check_four_bits, read_settings
 
 Parts = Mapping[str, Tensor]
-_STATE = ".quant_state.bitsandbytes__"
 # JSON of a number, at its longest
 _FLOAT = 24
 
@@ -93,10 +93,10 @@ class Quantized4bit(QuantizedWeight):
 
     @property
     def _key(self) -> str:
-        return next(name for name in self.slots if _STATE in name)
+        return next(name for name in self.slots if STATE in name)
 
     def _settings(self, parts: Parts) -> dict[str, Any]:
-        return decode_json(bytes(parts[self._key].tolist()))
+        return read_settings(self.name, parts[self._key])
 
     def _state(self, parts: Parts) -> Any:
         stored = {name.removeprefix(f"{self.name}."): value for name, value in parts.items() if name != self.name}
@@ -138,7 +138,12 @@ class QuantizedTorchAO(QuantizedWeight):
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
     def _tensor(self, parts: Parts) -> Any:
-        made, _ = self._support().unflatten_tensor_state_dict(dict(parts), dict(self.metadata))
+        support = self._support()
+        try:
+            made, _ = support.unflatten_tensor_state_dict(dict(parts), dict(self.metadata))
+        except Exception as error:
+            # torchao's own functions raise whatever Python does
+            raise DoraError(f"{self.name}: torchao cannot read it ({error}); download it again") from error
         return made[self.name]
 
     def _support(self) -> Any:
@@ -150,20 +155,22 @@ def find_quantized(checkpoint: Checkpoint) -> Mapping[str, QuantizedWeight]:
     """Find every quantized layer whose tensors are understood, by the name of the weight that it stands for.
 
     Raises:
-        DoraError: if the model has HF Conv1D layers, whose quantized weights may be stored either way.
+        DoraError: if parts of a layer are missing or damaged, or if the model has HF Conv1D layers, whose quantized
+            weights may be stored either way.
     """
     found: dict[str, QuantizedWeight] = {}
     slots = checkpoint.slots
-    for name, slot in slots.items():
-        weight, _, quant_type = name.partition(_STATE)
+    for name in slots:
+        weight, _, quant_type = name.partition(STATE)
         if quant_type and weight in slots:
             parts = {weight: slots[weight], **{n: s for n, s in slots.items() if n.startswith(f"{weight}.")}}
-            settings = decode_json(bytes(read_whole(slot).tolist()))
-            found[weight] = Quantized4bit(weight, f"bitsandbytes {quant_type}", tuple(settings["shape"]), parts)
+            state = check_four_bits(weight, quant_type, parts)
+            found[weight] = Quantized4bit(weight, f"bitsandbytes {quant_type}", state.shape, parts)
         layer, _, last = name.rpartition(".")
         weight = f"{layer}.weight"
         if last == "SCB" and weight in slots and slots[weight].code == "I8":
             parts = {n: slots[n] for n in (weight, name, f"{layer}.weight_format") if n in slots}
+            check_eight_bits(weight, parts, name)
             found[weight] = Quantized8bit(weight, "bitsandbytes int8", slots[weight].shape, parts)
     found |= _find_torchao(checkpoint)
     if found and is_conv1d_model(checkpoint.config()):

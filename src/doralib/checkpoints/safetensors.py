@@ -24,6 +24,7 @@ from ..disk import format_bytes
 from ..documents import decode_json
 from ..errors import DoraError, UsageError
 from ..files import explain_git_lfs, find_file, list_folder, read_json
+from .limits import read_config
 
 DTYPES = {
     "F64": torch.float64,
@@ -165,9 +166,13 @@ class Checkpoint:
         return cls(index.parent, tuple(shards.values()), index, slots)
 
     def config(self) -> dict[str, Any]:
-        """The model's config.json; empty if it has none."""
+        """The model's config.json; empty if it has none.
+
+        Raises:
+            DoraError: as `read_config`.
+        """
         path = self.folder / "config.json"
-        return dict(read_json(path)) if path.is_file() else {}
+        return read_config(path) if path.is_file() else {}
 
     def companions(self) -> tuple[list[Path], list[Path]]:
         """The model's other files, relative to its folder, and those to leave out: weights in any format, and links.
@@ -206,17 +211,25 @@ def read_shard(path: Path) -> Shard:
         header = _parse_header(path, file.read(length))
     metadata = header.pop("__metadata__", None)
     try:
+        if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError
         slots = sorted(
             (_make_slot(path, data_start, name, entry) for name, entry in header.items()), key=lambda s: s.start
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise DoraError(f"{path} has a header that is not safetensors'; download it again") from None
     _check_sizes(path, size, data_start, slots)
     return Shard(path, tuple(slots), metadata, data_start, size)
 
 
 def read_rows(slot: Slot, rows: slice) -> Tensor:
-    """A block of a tensor's rows as (rows, everything else) in the stored dtype, in new memory."""
+    """A block of a tensor's rows as (rows, everything else) in the stored dtype, in new memory.
+
+    Raises:
+        DoraError: if torch has no such dtype.
+    """
+    if slot.code not in DTYPES:
+        raise DoraError(f"{slot.file} stores {slot.name} as {slot.code}, which is no dtype that torch has")
     first, last, _ = rows.indices(slot.matrix[0])
     count = max(0, last - first)
     block = torch.empty(count, slot.matrix[1], dtype=DTYPES[slot.code])

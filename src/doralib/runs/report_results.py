@@ -37,6 +37,13 @@ class _Change:
         return self.after.value - self.before.value if self.before and self.after else None
 
     @property
+    def is_share(self) -> bool:
+        """Whether it can be drawn on an axis of percentages; a damaged file has any number."""
+        values = [value for value in (self.before, self.after) if value]
+        numbers = [number for each in values for number in (each.value, each.low, each.high)]
+        return self.metric in SHARES and all(abs(number) < 1 + 1e-6 for number in numbers)
+
+    @property
     def color(self) -> str | None:
         """Green where it got better, red where worse; neither where no value is better or rows may be the cause."""
         if (
@@ -56,7 +63,7 @@ def results_section(record: RunRecord) -> Markup | None:
         return None
     first = {change.task: change for change in reversed(changes)}
     drawn = [first[task] for task in dict.fromkeys(change.task for change in changes)]
-    shares = [change for change in drawn if change.metric in SHARES]
+    shares = [change for change in drawn if change.is_share]
     intro = "Lines, and the small figures, are 95 % bootstrap intervals; that of a change is paired, row by row."
     if not record.results["before"]:
         intro = f"The model was not scored before training. {intro}"
