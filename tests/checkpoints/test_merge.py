@@ -1,6 +1,7 @@
 """A merged checkpoint is the base, byte for byte, but for the adapted weights; and those are the formula, cast once."""
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -275,6 +276,23 @@ def test_a_base_whose_vocabulary_is_one_number_is_refused(tmp_path, name):
     base = save_base(tmp_path / "base", base_tensors(torch.float32) | {name: torch.tensor(0.5)})
     adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
     with pytest.raises(DoraError, match=f"the base model is damaged: {name} is one number, and no row for each token"):
+        merge_checkpoint(adapter, base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("metadata", [None, 7, [], {"format": None}, {"format": {"a": "pt"}}])
+def test_metadata_that_is_no_text_is_refused(tmp_path, metadata):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32))
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.dumps({**json.loads(whole[8 : 8 + length]), "__metadata__": metadata}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+    adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
+    if metadata is None:
+        # as good as none
+        merge_checkpoint(adapter, base, tmp_path / "out")
+        return
+    with pytest.raises(DoraError, match=r"model\.safetensors has a header that is not safetensors'"):
         merge_checkpoint(adapter, base, tmp_path / "out")
 
 
