@@ -29,7 +29,8 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from tally import Tally  # noqa: E402
 
 from doralib.errors import DoraError  # noqa: E402
-from fuzz.readers import KINDS, Kind, build  # noqa: E402
+from fuzz import media, readers  # noqa: E402
+from fuzz.readers import Kind  # noqa: E402
 
 HERE = Path(__file__).parent
 SECONDS = 20
@@ -104,8 +105,9 @@ def run_cases(
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
-        build(world)
-        kinds = [kind for kind in KINDS if only.lower() in kind.name.lower()]
+        readers.build(world)
+        media.build(world)
+        kinds = [kind for kind in (*readers.KINDS, *media.KINDS) if only.lower() in kind.name.lower()]
         for i in range(count):
             for kind in kinds:
                 for j in range(kind.share):

@@ -125,7 +125,9 @@ def _write_gguf(path: Path) -> None:
     writer.close()
 
 
-def _copy(*names: str) -> Callable[[Path, Path, random.Random], Path]:
+def copy_one(*names: str) -> Callable[[Path, Path, random.Random], Path]:
+    """What copies one of these of the world, a file or a folder."""
+
     def make(world: Path, place: Path, draw: random.Random) -> Path:
         source = world / draw.choice(names)
         if source.is_file():
@@ -142,7 +144,7 @@ def _harm_one(pattern: str, harm: Callable[[Path, random.Random], None]) -> Call
     return apply
 
 
-def _harm_file(path: Path, draw: random.Random) -> None:
+def harm_file(path: Path, draw: random.Random) -> None:
     """Damage by what the name says that it is; a folder's at one of its files."""
     if path.is_dir():
         small = [file for file in sorted(path.rglob("*")) if file.is_file() and file.stat().st_size]
@@ -199,28 +201,28 @@ def _resume(path: Path, _world: Path) -> None:
 
 _ADAPTERS = (*FORMATS, "vera")
 KINDS = [
-    Kind("adapter tensors", 24, _copy(*_ADAPTERS), _harm_one("*.[sp]*", damage.damage_tensors), _read_adapter),
-    Kind("adapter JSON", 10, _copy("peft", "mlx", "vera"), _harm_one("*.json", damage.damage_json), _read_adapter),
-    Kind("recipe YAML", 5, _copy("recipe.yaml"), damage.damage_yaml, _read_recipe),
-    Kind("task YAML", 4, _copy("task.yaml"), damage.damage_yaml, lambda path, _: load_tasks([str(path)])),
+    Kind("adapter tensors", 24, copy_one(*_ADAPTERS), _harm_one("*.[sp]*", damage.damage_tensors), _read_adapter),
+    Kind("adapter JSON", 10, copy_one("peft", "mlx", "vera"), _harm_one("*.json", damage.damage_json), _read_adapter),
+    Kind("recipe YAML", 5, copy_one("recipe.yaml"), damage.damage_yaml, _read_recipe),
+    Kind("task YAML", 4, copy_one("task.yaml"), damage.damage_yaml, lambda path, _: load_tasks([str(path)])),
     Kind(
         "data files",
         6,
-        _copy(*(f"data/{name}" for name in ("rows.jsonl", "rows.json", "chat.jsonl", "rows.csv", "rows.parquet"))),
-        _harm_file,
+        copy_one(*(f"data/{name}" for name in ("rows.jsonl", "rows.json", "chat.jsonl", "rows.csv", "rows.parquet"))),
+        harm_file,
         _read_data,
     ),
     Kind(
         "prompt files",
         2,
-        _copy("data/prompts.txt", "data/prompts.json", "data/prompts.jsonl"),
-        _harm_file,
+        copy_one("data/prompts.txt", "data/prompts.json", "data/prompts.jsonl"),
+        harm_file,
         lambda path, _: read_prompts(path),
     ),
-    Kind("run folders", 4, _copy("run"), _harm_file, lambda path, _: write_report(path, figures=False)),
-    Kind("resume files", 2, _copy("run"), _harm_one("*.[jpsty]*", _harm_file), _resume),
-    Kind("base folders", 6, _copy("base"), _harm_file, _read_base),
-    Kind("quantized bases", 2, _copy("base-nf4"), _harm_file, _read_quantized),
-    Kind("load_adapter", 1, _copy("peft", "mlx", "vera"), _harm_file, _load_adapter),
-    Kind("GGUF", 1, _copy("model.gguf"), _harm_file, lambda path, _: expand_gguf(path, path.parent / "out")),
+    Kind("run folders", 4, copy_one("run"), harm_file, lambda path, _: write_report(path, figures=False)),
+    Kind("resume files", 2, copy_one("run"), _harm_one("*.[jpsty]*", harm_file), _resume),
+    Kind("base folders", 6, copy_one("base"), harm_file, _read_base),
+    Kind("quantized bases", 2, copy_one("base-nf4"), harm_file, _read_quantized),
+    Kind("load_adapter", 1, copy_one("peft", "mlx", "vera"), harm_file, _load_adapter),
+    Kind("GGUF", 1, copy_one("model.gguf"), harm_file, lambda path, _: expand_gguf(path, path.parent / "out")),
 ]

@@ -66,7 +66,8 @@ def _place(rows: datasets.Dataset, settings: DataSettings, source: str, setting:
     root = Path(settings.root).expanduser() if settings.root else files[0].parent if files else Path()
     if getattr(rows.features.get(column), "dtype", "") not in ("string", "large_string"):
         return rows
-    whole = [None if each is None else str(root.absolute() / each) for each in rows[column]]
+    # what is no text is no path, and counts as missing
+    whole = [str(root.absolute() / each) if isinstance(each, str) else None for each in rows[column]]
     return rows.with_format(None).remove_columns(column).add_column(column, whole)
 
 

@@ -204,7 +204,8 @@ def _divide_lists(
     starts = columns[time] if time is not None else [None] * len(columns[value])
     steps = columns.get("frequency", columns.get("freq", [None] * len(starts)))
     for i, (values, start, step) in enumerate(zip(columns[value], starts, steps, strict=True)):
-        listed = values.split(",") if isinstance(values, str) else list(values or ())
+        # a number where others have a list is a series of none
+        listed = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, Iterable) else []
         yield _Written(_text(columns[name][i]) if name else str(i + 1), listed, _count_times(start, step, len(listed)))
 
 
