@@ -59,6 +59,14 @@ def test_every_layout_gives_the_same_series(tmp_path, name, text):
         assert table.series[0].later(2) == ["3", "4"]
 
 
+@pytest.mark.parametrize("wrong", [7, 7.5, True, {"a": 1}])
+def test_a_number_where_others_have_a_list_is_a_series_of_none(tmp_path, wrong):
+    rows = [{"start": "2020-01-01", "freq": "D", "target": each} for each in ([1, 2, 4], wrong)]
+    table = read(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [each.values.tolist() for each in table.series] == [[1, 2, 4]]
+    assert dict(table.report.dropped) == {"without a value": 1}
+
+
 @pytest.mark.parametrize(
     ("times", "season", "later"),
     [

@@ -248,12 +248,13 @@ def test_bad_sounds_are_left_out_and_named(tmp_path, whisper):
     soundfile.write(clips / "4.wav", np.tile(tone("unu"), 8), RATE)
     with pathlib.Path(path).open("a") as file:
         file.write(json.dumps({"audio": "clips/0.wav", "text": " "}) + "\n")
-        file.write(json.dumps({"audio": None, "text": "unu"}) + "\n")
+        for value in (None, 7, ["clips/0.wav"]):
+            file.write(json.dumps({"audio": value, "text": "unu"}) + "\n")
     recipe, modality = make_recipe(tmp_path / "other", whisper, {"train": path, "validation": None}), Speech()
     rows = modality.check_rows(recipe.data, 0)
     report = modality.prepare(rows, recipe.data, *load_speech(ModelSettings(path=str(whisper)))).train.report
-    assert (report.rows, report.kept) == (10, 4)
-    kinds = {"silent": 1, "broken": 1, "missing": 1, "longer than 2 seconds": 1, "empty": 2}
+    assert (report.rows, report.kept) == (12, 4)
+    kinds = {"silent": 1, "broken": 1, "missing": 1, "longer than 2 seconds": 1, "empty": 4}
     assert dict(report.dropped) == kinds
     told = "\n".join(report.lines())
     for said in ("row 2: ", "1.wav is silent", "2.wav cannot be read", "there is no sound", "has 3.2 seconds"):

@@ -205,7 +205,7 @@ def _divide_lists(
     steps = columns.get("frequency", columns.get("freq", [None] * len(starts)))
     for i, (values, start, step) in enumerate(zip(columns[value], starts, steps, strict=True)):
         # a number where others have a list is a series of none
-        listed = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, Iterable) else []
+        listed = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, Sequence) else []
         yield _Written(_text(columns[name][i]) if name else str(i + 1), listed, _count_times(start, step, len(listed)))
 
 
