@@ -1,6 +1,7 @@
 """Adapters of whole pipelines: files of all parts, both spellings of CLIP's text encoder, merged into the pipeline."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from doralib.adapters.merge import merge
 from doralib.adapters.registry import state_of
 from doralib.adapters.save import save_adapter
 from doralib.checkpoints.merge import merge_checkpoint
-from doralib.checkpoints.pipelines import find_pipeline, join_parts, load_pipeline
+from doralib.checkpoints.pipelines import find_pipeline, join_parts, load_pipeline, make_empty_pipeline
 from doralib.cli.main import app
 from doralib.errors import DoraError
 from doralib.files import read_tensors, write_tensors
@@ -178,3 +179,27 @@ def test_lycoris_merges_the_same_weights(base, adapted, tmp_path):
     network.merge_to(1.0)
     for name, p in unet.named_parameters():
         torch.testing.assert_close(p.detach(), want[f"unet.{name}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda index: index.pop("_class_name"), "names no class of diffusers'"),
+        (lambda index: index.update(_class_name=7), "names no class of diffusers'"),
+        (lambda index: index.update(_class_name="NoSuchPipeline"), "cannot be read, a file in it may be missing"),
+        (lambda index: index.pop("vae"), "cannot be read, a file in it may be missing"),
+        (
+            lambda index: index.update(unet=["diffusers", "NoSuchNetwork"]),
+            "cannot be read, a file in it may be missing",
+        ),
+        (lambda index: index.update(unet="diffusers"), "cannot be read, a file in it may be missing"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_pipeline, make_empty_pipeline])
+def test_an_index_that_is_damaged_is_told(base, tmp_path, change, told, load):
+    damaged = shutil.copytree(base, tmp_path / "base")
+    index = json.loads((damaged / "model_index.json").read_text())
+    change(index)
+    (damaged / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(DoraError, match=told):
+        load(ModelSettings(path=str(damaged)))

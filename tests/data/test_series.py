@@ -59,6 +59,18 @@ def test_every_layout_gives_the_same_series(tmp_path, name, text):
         assert table.series[0].later(2) == ["3", "4"]
 
 
+@pytest.mark.parametrize("word", ["nan", "NaT", "NaN"])
+@pytest.mark.parametrize("other", ["2020-01-02", "7"])
+def test_a_time_that_pandas_takes_for_missing_is_no_time(tmp_path, word, other):
+    with pytest.raises(UsageError, match=f"'{word}' is no time"):
+        read(tmp_path / "rows.csv", f"series,date,value\na,{word},1\na,{other},2\na,{word},3\n")
+
+
+def test_times_beyond_whole_numbers(tmp_path):
+    table = read(tmp_path / "rows.csv", "series,time,value\na,1e300,1\na,2e300,2\na,3e300,4\n")
+    assert values(table) == {"a": [1.0, 2.0, 4.0]}
+
+
 @pytest.mark.parametrize("wrong", [7, 7.5, True, {"a": 1}])
 def test_a_number_where_others_have_a_list_is_a_series_of_none(tmp_path, wrong):
     rows = [{"start": "2020-01-01", "freq": "D", "target": each} for each in ([1, 2, 4], wrong)]

@@ -3,7 +3,8 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def read_pipeline_index(path: str) -> Mapping[str, Any]:
 
     Raises:
         UsageError: if the folder, or what the hub has by the name, is no pipeline.
-        DoraError: if a part of it would be larger than any model.
+        DoraError: if the file is damaged, or a part of the pipeline would be larger than any model.
     """
     place = Path(path).expanduser()
     file = place / "model_index.json" if place.exists() or is_local(path) else find_hub_file(path, "model_index.json")
@@ -52,7 +53,10 @@ def read_pipeline_index(path: str) -> Mapping[str, Any]:
             f"model: {path} is no diffusion pipeline, it has no model_index.json; give a folder or hub name"
         )
     check_sizes(place)
-    return read_json(file)
+    index: dict[str, Any] = read_json(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise DoraError(f"{file} names no class of diffusers'; download it again")
+    return index
 
 
 def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str | None = None) -> Any:
@@ -79,17 +83,12 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
     if index.get("_class_name") == "StableDiffusion3Pipeline" and not any(index.get(_T5) or ()):
         # SD3 draws without its largest encoder, and loads only if told that it is left out
         parts |= {_T5: None, "tokenizer_3": None}
-    try:
+    with _explaining(settings.path), quiet_transformers():
         if vae is not None:
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
         if settings.quantization and network is not None:
             parts[network] = _load_quantized(settings, where, network, index[network][1], common)
-        with quiet_transformers():
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(where, **common, **parts)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise _explain(settings.path, error) from error
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(where, **common, **parts)
     pipeline.set_progress_bar_config(disable=True)
     for part in list_modules(pipeline).values():
         part.requires_grad_(False).eval()
@@ -129,7 +128,8 @@ def _load_quantized(settings: ModelSettings, where: str, part: str, kind: str, c
 
 def make_empty_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, nn.Module]:
     """Parts of a pipeline without weights, on the device `meta`."""
-    found = _make_parts(settings, names)
+    with _explaining(settings.path):
+        found = _make_parts(settings, names)
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
 
@@ -138,12 +138,13 @@ def make_empty_pipeline(settings: ModelSettings) -> Any:
 
     Raises:
         UsageError: if there is no pipeline.
+        DoraError: if its files are damaged.
     """
     index = read_pipeline_index(settings.path)
-    cls = getattr(import_diffusers(), str(index["_class_name"]))
     # a part that is left out is given as None
     parts: dict[str, Any] = {name: None for name, said in index.items() if isinstance(said, list)}
-    with quiet_transformers():
+    with _explaining(settings.path), quiet_transformers():
+        cls = getattr(import_diffusers(), index["_class_name"])
         parts |= _make_parts(settings, [name for name in parts if name not in _UNUSED])
         made = cls(**{**parts, **_leave_out(index)})
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -155,15 +156,6 @@ def make_empty_pipeline(settings: ModelSettings) -> Any:
 
 
 def _make_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]:
-    try:
-        return _make_each(settings, names)
-    except DoraError:
-        raise
-    except Exception as error:
-        raise _explain(settings.path, error) from error
-
-
-def _make_each(settings: ModelSettings, names: Sequence[str]) -> dict[str, Any]:
     index = read_pipeline_index(settings.path)
     where, revision = split_revision(settings.path)
     found: dict[str, Any] = {}
@@ -298,6 +290,17 @@ def load_adapted_pipeline(path: str, base: str, *, dtype: str = "auto", given: H
         add_tokens(pipeline, tokens, find_clip_encoders(pipeline))
     load_adapter(join_parts(pipeline), Path(path), given=given)
     return pipeline
+
+
+@contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    """Name the pipeline in what its files raise."""
+    try:
+        yield
+    except DoraError:
+        raise
+    except Exception as error:
+        raise _explain(path, error) from error
 
 
 def _explain(path: str, error: Exception) -> DoraError:

@@ -383,13 +383,16 @@ def _read_times(written: Sequence[Any], where: str) -> Any:
     for pattern, form in _DIGITS.items():
         if all(re.fullmatch(pattern, text) for text in texts):
             return pd.DatetimeIndex(pd.to_datetime(texts, format=form))
-    if all(map(_is_number, texts)):
-        numbers = np.array(texts, dtype=np.float64)
-        return pd.Index(numbers.astype(np.int64) if (numbers == np.floor(numbers)).all() else numbers)
+    if all(map(_is_number, texts)) and np.isfinite(numbers := np.array(texts, dtype=np.float64)).all():
+        whole = (numbers == np.floor(numbers)).all() and np.abs(numbers).max() < _LARGEST_WHOLE
+        return pd.Index(numbers.astype(np.int64) if whole else numbers)
     for options in ({"format": "ISO8601"}, {"format": "mixed"}, {"format": "mixed", "dayfirst": True}):
         try:
             found = pd.to_datetime(pd.Series(texts), utc=True, **options)
         except (ValueError, OverflowError):
+            continue
+        if found.isna().any():
+            # pandas takes "nan" and its like for times that are missing
             continue
         if options["format"] != "ISO8601":
             log.info(f"{where}: {texts[0]} is read as {found.iloc[0]:%Y-%m-%d}")
@@ -412,6 +415,7 @@ def _are_times(column: Sequence[Any]) -> bool:
 
 
 _LOOKED_AT = 20
+_LARGEST_WHOLE = 2.0**53
 
 
 def _are_numbers(column: Sequence[Any]) -> bool:
