@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, PositiveInt
+from pydantic import BaseModel, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from ..documents import decode_json
@@ -40,10 +40,13 @@ def read_settings(weight: str, state: Tensor) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = decode_json(bytes(state.tolist()))
         State4bit.model_validate(settings)
+    except ValidationError as error:
+        why = ", ".join(dict.fromkeys(".".join(map(str, each["loc"])) for each in error.errors()))
     except (ValueError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise DoraError(f"{weight}: its quantization's settings are damaged ({first}); download it again") from None
-    return settings
+        why = str(error)
+    else:
+        return settings
+    raise DoraError(f"{weight}: its quantization's settings are damaged ({why}); download it again")
 
 
 def check_four_bits(weight: str, quant_type: str, parts: Mapping[str, Slot]) -> State4bit:
@@ -82,7 +85,7 @@ def check_eight_bits(weight: str, parts: Mapping[str, Slot], scales: str) -> Non
         DoraError: if they are of another size or dtype.
     """
     shape, slot = parts[weight].shape, parts[scales]
-    fits = len(shape) == 2 and _is(slot, "F32", shape[0])
+    fits = len(shape) == 2 and slot.plain and math.prod(slot.shape) == shape[0]
     _raise(weight, [] if fits else [f"SCB ({_describe(slot)} for the rows of {shape})"])
 
 
