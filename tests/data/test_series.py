@@ -66,6 +66,12 @@ def test_a_time_that_pandas_takes_for_missing_is_no_time(tmp_path, word, other):
         read(tmp_path / "rows.csv", f"series,date,value\na,{word},1\na,{other},2\na,{word},3\n")
 
 
+@pytest.mark.parametrize(("start", "freq"), [("", "D"), ("nan", "D"), ("x", "D"), ("2020-01-01", "x")])
+def test_a_list_whose_times_cannot_be_counted_has_none(tmp_path, start, freq):
+    table = read(tmp_path / "rows.jsonl", json.dumps({"start": start, "freq": freq, "target": [1, 2, 4]}) + "\n")
+    assert table.series[0].later(1) == ["3"]
+
+
 def test_times_beyond_whole_numbers(tmp_path):
     table = read(tmp_path / "rows.csv", "series,time,value\na,1e300,1\na,2e300,2\na,3e300,4\n")
     assert values(table) == {"a": [1.0, 2.0, 4.0]}

@@ -218,9 +218,10 @@ def _count_times(start: Any, step: Any, count: int) -> Any:
         return None
     try:
         first = pd.to_datetime(_TSF_TIME.sub(r"\1T\2:\3:\4", str(start)))
+        # pandas takes "" and "nan" for a time that is missing
+        return None if pd.isna(first) else pd.DatetimeIndex([first + i * offset for i in range(count)])
     except (ValueError, OverflowError):
         return None
-    return pd.DatetimeIndex([first + i * offset for i in range(count)])
 
 
 _TSF_TIME = re.compile(r"^(\d{4}-\d{2}-\d{2}) (\d{2})-(\d{2})-(\d{2})$")
