@@ -66,10 +66,17 @@ def test_a_time_that_pandas_takes_for_missing_is_no_time(tmp_path, word, other):
         read(tmp_path / "rows.csv", f"series,date,value\na,{word},1\na,{other},2\na,{word},3\n")
 
 
-@pytest.mark.parametrize(("start", "freq"), [("", "D"), ("nan", "D"), ("x", "D"), ("2020-01-01", "x")])
+@pytest.mark.parametrize(
+    ("start", "freq"), [("", "D"), ("nan", "D"), ("x", "D"), ("9999-12-31", "D"), ("2020-01-01", "x")]
+)
 def test_a_list_whose_times_cannot_be_counted_has_none(tmp_path, start, freq):
     table = read(tmp_path / "rows.jsonl", json.dumps({"start": start, "freq": freq, "target": [1, 2, 4]}) + "\n")
     assert table.series[0].later(1) == ["3"]
+
+
+def test_a_year_that_python_cannot_write_is_no_time(tmp_path):
+    with pytest.raises(UsageError, match="'-0001-01-01' is no time"):
+        read(tmp_path / "rows.csv", "series,date,value\na,2020-01-02,2\na,-0001-01-01,1\na,2020-01-03,3\n")
 
 
 def test_times_beyond_whole_numbers(tmp_path):

@@ -218,10 +218,10 @@ def _count_times(start: Any, step: Any, count: int) -> Any:
         return None
     try:
         first = pd.to_datetime(_TSF_TIME.sub(r"\1T\2:\3:\4", str(start)))
-        # pandas takes "" and "nan" for a time that is missing
-        return None if pd.isna(first) else pd.DatetimeIndex([first + i * offset for i in range(count)])
+        times = pd.DatetimeIndex([first + i * offset for i in range(count)])
     except (ValueError, OverflowError):
         return None
+    return times if _are_dates(times) else None
 
 
 _TSF_TIME = re.compile(r"^(\d{4}-\d{2}-\d{2}) (\d{2})-(\d{2})-(\d{2})$")
@@ -392,8 +392,7 @@ def _read_times(written: Sequence[Any], where: str) -> Any:
             found = pd.to_datetime(pd.Series(texts), utc=True, **options)
         except (ValueError, OverflowError):
             continue
-        if found.isna().any():
-            # pandas takes "nan" and its like for times that are missing
+        if not _are_dates(found.dt):
             continue
         if options["format"] != "ISO8601":
             log.info(f"{where}: {texts[0]} is read as {found.iloc[0]:%Y-%m-%d}")
@@ -410,13 +409,20 @@ def _find(columns: Mapping[str, Sequence[Any]], known: Sequence[str]) -> str | N
 def _are_times(column: Sequence[Any]) -> bool:
     texts = [_text(each) for each in column if each is not None][:_LOOKED_AT]
     try:
-        return bool(texts) and pd.to_datetime(pd.Series(texts), format="mixed", utc=True).notna().all().item()
+        return bool(texts) and _are_dates(pd.to_datetime(pd.Series(texts), format="mixed", utc=True).dt)
     except (ValueError, OverflowError):
         return False
 
 
 _LOOKED_AT = 20
 _LARGEST_WHOLE = 2.0**53
+_LAST_YEAR = 9999
+"""That Python can write."""
+
+
+def _are_dates(times: Any) -> bool:
+    """Whether all can be written: pandas takes "nan" for a time that is missing, and -1 for a year."""
+    return bool(((times.year >= 1) & (times.year <= _LAST_YEAR)).all())
 
 
 def _are_numbers(column: Sequence[Any]) -> bool:
