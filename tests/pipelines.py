@@ -151,7 +151,8 @@ def make_pipeline(family, folder, prediction="epsilon", seed=0):
                 num_layers=1,
                 num_single_layers=1,
                 attention_head_dim=16,
-                num_attention_heads=2,
+                # as wide as a block of bitsandbytes: its kernel for AVX-512 errs at others
+                num_attention_heads=4,
                 joint_attention_dim=WIDTH,
                 pooled_projection_dim=WIDTH,
                 axes_dims_rope=(4, 4, 8),

@@ -126,9 +126,16 @@ def test_a_base_of_more_layers_than_any_model_has(run, recipe, tmp_path, tiny_ll
     assert f"config.json is damaged, no model has so many: {named}" in " ".join(err.split())
 
 
-def test_a_pipeline_of_more_layers_than_any_model_has(tmp_path):
-    (tmp_path / "unet").mkdir()
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("unet/config.json", {"layers_per_block": [1, 10**6], "heads": 10**6}, "layers_per_block 1000000"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps 1000000000"),
+    ],
+)
+def test_a_pipeline_of_more_layers_or_steps_than_any_has(tmp_path, file, values, named):
+    (tmp_path / file).parent.mkdir()
     (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "unet" / "config.json").write_text('{"layers_per_block": [1, 1000000], "num_attention_heads": 1000000}')
-    with pytest.raises(DoraError, match=r"unet.config\.json is damaged, .* so many: layers_per_block 1000000$"):
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(DoraError, match=rf"config\.json is damaged, .* so many: {named}$"):
         read_pipeline_index(str(tmp_path))

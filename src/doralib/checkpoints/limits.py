@@ -1,4 +1,4 @@
-"""What a config.json may say: transformers makes one layer after another, until the memory is gone."""
+"""What a config.json may say: whatever it counts is made, one after another, until the memory is gone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,14 @@ from ..files import read_json
 from .kind import is_pipeline
 
 # settings that count what is made in a loop, and more than any model has
-_LIMITS = {re.compile(r"(layers?|layers_per_block|depths?|blocks|experts)$"): 10_000, re.compile(r"labels$"): 1_000_000}
+_LIMITS = {
+    re.compile(r"(layers?|layers_per_block|depths?|blocks|experts)$"): 10_000,
+    re.compile(r"(labels|timesteps)$"): 1_000_000,
+}
 
 
 def check_sizes(path: str | Path) -> None:
-    """Check that a model's folder, or a pipeline's, asks for no more layers, experts or labels than a model can have.
+    """Check that a model's folder, or a pipeline's, asks for no more layers, labels or steps than a model can have.
 
     What is no folder is not looked at: it may be a hub name.
 
@@ -22,15 +25,15 @@ def check_sizes(path: str | Path) -> None:
         DoraError: as `read_config`.
     """
     folder = Path(path).expanduser()
-    for file in sorted(folder.glob("*/config.json" if is_pipeline(folder) else "config.json")):
+    for file in sorted(folder.glob("*/*config.json" if is_pipeline(folder) else "config.json")):
         read_config(file)
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The values of a model's config.json.
+    """The values of a model's config.json, or of a part's of a pipeline.
 
     Raises:
-        DoraError: if it is damaged, or asks for more layers, experts or labels than a model can have.
+        DoraError: if it is damaged, or asks for more layers, experts, labels or steps than a model can have.
     """
     config: dict[str, Any] = read_json(file)
     if wrong := [f"{key} {count}" for key, count in _find_too_large(config)]:
