@@ -4,9 +4,9 @@
 
 No weights of a diffusion model install from a registry, so this one is trained: two CLIP text encoders, a VAE (32
 pixels to 16 x 16 x 4) and a U-Net of some five million parameters, on the Noto icons of npm's emoji-datasource-google
-(Apache-2.0 art). 6,000 steps take about two hours on one core of an AMD EPYC; nearly every icon can then be told.
-Every 500 steps the pipeline is written again, with pictures.png beside it: look at them. The same command goes on
-where the last such writing was.
+(Apache-2.0 art). 6,000 steps take two hours on one core of an AMD EPYC, one on an Intel Xeon; nearly every icon can
+then be told. Every 500 steps the pipeline is written again, with pictures.png beside it: look at them. The same command
+goes on where the last such writing was.
 
 --icons gets the other side of the experiment, from npm's @lobehub/fluent-emoji-3d (MIT): `train/`, 23 icons with
 captions "3d icon of NAME", as many as linoyts/3d_icon has; `valid/`, 20 more to choose rates by; `true/`, the 3D
