@@ -296,6 +296,20 @@ def test_metadata_that_is_no_text_is_refused(tmp_path, metadata):
         merge_checkpoint(adapter, base, tmp_path / "out")
 
 
+def test_a_header_of_infinite_sizes_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32))
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["lm_head.weight"]["shape"] = [float("inf"), I]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
+    with pytest.raises(DoraError, match=r"model\.safetensors has a header that is not safetensors'"):
+        merge_checkpoint(adapter, base, tmp_path / "out")
+
+
 def test_conv1d_by_shape_and_by_model_type(tmp_path):
     names = {"transformer.h.0.attn.c_attn": (O, I), "transformer.h.0.attn.c_proj": (I, I)}
     tensors = {f"{name}.weight": torch.randn(in_, out) for name, (out, in_) in names.items()}

@@ -216,7 +216,7 @@ def read_shard(path: Path) -> Shard:
         slots = sorted(
             (_make_slot(path, data_start, name, entry) for name, entry in header.items()), key=lambda s: s.start
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise DoraError(f"{path} has a header that is not safetensors'; download it again") from None
     _check_sizes(path, size, data_start, slots)
     return Shard(path, tuple(slots), metadata, data_start, size)
