@@ -296,6 +296,21 @@ def test_metadata_that_is_no_text_is_refused(tmp_path, metadata):
         merge_checkpoint(adapter, base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("said", [7, False, [], "nf4"])
+def test_a_quantization_that_is_no_object_is_refused(tmp_path, said):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32), quantization_config=said)
+    adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
+    with pytest.raises(DoraError, match=r"config\.json is damaged: its quantization_config is no object"):
+        merge_checkpoint(adapter, base, tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_quantization_of_nothing_is_none(tmp_path):
+    base = save_base(tmp_path / "base", base_tensors(torch.float32), quantization_config=None)
+    adapter = save_adapter(tmp_path / "adapter", AdapterState({Q: layer()}, extra={}))
+    merge_checkpoint(adapter, base, tmp_path / "out", dtype="bfloat16")
+    assert stored(tmp_path / "out")[f"{Q}.weight"].dtype == torch.bfloat16
+
+
 def test_a_header_of_infinite_sizes_is_refused(tmp_path):
     base = save_base(tmp_path / "base", base_tensors(torch.float32))
     file = base / "model.safetensors"

@@ -38,6 +38,9 @@ def read_config(file: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(file)
     if wrong := [f"{key} {count}" for key, count in _find_too_large(config)]:
         raise DoraError(f"model: {file} is damaged, no model has so many: {', '.join(wrong)}")
+    if config.get("quantization_config", {}) is None:
+        # transformers writes it of a model that is not quantized
+        del config["quantization_config"]
     if not isinstance(config.get("quantization_config", {}), dict):
         raise DoraError(f"model: {file} is damaged: its quantization_config is no object")
     return config
