@@ -27,7 +27,7 @@ PEFTS := 0.10.0 0.13.2 0.15.2 0.18.0
 # make pythons: the tests under Python 3.11, 3.12 and 3.13, those of them that are here
 # make dist REPOSITORY=https://...: what goes to PyPI, in dist/; its README links to that repository
 # make kills: each verb killed, and its disk filled, at each place where it changes a file; hours, or MINUTES=20
-# make fuzz: files of each kind damaged and read, 21,000 for a seed: ten minutes or so
+# make fuzz: files of each kind damaged and read, 21,000 for a seed: ten minutes, or MINUTES=5
 .PHONY: demo test test-cpus long slow interop pythons dist kills fuzz check format bench tables models schemas docs clean
 
 demo: $(STAMP)

@@ -141,6 +141,9 @@ def test_a_package_is_fetched_once(wanted, tmp_path, monkeypatch):
     first = fetch_package(package, tmp_path / "cache")
     assert first.read_bytes() == data
     assert fetch_package(package, tmp_path / "cache") == first
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    assert fetch_package(package, pathlib.Path("~/cache")) == first
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--require-hashes" in calls[0]

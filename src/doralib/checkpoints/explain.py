@@ -1,4 +1,4 @@
-"""What transformers raises while it loads a model, in words that name the model."""
+"""What transformers and diffusers raise while they load a model, in words that name the model."""
 
 import re
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ _OTHER_CLASS = re.compile(r"Unrecognized configuration class <class '\S*?(\w+)'>
 
 @contextmanager
 def explaining_load(path: str) -> Iterator[None]:
-    """Name the model in what its files raise: safetensors and tokenizers have bare classes of their own."""
+    """Name the model or pipeline in what its files raise: safetensors and tokenizers have bare classes of their own."""
     try:
         yield
-    except UsageError:
+    except DoraError:
         raise
     except Exception as error:
         raise _explain(path, error) from error
@@ -44,6 +44,7 @@ def _explain(path: str, error: Exception) -> DoraError:
             f"model: {path} neither sees nor hears: it has no {' or '.join(PROCESSOR_FILES)}; give a model of the kind "
             "that model.kind says, with all its files"
         )
-    if Path(path).exists():
-        return DoraError(f"model: {path} cannot be read, a file in it may be truncated or of another kind: {first}")
+    if Path(path).expanduser().exists():
+        why = f"a file in it may be missing, truncated or of another kind: {first}"
+        return DoraError(f"model: {path} cannot be read, {why}")
     return UsageError(f"model: no folder or file {path}, and {explain_hub(error)}")

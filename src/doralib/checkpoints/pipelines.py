@@ -3,8 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from ..files import read_json, read_yaml
 from ..formats.base import Hints
 from ..formats.files import find_base_name, is_adapter
 from ..formats.pipeline import COMPONENTS
-from ..hub import explain_hub, find_hub_file, is_local, split_revision
+from ..hub import find_hub_file, is_local, split_revision
 from ..progress import quiet_transformers
 from ..recipe import ModelSettings
+from .explain import explaining_load
 from .kind import find_pipeline_folder, is_pipeline
 from .limits import check_sizes
 
@@ -83,7 +83,7 @@ def load_pipeline(settings: ModelSettings, network: str | None = None, vae: str 
     if index.get("_class_name") == "StableDiffusion3Pipeline" and not any(index.get(_T5) or ()):
         # SD3 draws without its largest encoder, and loads only if told that it is left out
         parts |= {_T5: None, "tokenizer_3": None}
-    with _explaining(settings.path), quiet_transformers():
+    with explaining_load(settings.path), quiet_transformers():
         if vae is not None:
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
         if settings.quantization and network is not None:
@@ -128,7 +128,7 @@ def _load_quantized(settings: ModelSettings, where: str, part: str, kind: str, c
 
 def make_empty_parts(settings: ModelSettings, names: Sequence[str]) -> dict[str, nn.Module]:
     """Parts of a pipeline without weights, on the device `meta`."""
-    with _explaining(settings.path):
+    with explaining_load(settings.path):
         found = _make_parts(settings, names)
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
@@ -143,7 +143,7 @@ def make_empty_pipeline(settings: ModelSettings) -> Any:
     index = read_pipeline_index(settings.path)
     # a part that is left out is given as None
     parts: dict[str, Any] = {name: None for name, said in index.items() if isinstance(said, list)}
-    with _explaining(settings.path), quiet_transformers():
+    with explaining_load(settings.path), quiet_transformers():
         cls = getattr(import_diffusers(), index["_class_name"])
         parts |= _make_parts(settings, [name for name in parts if name not in _UNUSED])
         made = cls(**{**parts, **_leave_out(index)})
@@ -290,21 +290,3 @@ def load_adapted_pipeline(path: str, base: str, *, dtype: str = "auto", given: H
         add_tokens(pipeline, tokens, find_clip_encoders(pipeline))
     load_adapter(join_parts(pipeline), Path(path), given=given)
     return pipeline
-
-
-@contextmanager
-def _explaining(path: str) -> Iterator[None]:
-    """Name the pipeline in what its files raise."""
-    try:
-        yield
-    except DoraError:
-        raise
-    except Exception as error:
-        raise _explain(path, error) from error
-
-
-def _explain(path: str, error: Exception) -> DoraError:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if Path(path).expanduser().exists():
-        return DoraError(f"model: {path} cannot be read, a file in it may be missing or of another kind: {lines[0]}")
-    return UsageError(f"model: no pipeline {path}, and {explain_hub(error)}")

@@ -49,6 +49,7 @@ def fetch_package(package: Package, cache: Path, given: Sequence[Path] = ()) -> 
     Raises:
         DoraError: if the client gives nothing, or what there is are other bytes.
     """
+    cache = cache.expanduser()
     file = package.folder(cache) / package.file
     if file.is_file():
         if sha256_of(file) == package.sha256:

@@ -204,9 +204,15 @@ def _divide_lists(
     starts = columns[time] if time is not None else [None] * len(columns[value])
     steps = columns.get("frequency", columns.get("freq", [None] * len(starts)))
     for i, (values, start, step) in enumerate(zip(columns[value], starts, steps, strict=True)):
-        # a number where others have a list is a series of none
-        listed = values.split(",") if isinstance(values, str) else list(values) if isinstance(values, Sequence) else []
+        listed = _list_written(values)
         yield _Written(_text(columns[name][i]) if name else str(i + 1), listed, _count_times(start, step, len(listed)))
+
+
+def _list_written(values: Any) -> list[Any]:
+    """The values of a list, or of a text that writes one; none of a number, which stands where others have a list."""
+    if isinstance(values, str):
+        return values.split(",")
+    return list(values) if isinstance(values, Sequence) else []
 
 
 def _count_times(start: Any, step: Any, count: int) -> Any:
