@@ -36,6 +36,16 @@ def is_hub_name(name: str | Path) -> bool:
     return bool(_NAME.fullmatch(bare)) and not (len(path.parts) > 1 and path.parent.exists())
 
 
+def check_model_place(name: str) -> None:
+    """Check that a model that is named by its place is there; a name may be the hub's.
+
+    Raises:
+        UsageError: if nothing is there.
+    """
+    if is_local(name) and not Path(name).expanduser().exists():
+        raise UsageError(f"model: there is no model folder {name}; give a folder, a .gguf file or a hub name")
+
+
 def add_revision(name: str | Path, revision: str | None) -> str:
     """The name with @REVISION.
 

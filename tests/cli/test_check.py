@@ -94,6 +94,14 @@ def test_check_names_targets_that_the_model_does_not_have(run, here):
     assert (status, "there is no model folder ./none" in err) == (2, True)
 
 
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_model_that_is_not_there_is_named_with_all_else_that_is_wrong(run, here, verb):
+    status, _, err = run(verb, "r.yaml", "model.path=./none", "data.train=absent.jsonl", "training.learning_rat=1")
+    assert status == 2
+    for problem in ("there is no model folder ./none", "no file 'absent.jsonl'", "did you mean 'learning_rate'"):
+        assert problem in err
+
+
 def test_check_of_a_classifier_and_of_packed_text(run, here):
     status, out, err = run("check", "r.yaml", "model.kind=classify", "data.prompt=text", "data.target=label", "--json")
     assert status == 0, err

@@ -36,7 +36,7 @@ from ..errors import DoraError, UsageError, list_some
 from ..files import list_folder, read_json
 from ..formats.files import is_adapter
 from ..functional import explain_nonfinite, is_finite
-from ..hub import is_local, split_revision
+from ..hub import check_model_place, split_revision
 from ..progress import quiet_transformers
 from ..recipe import ModelSettings, VisualSettings
 from .explain import explaining_load, first_line
@@ -440,7 +440,8 @@ def _locate(path: str) -> tuple[str, dict[str, str]]:
             )
         check_sizes(place)
         return str(place), {}
-    if is_local(path) or place.exists():
-        raise UsageError(f"model: there is no model folder {path}; give a folder, a .gguf file or a hub name")
+    check_model_place(path)
+    if place.exists():
+        raise UsageError(f"model: {path} is neither a model folder nor a .gguf file")
     name, revision = split_revision(path)
     return name, {"revision": revision} if revision else {}

@@ -10,6 +10,7 @@ from typing import Any
 from ..disk import check_writable
 from ..errors import DoraError, UsageError, raise_all
 from ..files import hash_texts, read_yaml
+from ..hub import check_model_place
 from ..recipe import ModelParts, ModelSettings
 from .kind import PROCESSOR_FILES
 
@@ -20,6 +21,18 @@ CACHE = Path("~/.cache/doralib/composed")
 
 _FORM = "1"
 """Goes up where what is written changes, so that nobody goes on with an older one."""
+
+
+def check_model_is_there(settings: ModelSettings) -> None:
+    """Check that the model, or each of its parts, is there, where it is named by its place; a name may be the hub's.
+
+    Raises:
+        UsageError: naming all that is not.
+    """
+    if settings.parts is None:
+        check_model_place(settings.path)
+    else:
+        check_model_parts(settings.parts)
 
 
 def check_model_parts(parts: ModelParts) -> None:

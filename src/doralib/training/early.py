@@ -1,7 +1,7 @@
 """What can be said against a recipe before torch, transformers and `datasets` are imported, which takes seconds."""
 
 from ..checkpoints.kind import guess_kind
-from ..checkpoints.parts import check_model_parts
+from ..checkpoints.parts import check_model_is_there
 from ..data.columns import check_columns, check_label_columns
 from ..data.detect import find_first, find_style
 from ..data.sources import list_files
@@ -13,7 +13,7 @@ from .fields import find_unfit
 
 
 def check_early(recipe: Recipe) -> None:
-    """Check the files of data and their columns, the model's parts, and the names of tasks and in `training`.
+    """Check that the model is there, the files of data and their columns, and the names of tasks and in `training`.
 
     Raises:
         DoraError: with all that is wrong; a UsageError if one of them is.
@@ -24,9 +24,8 @@ def check_early(recipe: Recipe) -> None:
         problems += find_unfit(recipe.training)
     with collecting(problems):
         load_tasks(recipe.eval.tasks)
-    if recipe.model.parts is not None:
-        with collecting(problems):
-            check_model_parts(recipe.model.parts)
+    with collecting(problems):
+        check_model_is_there(recipe.model)
     # folders of tasks are looked at later, all files of a task together
     if not trl and not recipe.data.has_tasks:
         kind = guess_kind(recipe.model.path) if recipe.model.kind == "auto" else recipe.model.kind

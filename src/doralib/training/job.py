@@ -23,7 +23,7 @@ from ..adapters.save import save_adapter
 from ..checkpoints.heads import write_labels
 from ..checkpoints.kind import name_auto_class
 from ..checkpoints.models import Loaded, loading_on_cpu
-from ..checkpoints.parts import check_model_parts, compose_parts, settle_parts
+from ..checkpoints.parts import check_model_is_there, compose_parts, settle_parts
 from ..data.encoding import has_encoder
 from ..data.prompt_form import write_form
 from ..data.rows import RawRows, hash_sources, list_inputs
@@ -196,9 +196,9 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool, check_out: bool = T
         rows = modality.check_rows(recipe.data, recipe.seed)
         if isinstance(modality, DrawingModality):
             hashes |= modality.hash_rows(rows)
-    if (parts := recipe.model.parts) is not None:
-        with collecting(problems):
-            check_model_parts(parts)
+    with collecting(problems):
+        check_model_is_there(recipe.model)
+    parts = recipe.model.parts
     named = [recipe.model.path] if parts is None else [parts.language, parts.vision, parts.projector or parts.vision]
     inputs = [*named, *recipe.eval.tasks, *(task.data for task in tasks if task.data)]
     inputs += [str(file) for files in list_inputs(recipe.data).values() for file in files]
