@@ -9,7 +9,7 @@ from adapted import logits, move
 
 from doralib import DoraConfig, adapt, load_adapter, save_adapter
 from doralib.adapters.towers import choose_language_layers
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks
 from doralib.training.recipe_file import packaged_recipes, read_recipe
 

@@ -18,7 +18,7 @@ from doralib.cli.demo_assets import Rated, demo_assets, read_sentences, write_se
 from doralib.cli.demo_fetch import Package, fetch_package, read_members, sha256_of
 from doralib.cli.demo_steps import find_free_folder
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks
 from doralib.training.recipe_file import read_recipe
 

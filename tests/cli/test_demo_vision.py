@@ -32,7 +32,7 @@ from doralib.cli.demo_scenes import (
 )
 from doralib.data.pictures import Picture
 from doralib.errors import DoraError
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks
 from doralib.training.recipe_file import read_recipe
 

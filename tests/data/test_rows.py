@@ -20,7 +20,7 @@ from doralib.data.rows import read_dataset
 from doralib.data.templates import columns_in, fill_template
 from doralib.data.tokenize import tokenize_rows
 from doralib.errors import DoraError, UsageError
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import read_task
 from doralib.recipe import DataSettings
 

@@ -10,7 +10,7 @@ from doralib.errors import UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.metrics import Score
 from doralib.evaluation.result import TaskResult
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks, packaged_tasks
 from doralib.training.recipe_file import packaged_recipes
 

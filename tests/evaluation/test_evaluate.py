@@ -12,9 +12,11 @@ from doralib.cli.eval import results_table, wrong_answers
 from doralib.data.templates import columns_in
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
+from doralib.evaluation.example import fill
 from doralib.evaluation.generation import generate
 from doralib.evaluation.likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
-from doralib.evaluation.task import ChoiceTask, ClassificationTask, RegexTask, fill, read_examples
+from doralib.evaluation.rows import read_examples
+from doralib.evaluation.task import ChoiceTask, ClassificationTask, RegexTask
 from doralib.evaluation.task_file import load_tasks
 
 ROWS = [

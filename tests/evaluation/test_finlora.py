@@ -14,7 +14,7 @@ from doralib.evaluation.bertscore import load_encoder
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.metrics import Score, label_scores, mean_score
 from doralib.evaluation.result import TaskResult
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks, packaged_tasks
 from doralib.families import Variant
 from doralib.training.recipe_file import packaged_recipes

@@ -17,7 +17,7 @@ from doralib.evaluation.llava.files import AnswerFile
 from doralib.evaluation.llava.made_elsewhere import rate_answer_file
 from doralib.evaluation.llava.questions import make_key, read_asked
 from doralib.evaluation.llava.scores import rate_answers, read_letter
-from doralib.evaluation.task import read_examples
+from doralib.evaluation.rows import read_examples
 from doralib.evaluation.task_file import load_tasks
 from doralib.evaluation.vqa import normalize_written
 

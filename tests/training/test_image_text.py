@@ -31,7 +31,8 @@ from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import Answer, answer_pictures
 from doralib.evaluation.likelihood import score_options
-from doralib.evaluation.task import KINDS, read_examples
+from doralib.evaluation.rows import read_examples
+from doralib.evaluation.task import KINDS
 from doralib.evaluation.task_file import load_tasks
 from doralib.evaluation.visual import read_choice
 from doralib.recipe import DataSettings, ModelSettings, Recipe

@@ -24,7 +24,8 @@ from doralib.checkpoints.verify import verify_merge  # noqa: E402
 from doralib.cli.main import app  # noqa: E402
 from doralib.errors import DoraError, UsageError  # noqa: E402
 from doralib.evaluation.evaluate import evaluate  # noqa: E402
-from doralib.evaluation.task import KINDS, read_examples  # noqa: E402
+from doralib.evaluation.rows import read_examples  # noqa: E402
+from doralib.evaluation.task import KINDS  # noqa: E402
 from doralib.evaluation.task_file import read_task  # noqa: E402
 from doralib.evaluation.transcripts import transcribe  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402

@@ -12,9 +12,10 @@ from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
 from ..errors import DoraError, UsageError
+from .example import Example
 from .generation import Sampling, answer_each, answer_pictures, stop_at_turn_end
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options
-from .task import ClassificationTask, Example, GenerationTask, Task
+from .task import ClassificationTask, GenerationTask, Task
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,13 @@ from ..errors import DoraError, UsageError, collecting, list_some, raise_all
 from ..progress import Tick, log_progress
 from .asking import Scorer
 from .classifier import find_head_kind, list_labels
+from .example import Example
 from .generation import evaluation_mode, tell_ends
 from .kinds import score_kind
 from .llava.answers import check_answered
 from .result import WRONG_KEPT, TaskResult
-from .task import (
-    ClassificationTask,
-    Example,
-    FolderTask,
-    ForecastTask,
-    GenerationTask,
-    SoundLabelTask,
-    Task,
-    WordsTask,
-    read_examples,
-)
+from .rows import read_examples
+from .task import ClassificationTask, FolderTask, ForecastTask, GenerationTask, SoundLabelTask, Task, WordsTask
 from .transcripts import Spoken
 from .validation import rate_sounds, rate_transcripts
 

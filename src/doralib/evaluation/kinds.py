@@ -22,6 +22,7 @@ from .asking import (
 from .bertscore import load_encoder
 from .captions import caption_scores, check_caption_tools
 from .classifier import find_head_kind, list_labels, predict_labels
+from .example import Example, ForecastExample, LlavaExample
 from .forecast import Scoring, score_origins
 from .generation import Sampling
 from .likelihood import text_requests
@@ -43,13 +44,10 @@ from .task import (
     CaptionTask,
     ChoiceTask,
     ClassificationTask,
-    Example,
     FirstLabelTask,
     FolderTask,
-    ForecastExample,
     ForecastTask,
     GenerationTask,
-    LlavaExample,
     LlavaTask,
     PerplexityTask,
     SummaryTask,

@@ -1,42 +1,38 @@
-"""What a model is scored on: a table of kinds of task, and examples made from rows."""
+"""What a model is scored on: the kinds of task, each of which makes examples from rows."""
 
 import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config import Checked, explain_regex, search_text
-from ..data.pictures import Picture, find_picture, find_root
+from ..data.pictures import find_root
 from ..data.prepare import BadRow, Row
-from ..data.sounds import Clip, hear_clip, name_clip
-from ..data.templates import columns_in, fill_template, value_text
-from ..data.videos import Video, find_video
-from ..errors import DoraError, UsageError, did_you_mean, list_some
+from ..data.sounds import name_clip
+from ..data.templates import value_text
+from ..data.videos import Video
+from ..errors import DoraError, UsageError
 from ..recipe import DataSettings, SeriesSettings
+from .example import (
+    Example,
+    ForecastExample,
+    LlavaExample,
+    check_answers,
+    fill,
+    find_choice,
+    make_answered,
+    plain_text,
+    read_value,
+)
+from .media import check_pictures, find_sounds
 from .numbers import read_number
 from .vqa import read_yes_no
 
-if TYPE_CHECKING:
-    from ..data.windows import Origin
-    from .llava.questions import LlavaQuestion
-
 log = logging.getLogger(__name__)
-
-_SHOWN = 12
-
-
-def plain_text(value: Any) -> str:
-    """A value of a row or a label as text: true and false, whole numbers without a point, no space around."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
 
 
 def _labels(value: Any) -> Any:
@@ -82,7 +78,7 @@ class Task(Checked):
         """Every text that names columns."""
         return [getattr(self, name) for name in self.named_in]
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
         """One example a row.
 
         Raises:
@@ -109,18 +105,18 @@ class ChoiceTask(Task):
     def templates(self) -> list[str]:
         return [*super().templates(), *([self.choices] if isinstance(self.choices, str) else self.choices)]
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
         made, bad = [], Counter[str]()
         before = self.before_choice if self.before_choice is not None else "" if self.chat or self.shows else " "
         for row in rows:
             texts = [str(text) for text in self._choices_of(row)]
-            truth = _index(_value(self.answer, row), texts, self.first_index)
+            truth = find_choice(read_value(self.answer, row), texts, self.first_index)
             if truth is None:
-                bad[f"{plain_text(_value(self.answer, row))} of {len(texts)} choices"] += 1
+                bad[f"{plain_text(read_value(self.answer, row))} of {len(texts)} choices"] += 1
             else:
                 options = tuple(before + text for text in texts)
                 made.append(Example(fill(self.prompt, row), texts[truth].strip(), options, truth))
-        _check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
+        check_answers(self.name, len(rows), bad, "an index, a letter or the text of one of the choices")
         return made
 
     def _choices_of(self, row: Row) -> Sequence[Any]:
@@ -147,10 +143,10 @@ class ClassificationTask(Task):
             raise ValueError("at least two different labels are needed")
         return self
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
         names, options = list(self.labels), tuple(self.labels.values())
-        answers = [plain_text(_value(self.answer, row)) for row in rows]
-        _check_answers(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
+        answers = [plain_text(read_value(self.answer, row)) for row in rows]
+        check_answers(self.name, len(rows), Counter(a for a in answers if a not in self.labels), ", ".join(names))
         return [
             Example(fill(self.prompt, row), answer, options, names.index(answer))
             for row, answer in zip(rows, answers, strict=True)
@@ -171,8 +167,8 @@ class GenerationTask(Task):
     lowercase: bool = False
     """Compare without regard to case."""
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        return [Example(fill(self.prompt, row), self.normal(plain_text(_value(self.answer, row)))) for row in rows]
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        return [Example(fill(self.prompt, row), self.normal(plain_text(read_value(self.answer, row)))) for row in rows]
 
     def predicted(self, text: str) -> str:
         """The answer in a generated text."""
@@ -224,11 +220,11 @@ class NumberTask(GenerationTask):
 
     kind: Literal["number"] = "number"
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        answers = [plain_text(_value(self.answer, row)) for row in rows]
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        answers = [plain_text(read_value(self.answer, row)) for row in rows]
         numbers = [self.predicted(answer) for answer in answers]
         without = Counter(answer for answer, number in zip(answers, numbers, strict=True) if not number)
-        _check_answers(self.name, len(rows), without, "a text with a number")
+        check_answers(self.name, len(rows), without, "a text with a number")
         return [Example(fill(self.prompt, row), number) for row, number in zip(rows, numbers, strict=True)]
 
     def predicted(self, text: str) -> str:
@@ -244,13 +240,13 @@ class FirstLabelTask(GenerationTask):
     separator: str | None = None
     """Text and answer are several, parted by this: each is an answer of its own."""
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
         # as they are written: F1 compares them with whole texts
-        made = [Example(fill(self.prompt, row), value_text(_value(self.answer, row))) for row in rows]
+        made = [Example(fill(self.prompt, row), value_text(read_value(self.answer, row))) for row in rows]
         if self.labels is not None:
             known = {self.normal(label) for label in self.labels}
             bad = Counter(example.answer for example in made if self.normal(example.answer) not in known)
-            _check_answers(self.name, len(rows), bad, ", ".join(self.labels))
+            check_answers(self.name, len(rows), bad, ", ".join(self.labels))
         return made
 
     def divide(self, text: str) -> list[str]:
@@ -276,8 +272,8 @@ class VqaTask(GenerationTask):
 
     kind: Literal["vqa"] = "vqa"
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        return [_with_answers(fill(self.prompt, row), _value(self.answer, row)) for row in rows]
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        return [make_answered(fill(self.prompt, row), read_value(self.answer, row)) for row in rows]
 
     def predicted(self, text: str) -> str:
         return self.counted(text).strip()
@@ -288,8 +284,8 @@ class CaptionTask(GenerationTask):
 
     kind: Literal["caption"] = "caption"
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        return [_with_answers(fill(self.prompt, row), _value(self.answer, row)) for row in rows]
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        return [make_answered(fill(self.prompt, row), read_value(self.answer, row)) for row in rows]
 
     def predicted(self, text: str) -> str:
         return self.counted(text).strip()
@@ -300,10 +296,10 @@ class YesNoTask(GenerationTask):
 
     kind: Literal["yes_no"] = "yes_no"
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
-        answers = [plain_text(_value(self.answer, row)).lower() for row in rows]
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        answers = [plain_text(read_value(self.answer, row)).lower() for row in rows]
         answers = [{"true": "yes", "1": "yes", "false": "no", "0": "no"}.get(answer, answer) for answer in answers]
-        _check_answers(self.name, len(rows), Counter(a for a in answers if a not in ("yes", "no")), "yes, no")
+        check_answers(self.name, len(rows), Counter(a for a in answers if a not in ("yes", "no")), "yes, no")
         return [Example(fill(self.prompt, row), answer) for row, answer in zip(rows, answers, strict=True)]
 
     def predicted(self, text: str) -> str:
@@ -355,7 +351,7 @@ class PerplexityTask(Task):
     window: int = Field(default=1024, ge=2)
     """Longer texts are scored in pieces of so many tokens, each with one token of the piece before."""
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
         made = [Example(fill(self.prompt, row), fill(self.text, row)) for row in rows]
         if empty := sum(not example.answer.strip() for example in made):
             raise DoraError(f"task {self.name}: {empty} of {len(made)} texts are empty; leave those rows out")
@@ -374,10 +370,10 @@ class SoundTask(Task):
     root: str | None = None
     """The folder that the files are searched from; null: where the data lies."""
 
-    def examples(self, rows: Sequence[Row]) -> "list[Example]":
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        sounds = find_sounds(self.name, [row[self.audio] for row in rows], find_root(self.root, self.data or ""))
         return [
-            Example(name_clip(clip), self.read_answer(row), sound=clip)
-            for clip, row in zip(_find_sounds(self, rows), rows, strict=True)
+            Example(name_clip(clip), self.read_answer(row), sound=clip) for clip, row in zip(sounds, rows, strict=True)
         ]
 
     def read_answer(self, row: Row) -> str:
@@ -402,7 +398,7 @@ class SoundLabelTask(SoundTask):
     kind: Literal["audio-class"] = "audio-class"
 
     def read_answer(self, row: Row) -> str:
-        return plain_text(_value(self.answer, row))
+        return plain_text(read_value(self.answer, row))
 
 
 class LlavaTask(GenerationTask):
@@ -422,12 +418,12 @@ class LlavaTask(GenerationTask):
         whole = Path(self.data or "").expanduser()
         return inside if self.in_folder and (inside := whole / self.in_folder).is_dir() else whole
 
-    def read(self, limit: int | None) -> "list[Example]":
+    def read(self, limit: int | None) -> list[Example]:
         """One example for each question, whose picture was opened once."""
-        from .llava.questions import read_asked  # noqa: PLC0415  see `read_examples`
+        from .llava.questions import read_asked  # noqa: PLC0415  a task is checked without `datasets`
 
         asked = read_asked(self.benchmark, self.folder)[:limit]
-        _check_pictures(self.name, [(each.picture,) if each.picture else () for each in asked], [])
+        check_pictures(self.name, [(each.picture,) if each.picture else () for each in asked])
         return [
             LlavaExample(
                 each.text,
@@ -445,7 +441,7 @@ def check_scored(tasks: Sequence[Task]) -> None:
     Raises:
         UsageError: naming those that servers score.
     """
-    from .llava.scores import SCORED  # noqa: PLC0415  see `read_examples`
+    from .llava.scores import SCORED  # noqa: PLC0415  a task is checked without `datasets`
 
     if sent := [task.name for task in tasks if isinstance(task, LlavaTask) and task.benchmark not in SCORED]:
         raise UsageError(
@@ -488,7 +484,7 @@ class FolderTask(Task):
         given |= {"layout": self.layout, "tasks": {self.task: 1.0}, "features": self.features}
         return DataSettings(**given, max_length=self.max_length)
 
-    def read(self, limit: int | None) -> "list[Example]":
+    def read(self, limit: int | None) -> list[Example]:
         """One example for each row whose features, or whose video, are there.
 
         Raises:
@@ -511,7 +507,7 @@ class FolderTask(Task):
             raise UsageError(f"{where}: of no row of {self.split} the answer is known; give another split")
         shown = [tuple(map(Video, seen)) if self.videos else () for _, seen in known]
         if self.videos:
-            _check_pictures(self.name, shown, [])
+            check_pictures(self.name, shown)
         return [
             Example(row["text"].strip(), [*row["targets"], *row["answers"]][0], row=row, pictures=videos)
             for (row, _), videos in zip(known, shown, strict=True)
@@ -541,13 +537,13 @@ class ForecastTask(Task):
             raise ValueError("a model of series is given no prompt")
         return self
 
-    def read(self, limit: int | None) -> "list[Example]":
+    def read(self, limit: int | None) -> list[Example]:
         """An example for each origin of each series; series that cannot be used are logged.
 
         Raises:
             DoraError: if none is left.
         """
-        from ..data.series import read_series  # noqa: PLC0415  see `read_examples`
+        from ..data.series import read_series  # noqa: PLC0415  a task is checked without `datasets`
         from ..data.windows import Origin  # noqa: PLC0415
 
         assert self.series.horizon is not None, "checked by _whole"
@@ -590,170 +586,3 @@ KINDS: dict[str, type[Task]] = {
     "folder": FolderTask,
     "forecast": ForecastTask,
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question."""
-
-    prompt: str
-    answer: str
-    """Text of the right answer, as it is compared and shown."""
-    options: tuple[str, ...] = ()
-    """The texts to choose from, with the space before them."""
-    truth: int = -1
-    """Which option is right."""
-    row: Row | None = None
-    """Of a layout, what the text alone does not say."""
-    answers: tuple[str, ...] = ()
-    """What several people answered."""
-    pictures: tuple[Picture | Video, ...] = ()
-    """What the prompt is about."""
-    sound: Clip | None = None
-    """What is heard."""
-
-
-@dataclass(frozen=True)
-class LlavaExample(Example):
-    """A question of one of LLaVA's evaluations."""
-
-    question: "LlavaQuestion" = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class ForecastExample(Example):
-    """A series and a time from which on it is forecast."""
-
-    origin: "Origin" = field(kw_only=True)
-
-
-def fill(template: str, row: Row) -> str:
-    """The template with the row's values as text; braces in values stay as they are."""
-    return fill_template(template, {name: value_text(row[name]) for name in columns_in(template)})
-
-
-def read_examples(task: Task, limit: int | None = None) -> list[Example]:
-    """The examples of the task's first rows, all columns checked first.
-
-    Raises:
-        UsageError: if the data is not there, has no rows, or lacks a column.
-        DoraError: if the data is damaged, a value is missing in some rows, or an answer cannot be given.
-    """
-    from ..data.rows import keep_undecoded, read_dataset  # noqa: PLC0415  a task itself is checked without `datasets`
-
-    if task.data is None:
-        what = "the folder" if isinstance(task, FolderTask | LlavaTask) else "a file"
-        raise UsageError(f"task {task.name} comes without data; name it as {task.name}=PATH, {what} with its rows")
-    if isinstance(task, FolderTask | LlavaTask | ForecastTask):
-        return task.read(limit)
-    data = task.data
-    if task.in_folder and Path(data).expanduser().is_dir():
-        data = str(Path(data).expanduser() / task.in_folder)
-    dataset = keep_undecoded(read_dataset(data, f"task {task.name}: data", task.split))
-    rows: list[Row] = list(dataset.select(range(min(len(dataset), limit or len(dataset)))))
-    known = dataset.column_names
-    templates = [*task.templates(), *task.shows]
-    wanted = list(dict.fromkeys(column for template in templates for column in columns_in(template)))
-    if unknown := [column for column in wanted if column not in known]:
-        lines = [f"  there is no column {column!r}{did_you_mean(column, known)}" for column in unknown]
-        raise UsageError("\n".join([f"task {task.name}: {task.data} has the columns {', '.join(known)}", *lines]))
-    absent = {column: sum(row[column] is None for row in rows) for column in wanted}
-    if partly := ", ".join(f"{column!r} in {count}" for column, count in absent.items() if count):
-        raise DoraError(f"task {task.name}: of {len(rows)} rows, a value is missing for {partly}; fill or remove them")
-    if not task.shows:
-        return task.examples(rows)
-    within = task.in_folder and task.root and data != task.data
-    root = str(Path(task.data).expanduser() / str(task.root)) if within else task.root
-    return _add_pictures(task, rows, find_root(root, data))
-
-
-def _add_pictures(task: Task, rows: Sequence[Row], root: Path) -> list[Example]:
-    """The examples with their pictures and videos, each of which was opened once.
-
-    Raises:
-        DoraError: if some cannot be read.
-    """
-    problems: list[str] = []
-    found: list[tuple[Picture | Video, ...]] = []
-    for number, row in enumerate(rows, 1):
-        try:
-            pictures = [find_picture(value, root) for value in _list_shown(row, task.images)]
-            videos = [find_video(value, root) for value in _list_shown(row, task.videos)]
-            found.append((*pictures, *videos))
-        except BadRow as bad:
-            problems.append(f"row {number}: {bad}")
-    _check_pictures(task.name, found, problems)
-    return [replace(one, pictures=each) for one, each in zip(task.examples(rows), found, strict=True)]
-
-
-def _list_shown(row: Row, column: str | None) -> Sequence[Any]:
-    """What a row has in a column of pictures or videos, which may hold one or several."""
-    value = [] if column is None else row[column]
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _check_pictures(name: str, found: Sequence[Sequence[Picture | Video]], problems: list[str]) -> None:
-    from ..data.picture_tokens import measure_seen  # noqa: PLC0415  see `read_examples`
-
-    looks = measure_seen((each for seen in found for each in seen), frames=1)
-    problems += [str(look) for look in looks.values() if isinstance(look, BadRow)]
-    if problems:
-        told = list_some(problems, _SHOWN)
-        raise DoraError(f"task {name}: of its pictures and videos {len(problems)} cannot be read:\n  {told}")
-
-
-def _with_answers(prompt: str, value: Any) -> Example:
-    given = value if isinstance(value, list | tuple) else [value]
-    answers = tuple(plain_text(each.get("answer") if isinstance(each, Mapping) else each) for each in given)
-    return Example(prompt, Counter(answers).most_common(1)[0][0] if answers else "", answers=answers or ("",))
-
-
-def _find_sounds(task: SoundTask, rows: Sequence[Row]) -> list[Clip]:
-    """The sound of each row, all of which were read once.
-
-    Raises:
-        DoraError: if some cannot be heard.
-    """
-    root, found, problems = find_root(task.root, task.data or ""), list[Clip](), list[str]()
-    for number, row in enumerate(rows, 1):
-        value = row[task.audio]
-        clip: Clip = value if isinstance(value, Mapping) else str(root / str(value))
-        try:
-            hear_clip(clip)
-        except BadRow as bad:
-            problems.append(f"row {number}: {bad}")
-        found.append(clip)
-    if problems:
-        told = list_some(problems, _SHOWN)
-        raise DoraError(f"task {task.name}: of its sounds {len(problems)} cannot be heard:\n  {told}")
-    return found
-
-
-def _value(template: str, row: Row) -> Any:
-    """A column's value as it is, or a filled template."""
-    return row[template] if template in row else fill(template, row)
-
-
-def _index(answer: Any, texts: Sequence[str], first: int) -> int | None:
-    """Which of the texts an answer means: by its text, else its number, else its letter."""
-    said = plain_text(answer)
-    stripped = [text.strip() for text in texts]
-    if said in stripped:
-        return stripped.index(said)
-    if said.isdecimal():
-        index = int(said) - first
-    elif len(said) == 1 and said.isalpha() and said.isascii():
-        index = ord(said.upper()) - ord("A")
-    else:
-        return None
-    return index if 0 <= index < len(texts) else None
-
-
-def _check_answers(name: str, rows: int, bad: Counter[str], allowed: str) -> None:
-    if not bad:
-        return
-    shown = list_some([f"{value!r} ({count})" for value, count in bad.most_common()], _SHOWN, ", ")
-    raise DoraError(
-        f"task {name}: {bad.total()} of {rows} rows have an answer that cannot be given: {shown}\n"
-        f"  allowed: {allowed}; correct the task or remove those rows"
-    )

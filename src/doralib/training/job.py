@@ -32,7 +32,8 @@ from ..errors import DoraError, UsageError, collecting, raise_all
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import Score, compare_answers
 from ..evaluation.result import TaskResult
-from ..evaluation.task import Task, check_scored, read_examples
+from ..evaluation.rows import read_examples
+from ..evaluation.task import Task, check_scored
 from ..evaluation.task_file import load_tasks
 from ..progress import Tick
 from ..recipe import ModelSettings, Recipe

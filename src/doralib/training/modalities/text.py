@@ -24,7 +24,8 @@ from ...data.tokenize import find_samples, join_prepared, tokenize_rows
 from ...errors import DoraError, UsageError, collecting, raise_all
 from ...evaluation.asking import encode_prompts
 from ...evaluation.generation import GREEDY, answer_each, describe_ends, stop_at_turn_end
-from ...evaluation.task import Task, read_examples
+from ...evaluation.rows import read_examples
+from ...evaluation.task import Task
 from ...progress import Tick
 from ...recipe import DataSettings, DataSource, ModelSettings
 from ..modality import Collate, Prepared
