@@ -57,7 +57,7 @@ def _without_estimates(request, monkeypatch):
     """A run's memory is estimated by four traced steps: a third of a second, in each of hundreds of tiny runs."""
     job = sys.modules.get("doralib.training.job")
     if job is not None and not request.node.get_closest_marker("estimates"):
-        monkeypatch.setattr(job, "_estimate_memory", lambda _: None)
+        monkeypatch.setattr(job, "estimate_memory", lambda _: None)
 
 
 def make_tokenizer():

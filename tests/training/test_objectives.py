@@ -20,6 +20,9 @@ from doralib.data.rows import read_dataset
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.training import job
+from doralib.training.job.check import check_job
+from doralib.training.job.load import load_job
+from doralib.training.job.optimize import make_trainer as trainer_of
 from doralib.training.recipe_file import read_recipe
 from doralib.training.rewards import find_rewards, number
 from doralib.training.trainer import AdapterTrainer
@@ -73,8 +76,7 @@ def recipe(tiny_llama_folder, tmp_path, monkeypatch):
 
 
 def make_trainer(recipe):
-    loaded = job._load(job._check(recipe, resume=False, overwrite=False), None)
-    trainer = job._make_trainer(loaded)
+    trainer = trainer_of(load_job(check_job(recipe, resume=False, overwrite=False), None))
     move(trainer.model)
     return trainer, AutoModelForCausalLM.from_pretrained(recipe.model.path).eval()
 
@@ -235,7 +237,8 @@ def test_doralib_and_peft_load_what_was_trained(recipe, kind, monkeypatch):
 def test_the_model_is_as_it_was_after_training(recipe, monkeypatch):
     """It is scored and asked after TRL's forward is off again."""
     seen = []
-    monkeypatch.setattr(job, "_sample", lambda job, when: seen.append("forward" in job.model.__dict__))
+    for place in (job, job.scores):
+        monkeypatch.setattr(place, "sample", lambda job, when: seen.append("forward" in job.model.__dict__))
     job.train(recipe("dpo"))
     assert seen == [False, False]
 

@@ -382,15 +382,15 @@ def test_killed_before_the_last_checkpoints_are_pruned(recipe, best):
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
 def test_a_moved_start_killed_while_scoring_goes_on(recipe, monkeypatch, start):
     wanted = recipe(adapter={"init_lora_weights": start}, training={"max_steps": 2})
-    sample = job._sample
+    sample = job.sample
 
     def kill(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "_sample", kill)
+    monkeypatch.setattr(job, "sample", kill)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(wanted)
-    monkeypatch.setattr(job, "_sample", sample)
+    monkeypatch.setattr(job, "sample", sample)
     run = RunFolder(Path(wanted.out))
     before = run.trained.read_bytes()
     fine_tune(wanted, resume=True)
