@@ -8,6 +8,7 @@ from adapted import move
 from conftest import make_llama, make_tokenizer
 
 import doralib
+from doralib.data.encoding import encode
 from doralib.data.prompt_form import PromptForm, make_form, write_form
 from doralib.data.prompts import render_row
 from doralib.errors import UsageError
@@ -33,6 +34,21 @@ def test_a_prompt_is_what_stood_before_the_answer_in_training(settings, given):
     row = {**ROW, "system": given["system"]} if "system" in given else ROW
     whole = render_row(row, settings, tokenizer)
     assert make_form(settings).render(given, tokenizer) == whole.text[: whole.learned[-1][0]]
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [("{q}? ", "what?"), ("{q}?\n", "what?\n"), ("{q}?", "what?")])
+def test_a_blank_at_the_end_is_left_to_the_answer_as_in_training(prompt, asked):
+    tokenizer, settings = make_tokenizer(), COMPLETION.model_copy(update={"prompt": prompt, "target": "a"})
+    row = {"q": "what", "a": "good film"}
+    trained = encode(tokenizer, render_row(row, settings, tokenizer).text)
+    given = make_form(settings, joined=True).render({"q": "what"}, tokenizer)
+    tokens = encode(tokenizer, given)
+    assert given == asked
+    assert trained[: len(tokens)] == tokens
+    # an answer that is tokenized by itself follows the prompt as it is
+    assert make_form(settings).render({"q": "what"}, tokenizer) == prompt.format(q="what")
+    whole = encode(tokenizer, prompt.format(q="what"))
+    assert (trained[: len(whole)] == whole) == (not prompt.endswith(" "))
 
 
 def test_a_chat_is_asked_in_the_chat_template():

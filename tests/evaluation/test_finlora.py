@@ -19,7 +19,9 @@ from doralib.evaluation.task_file import load_tasks, packaged_tasks
 from doralib.families import Variant
 from doralib.training.recipe_file import packaged_recipes
 
-NAMES = [name for name in packaged_tasks() if name.startswith("finlora/") and name != "finlora/sentiment"]
+ALL = [name for name in packaged_tasks() if name.startswith("finlora/") and name != "finlora/sentiment"]
+NAMES = [name for name in ALL if not name.endswith("-likelihood")]
+LIKELIHOOD = [name for name in ALL if name.endswith("-likelihood")]
 TEXTS = ("finlora/xbrl_term", "finlora/financebench")
 
 # what models wrote, the right answers, and what FinLoRA's test_dataset.py (commit 7e1cf828, with scikit-learn's F1)
@@ -119,6 +121,28 @@ def test_a_target_that_is_no_label(tmp_path):
     data = write_rows(tmp_path / "x.jsonl", ["positive", "very good", "POSITIVE"])
     with pytest.raises(DoraError, match=r"1 of 3 rows .*'very good'"):
         read_examples(load_tasks([f"finlora/tfns={data}"])[0])
+
+
+@pytest.mark.parametrize("name", LIKELIHOOD)
+def test_by_likelihood_the_labels_are_the_same(name, tiny, tmp_path):
+    file = tmp_path / f"{name.removesuffix('-likelihood').removeprefix('finlora/')}_test.jsonl"
+    (task,), (asked,) = (load_tasks([f"{each}={tmp_path}"]) for each in (name, name.removesuffix("-likelihood")))
+    assert (task.kind, tuple(task.labels), task.in_folder) == ("classification", asked.labels, file.name)
+    write_rows(file, list(task.labels))
+    result = evaluate(*tiny, [task])[task.name]
+    assert (result.n, list(result.metrics)) == (len(task.labels), ["accuracy", "macro_f1"])
+
+
+def test_prompts_that_end_with_a_blank_are_told_of(tiny, tmp_path, caplog):
+    """FinLoRA's contexts do, and a tokenizer joins the blank to the answer where both are one text."""
+    data = write_rows(tmp_path / "x.jsonl", ["positive", "negative"])
+    caplog.set_level("INFO")
+    evaluate(*tiny, load_tasks([f"finlora/tfns={data}"]))
+    assert "its prompts end with a blank" in caplog.text
+    caplog.clear()
+    data.write_text(data.read_text().replace('Answer: "', 'Answer:"'))
+    evaluate(*tiny, load_tasks([f"finlora/tfns={data}"]))
+    assert "blank" not in caplog.text
 
 
 @pytest.mark.parametrize("name", NAMES)

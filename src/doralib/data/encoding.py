@@ -21,6 +21,19 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False, whole: bool =
     return ids if chat or whole else ids[: len(ids) - _count_ending(tokenizer)]
 
 
+def leave_blanks(tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt without those blanks at its end that the tokenizer joins to the word after them.
+
+    In a trained row such a blank belongs to the answer's first token. A prompt that ends with it by itself is one that
+    the model never saw.
+    """
+    bare = prompt.rstrip(" ")
+    if not bare or bare == prompt:
+        return prompt
+    alone, joined = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, f"{prompt}a"))
+    return prompt if joined[: len(alone)] == alone else bare
+
+
 def has_encoder(model: Any) -> bool:
     """Whether an encoder reads the prompt, and a decoder writes the answer from its own beginning."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -11,7 +11,7 @@ from ..errors import DoraError, UsageError, did_you_mean
 from ..files import read_json, write_json
 from ..hub import find_hub_file, is_hub_name
 from ..recipe import PROMPT_FILE, DataSettings
-from .encoding import chat_text
+from .encoding import chat_text, leave_blanks
 from .prepare import BadRow, Row
 from .prompts import STYLES, render_row
 from .templates import columns_in, fill_template, value_text
@@ -30,6 +30,8 @@ class PromptForm(Checked):
     """completion: the template, or a column's name."""
     fields: tuple[str, ...] = ()
     """What a prompt is made of."""
+    joined: bool = False
+    """Whether prompt and answer were tokenized as one text, so that a blank between them may be the answer's."""
     pictures: bool = False
     """Whether it is asked about pictures."""
     image_pixels: int | None = None
@@ -99,14 +101,15 @@ class PromptForm(Checked):
             made = render_row({**given, _ANSWER: "-", "output": "-"}, settings, tokenizer)
         except BadRow as bad:
             raise UsageError(f"there is nothing to ask: {bad}") from None
-        return made.text[: made.learned[-1][0]]
+        prompt = made.text[: made.learned[-1][0]]
+        return leave_blanks(tokenizer, prompt) if self.joined else prompt
 
     def take(self, row: Row) -> dict[str, str]:
         """What a row of data has in the fields."""
         return {} if self.closed else {name: value_text(row[name]) for name in self.fields if name in row}
 
 
-def make_form(settings: DataSettings) -> PromptForm | None:
+def make_form(settings: DataSettings, *, joined: bool = False) -> PromptForm | None:
     """The form of the prompts that rows of these settings make; None if their style is not one of single answers."""
     if settings.style in _NEEDED:
         return PromptForm(style=settings.style, fields=_NEEDED[settings.style])
@@ -114,7 +117,8 @@ def make_form(settings: DataSettings) -> PromptForm | None:
         return None
     columns = columns_in(settings.prompt or "", "data.prompt")
     # a template without a column asks the same of every row, and so does none at all
-    return PromptForm(style="completion", prompt=settings.prompt, fields=tuple(dict.fromkeys(columns)) or ("prompt",))
+    fields = tuple(dict.fromkeys(columns)) or ("prompt",)
+    return PromptForm(style="completion", prompt=settings.prompt, fields=fields, joined=joined)
 
 
 def write_form(folder: Path, form: PromptForm) -> None:

@@ -1,5 +1,6 @@
 """How a task's examples are put to a model: what it writes after each, and which option it finds most probable."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..data.encoding import check_ids, context_length, encode, has_encoder, pad_token, user_text
+from ..data.encoding import check_ids, context_length, encode, has_encoder, leave_blanks, pad_token, user_text
 from ..data.picture_rows import ask_with_pictures
 from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
@@ -16,6 +17,8 @@ from .example import Example
 from .generation import Sampling, answer_each, answer_pictures, stop_at_turn_end
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options
 from .task import ClassificationTask, GenerationTask, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def answer_examples(task: GenerationTask, examples: Sequence[Example], scorer: S
         return answer_about(task, examples, scorer, sampling, task.max_new_tokens), 0
     encoded = has_encoder(scorer.model)
     prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
+    if not (encoded or task.chat) and leave_blanks(scorer.tokenizer, examples[0].prompt) != examples[0].prompt:
+        log.info(
+            f"  {task.name}: its prompts end with a blank, which this tokenizer joins to the word after it; a model "
+            "that was trained on prompt and answer in one may answer badly"
+        )
     cut = 0
     if (limit := context_length(scorer.model)) is not None:
         room = limit if encoded else limit - task.max_new_tokens

@@ -9,7 +9,7 @@ from torch import nn
 from ...checkpoints.models import Loaded
 from ...data.batches import OddsCollator
 from ...data.detect import look_at
-from ...data.encoding import check_ids, encode, pad_token
+from ...data.encoding import check_ids, encode, leave_blanks, pad_token
 from ...data.preferences import AnswerForm, find_form, prepare_answers
 from ...data.prepare import PreparedRows, Sample
 from ...data.prompt_form import make_form
@@ -34,6 +34,11 @@ class Preference:
 
     objective: ObjectiveSettings
     form: AnswerForm = field(default=AnswerForm("completion", "prompt"))
+
+    @property
+    def _joined(self) -> bool:
+        """Whether answers are tokenized with their prompts; where they are written in training, they are not."""
+        return self.objective.kind != "grpo"
 
     def check_rows(self, settings: DataSettings, seed: int) -> RawRows:
         """The rows, with all columns that the objective and its reward functions read."""
@@ -80,7 +85,8 @@ class Preference:
                 **self._describe_rewards(),
             }
         told["an answer ends at"] = describe_ends(model, processor)
-        form = make_form(settings.model_copy(update={"style": self.form.style, "prompt": self.form.prompt}))
+        asked = settings.model_copy(update={"style": self.form.style, "prompt": self.form.prompt})
+        form = make_form(asked, joined=self._joined)
         return Prepared(train, validation, samples[:_SAMPLES], told, self._show(train.rows[0], processor), form=form)
 
     def _make(
@@ -121,7 +127,10 @@ class Preference:
     ) -> list[str]:
         """What the model writes after each prompt."""
         closed = self.form.style == "chat"
-        prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
+        texts = [sample["prompt"] for sample in asked]
+        if self._joined and not closed:
+            texts = [leave_blanks(processor, text) for text in texts]
+        prompts = [encode(processor, text, chat=closed) for text in texts]
         sampling = stop_at_turn_end(GREEDY, processor) if closed else GREEDY
         answers = answer_each(
             model, processor, prompts, max_new_tokens=_SAMPLE_TOKENS, batch_size=_SAMPLES, sampling=sampling

@@ -12,7 +12,7 @@ from ...checkpoints.models import Loaded, load_base
 from ...data.batches import Collator
 from ...data.columns import check_columns
 from ...data.detect import describe_style, find_style, look_at
-from ...data.encoding import check_ids, context_length, encode, pad_token
+from ...data.encoding import check_ids, context_length, encode, leave_blanks, pad_token
 from ...data.isolation import choose_layout
 from ...data.packing import is_packed, pack_rows
 from ...data.prepare import PreparedRows
@@ -96,7 +96,7 @@ def prepare(
     first_set, own = list_sets(rows, made.settings)[0]
     found = find_samples(first_set, own, processor, _SAMPLES)
     first = mark_learned(made.train.rows[0], processor)
-    return Prepared(train, made.validation, found, told, first, survey(made, processor), make_form(own))
+    return Prepared(train, made.validation, found, told, first, survey(made, processor), make_form(own, joined=True))
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def samples(model: nn.Module, processor: Any, settings: DataSettings, asked: lis
     """What the model writes after each prompt, about as long as the expected answers."""
     closed = STYLES[settings.style].closed
     longest = max(len(encode(processor, sample["expected"], chat=True)) for sample in asked)
-    prompts = [encode(processor, sample["prompt"], chat=closed) for sample in asked]
+    texts = [sample["prompt"] if closed else leave_blanks(processor, sample["prompt"]) for sample in asked]
+    prompts = [encode(processor, text, chat=closed) for text in texts]
     room = (context_length(model) or math.inf) - max(map(len, prompts))
     answers = answer_each(
         model,
