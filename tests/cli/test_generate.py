@@ -167,7 +167,7 @@ def test_an_empty_answer_says_why():
 
 def test_single_questions_at_the_prompt(models, run, monkeypatch):
     said = iter(["what", "a film", "/reset", "/quit"])
-    monkeypatch.setattr("doralib.cli.generate._reader", lambda: lambda _: next(said))
+    monkeypatch.setattr("doralib.cli.asking._reader", lambda: lambda _: next(said))
     status, out, _ = run("generate", models / "two", "--max-new-tokens", "4")
     assert status == 0
     assert "each question stands by itself, in the form of the training: 'Q: {q}\\nof {text} ='" in out

@@ -57,7 +57,7 @@ def test_every_command_of_the_report_works(kind, tiny_llama_folder, run, tmp_pat
     )
     folder = train(recipe)
     said = iter(["hello", "/quit"])
-    monkeypatch.setattr("doralib.cli.generate._reader", lambda: lambda _: next(said))
+    monkeypatch.setattr("doralib.cli.asking._reader", lambda: lambda _: next(said))
     commands, typed = list_commands(read_run(folder)), []
     for title, code in commands.items():
         if "import" in code:
