@@ -250,6 +250,7 @@ def _put(part, change):
         ("nf4 double", STATED, lambda old: old[:9], "settings are damaged"),
         ("nf4 double", STATED, lambda old: torch.full_like(old, 255), "settings are damaged"),
         ("nf4 double", STATED, lambda _: torch.tensor([*b'{"quant_type": "nf4"}'], dtype=torch.uint8), "damaged"),
+        ("nf4 double", STATED, torch.Tensor.long, "settings are damaged (torch.int64 for bytes)"),
         ("int8", "SCB", lambda old: old[:2], "SCB (F32 x 2 for the rows of"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from doralib.formats import FORMATS, detect_format, tensorrt
 from doralib.formats.base import Hints, RawAdapter
 from doralib.formats.files import read_any_format, read_raw_adapter, write_raw_adapter
 from doralib.formats.peft import from_peft
-from doralib.formats.tensors import make_config
+from doralib.formats.tensors import make_config, widen_bytes
 from doralib.functional import dense_row_norm, merge_weight
 from doralib.state import AdapterState, LayerAdapter
 
@@ -121,6 +122,28 @@ def test_round_trip(name, layers, ranks, scales, dora, tmp_path):
     assert read_from is into
     assert found.config.method == ("dora" if dora else "lora")
     assert_same_weights(found.state, state, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name in ("peft", "kohya", "mlx", "torchtune")])
+def test_floats_of_a_byte_are_read_exactly(name, dtype, tmp_path):
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = every[every.float().isfinite()]
+    assert torch.equal(widen_bytes({"x": numbers})["x"].double(), numbers.double())
+    config, state, base = adapter(LANGUAGE, ranks=(2,), scales=(1.5, 0.25), dtype=torch.float16)
+    given = Hints(shapes={layer: tuple(W.shape) for layer, W in base.items()}, config=LLAMA)
+    raw = FORMATS["peft"].write(config, state, given)
+    narrow = {key: tensor.to(dtype) for key, tensor in raw.tensors.items()}
+    write_raw_adapter(replace(raw, tensors=narrow), FORMATS["peft"], tmp_path / "bytes")
+    found = read_any_format(tmp_path / "bytes", given)[1]
+    through = lambda tensor: tensor.to(dtype).float()
+    want = {
+        layer: LayerAdapter(through(one.a_RI), through(one.b_OR), through(one.m_O), one.scale)
+        for layer, one in state.layers.items()
+    }
+    assert_same_weights(found.state, AdapterState(want), base)
+    write_raw_adapter(FORMATS[name].write(found.config, found.state, given), FORMATS[name], tmp_path / "out")
+    assert_same_weights(read_any_format(tmp_path / "out", given)[1].state, AdapterState(want), base)
 
 
 @pytest.mark.parametrize("name", ["peft", "kohya", "diffusers"])

@@ -341,6 +341,8 @@ def test_where_captions_come_from(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"image": f"p/{i}.png", "caption": f"c{i}"}) for i in range(2)))
     assert open_captioned(read_pictures(DataSettings(train=str(rows)), 0).train[1]).size == (20, 16)
+    rows.write_text(json.dumps({"image": "/"}))
+    assert captions_of(read_pictures(DataSettings(train=str(rows), instance_prompt="TOK"), 0).train) == ["TOK"]
 
 
 def test_pictures_inside_rows(tmp_path):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
@@ -38,6 +39,8 @@ def read_settings(weight: str, state: Tensor) -> dict[str, Any]:
         DoraError: if they are damaged.
     """
     try:
+        if state.dtype != torch.uint8:
+            raise TypeError(f"{state.dtype} for bytes")
         settings: dict[str, Any] = decode_json(bytes(state.tolist()))
         State4bit.model_validate(settings)
     except ValidationError as error:

@@ -143,7 +143,8 @@ def _make(pictures: list[Any], captions: list[str | None]) -> datasets.Dataset:
 
 def _read_beside(picture: Path) -> str | None:
     """The caption in NAME.txt, if there is one."""
-    file = picture.with_suffix(".txt")
+    # "/" and "." have no name; what is no picture is refused where pictures are opened
+    file = picture.with_suffix(".txt") if picture.name else picture
     return (file.read_text(encoding="utf-8", errors="replace").strip() or None) if file.is_file() else None
 
 

@@ -19,7 +19,7 @@ from ..hub import add_revision, is_hub_name
 from . import detect_format, explain_mismatch, find_format
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
 from .leftovers import remove_leftovers
-from .tensors import check_alpha, check_tensors
+from .tensors import check_alpha, check_tensors, widen_bytes
 
 # of two files in one folder, the earlier is the adapter: torchtune writes both
 _NAMES = (
@@ -56,6 +56,7 @@ def read_any_format(path: str | Path, hints: Hints, named: str | None = None) ->
     file = find_adapter_file(Path(path))
     raw = remove_leftovers(read_raw_adapter(file))
     check_tensors(str(file), raw.tensors, allow_nonfinite=hints.allow_nonfinite)
+    raw = replace(raw, tensors=widen_bytes(raw.tensors))
     form = find_format(named) if named else detect_format(raw)
     try:
         adapter = form.read(raw, hints)

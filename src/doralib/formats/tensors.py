@@ -41,6 +41,12 @@ def _explain_unfit(tensor: Tensor, *, allow_nonfinite: bool) -> str:
     return f"{explain_nonfinite(tensor)}; take an earlier checkpoint, or pass --allow-nonfinite"
 
 
+def widen_bytes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of float8 as bfloat16, which holds each of their numbers: torch hardly computes in float8."""
+    narrow = lambda tensor: tensor.is_floating_point() and tensor.itemsize == 1
+    return {name: tensor.to(torch.bfloat16) if narrow(tensor) else tensor for name, tensor in tensors.items()}
+
+
 def check_factors(**factors: Tensor) -> None:
     """Check that A and B of a layer are matrices, or kernels of as many axes.
 
