@@ -125,7 +125,7 @@ def test_round_trip(name, layers, ranks, scales, dora, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("name", [name for name in FORMATS if name in ("peft", "kohya", "mlx", "torchtune")])
+@pytest.mark.parametrize("name", ["peft", "kohya", "mlx", "torchtune", "fsdp-qlora"])
 def test_floats_of_a_byte_are_read_exactly(name, dtype, tmp_path):
     every = torch.arange(256, dtype=torch.uint8).view(dtype)
     numbers = every[every.float().isfinite()]

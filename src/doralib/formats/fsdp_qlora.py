@@ -6,7 +6,7 @@ from ..config import DoraConfig
 from ..errors import UsageError
 from ..state import AdapterState, LayerAdapter
 from .base import Format, Hints, ParsedAdapter, RawAdapter
-from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers
+from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers, put_scale
 
 _KEYS = {"a": "dora_layer.lora_A.weight", "b": "dora_layer.lora_B.weight", "m": "magnitude_layer.magnitude"}
 
@@ -37,7 +37,7 @@ def write(_config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter
     for name, layer in state.layers.items():
         if layer.m_O is None:
             raise UsageError("fsdp_qlora's file is DoRA's; this adapter is LoRA")
-        tensors |= name_tensors(name, _KEYS, layer.a_RI, layer.b_OR * layer.scale, layer.m_O)
+        tensors |= name_tensors(name, _KEYS, layer.a_RI, put_scale(layer.b_OR, layer.scale), layer.m_O)
     return RawAdapter(tensors)
 
 

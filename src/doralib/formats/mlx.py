@@ -8,7 +8,7 @@ from ..config import DoraConfig
 from ..errors import DoraError
 from ..state import AdapterState, LayerAdapter
 from .base import SETTINGS_FILE, Format, Hints, ParsedAdapter, RawAdapter
-from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers, unify_rank
+from .tensors import check_only_layers, group_by_layer, name_tensors, parse_layers, put_scale, unify_rank
 
 _KEYS = {"a": "lora_a", "b": "lora_b", "m": "m"}
 
@@ -61,8 +61,7 @@ def write(config: DoraConfig, state: AdapterState, _hints: Hints) -> RawAdapter:
         a_IR, b_RO = layer.a_RI.T, layer.b_OR.T
         if layer.kind == "token_embedding":
             a_IR, b_RO = layer.b_OR, layer.a_RI
-        if layer.scale != scale:
-            b_RO = b_RO * (layer.scale / scale)
+        b_RO = put_scale(b_RO, layer.scale / scale)
         m_O = None if layer.m_O is None else layer.m_O.float()
         tensors |= name_tensors(name, _KEYS, a_IR.contiguous(), b_RO.contiguous(), m_O)
     settings: dict[str, Any] = {

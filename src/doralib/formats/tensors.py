@@ -181,6 +181,13 @@ def unify_rank(state: AdapterState, title: str) -> tuple[int, dict[str, LayerAda
     return ranks[0], layers
 
 
+def put_scale(b_OR: Tensor, factor: float) -> Tensor:
+    """B with a scale in it: in its own dtype where the factor is a power of two, which is exact, else in float32."""
+    if math.frexp(factor)[0] == 0.5:
+        return b_OR if factor == 1 else b_OR * factor
+    return b_OR.to(torch.promote_types(b_OR.dtype, torch.float32)) * factor
+
+
 def read_alpha(part: Mapping[str, Tensor], hints: Hints, rank: int) -> float:
     """lora_alpha of a layer: its own tensor of that name, the one that the user gives, or the rank.
 

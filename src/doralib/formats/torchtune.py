@@ -23,6 +23,7 @@ from .tensors import (
     group_by_layer,
     name_tensors,
     parse_layers,
+    put_scale,
     unify_rank,
 )
 
@@ -130,7 +131,7 @@ def write_live(_config: DoraConfig, state: AdapterState, hints: Hints) -> RawAda
     for name, layer in layers.items():
         turn = _make_turn(name, heads, to_pairs)
         # one alpha for all: a scale of its own goes into B
-        b_OR = layer.b_OR if compute_alpha(layer) == alpha else layer.b_OR * (compute_alpha(layer) / alpha)
+        b_OR = put_scale(layer.b_OR, compute_alpha(layer) / alpha)
         m_O = None if layer.m_O is None else turn(layer.m_O)
         tensors |= name_tensors(str(names[name]), _KEYS, layer.a_RI, turn(b_OR), m_O)
     targets = sorted({name.rpartition(".")[2] for name in state.layers})
