@@ -24,6 +24,7 @@ from doralib.errors import DoraError, UsageError
 from doralib.evaluation.metrics import Score
 from doralib.evaluation.result import TaskResult
 from doralib.experiments.compare import launch as launching
+from doralib.experiments.compare import study
 from doralib.experiments.compare.early_stop import Halving
 from doralib.experiments.compare.grid import Cell, Grid, Run, check_grid, make_recipe
 from doralib.experiments.compare.launch import Outcome, find_launcher, launch_here
@@ -31,7 +32,7 @@ from doralib.experiments.compare.pictures import pictures_section
 from doralib.experiments.compare.rates import next_step, rate_at
 from doralib.experiments.compare.report import write_comparison
 from doralib.experiments.compare.study import Comparison, RunResult, compare, list_commands
-from doralib.experiments.compare.table import COLUMNS, compare_methods, summarize
+from doralib.experiments.compare.table import COLUMNS, compare_methods, losses_by_rate, rates_at_an_end, summarize
 from doralib.experiments.page import write_sections
 from doralib.experiments.statistics import correlation, deviation, mean_interval, paired_difference
 from doralib.recipe import Recipe
@@ -197,6 +198,35 @@ def test_a_whole_grid(request_for, tmp_path):
         compare(request_for(axis="adapter.lora_dropout", axis_values=("0", "0.1")), here)
 
 
+# by the first seed 0.01 is best, by the mean of two 0.001, and by that of three 0.1
+LOSSES = {(1e-1, 0): 3.0, (1e-1, 1): 3.0, (1e-1, 2): 0.1, (1e-2, 0): 1.0, (1e-2, 1): 4.0, (1e-2, 2): 4.0}
+LOSSES |= {(1e-3, 0): 1.5, (1e-3, 1): 2.0, (1e-3, 2): 9.0}
+
+
+@pytest.mark.parametrize(("count", "rate", "trained"), [(1, 1e-2, 5), (2, 1e-3, 7), (3, 1e-1, 9)])
+def test_several_seeds_choose_a_rate_by_their_mean(request_for, monkeypatch, count, rate, trained):
+    asked = []
+
+    def train(_, run, halving=None):
+        asked.append(run)
+        return RunResult(run, LOSSES[run.rate, run.seed], 1.0, None, False)
+
+    monkeypatch.setattr(study._Work, "train", train)
+    bare = request_for().recipe.model_copy(update={"eval": Recipe.model_fields["eval"].get_default()})
+    grid = request_for(recipe=bare, methods=("dora",), rates=(1e-1, 1e-2, 1e-3), seeds=(0, 1, 2), tune_seeds=count)
+    found = compare(grid, InProcess())
+    assert len(asked) == len(set(asked)) == trained
+    assert sorted((each.run.rate, each.run.seed) for each in found.runs if each.chosen) == [(rate, i) for i in range(3)]
+    ((_, points),) = losses_by_rate(found).items()
+    means = {lr: sum(LOSSES[lr, seed] for seed in range(count)) / count for lr in (1e-3, 1e-2, 1e-1)}
+    assert dict(points) == pytest.approx(means)
+    ends = rates_at_an_end(found)
+    assert ends == ([] if rate == 1e-2 else [f"dora r 2 ({rate:g})"])
+    page = write_comparison(found)[1].read_text()
+    assert ("beyond it may be better" in page) == bool(ends)
+    assert ("first seed" in page) == (count == 1)
+
+
 @pytest.mark.long
 def test_a_searched_rate_keeps_to_its_budget(request_for):
     here = InProcess()
@@ -293,6 +323,7 @@ def test_wrong_options(run, job, tmp_path):
         (("--seeds", "1,1"), "a value is there twice"),
         (("--axis", "adapter.r"), "KEY=V1,V2"),
         (("--launcher", "slrum"), "did you mean 'slurm'"),
+        (("--tune-seeds", "2"), "--tune-seeds 2 is more than there are seeds (1)"),
     ):
         status, _, err = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *options)
         assert (status, told in " ".join(err.split())) == (2, True), err

@@ -25,9 +25,10 @@ def compare_command(
     methods: Annotated[str, typer.Option(help="full, lora, dora, vera, dvora; separated by commas.")] = "lora,dora",
     ranks: Annotated[str | None, typer.Option(help="e.g. 4,8,16; left out: the recipe's own.")] = None,
     lrs: Annotated[str, typer.Option(help="auto: searched for each method and rank; or a list of rates.")] = "auto",
-    seeds: Annotated[str, typer.Option(help="e.g. 0,1,2; rates are chosen by the first.")] = "0",
+    seeds: Annotated[str, typer.Option(help="e.g. 0,1,2; rates are chosen by the first: see --tune-seeds.")] = "0",
+    tune_seeds: Annotated[int, typer.Option(min=1, help="So many of the seeds choose the rates, by their mean.")] = 1,
     axis: Annotated[str | None, typer.Option(help="A setting to vary too: KEY=V1,V2.")] = None,
-    budget: Annotated[int, typer.Option(min=1, help="With --lrs auto: runs to find a rate by.")] = 5,
+    budget: Annotated[int, typer.Option(min=1, help="With --lrs auto: rates to try for each method and rank.")] = 5,
     stop_early: Annotated[
         bool, typer.Option("--stop-early", help="Stop runs that fall behind (successive halving, by Optuna).")
     ] = False,
@@ -80,6 +81,7 @@ def compare_command(
         rates=tuple(lists["--lrs"]),
         axis=key,
         axis_values=values,
+        tune_seeds=tune_seeds,
         budget=budget,
         stop_early=stop_early,
         keep_checkpoints=keep_checkpoints,
@@ -99,9 +101,11 @@ def compare_command(
 
 
 def _show(comparison: "Comparison") -> None:
-    from ..experiments.compare.report import cell_rows, difference_rows
-    from ..experiments.compare.table import compare_methods, summarize
+    from ..experiments.compare.report import cell_rows, difference_rows, explain_ends
+    from ..experiments.compare.table import compare_methods, rates_at_an_end, summarize
 
+    if ends := rates_at_an_end(comparison):
+        console.print(explain_ends(ends))
     console.print(_table("means over the seeds", *cell_rows(comparison, summarize(comparison))))
     differences = compare_methods(comparison)
     if differences:

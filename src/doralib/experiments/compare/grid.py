@@ -32,8 +32,10 @@ class Grid:
     axis: str | None = None
     """A setting of the recipe that is varied too, such as adapter.magnitude_lr_ratio."""
     axis_values: tuple[str, ...] = ()
+    tune_seeds: int = 1
+    """So many of the seeds choose a cell's rate, by the mean of their validation losses."""
     budget: int = 5
-    """Runs to find a cell's rate by, where no rates are given."""
+    """Rates to try for a cell, where none are given."""
     stop_early: bool = False
     """Stop runs that fall behind, by asynchronous successive halving."""
     keep_checkpoints: bool = False
@@ -42,6 +44,11 @@ class Grid:
     def needs_validation(self) -> bool:
         """Whether there is a rate to choose."""
         return len(self.rates) != 1
+
+    @property
+    def choosing(self) -> tuple[int, ...]:
+        """The seeds that choose the rates."""
+        return self.seeds[: self.tune_seeds]
 
     def cells(self) -> Iterator["Cell"]:
         """Every combination of method, rank and value of the axis; a method without a rank once."""
@@ -133,6 +140,8 @@ def check_grid(grid: Grid) -> None:
         problems.append(UsageError("rates are chosen on validation rows: set data.validation, or give one rate"))
     if grid.needs_validation and grid.recipe.objective.kind == "grpo":
         problems.append(UsageError("rates are chosen by the loss, which says nothing of grpo: give one by --lrs"))
+    if grid.tune_seeds > len(grid.seeds):
+        problems.append(UsageError(f"--tune-seeds {grid.tune_seeds} is more than there are seeds ({len(grid.seeds)})"))
     for cell in grid.cells():
         with collecting(problems):
             # without a rate any that is allowed shows what else is wrong

@@ -11,7 +11,16 @@ from ...runs.plots import new_figure
 from ..page import COLORS, Section, save_figures, style_axes, write_sections
 from .pictures import pictures_section
 from .study import Comparison
-from .table import CellResult, Difference, compare_methods, losses_by_rate, main_metric, summarize, write_csv
+from .table import (
+    CellResult,
+    Difference,
+    compare_methods,
+    losses_by_rate,
+    main_metric,
+    rates_at_an_end,
+    summarize,
+    write_csv,
+)
 
 Points = list[tuple[float, float, float]]
 _MARKS = "osDv^P*X"
@@ -51,6 +60,11 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
     return head, rows
 
 
+def explain_ends(ends: Sequence[str]) -> str:
+    """What a rate at an end of the list means, for these cells."""
+    return f"The best rate of {', '.join(ends)} is at an end of those tried, and one beyond it may be better"
+
+
 def difference_rows(comparison: Comparison, differences: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of texts for each pair of methods, in points of accuracy."""
     axis = comparison.grid.axis
@@ -79,7 +93,8 @@ def _sections(
     comparison: Comparison, cells: Sequence[CellResult], differences: Sequence[Difference], drawn: Sequence[str]
 ) -> list[Section]:
     grid = comparison.grid
-    chosen = "given" if len(grid.rates) == 1 else "chosen on the validation rows by the first seed"
+    by = "the first seed" if grid.tune_seeds == 1 else f"the mean of {grid.tune_seeds} seeds"
+    chosen = "given" if len(grid.rates) == 1 else f"chosen on the validation rows by {by}"
     head, rows = cell_rows(comparison, cells)
     text = f"Means over the seeds, with their standard deviation. Each rate is {chosen}; the test rows are scored once."
     sections = [Section("Results", text, head, rows, [name for name in drawn if name.startswith("score")])]
@@ -93,7 +108,9 @@ def _sections(
     if (pictures := pictures_section(comparison)) is not None:
         sections.append(pictures)
     if "rates" in drawn:
-        text = "Validation loss of the first seed at each rate that was tried, less the runs that were stopped early."
+        text = f"Validation loss of {by} at each rate that was tried, less the runs that were stopped early."
+        if ends := rates_at_an_end(comparison):
+            text += f" {explain_ends(ends)}."
         sections.append(Section("Rates", text, figures=["rates"]))
     if "cost" in drawn:
         text = "Seconds of training steps alone, and the most main memory of the process (not of a GPU)."

@@ -59,6 +59,11 @@ class Comparison:
     runs: Sequence[RunResult]
 
 
+def mean_loss(results: Sequence[RunResult]) -> float:
+    """Over the seeds, on the validation rows; infinite if one of them failed or was stopped."""
+    return sum(result.loss for result in results) / len(results)
+
+
 def list_commands(grid: Grid) -> list[str]:
     """Write the recipe of every run that is known beforehand, and return the commands that train them.
 
@@ -72,7 +77,7 @@ def list_commands(grid: Grid) -> list[str]:
     runs = [Run(cell, rate, seed) for cell in grid.cells() for rate in grid.rates for seed in grid.seeds]
     if len(grid.rates) > 1:
         # other seeds follow once the rate is chosen
-        runs = [run for run in runs if run.seed == grid.seeds[0]]
+        runs = [run for run in runs if run.seed in grid.choosing]
     return [f"doralib train {_write_recipe(grid, run)}" for run in runs]
 
 
@@ -172,27 +177,30 @@ class _Work:
     halted: threading.Event = field(default_factory=threading.Event)
 
     def do_cell(self, cell: Cell) -> list[RunResult]:
-        """Choose the cell's rate by its first seed, run the other seeds with it, score those."""
-        grid, first = self.grid, self.grid.seeds[0]
-        if grid.rates:
-            tried = [self.train(Run(cell, rate, first), self.halving) for rate in grid.rates]
-        else:
-            tried = self._search(cell, first)
-        best = min(tried, key=lambda result: result.loss if not math.isnan(result.loss) else math.inf)
-        if math.isinf(best.loss):
-            raise DoraError(f"{cell.text(grid.axis)}: no rate trains; tried {', '.join(_rates(tried))}")
-        log.info(f"{cell.text(grid.axis)}: rate {best.run.rate:g}, chosen among {', '.join(_rates(tried))}")
-        chosen = [best, *(self.train(Run(cell, best.run.rate, seed)) for seed in grid.seeds[1:])]
-        scored = [self._scored(result) for result in chosen]
-        return [*(result for result in tried if result is not best), *scored]
+        """Choose the cell's rate by its first seeds, run the other seeds with it, score those."""
+        grid = self.grid
+        tried = {rate: self._try(cell, rate) for rate in grid.rates} if grid.rates else self._search(cell)
+        losses = {rate: mean_loss(results) for rate, results in tried.items()}
+        best = min(losses, key=lambda rate: losses[rate] if not math.isnan(losses[rate]) else math.inf)
+        among = ", ".join(f"{rate:g}" for rate in sorted(tried))
+        if math.isinf(losses[best]):
+            raise DoraError(f"{cell.text(grid.axis)}: no rate trains; tried {among}")
+        log.info(f"{cell.text(grid.axis)}: rate {best:g}, chosen among {among}")
+        chosen = [*tried.pop(best), *(self.train(Run(cell, best, seed)) for seed in grid.seeds[grid.tune_seeds :])]
+        return [*(result for results in tried.values() for result in results), *map(self._scored, chosen)]
 
-    def _search(self, cell: Cell, seed: int) -> list[RunResult]:
+    def _try(self, cell: Cell, rate: float) -> list[RunResult]:
+        """The runs that speak for or against a rate."""
+        return [self.train(Run(cell, rate, seed), self.halving) for seed in self.grid.choosing]
+
+    def _search(self, cell: Cell) -> dict[float, list[RunResult]]:
         start = self.grid.start_rate(cell)
         losses: dict[int, float] = {}
-        tried: list[RunResult] = []
+        tried: dict[float, list[RunResult]] = {}
         while len(tried) < self.grid.budget and (step := next_step(losses)) is not None:
-            tried.append(self.train(Run(cell, rate_at(start, step), seed), self.halving))
-            losses[step] = tried[-1].loss
+            rate = rate_at(start, step)
+            tried[rate] = self._try(cell, rate)
+            losses[step] = mean_loss(tried[rate])
         return tried
 
     def _scored(self, result: RunResult) -> RunResult:
@@ -263,10 +271,6 @@ class _Work:
 
     def _peak_file(self, run: Run) -> Path:
         return self.grid.out / "logs" / f"{run.name}.json"
-
-
-def _rates(results: Sequence[RunResult]) -> list[str]:
-    return [f"{result.run.rate:g}" for result in results]
 
 
 def _has_ended(folder: RunFolder) -> bool:

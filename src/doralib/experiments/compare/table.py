@@ -13,7 +13,7 @@ import numpy as np
 from ...disk import replacing
 from ..statistics import Interval, deviation, paired_difference
 from .grid import Cell
-from .study import Comparison, RunResult
+from .study import Comparison, RunResult, mean_loss
 
 COLUMNS = ("method", "r", "learning_rate", "seed", "axis", "task", "metric", "split", "value", "seconds", "peak_bytes")
 
@@ -119,13 +119,23 @@ def compare_methods(comparison: Comparison) -> list[Difference]:
 
 
 def losses_by_rate(comparison: Comparison) -> dict[Cell, list[tuple[float, float]]]:
-    """Rates and validation losses of each cell's search, by rate; runs that failed or were stopped are left out."""
-    first = comparison.grid.seeds[0]
-    found: dict[Cell, list[tuple[float, float]]] = defaultdict(list)
+    """Rates and validation losses of each cell's search, by rate; those that failed or were stopped are left out."""
+    found: dict[Cell, dict[float, list[RunResult]]] = defaultdict(lambda: defaultdict(list))
     for result in comparison.runs:
-        if result.run.seed == first and np.isfinite(result.loss):
-            found[result.run.cell].append((result.run.rate, result.loss))
-    return {cell: sorted(points) for cell, points in found.items()}
+        if result.run.seed in comparison.grid.choosing:
+            found[result.run.cell][result.run.rate].append(result)
+    points = {cell: [(rate, mean_loss(tried[rate])) for rate in sorted(tried)] for cell, tried in found.items()}
+    return {cell: [point for point in each if np.isfinite(point[1])] for cell, each in points.items()}
+
+
+def rates_at_an_end(comparison: Comparison) -> list[str]:
+    """The cells whose chosen rate is the lowest or the highest that was tried: beyond it may be a better one."""
+    chosen, found = _chosen(comparison), []
+    for cell, points in losses_by_rate(comparison).items():
+        rates, rate = [rate for rate, _ in points], chosen[cell][0].run.rate
+        if len(rates) > 1 and rate in (rates[0], rates[-1]):
+            found.append(f"{cell.text(comparison.grid.axis)} ({rate:g})")
+    return found
 
 
 def _chosen(comparison: Comparison) -> dict[Cell, Sequence[RunResult]]:
