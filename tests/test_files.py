@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_tokenizer
 
 from doralib import disk
 from doralib.checkpoints.safetensors import Checkpoint, copy_bytes, read_rows, read_whole
@@ -318,6 +319,15 @@ def test_disk_full(tmp_path, monkeypatch):
     assert read_json(tmp_path / "x.json", int) == 1
     with pytest.raises(DoraError, match="nothing was left behind"), replacing(tmp_path / "y", need=10**18):
         pytest.fail("must be refused before anything is written")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_known_by_the_words_of_the_package_tokenizers(tmp_path):
+    """Its errors have no class of their own."""
+    tokenizer = make_tokenizer().backend_tokenizer
+    with pytest.raises(DoraError, match=r"disk is full: writing .*tok"), replacing(tmp_path / "tok"):
+        tokenizer.save("/dev/full")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("path", ["f", "folder/g"])

@@ -154,9 +154,14 @@ def is_write_error(error: BaseException) -> bool:
     """Whether the system or torch could not write a file, said in our words or not; torch's other errors are none."""
     if isinstance(error, DoraError) and error.__cause__ is not None:
         return is_write_error(error.__cause__)
-    return isinstance(error, (OSError, SafetensorError)) or (
-        isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)) is not None
-    )
+    said = str(error)
+    by_torch = isinstance(error, RuntimeError) and _TORCH_WRITER.search(said) is not None
+    return isinstance(error, (OSError, SafetensorError)) or by_torch or (_is_bare(error) and "(os error " in said)
+
+
+def _is_bare(error: BaseException) -> bool:
+    """Whether an error has no class of its own, as those of the package tokenizers."""
+    return type(error) is Exception
 
 
 def delete(path: Path) -> None:
@@ -387,7 +392,9 @@ def _explaining_full_disk(final: Path, need: int, *parts: Path) -> Iterator[None
         raise DoraError(_explain_disk_full(final, need))
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except DoraError:
+        raise
+    except Exception as error:
         if _is_disk_full(error):
             raise DoraError(_explain_disk_full(final, max(need, sum(map(count_bytes, parts))))) from error
         if isinstance(error, RuntimeError) and is_write_error(error):
@@ -405,7 +412,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def _is_full_in_words(error: BaseException) -> bool:
-    return isinstance(error, SafetensorError) and any(
+    return (isinstance(error, SafetensorError) or _is_bare(error)) and any(
         f"os error {code})" in str(error) for code in (*_FULL, _FULL_BY_WINDOWS)
     )
 

@@ -14,10 +14,11 @@ import torch
 import yaml
 from datasets import load
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from doralib import files
 from doralib.data import rows as data_rows
-from doralib.errors import UsageError
+from doralib.errors import DoraError, UsageError
 from doralib.recipe import Recipe
 from doralib.runs import checkpointing, lock
 from doralib.runs.folder import RunFolder
@@ -195,6 +196,24 @@ def test_an_overwrite_that_ends_once_all_is_deleted_can_be_done_again(begun, mon
     # something is mounted there
     (run / "checkpoints").mkdir()
     fine_tune(wanted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_disk_that_is_full_for_the_tokenizer_is_told_and_the_run_goes_on(recipe, monkeypatch):
+    """The package tokenizers says it in an error without a class of its own."""
+    wanted = recipe(training={"max_steps": 2, "save_steps": 1})
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def full(tokenizer, *_, **__):
+        tokenizer.backend_tokenizer.save("/dev/full")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(DoraError, match=r"could not be written: No space left.*--resume goes on from .*checkpoint-2"):
+        fine_tune(wanted)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
+    run = fine_tune(wanted, resume=True)
+    assert (run / "tokenizer.json").is_file()
+    assert summary(run)["status"] == "finished"
 
 
 HOLD = """

@@ -82,7 +82,8 @@ def run_training(job: Job) -> None:
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
             f"{checkpointing.find_newest(plan.run.checkpoints)}; the same command with --resume goes on from there"
         )
-    save_trained(job, trainer)
+    with _explain_write_errors(plan):
+        save_trained(job, trainer)
 
 
 def _place_tensorboard(run: RunFolder, trainer: AdapterTrainer, begun: int) -> None:
