@@ -36,7 +36,10 @@ def test_a_prompt_is_what_stood_before_the_answer_in_training(settings, given):
     assert make_form(settings).render(given, tokenizer) == whole.text[: whole.learned[-1][0]]
 
 
-@pytest.mark.parametrize(("prompt", "asked"), [("{q}? ", "what?"), ("{q}?\n", "what?\n"), ("{q}?", "what?")])
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [("{q}? ", "what?"), ("{q}?   ", "what?  "), ("{q}?\n", "what?\n"), ("{q}?", "what?")],
+)
 def test_a_blank_at_the_end_is_left_to_the_answer_as_in_training(prompt, asked):
     tokenizer, settings = make_tokenizer(), COMPLETION.model_copy(update={"prompt": prompt, "target": "a"})
     row = {"q": "what", "a": "good film"}

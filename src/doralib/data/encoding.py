@@ -22,16 +22,19 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool = False, whole: bool =
 
 
 def leave_blanks(tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt without those blanks at its end that the tokenizer joins to the word after them.
+    """The prompt without as many of the blanks at its end as the tokenizer joins to the word after them.
 
     In a trained row such a blank belongs to the answer's first token. A prompt that ends with it by itself is one that
     the model never saw.
     """
-    bare = prompt.rstrip(" ")
-    if not bare or bare == prompt:
+    if not prompt.endswith(" "):
         return prompt
-    alone, joined = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, f"{prompt}a"))
-    return prompt if joined[: len(alone)] == alone else bare
+    tokens = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    joined, shortest = tokens(f"{prompt}a"), len(prompt.rstrip(" "))
+    for end in range(len(prompt), shortest - 1, -1):
+        if (given := tokens(prompt[:end])) == joined[: len(given)]:
+            return prompt[:end]
+    return prompt[:shortest]
 
 
 def has_encoder(model: Any) -> bool:

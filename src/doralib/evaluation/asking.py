@@ -47,7 +47,8 @@ def answer_examples(task: GenerationTask, examples: Sequence[Example], scorer: S
         return answer_about(task, examples, scorer, sampling, task.max_new_tokens), 0
     encoded = has_encoder(scorer.model)
     prompts = encode_prompts(task, examples, scorer.tokenizer, whole=encoded)
-    if not (encoded or task.chat) and leave_blanks(scorer.tokenizer, examples[0].prompt) != examples[0].prompt:
+    first = [] if encoded or task.chat else [example.prompt for example in examples[:1]]
+    if any(leave_blanks(scorer.tokenizer, prompt) != prompt for prompt in first):
         log.info(
             f"  {task.name}: its prompts end with a blank, which this tokenizer joins to the word after it; a model "
             "that was trained on prompt and answer in one may answer badly"
