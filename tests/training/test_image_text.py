@@ -112,6 +112,7 @@ def test_the_files_of_a_run(trained, photos):
         "style": "chat",
         "prompt": "question",
         "fields": ["question"],
+        "joined": False,
         "pictures": True,
         "image_pixels": 448,
         "video_frames": 8,

@@ -132,7 +132,7 @@ class ClassificationTask(Task):
     """One of the same few labels for every row, by log-likelihood."""
 
     kind: Literal["classification"] = "classification"
-    labels: Annotated[dict[str, str], BeforeValidator(_labels)]
+    labels: Annotated[dict[str, str], BeforeValidator(_labels, json_schema_input_type=dict[str, str] | list[str])]
     """Texts that follow the prompt, as a list, or by the value that stands in the answer column."""
     answer: str
     """A column or template with the true label: one of the texts (or of the values)."""
