@@ -147,6 +147,13 @@ def test_bad_series_are_named_by_their_reason_and_the_others_kept(tmp_path):
     assert "row copy: its values are those of good" in told
 
 
+def test_a_value_that_is_a_list_is_no_number(tmp_path):
+    rows = [{"id": "a", "target": [[1], [2], [4]]}, {"id": "b", "target": [1, 2, 4]}]
+    table = read(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert values(table) == {"b": [1, 2, 4]}
+    assert "[1] is no number" in "\n".join(table.report.lines())
+
+
 def test_series_of_a_wide_table_begin_and_end_where_they_have_values(tmp_path):
     text = "date,a,b\n2020-01-01,,1\n2020-01-02,1,2\n2020-01-03,3,3\n2020-01-04,2,\n"
     table = read(tmp_path / "a.csv", text)

@@ -527,6 +527,11 @@ def test_an_archive_with_another_byte_is_damaged(tmp_path):
         archive.writestr("archive/data/0", bytes(10**7))
     with pytest.raises(DoraError, match="is damaged"):
         read_raw_adapter(path)
+    # an end that says that the archive goes on in a second one
+    second = b"PK\x06\x07" + (0).to_bytes(4, "little") + (0).to_bytes(8, "little") + (2).to_bytes(4, "little")
+    path.write_bytes(whole[:-22] + second + whole[-22:])
+    with pytest.raises(DoraError, match="is damaged"):
+        read_raw_adapter(path)
     path.write_bytes(whole)
     assert read_raw_adapter(path).tensors["base_model.model.q.lora_A.weight"].shape == (4, 6)
 

@@ -368,6 +368,8 @@ def _read_values(written: Sequence[Any]) -> Values:
     plain = [np.nan if each is None or _is_missing(each) else each for each in written]
     try:
         values = np.array(plain, dtype=np.float64)
+        if values.ndim != 1:
+            raise TypeError("lists of one length")
     except (TypeError, ValueError):
         bad = next(each for each in plain if not _is_number(each))
         raise BadRow("with what is no number", f"{bad!r} is no number") from None

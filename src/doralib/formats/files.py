@@ -235,10 +235,10 @@ def _check_archive(path: Path) -> None:
     Raises:
         DoraError: if one is wrong, or the archive is packed, which torch never does.
     """
-    if not zipfile.is_zipfile(path):
-        return
     bad: str | None = "its list of contents"
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             bad = packed[0] if packed else archive.testzip()
