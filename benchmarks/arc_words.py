@@ -1,7 +1,8 @@
 """ARC's questions with their answers in words, to compare methods on a small model: rows, a task and a recipe.
 
     python benchmarks/arc_words.py DATASET/ARC-Easy --out arc      LLM-Adapters' folder of train.json and test.json
-    doralib compare arc/recipe.yaml --methods lora,dora ...        docs/when.md has the whole command
+    doralib compare arc/recipe.yaml --methods lora,dora --lrs 3e-4,1e-3,3e-3 --seeds 0,1,2 --tune-seeds 3 \\
+                    --out arc-compared
 
 LLM-Adapters asks for `answer3`. Here the answer is the choice's own text, and the likeliest of a row's choices counts,
 as in lm-eval's task arc_easy.
