@@ -94,6 +94,11 @@ def test_check_names_targets_that_the_model_does_not_have(run, here):
     assert (status, "there is no model folder ./none" in err) == (2, True)
 
 
+def test_a_file_that_is_no_model_is_refused(run, here):
+    status, _, err = run("check", "r.yaml", "model.path=r.yaml")
+    assert (status, "r.yaml is neither a model folder nor a .gguf file" in err) == (2, True), err
+
+
 @pytest.mark.parametrize("verb", ["check", "train"])
 def test_a_model_that_is_not_there_is_named_with_all_else_that_is_wrong(run, here, verb):
     status, _, err = run(verb, "r.yaml", "model.path=./none", "data.train=absent.jsonl", "training.learning_rat=1")

@@ -13,7 +13,8 @@ from doralib.data.prompt_form import PromptForm, make_form, write_form
 from doralib.data.prompts import render_row
 from doralib.errors import UsageError
 from doralib.evaluation.generation import generate
-from doralib.recipe import DataSettings
+from doralib.recipe import DataSettings, ObjectiveSettings
+from doralib.training.modalities import preference, text
 
 COMPLETION = DataSettings(train="-", style="completion", prompt="Q: {q}\nof {text} =", target=" {a}")
 ROW = {"q": "what", "text": "a film", "a": "dull", "instruction": "judge", "output": "dull", "input": "a film"}
@@ -52,6 +53,18 @@ def test_a_blank_at_the_end_is_left_to_the_answer_as_in_training(prompt, asked):
     assert make_form(settings).render({"q": "what"}, tokenizer) == prompt.format(q="what")
     whole = encode(tokenizer, prompt.format(q="what"))
     assert (trained[: len(whole)] == whole) == (not prompt.endswith(" "))
+
+
+@pytest.mark.parametrize("objective", [None, "dpo", "grpo"])
+def test_the_samples_of_a_report_are_asked_so_too(objective, monkeypatch):
+    asked = []
+    where = text if objective is None else preference
+    monkeypatch.setattr(where, "answer_each", lambda _, tokenizer, prompts, **__: asked.extend(prompts) or [])
+    model, tokenizer = make_llama(), make_tokenizer()
+    samples = text.samples if objective is None else preference.Preference(ObjectiveSettings(kind=objective)).samples
+    samples(model, tokenizer, COMPLETION, [{"prompt": "what? ", "expected": "good"}])
+    # the prompts of grpo are tokenized by themselves in training
+    assert asked == [encode(tokenizer, "what? " if objective == "grpo" else "what?")]
 
 
 def test_a_chat_is_asked_in_the_chat_template():

@@ -1,13 +1,12 @@
 """The recipes of QDoRA's experiment against Answer.AI's settings, and those of its small likeness."""
 
-import importlib.util
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from doralib.adapters.adapt import adapt
@@ -116,11 +115,7 @@ def test_compare_varies_the_quantization_of_all_but_what_is_trained_whole(tmp_pa
 
 @pytest.fixture
 def script():
-    path = Path(__file__).parents[2] / "benchmarks" / "math_data.py"
-    spec = importlib.util.spec_from_file_location("math_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("math_data")
 
 
 class Problems(list):

@@ -1,11 +1,10 @@
 """The recipes of the small studies: TFNS at equal settings, and ARC's answers in words (benchmarks/arc_words.py)."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from doralib.errors import UsageError
 from doralib.evaluation.task_file import load_tasks
@@ -46,11 +45,7 @@ def test_the_base_is_quantized_on_an_axis(tmp_path):
 
 @pytest.fixture
 def script():
-    path = Path(__file__).parents[2] / "benchmarks" / "arc_words.py"
-    spec = importlib.util.spec_from_file_location("arc_words", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("arc_words")
 
 
 def test_a_question_has_its_choices_in_words(script):
