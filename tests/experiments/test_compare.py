@@ -323,12 +323,17 @@ def test_wrong_options(run, job, tmp_path):
         (("--seeds", "1,1"), "a value is there twice"),
         (("--axis", "adapter.r"), "KEY=V1,V2"),
         (("--launcher", "slrum"), "did you mean 'slurm'"),
-        (("--tune-seeds", "2"), "--tune-seeds 2 is more than there are seeds (1)"),
+        (("--tune-seeds", "2"), "--tune-seeds 2: --seeds gives 1; give more"),
     ):
         status, _, err = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *options)
         assert (status, told in " ".join(err.split())) == (2, True), err
+    wrong_files = ("model.path=./none", "data.train=nope.jsonl")
     options = ("--ranks", "2,x", "--seeds", "1,1", "--axis", "adapter.r", "--launcher", "slrum", "data.trian=x")
     _, _, err = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *options)
+    _, _, early = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *wrong_files, "--ranks", "2,x")
+    for told in ("--ranks 2,x", "there is no model folder ./none", "no file 'nope.jsonl'"):
+        assert told in early
+    assert not (tmp_path / "grid").exists()
     for told in ("--ranks 2,x", "--seeds '1,1'", "--axis adapter.r", "'slurm'", "'train'"):
         assert told in err
 

@@ -8,9 +8,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
+from ..errors import DoraError, UsageError, collecting, raise_all
 from .console import console, print_json, sigterm_as_ctrl_c
 from .options import Json
+from .recipe import read_checked
 
 if TYPE_CHECKING:
     from ..experiments.compare.study import Comparison
@@ -46,8 +47,6 @@ def compare_command(
 
     Every run is an ordinary one; what is finished is not done again.
     """
-    from ..training.recipe_file import read_recipe
-
     problems: list[DoraError] = []
     lists: dict[str, list[Any]] = {}
     for option, text, kind in (
@@ -61,8 +60,7 @@ def compare_command(
     with collecting(problems):
         key, values = _read_axis(axis)
     with collecting(problems):
-        check_given_once(changes or [])
-        chosen = read_recipe(recipe, changes or [])
+        chosen = read_checked(recipe, changes)
     from ..experiments.compare.launch import find_launcher
 
     with collecting(problems):

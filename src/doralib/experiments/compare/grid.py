@@ -141,7 +141,9 @@ def check_grid(grid: Grid) -> None:
     if grid.needs_validation and grid.recipe.objective.kind == "grpo":
         problems.append(UsageError("rates are chosen by the loss, which says nothing of grpo: give one by --lrs"))
     if grid.tune_seeds > len(grid.seeds):
-        problems.append(UsageError(f"--tune-seeds {grid.tune_seeds} is more than there are seeds ({len(grid.seeds)})"))
+        problems.append(
+            UsageError(f"--tune-seeds {grid.tune_seeds}: --seeds gives {len(grid.seeds)}; give more, or tune by fewer")
+        )
     for cell in grid.cells():
         with collecting(problems):
             # without a rate any that is allowed shows what else is wrong
