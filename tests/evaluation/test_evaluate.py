@@ -16,8 +16,9 @@ from doralib.evaluation.example import fill
 from doralib.evaluation.generation import generate
 from doralib.evaluation.likelihood import LikelihoodRequest, log_likelihoods, option_requests, text_requests
 from doralib.evaluation.rows import read_examples
-from doralib.evaluation.task import ChoiceTask, ClassificationTask, RegexTask
+from doralib.evaluation.task import ChoiceTask, ClassificationTask
 from doralib.evaluation.task_file import load_tasks
+from doralib.evaluation.task_generated import RegexTask
 
 ROWS = [
     {"text": "the movie was wonderful", "label": "positive", "stars": 5},

@@ -13,8 +13,8 @@ from doralib.data.windows import Origin, stack_pasts
 from doralib.errors import DoraError, UsageError
 from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.rows import read_examples
-from doralib.evaluation.task import ForecastTask
 from doralib.evaluation.task_file import load_tasks
+from doralib.evaluation.task_media import ForecastTask
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "head_dim": 8}
 LENGTHS = {"context_length": 24, "horizon_length": 6, "patch_length": 4}

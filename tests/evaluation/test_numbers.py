@@ -4,7 +4,7 @@ import pytest
 
 from doralib.errors import DoraError
 from doralib.evaluation.numbers import read_number
-from doralib.evaluation.task import NumberTask
+from doralib.evaluation.task_generated import NumberTask
 
 CASES = {
     "The answer is 42": "42",

@@ -18,7 +18,7 @@ from doralib.checkpoints.verify import verify_merge  # noqa: E402
 from doralib.errors import UsageError  # noqa: E402
 from doralib.evaluation.classifier import list_labels, predict_sounds  # noqa: E402
 from doralib.evaluation.evaluate import evaluate  # noqa: E402
-from doralib.evaluation.task import KINDS  # noqa: E402
+from doralib.evaluation.task_file import KINDS  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402
 from doralib.training.job import train  # noqa: E402
 from doralib.training.loss import HeadLoss  # noqa: E402

@@ -32,8 +32,7 @@ from doralib.evaluation.evaluate import evaluate
 from doralib.evaluation.generation import Answer, answer_pictures
 from doralib.evaluation.likelihood import score_options
 from doralib.evaluation.rows import read_examples
-from doralib.evaluation.task import KINDS
-from doralib.evaluation.task_file import load_tasks
+from doralib.evaluation.task_file import KINDS, load_tasks
 from doralib.evaluation.visual import read_choice
 from doralib.recipe import DataSettings, ModelSettings, Recipe
 from doralib.runs.report import write_report

@@ -25,8 +25,7 @@ from doralib.cli.main import app  # noqa: E402
 from doralib.errors import DoraError, UsageError  # noqa: E402
 from doralib.evaluation.evaluate import evaluate  # noqa: E402
 from doralib.evaluation.rows import read_examples  # noqa: E402
-from doralib.evaluation.task import KINDS  # noqa: E402
-from doralib.evaluation.task_file import read_task  # noqa: E402
+from doralib.evaluation.task_file import KINDS, read_task  # noqa: E402
 from doralib.evaluation.transcripts import transcribe  # noqa: E402
 from doralib.recipe import ModelSettings, Recipe  # noqa: E402
 from doralib.training.job import train  # noqa: E402

@@ -36,7 +36,7 @@ def keep_answers(folder: Path | None, model: str, tasks: "Sequence[Task]", *, re
     """
     from ..disk import check_writable
     from ..evaluation.llava.answers import AnswerFolder
-    from ..evaluation.task import LlavaTask
+    from ..evaluation.task_media import LlavaTask
 
     if folder is None:
         return None
@@ -60,7 +60,7 @@ def rate_file(
         UsageError: if there is another task too, or it is none of LLaVA's evaluations.
     """
     from ..evaluation.llava.made_elsewhere import rate_answer_file
-    from ..evaluation.task import LlavaTask
+    from ..evaluation.task_media import LlavaTask
     from ..files import find_file
 
     path = find_file(Path(settings["model"]))
@@ -74,7 +74,7 @@ def rate_file(
 def tell_files(kept: "AnswerFolder", tasks: "Sequence[Task]", *, made: bool) -> None:
     """Say where answers are, and what goes to which server."""
     from ..evaluation.llava.scores import SCORED
-    from ..evaluation.task import LlavaTask
+    from ..evaluation.task_media import LlavaTask
 
     for task in tasks:
         if isinstance(task, LlavaTask):

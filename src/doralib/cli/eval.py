@@ -166,8 +166,8 @@ def _score(
     from ..evaluation.evaluate import evaluate, read_all
     from ..evaluation.llava.answers import keeping_answers
     from ..evaluation.results_file import ResultsFile
-    from ..evaluation.task import check_scored
     from ..evaluation.task_file import load_tasks
+    from ..evaluation.task_media import check_scored
 
     chosen = load_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     if not chosen:

@@ -16,7 +16,8 @@ from ..errors import DoraError, UsageError
 from .example import Example
 from .generation import Sampling, answer_each, answer_pictures, stop_at_turn_end
 from .likelihood import LikelihoodRequest, log_likelihoods, option_requests, score_options
-from .task import ClassificationTask, GenerationTask, Task
+from .task import ClassificationTask, Task
+from .task_generated import GenerationTask
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,9 @@ from .kinds import score_kind
 from .llava.answers import check_answered
 from .result import WRONG_KEPT, TaskResult
 from .rows import read_examples
-from .task import ClassificationTask, FolderTask, ForecastTask, GenerationTask, SoundLabelTask, Task, WordsTask
+from .task import ClassificationTask, Task
+from .task_generated import GenerationTask
+from .task_media import FolderTask, ForecastTask, SoundLabelTask, WordsTask
 from .transcripts import Spoken
 from .validation import rate_sounds, rate_transcripts
 

@@ -39,23 +39,18 @@ from .metrics import (
     yes_no_scores,
 )
 from .overlap import rouge_scores, translation_scores
-from .task import (
+from .task import ChoiceTask, ClassificationTask, PerplexityTask, Task
+from .task_generated import (
     BertScoreTask,
     CaptionTask,
-    ChoiceTask,
-    ClassificationTask,
     FirstLabelTask,
-    FolderTask,
-    ForecastTask,
     GenerationTask,
-    LlavaTask,
-    PerplexityTask,
     SummaryTask,
-    Task,
     TranslationTask,
     VqaTask,
     YesNoTask,
 )
+from .task_media import FolderTask, ForecastTask, LlavaTask
 from .visual import VisualModel, score_answers
 from .vqa import normalize_answer, soft_accuracy, vqa_scores
 

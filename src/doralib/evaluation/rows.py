@@ -9,7 +9,8 @@ from ..data.templates import columns_in
 from ..errors import DoraError, UsageError, did_you_mean
 from .example import Example
 from .media import find_pictures
-from .task import FolderTask, ForecastTask, LlavaTask, Task
+from .task import Task
+from .task_media import FolderTask, ForecastTask, LlavaTask
 
 
 def read_examples(task: Task, limit: int | None = None) -> list[Example]:

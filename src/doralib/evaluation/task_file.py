@@ -10,8 +10,42 @@ from ..data.templates import columns_in
 from ..errors import DoraError, UsageError, collecting, did_you_mean, raise_all
 from ..families import is_family, read_family
 from ..files import read_yaml
-from .task import KINDS, Task
+from .task import ChoiceTask, ClassificationTask, PerplexityTask, Task
+from .task_generated import (
+    BertScoreTask,
+    CaptionTask,
+    ExactMatchTask,
+    FirstLabelTask,
+    NumberTask,
+    RegexTask,
+    SummaryTask,
+    TranslationTask,
+    VqaTask,
+    YesNoTask,
+)
+from .task_media import FolderTask, ForecastTask, LlavaTask, SoundLabelTask, WordsTask
 
+KINDS: dict[str, type[Task]] = {
+    "choice": ChoiceTask,
+    "classification": ClassificationTask,
+    "exact_match": ExactMatchTask,
+    "regex": RegexTask,
+    "number": NumberTask,
+    "first_label": FirstLabelTask,
+    "vqa": VqaTask,
+    "yes_no": YesNoTask,
+    "caption": CaptionTask,
+    "llava": LlavaTask,
+    "bertscore": BertScoreTask,
+    "translation": TranslationTask,
+    "summary": SummaryTask,
+    "words": WordsTask,
+    "audio-class": SoundLabelTask,
+    "perplexity": PerplexityTask,
+    "folder": FolderTask,
+    "forecast": ForecastTask,
+}
+"""The kinds of task, by the name that a file gives."""
 _FOLDER = Path(__file__).parent / "tasks"
 
 

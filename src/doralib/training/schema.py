@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from ..errors import UsageError
-from ..evaluation.task import KINDS
+from ..evaluation.task_file import KINDS
 from ..files import write_json
 from ..recipe import ObjectiveSettings, Recipe
 from .arguments import find_class, list_owned

@@ -6,7 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..task import LlavaTask, Task, check_scored
+from ..task import Task
+from ..task_media import LlavaTask, check_scored
 from .files import AnswerFile, check_workbooks, name_upload, write_upload
 from .questions import LlavaQuestion
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ..result import WRONG_KEPT, TaskResult
-from ..task import LlavaTask, check_scored
+from ..task_media import LlavaTask, check_scored
 from .answers import AnswerFolder, check_upload, send_answers
 from .files import AnswerFile
 from .questions import read_asked

@@ -12,8 +12,9 @@ from ...checkpoints.parts import check_model_is_there, compose_parts, settle_par
 from ...data.rows import RawRows, hash_sources, list_inputs
 from ...errors import DoraError, collecting, raise_all
 from ...evaluation.rows import read_examples
-from ...evaluation.task import Task, check_scored
+from ...evaluation.task import Task
 from ...evaluation.task_file import load_tasks
+from ...evaluation.task_media import check_scored
 from ...recipe import ModelSettings, Recipe
 from ...runs.folder import RunFolder
 from ..arguments import make_arguments
