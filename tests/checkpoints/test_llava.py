@@ -20,8 +20,8 @@ from seeing_models import ALONE, build, make_parts
 from doralib.checkpoints.llava import VICUNA, compose_llava
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.checkpoints.models import load_image_text
+from doralib.data.picture_encoder import PictureEncoder
 from doralib.data.picture_rows import read_picture_row
-from doralib.data.picture_tokens import PictureEncoder
 from doralib.data.pictures import Picture, measure_pictures
 from doralib.errors import UsageError
 from doralib.recipe import DataSettings, ModelSettings

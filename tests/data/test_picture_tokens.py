@@ -13,7 +13,8 @@ from seeing_models import ALONE, WITH_TORCHVISION, build
 from torch.nn import functional as nnf
 
 from doralib.checkpoints.models import load_image_text
-from doralib.data.picture_tokens import PictureCollator, PictureEncoder, PictureText, tokenize_pictures
+from doralib.data.picture_encoder import PictureEncoder, PictureText
+from doralib.data.picture_tokens import PictureCollator, read_text, tokenize_pictures
 from doralib.data.pictures import Picture
 from doralib.data.prepare import IGNORED
 from doralib.errors import DoraError, UsageError
@@ -293,6 +294,6 @@ def test_pictures_and_videos_in_one_row(seeing, films):
     batch = PictureCollator(encoder, 0)([made.rows[0]])
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()
-    asked = PictureText.of_row(made.rows[0])
+    asked = read_text(made.rows[0])
     assert asked.kind == (True, True)
     assert encoder.count(replace(asked, text=asked.text)) == len(made.rows[0]["input_ids"])

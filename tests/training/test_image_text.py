@@ -23,8 +23,8 @@ from doralib.checkpoints.load import load_model
 from doralib.checkpoints.merge import merge_checkpoint
 from doralib.checkpoints.models import load_image_text
 from doralib.cli.chat import Chat
+from doralib.data.picture_encoder import PictureEncoder, make_encoder
 from doralib.data.picture_rows import ask_with_pictures, find_layout, read_picture_row
-from doralib.data.picture_tokens import PictureEncoder, make_encoder
 from doralib.data.pictures import Picture
 from doralib.data.videos import Video
 from doralib.errors import DoraError, UsageError

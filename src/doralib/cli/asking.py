@@ -10,8 +10,8 @@ from ..errors import UsageError
 from .console import errors
 
 if TYPE_CHECKING:
+    from ..data.picture_encoder import PictureEncoder
     from ..data.picture_rows import Seen
-    from ..data.picture_tokens import PictureEncoder
     from ..data.prompt_form import PromptForm
     from ..evaluation.generation import Answer
 
@@ -163,7 +163,7 @@ def find_pictures(images: Sequence[Path], videos: Sequence[Path], chat: bool | N
     Raises:
         UsageError: if one cannot, or the prompt is to be given as it is.
     """
-    from ..data.picture_tokens import measure_seen
+    from ..data.picture_encoder import measure_seen
     from ..data.pictures import Picture
     from ..data.prepare import BadRow
     from ..data.videos import Video
@@ -196,7 +196,7 @@ def find_encoder(loaded: Any, processor: Any, model: str, pictures: "Sequence[Se
     Raises:
         UsageError: if there are pictures and the model takes none.
     """
-    from ..data.picture_tokens import make_encoder
+    from ..data.picture_encoder import make_encoder
 
     if hasattr(processor, "image_processor"):
         return make_encoder(loaded, processor)

@@ -15,8 +15,8 @@ from ..adapters.adapt import disable, enable
 from ..adapters.multiple import set_adapter
 from ..data.conversations import Conversation
 from ..data.encoding import chat_text, context_length, encode
+from ..data.picture_encoder import PictureEncoder, PictureText
 from ..data.picture_rows import PictureRow, Seen, ask_with_pictures
-from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.pictures import Picture, measure_pictures
 from ..data.prepare import BadRow
 from ..data.prompt_form import PromptForm

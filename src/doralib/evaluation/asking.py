@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.encoding import check_ids, context_length, encode, has_encoder, leave_blanks, pad_token, user_text
+from ..data.picture_encoder import PictureEncoder, PictureText
 from ..data.picture_rows import ask_with_pictures
-from ..data.picture_tokens import PictureEncoder, PictureText
 from ..data.prepare import BadRow
 from ..errors import DoraError, UsageError
 from .example import Example

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.inference import unchanged
 from ..data.encoding import has_encoder
 from ..data.forecaster import is_forecaster
-from ..data.picture_tokens import PictureEncoder, make_encoder
+from ..data.picture_encoder import PictureEncoder, make_encoder
 from ..data.sounds import Clip
 from ..errors import DoraError, UsageError, collecting, list_some, raise_all
 from ..progress import Tick, log_progress

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..adapters.registry import find_record
 from ..config import Checked
 from ..data.encoding import check_ids, context_length, encode, first_token, has_encoder, pad_token, user_text
-from ..data.picture_tokens import PictureEncoder, PictureText
+from ..data.picture_encoder import PictureEncoder, PictureText
 from ..data.turns import find_end_tokens, find_turn_end, name_ends
 from ..errors import UsageError
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.encoding import encode, first_token
-from ..data.picture_tokens import PictureEncoder, PictureText
+from ..data.picture_encoder import PictureEncoder, PictureText
 from ..errors import DoraError, UsageError
 
 _Body = Callable[[Tensor, Tensor], Tensor]

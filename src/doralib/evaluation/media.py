@@ -52,7 +52,7 @@ def check_pictures(name: str, found: Sequence[Sequence[Picture | Video]], proble
     Raises:
         DoraError: if some cannot be read, or there were problems before.
     """
-    from ..data.picture_tokens import measure_seen  # noqa: PLC0415  a task is checked without torch
+    from ..data.picture_encoder import measure_seen  # noqa: PLC0415  a task is checked without torch
 
     looks = measure_seen((each for seen in found for each in seen), frames=1)
     problems = [*problems, *(str(look) for look in looks.values() if isinstance(look, BadRow))]

@@ -15,8 +15,9 @@ from ...config import DoraConfig
 from ...data.detect import look_at
 from ...data.encoding import check_ids, context_length, encode, pad_token
 from ...data.layouts import make_questions
+from ...data.picture_encoder import PictureEncoder, PictureText, make_encoder
 from ...data.picture_rows import Seen, describe_layout, find_layout, list_captioned, read_picture_row
-from ...data.picture_tokens import PictureCollator, PictureEncoder, PictureText, make_encoder, tokenize_pictures
+from ...data.picture_tokens import PictureCollator, tokenize_pictures
 from ...data.pictures import Picture, encode_thumbnail, find_root, make_thumbnail
 from ...data.prepare import BadRow, PreparedRows, Row, Sample
 from ...data.prompt_form import PromptForm
