@@ -44,7 +44,7 @@ training:
   eval_strategy: steps
   eval_steps: 60
 seed: 0
-eval: {{tasks: [{out}/task.yaml]}}
+eval: {{tasks: [{out}/arc_words.yaml]}}
 out: runs/arc
 """
 TASK = """\
@@ -92,7 +92,7 @@ def main() -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         trained = write_rows(asked.data / "train.json", asked.out / "train.jsonl", None)
         tested = write_rows(asked.data / "test.json", asked.out / "test.jsonl", asked.test)
-        (asked.out / "task.yaml").write_text(TASK, encoding="utf-8")
+        (asked.out / "arc_words.yaml").write_text(TASK, encoding="utf-8")
         (asked.out / "recipe.yaml").write_text(RECIPE.format(out=asked.out), encoding="utf-8")
     except (UsageError, OSError) as error:
         parser.error(str(error))

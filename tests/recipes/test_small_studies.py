@@ -71,7 +71,7 @@ def test_what_the_script_writes_can_be_trained_and_asked(script, tmp_path, monke
     check_arguments(recipe)
     assert recipe.data.train == "arc/train.jsonl"
     (task,) = load_tasks(recipe.eval.tasks)
-    assert (task.kind, task.choices) == ("choice", "choices")
+    assert (task.name, task.kind, task.choices) == ("arc_words", "choice", "choices")
 
 
 def test_a_folder_without_the_rows_is_refused(script, tmp_path, monkeypatch, capsys):
