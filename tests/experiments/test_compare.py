@@ -227,6 +227,17 @@ def test_several_seeds_choose_a_rate_by_their_mean(request_for, monkeypatch, cou
     assert ("first seed" in page) == (count == 1)
 
 
+@pytest.mark.parametrize(("rates", "told"), [((1e-2,), "as given"), ((1e-2, 1e-3), "chosen among 0.001, 0.01")])
+def test_how_a_rate_came_about_is_said(request_for, monkeypatch, caplog, rates, told):
+    monkeypatch.setattr(
+        study._Work, "train", lambda _, run, halving=None: RunResult(run, LOSSES[run.rate, run.seed], 1.0, None, False)
+    )
+    bare = request_for().recipe.model_copy(update={"eval": Recipe.model_fields["eval"].get_default()})
+    with caplog.at_level("INFO"):
+        compare(request_for(recipe=bare, methods=("dora",), rates=rates), InProcess())
+    assert f"dora r 2: rate 0.01, {told}" in caplog.text
+
+
 @pytest.mark.long
 def test_a_searched_rate_keeps_to_its_budget(request_for):
     here = InProcess()

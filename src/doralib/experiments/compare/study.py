@@ -185,7 +185,8 @@ class _Work:
         among = ", ".join(f"{rate:g}" for rate in sorted(tried))
         if math.isinf(losses[best]):
             raise DoraError(f"{cell.text(grid.axis)}: no rate trains; tried {among}")
-        log.info(f"{cell.text(grid.axis)}: rate {best:g}, chosen among {among}")
+        how = f"chosen among {among}" if len(tried) > 1 else "as given"
+        log.info(f"{cell.text(grid.axis)}: rate {best:g}, {how}")
         chosen = [*tried.pop(best), *(self.train(Run(cell, best, seed)) for seed in grid.seeds[grid.tune_seeds :])]
         return [*(result for results in tried.values() for result in results), *map(self._scored, chosen)]
 
