@@ -157,7 +157,7 @@ def test_sigterm_ends_it_too(adapter, python, tmp_path, run):
     try:
         assert os.waitpid(process, 0)[1] == signal.SIGKILL
     except ChildProcessError:
-        # subprocess may have taken leave of it first
+        # subprocess may have reaped it already
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
