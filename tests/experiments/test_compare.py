@@ -344,6 +344,9 @@ def test_wrong_options(run, job, tmp_path):
     _, _, early = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *wrong_files, "--ranks", "2,x")
     for told in ("--ranks 2,x", "there is no model folder ./none", "no file 'nope.jsonl'"):
         assert told in early
+    _, _, late = run("compare", tmp_path / "job.yaml", "--out", tmp_path / "grid", *wrong_files, "--methods", "dorra")
+    for told in ("there is no model folder ./none", "no file 'nope.jsonl'", "got 'dorra'"):
+        assert told in late
     assert not (tmp_path / "grid").exists()
     for told in ("--ranks 2,x", "--seeds '1,1'", "--axis adapter.r", "'slurm'", "'train'"):
         assert told in err

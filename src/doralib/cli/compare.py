@@ -8,10 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import DoraError, UsageError, collecting, raise_all
+from ..errors import DoraError, UsageError, check_given_once, collecting, raise_all
 from .console import console, print_json, sigterm_as_ctrl_c
 from .options import Json
-from .recipe import read_checked
 
 if TYPE_CHECKING:
     from ..experiments.compare.study import Comparison
@@ -59,14 +58,21 @@ def compare_command(
             lists[option] = [] if text is None else _split(option, text, kind)
     with collecting(problems):
         key, values = _read_axis(axis)
-    with collecting(problems):
-        chosen = read_checked(recipe, changes)
     from ..experiments.compare.launch import find_launcher
+    from ..training.early import check_early
+    from ..training.recipe_file import read_recipe
 
     with collecting(problems):
         launch = find_launcher(launcher)
-    raise_all(problems)
-    from ..experiments.compare.grid import Grid
+    missing: list[DoraError] = []
+    with collecting(problems):
+        check_given_once(changes or [])
+        chosen = read_recipe(recipe, changes or [])
+        with collecting(missing):
+            check_early(chosen)
+    if problems:
+        raise_all([*problems, *missing])
+    from ..experiments.compare.grid import Grid, check_grid
     from ..experiments.compare.report import write_comparison
     from ..experiments.compare.study import compare, list_commands
 
@@ -84,6 +90,11 @@ def compare_command(
         stop_early=stop_early,
         keep_checkpoints=keep_checkpoints,
     )
+    if missing:
+        # what is wrong with the grid is told with it
+        with collecting(missing):
+            check_grid(grid)
+        raise_all(missing)
     if commands:
         for command in list_commands(grid):
             print(command)
