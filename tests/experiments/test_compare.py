@@ -32,7 +32,14 @@ from doralib.experiments.compare.pictures import pictures_section
 from doralib.experiments.compare.rates import next_step, rate_at
 from doralib.experiments.compare.report import write_comparison
 from doralib.experiments.compare.study import Comparison, RunResult, compare, list_commands
-from doralib.experiments.compare.table import COLUMNS, compare_methods, losses_by_rate, rates_at_an_end, summarize
+from doralib.experiments.compare.table import (
+    COLUMNS,
+    compare_methods,
+    diverged_runs,
+    losses_by_rate,
+    rates_at_an_end,
+    summarize,
+)
 from doralib.experiments.page import write_sections
 from doralib.experiments.statistics import correlation, deviation, mean_interval, paired_difference
 from doralib.recipe import Recipe
@@ -513,3 +520,27 @@ def test_a_difference_is_of_the_same_rank(request_for):
         ("lora-r4", "full", 0.75),
         ("dora-r2", "full", 1.0),
     ]
+
+
+def test_a_mean_with_a_run_that_diverged_says_so(request_for, job):
+    recipe = Recipe(**{**job, "eval": {}})
+    grid = request_for(recipe=recipe, methods=("dora",), seeds=(0, 1), rates=(1e-2, 1e-3))
+
+    def train(command, log, unwanted):
+        folder = grid.out / "runs" / Path(command[-1]).stem
+        folder.mkdir(parents=True)
+        files.write_json(folder / "summary.json", {"status": "finished"})
+        # a rate that was tried and not taken may diverge
+        diverges = "lr0.01" in folder.name or folder.name.endswith("seed1")
+        losses = [1.0] * 6 + [7.0 if diverges else 0.5] * 6
+        lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses)]
+        lines.append({"kind": "eval", "step": 12, "eval_loss": losses[-1]})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "adapter_model.safetensors").touch()
+        return Outcome(0, 1000)
+
+    comparison = compare(grid, train)
+    assert sum(each.diverged for each in comparison.runs) == 2
+    assert diverged_runs(comparison) == ["dora-r2-lr0.001-seed1"]
+    page = write_comparison(comparison)[1].read_text()
+    assert "The training loss of dora-r2-lr0.001-seed1 diverged" in page

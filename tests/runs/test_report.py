@@ -13,6 +13,7 @@ import yaml
 from doralib.errors import DoraError, UsageError
 from doralib.runs import plots
 from doralib.runs.charts import Series, line_chart, number_text
+from doralib.runs.divergence import find_divergence
 from doralib.runs.markup import Markup, el
 from doralib.runs.record import read_run
 from doralib.runs.report import write_report
@@ -379,6 +380,38 @@ def test_a_training_ends_with_loss_time_and_the_next_command(run):
     told = closing_lines(read_run(run), run / "report.html")
     assert told["trained"] == "40 steps in 3 min 12 s, loss 0.075, validation loss 0.4321"
     assert [*told] == ["trained", "report", "next"]
+
+
+UP = [1.4] * 6 + [0.6] * 6 + [5.0, 8.0, 6.0, 5.5, 3.0, 2.5] + [0.4] * 22
+
+
+@pytest.mark.parametrize(
+    ("losses", "config", "summary", "told"),
+    [
+        (UP, {}, {}, (14, 5.5)),
+        ([3 / s for s in range(1, 41)], {}, {}, None),
+        # two batches of hard rows
+        ([1.4] * 12 + [9.0, 9.0] + [0.4] * 26, {}, {}, None),
+        # many times of next to nothing
+        ([0.01] * 12 + [0.3] * 28, {}, {}, None),
+        # by 1 nat, and not to twice
+        ([4.0] * 12 + [5.5] * 28, {}, {}, None),
+        (UP[:9], {}, {}, None),
+        (UP, {"objective": {"kind": "grpo"}}, {}, None),
+        (UP, {}, {"unit": "pictures"}, None),
+    ],
+)
+def test_a_loss_that_diverged_and_came_back_is_told(run, losses, config, summary, told):
+    lines = [{"kind": "train", "step": s, "loss": loss} for s, loss in enumerate(losses, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, read, write, more in (
+        ("config.yaml", yaml.safe_load, yaml.safe_dump, config),
+        ("summary.json", json.loads, json.dumps, summary),
+    ):
+        (run / name).write_text(write({**read((run / name).read_text()), **more}))
+    found = find_divergence(read_run(run))
+    assert (found and (found.step, found.loss)) == told
+    assert ("The training loss diverged" in page_of(run).said()) == (told is not None)
 
 
 def test_on_paper_nothing_scrolls_and_no_chart_is_cut():

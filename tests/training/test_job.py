@@ -32,6 +32,7 @@ from doralib.data.tokenize import tokenize_rows
 from doralib.errors import DoraError, UsageError
 from doralib.recipe import DataSettings, Recipe
 from doralib.runs import checkpointing
+from doralib.runs.divergence import Divergence
 from doralib.training import arguments
 from doralib.training import recipe_file as reading
 from doralib.training.job import Interrupted, fine_tune, train
@@ -566,6 +567,14 @@ def test_early_stopping_keeps_the_best(recipe):
     ours = weights(run)["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
     assert torch.equal(ours, kept["model.layers.0.mlp.down_proj.lora_B"])
     assert not torch.equal(ours, last["model.layers.0.mlp.down_proj.lora_B"])
+
+
+def test_a_training_that_diverged_says_so_at_its_end(recipe, monkeypatch, caplog):
+    told = Divergence(7, 9.0, 2.0)
+    monkeypatch.setattr("doralib.training.job.find_divergence", lambda record: told if len(record.train) == 2 else None)
+    with caplog.at_level("WARNING", "doralib"):
+        train(recipe(training={"max_steps": 2, "logging_steps": 1}))
+    assert [each.message for each in caplog.records] == [str(told)]
 
 
 def test_tasks_are_scored_before_and_after(recipe, data_file, tmp_path):

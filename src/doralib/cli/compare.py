@@ -110,9 +110,11 @@ def compare_command(
 
 
 def _show(comparison: "Comparison") -> None:
-    from ..experiments.compare.report import cell_rows, difference_rows, explain_ends
-    from ..experiments.compare.table import compare_methods, rates_at_an_end, summarize
+    from ..experiments.compare.report import cell_rows, difference_rows, explain_diverged, explain_ends
+    from ..experiments.compare.table import compare_methods, diverged_runs, rates_at_an_end, summarize
 
+    if diverged := diverged_runs(comparison):
+        console.print(explain_diverged(diverged))
     if ends := rates_at_an_end(comparison):
         console.print(explain_ends(ends))
     console.print(_table("means over the seeds", *cell_rows(comparison, summarize(comparison))))

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UsageError
 from . import plots
 from .charts import Series, line_chart, number_text, time_text
+from .divergence import find_divergence
 from .markup import Child, Markup, el, html_table
 from .page import write_page
 from .record import METHODS, OBJECTIVE_CURVES, RunRecord, is_series, numbers, read_run
@@ -32,6 +33,8 @@ def write_report(run: Path, *, figures: bool = True) -> Path:
     """
     record = read_run(Path(run))
     notes = list(record.notes)
+    if (divergence := find_divergence(record)) is not None:
+        notes.append(str(divergence))
     if figures:
         try:
             plots.write_figures(record)

@@ -15,6 +15,7 @@ from .table import (
     CellResult,
     Difference,
     compare_methods,
+    diverged_runs,
     losses_by_rate,
     main_metric,
     rates_at_an_end,
@@ -60,6 +61,11 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
     return head, rows
 
 
+def explain_diverged(runs: Sequence[str]) -> str:
+    """What runs whose loss diverged mean for the mean that they are in."""
+    return f"The training loss of {', '.join(runs)} diverged, which the mean of its row hides: see the run's report"
+
+
 def explain_ends(ends: Sequence[str]) -> str:
     """What a rate at an end of the list means, for these cells."""
     return f"The best rate of {', '.join(ends)} is at an end of those tried, and one beyond it may be better"
@@ -97,6 +103,8 @@ def _sections(
     chosen = "given" if len(grid.rates) == 1 else f"chosen on the validation rows by {by}"
     head, rows = cell_rows(comparison, cells)
     text = f"Means over the seeds, with their standard deviation. Each rate is {chosen}; the test rows are scored once."
+    if diverged := diverged_runs(comparison):
+        text += f" {explain_diverged(diverged)}."
     sections = [Section("Results", text, head, rows, [name for name in drawn if name.startswith("score")])]
     if differences:
         text = (

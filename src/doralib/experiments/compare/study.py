@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from ...evaluation.evaluate import read_all
 from ...evaluation.result import TaskResult
 from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
+from ...runs.divergence import find_divergence
 from ...runs.folder import RunFolder
+from ...runs.record import read_run
 from ..statistics import import_stats
 from .early_stop import Halving
 from .grid import Cell, Grid, Run, check_grid, make_recipe
@@ -45,6 +47,8 @@ class RunResult:
     peak_bytes: int | None
     stopped: bool
     """Early, for falling behind."""
+    diverged: bool = False
+    """Its training loss, for a while or to the end."""
     chosen: bool = False
     scores: Mapping[str, TaskResult] = field(default_factory=dict)
     """On the test rows, for chosen runs."""
@@ -207,7 +211,7 @@ class _Work:
     def _scored(self, result: RunResult) -> RunResult:
         run = result.run
         scores = self.score(run.name, str(self.grid.out / "runs" / run.name)) if self.grid.recipe.eval.tasks else {}
-        return RunResult(run, result.loss, result.seconds, result.peak_bytes, result.stopped, True, scores)
+        return replace(result, chosen=True, scores=scores)
 
     def train(self, run: Run, halving: Halving | None = None) -> RunResult:
         """Train one run, or go on with it, unless it has come to its end, or halving stops it."""
@@ -225,6 +229,7 @@ class _Work:
             seconds=summary.get("seconds", 0.0),
             peak_bytes=files.read_json(peak)["peak_bytes"] if (peak := self._peak_file(run)).is_file() else None,
             stopped=stopped,
+            diverged=folder.path.is_dir() and find_divergence(read_run(folder.path)) is not None,
         )
 
     def _launch_training(self, run: Run, folder: RunFolder, halving: Halving | None) -> bool:

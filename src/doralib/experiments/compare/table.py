@@ -138,6 +138,11 @@ def rates_at_an_end(comparison: Comparison) -> list[str]:
     return found
 
 
+def diverged_runs(comparison: Comparison) -> list[str]:
+    """The runs behind the scores whose training loss diverged."""
+    return [each.run.name for runs in _chosen(comparison).values() for each in runs if each.diverged]
+
+
 def _chosen(comparison: Comparison) -> dict[Cell, Sequence[RunResult]]:
     found: dict[Cell, list[RunResult]] = defaultdict(list)
     for result in comparison.runs:

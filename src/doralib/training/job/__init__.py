@@ -9,6 +9,7 @@ from ...checkpoints.parts import settle_parts
 from ...progress import Tick
 from ...recipe import Recipe
 from ...runs.card import write_card
+from ...runs.divergence import find_divergence
 from ...runs.record import read_run
 from ...runs.report import write_report
 from ...runs.use import closing_lines
@@ -53,7 +54,10 @@ def train(
     run = fine_tune(recipe, resume=resume, overwrite=overwrite, tick=tick, check_memory=check_memory)
     if is_main():
         write_card(run)
-        log.info(closing_lines(read_run(run), write_report(run)))
+        record = read_run(run)
+        if (divergence := find_divergence(record)) is not None:
+            log.warning(str(divergence))
+        log.info(closing_lines(record, write_report(run)))
     return run
 
 
