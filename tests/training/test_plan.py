@@ -10,7 +10,9 @@ from transformers import AutoConfig, LlamaConfig
 from doralib import process
 from doralib.errors import UsageError
 from doralib.recipe import Recipe
-from doralib.training.plan.estimate import GIB, Growth, estimate_run
+from doralib.training.plan.estimate import estimate_run
+from doralib.training.plan.growth import Growth
+from doralib.training.plan.parts import GIB
 from doralib.training.plan.skeleton import Skeleton, weigh
 from doralib.training.plan.trace import trace_step
 

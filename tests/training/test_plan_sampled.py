@@ -10,7 +10,8 @@ from doralib.adapters.adapt import adapt
 from doralib.recipe import Recipe
 from doralib.training.configure import configure_adapter
 from doralib.training.modalities import choose_modality
-from doralib.training.plan.estimate import Growth, estimate_run
+from doralib.training.plan.estimate import estimate_run
+from doralib.training.plan.growth import Growth
 from doralib.training.plan.sampled import Sampled
 
 pytestmark = pytest.mark.estimates

@@ -68,7 +68,7 @@ def _read_rows(recipe: "Recipe") -> "tuple[RawRows | None, Callable[[], Sampled]
 
 
 def _show(found: "Estimate", told: str) -> None:
-    from ..training.plan.estimate import in_gib
+    from ..training.plan.parts import in_gib
 
     if told:
         console.print(told)
