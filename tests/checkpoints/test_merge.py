@@ -383,6 +383,17 @@ def test_quantised_weights_are_refused(tmp_path):
         merge_checkpoint(folder, base, tmp_path / "out")
 
 
+def test_a_storage_of_other_tensors_is_named_once(tmp_path):
+    tensors = base_tensors(torch.float32)
+    for name in (Q, UP):
+        tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").to(torch.int32)
+    base = save_base(tmp_path / "base", tensors, quantization_config={"quant_method": "gptq"})
+    folder = save_adapter(tmp_path / "adapter", AdapterState({Q: layer(), UP: layer(O + 1)}))
+    with pytest.raises(DoraError, match=r"nor 1 other: the base is quantized \(gptq\); merge .* with --base") as raised:
+        merge_checkpoint(folder, base, tmp_path / "out")
+    assert str(raised.value).count("no such tensor") == 1
+
+
 def test_where_out_may_be(tmp_path):
     base = save_base(tmp_path / "base", base_tensors(torch.float32))
     folder = save_adapter(tmp_path / "run", AdapterState({Q: layer()}))

@@ -189,11 +189,17 @@ def is_conv1d_model(config: Mapping[str, Any]) -> bool:
 
 
 def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
+    if missing and "quantization_config" in config:
+        # of each layer the same is to be said
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        more = len(missing) - 1
+        others = f", nor {more} other{'s' * (more > 1)}" if more else ""
+        return [
+            f"{missing[0]}: the checkpoint has no such tensor{others}: the base is quantized ({method}); merge into "
+            "the model in full precision, with --base"
+        ]
     tied = is_tied(stored, config)
     hint = f" (the nearest is {near[0]})" if missing and (near := nearest(missing[0], stored, count=1)) else ""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        hint = f": the base is quantized ({method}); merge into the model in full precision"
     return [
         f"{name}: is tied to the input embedding in this model, so changing it would change both; "
         "merge with --untie, which gives the head a tensor of its own"
