@@ -23,6 +23,14 @@ def column_dots(dy_NO: Tensor, y_NO: Tensor, shift_O: Tensor | None = None) -> T
     return _total([_sweep(dy, y, None, shift_O)[1] for dy, y in _sweeps(dy_NO, y_NO)], dy_NO)
 
 
+def scaled_and_dots(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple[Tensor, Tensor]:
+    """``g ∘ dy``, (N, O) in dy's dtype, and `column_dots` on the way."""
+    parts = [_sweep(dy, y, gain_O, None) for dy, y in _sweeps(dy_NO, y_NO)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([dy_NO[:0], *(dz for dz, _ in parts)]), _total([dots for _, dots in parts], dy_NO)
+
+
 def scaled_product_and_dots(
     out_NI: Tensor | None, dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor, W_OI: Tensor, shift_O: Tensor | None = None
 ) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..kernels import eager
+from ..kernels import around, eager
 from ..kernels.dispatch import on_gpu
 from ..kernels.dropout import Dropout, dropped
 from .base.opaque import Opaque, Quantized
@@ -79,4 +79,6 @@ class DoraLinear(DoraLayer):
             product = self.base_layer(x_a)
             product = product if self.bias is None else product - self.bias.to(product.dtype)
             return F.compose_exact(y, product, change, gain_O)
-        return F.compose(y, change, gain_O, self.bias)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return F.compose(y, change, gain_O, self.bias)
+        return around.compose(y, change, gain_O, self.bias)
