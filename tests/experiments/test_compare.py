@@ -35,6 +35,7 @@ from doralib.experiments.compare.study import Comparison, RunResult, compare, li
 from doralib.experiments.compare.table import (
     COLUMNS,
     compare_methods,
+    curves,
     diverged_runs,
     losses_by_rate,
     rates_at_an_end,
@@ -534,7 +535,7 @@ def test_a_mean_with_a_run_that_diverged_says_so(request_for, job):
         diverges = "lr0.01" in folder.name or folder.name.endswith("seed1")
         losses = [1.0] * 6 + [7.0 if diverges else 0.5] * 6
         lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses)]
-        lines.append({"kind": "eval", "step": 12, "eval_loss": losses[-1]})
+        lines += [{"kind": "eval", "step": step, "eval_loss": losses[step - 1]} for step in (6, 12)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "adapter_model.safetensors").touch()
         return Outcome(0, 1000)
@@ -542,5 +543,8 @@ def test_a_mean_with_a_run_that_diverged_says_so(request_for, job):
     comparison = compare(grid, train)
     assert sum(each.diverged for each in comparison.runs) == 2
     assert diverged_runs(comparison) == ["dora-r2-lr0.001-seed1"]
-    page = write_comparison(comparison)[1].read_text()
+    assert curves(comparison) == {Cell("dora", 2, None): [(6.0, 1.0), (12.0, (0.5 + 7.0) / 2)]}
+    written = write_comparison(comparison)
+    assert grid.out / "figures" / "curves.png" in written
+    page = written[1].read_text()
     assert "The training loss of dora-r2-lr0.001-seed1 diverged" in page

@@ -1,4 +1,4 @@
-"""compare.html and its figures: scores by rank, losses by rate, the axis, time and memory."""
+"""compare.html and its figures: scores by rank, losses by rate and by step, the axis, time and memory."""
 
 import math
 from collections import defaultdict
@@ -9,12 +9,14 @@ from typing import Any
 from ...errors import UsageError
 from ...runs.plots import new_figure
 from ..page import COLORS, Section, save_figures, style_axes, write_sections
+from .grid import Cell
 from .pictures import pictures_section
 from .study import Comparison
 from .table import (
     CellResult,
     Difference,
     compare_methods,
+    curves,
     diverged_runs,
     losses_by_rate,
     main_metric,
@@ -120,6 +122,9 @@ def _sections(
         if ends := rates_at_an_end(comparison):
             text += f" {explain_ends(ends)}."
         sections.append(Section("Rates", text, figures=["rates"]))
+    if "curves" in drawn:
+        text = "Validation loss of the runs that are scored, as they were trained: the mean over the seeds."
+        sections.append(Section("Curves", text, figures=["curves"]))
     if "cost" in drawn:
         text = "Seconds of training steps alone, and the most main memory of the process (not of a GPU)."
         sections.append(Section("Time and memory", text, figures=["cost"]))
@@ -136,6 +141,9 @@ def _draw(comparison: Comparison, cells: Sequence[CellResult]) -> dict[str, Any]
     rates = losses_by_rate(comparison)
     if any(len(points) > 1 for points in rates.values()):
         figures["rates"] = _rates(comparison, rates)
+    lines = curves(comparison)
+    if any(len(points) > 1 for points in lines.values()):
+        figures["curves"] = _curves(comparison, lines)
     figures["cost"] = _cost(comparison, cells)
     return figures
 
@@ -207,6 +215,17 @@ def _rates(comparison: Comparison, rates: dict[Any, list[tuple[float, float]]]) 
         axes.plot(*best, marker="o", markersize=11, mfc="none", color=COLORS.get(cell.method))
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize=8, ncols=2)
+    return figure
+
+
+def _curves(comparison: Comparison, lines: dict[Cell, list[tuple[float, float]]]) -> Any:
+    figure = new_figure(height=4.2)
+    axes = style_axes(figure.add_subplot(), "step", "validation loss")
+    for i, (cell, points) in enumerate(lines.items()):
+        mark = _MARKS[i % len(_MARKS)]
+        label = cell.text(comparison.grid.axis)
+        axes.plot(*zip(*points, strict=True), color=COLORS.get(cell.method), marker=mark, markersize=5, label=label)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -26,7 +26,7 @@ from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
 from ...runs.divergence import find_divergence
 from ...runs.folder import RunFolder
-from ...runs.record import read_run
+from ...runs.record import numbers, read_run
 from ..statistics import import_stats
 from .early_stop import Halving
 from .grid import Cell, Grid, Run, check_grid, make_recipe
@@ -47,11 +47,13 @@ class RunResult:
     peak_bytes: int | None
     stopped: bool
     """Early, for falling behind."""
-    diverged: bool = False
-    """Its training loss, for a while or to the end."""
     chosen: bool = False
     scores: Mapping[str, TaskResult] = field(default_factory=dict)
     """On the test rows, for chosen runs."""
+    diverged: bool = False
+    """Its training loss, for a while or to the end."""
+    curve: Sequence[tuple[float, float]] = ()
+    """Steps and losses on the validation rows."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,15 @@ class _Work:
             disk.delete(folder.checkpoints)
         summary = folder.read(folder.summary, {})
         failed = stopped or summary.get("status") == "nan"
+        record = read_run(folder.path) if folder.path.is_dir() else None
         return RunResult(
             run,
             loss=math.inf if failed else _validation_loss(folder, self.grid),
             seconds=summary.get("seconds", 0.0),
             peak_bytes=files.read_json(peak)["peak_bytes"] if (peak := self._peak_file(run)).is_file() else None,
             stopped=stopped,
-            diverged=folder.path.is_dir() and find_divergence(read_run(folder.path)) is not None,
+            diverged=record is not None and find_divergence(record) is not None,
+            curve=() if record is None else tuple(numbers(record.evals, "eval_loss")),
         )
 
     def _launch_training(self, run: Run, folder: RunFolder, halving: Halving | None) -> bool:

@@ -138,6 +138,17 @@ def rates_at_an_end(comparison: Comparison) -> list[str]:
     return found
 
 
+def curves(comparison: Comparison) -> dict[Cell, list[tuple[float, float]]]:
+    """Steps and validation losses of the runs behind the scores, by step: the mean of the seeds that have one there."""
+    found: dict[Cell, list[tuple[float, float]]] = {}
+    for cell, runs in _chosen(comparison).items():
+        by_step: dict[float, list[float]] = defaultdict(list)
+        for step, loss in (point for run in runs for point in run.curve):
+            by_step[step].append(loss)
+        found[cell] = [(step, float(np.mean(by_step[step]))) for step in sorted(by_step)]
+    return found
+
+
 def diverged_runs(comparison: Comparison) -> list[str]:
     """The runs behind the scores whose training loss diverged."""
     return [each.run.name for runs in _chosen(comparison).values() for each in runs if each.diverged]
