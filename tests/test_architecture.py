@@ -212,4 +212,4 @@ def test_import_adds_little_to_torch():
     code = "import torch, sys\nbefore = set(sys.modules)\nimport doralib, doralib.adapters.adapt\n"
     done = run(code + "print(len(set(sys.modules) - before))")
     # formats among them: an adapted model saves itself
-    assert int(done.stdout) < 170, done.stdout
+    assert int(done.stdout) < 180, done.stdout
