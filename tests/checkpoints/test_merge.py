@@ -394,6 +394,16 @@ def test_a_storage_of_other_tensors_is_named_once(tmp_path):
     assert str(raised.value).count("no such tensor") == 1
 
 
+def test_a_tied_head_of_a_quantized_base_is_told_of_untying(tmp_path):
+    tensors = base_tensors(torch.float32)
+    del tensors["lm_head.weight"]
+    about = {"quantization_config": {"quant_method": "bitsandbytes"}, "tie_word_embeddings": True}
+    base = save_base(tmp_path / "base", tensors, **about)
+    folder = save_adapter(tmp_path / "adapter", AdapterState({"lm_head": layer(V)}))
+    with pytest.raises(DoraError, match="merge with --untie"):
+        merge_checkpoint(folder, base, tmp_path / "out")
+
+
 def test_where_out_may_be(tmp_path):
     base = save_base(tmp_path / "base", base_tensors(torch.float32))
     folder = save_adapter(tmp_path / "run", AdapterState({Q: layer()}))

@@ -189,24 +189,25 @@ def is_conv1d_model(config: Mapping[str, Any]) -> bool:
 
 
 def _explain_missing(missing: list[str], stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
-    if missing and "quantization_config" in config:
-        # of each layer the same is to be said
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        more = len(missing) - 1
-        others = f", nor {more} other{'s' * (more > 1)}" if more else ""
-        return [
-            f"{missing[0]}: the checkpoint has no such tensor{others}: the base is quantized ({method}); merge into "
-            "the model in full precision, with --base"
-        ]
     tied = is_tied(stored, config)
-    hint = f" (the nearest is {near[0]})" if missing and (near := nearest(missing[0], stored, count=1)) else ""
-    return [
+    heads = [name for name in missing if tied and name.endswith(HEADS)]
+    problems = [
         f"{name}: is tied to the input embedding in this model, so changing it would change both; "
         "merge with --untie, which gives the head a tensor of its own"
-        if tied and name.endswith(HEADS)
-        else f"{name}: the checkpoint has no such tensor" + hint * (i == 0)
-        for i, name in enumerate(missing)
+        for name in heads
     ]
+    lost = [name for name in missing if name not in heads]
+    if lost and "quantization_config" in config:
+        # of each layer the same is to be said
+        method, more = config["quantization_config"].get("quant_method", "unknown method"), len(lost) - 1
+        others = f", nor {more} other{'s' * (more > 1)}" if more else ""
+        return [
+            *problems,
+            f"{lost[0]}: the checkpoint has no such tensor{others}: the base is quantized ({method}); merge into the "
+            "model in full precision, with --base",
+        ]
+    hint = f" (the nearest is {near[0]})" if lost and (near := nearest(lost[0], stored, count=1)) else ""
+    return problems + [f"{name}: the checkpoint has no such tensor" + hint * (i == 0) for i, name in enumerate(lost)]
 
 
 def _find_misfits(
