@@ -15,11 +15,13 @@ from .reductions import scaled_and_dots
 
 
 def compose(base: Tensor, lora: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`functional.compose`, bit for bit, of tensors (..., O); where no gradient is wanted it is that.
+    """`functional.compose`, bit for bit, of tensors (..., O); it is that where the gain wants no gradient.
 
     Raises:
         RuntimeError: from torch, on a second derivative.
     """
+    if torch.compiler.is_compiling() or not (gain_O.requires_grad and torch.is_grad_enabled()):
+        return F.compose(base, lora, gain_O, bias_O)
     y: Tensor = _Compose.apply(base, lora, gain_O, bias_O)
     return y
 

@@ -79,6 +79,4 @@ class DoraLinear(DoraLayer):
             product = self.base_layer(x_a)
             product = product if self.bias is None else product - self.bias.to(product.dtype)
             return F.compose_exact(y, product, change, gain_O)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return F.compose(y, change, gain_O, self.bias)
         return around.compose(y, change, gain_O, self.bias)
