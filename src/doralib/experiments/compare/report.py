@@ -64,8 +64,8 @@ def cell_rows(comparison: Comparison, cells: Sequence[CellResult]) -> tuple[list
 
 
 def explain_diverged(runs: Sequence[str]) -> str:
-    """What runs whose loss diverged mean for the mean that they are in."""
-    return f"The training loss of {', '.join(runs)} diverged, which the mean of its row hides: see the run's report"
+    """That runs behind the means diverged."""
+    return f"The training loss of {', '.join(runs)} diverged, which the means over the seeds do not show"
 
 
 def explain_ends(ends: Sequence[str]) -> str:
@@ -218,7 +218,7 @@ def _rates(comparison: Comparison, rates: dict[Any, list[tuple[float, float]]]) 
     return figure
 
 
-def _curves(comparison: Comparison, lines: dict[Cell, list[tuple[float, float]]]) -> Any:
+def _curves(comparison: Comparison, lines: dict[Cell, list[tuple[int, float]]]) -> Any:
     figure = new_figure(height=4.2)
     axes = style_axes(figure.add_subplot(), "step", "validation loss")
     for i, (cell, points) in enumerate(lines.items()):

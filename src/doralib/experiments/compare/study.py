@@ -26,7 +26,7 @@ from ...evaluation.task_file import load_tasks
 from ...runs import checkpointing
 from ...runs.divergence import find_divergence
 from ...runs.folder import RunFolder
-from ...runs.record import numbers, read_run
+from ...runs.record import read_run
 from ..statistics import import_stats
 from .early_stop import Halving
 from .grid import Cell, Grid, Run, check_grid, make_recipe
@@ -52,7 +52,7 @@ class RunResult:
     """On the test rows, for chosen runs."""
     diverged: bool = False
     """Its training loss, for a while or to the end."""
-    curve: Sequence[tuple[float, float]] = ()
+    curve: Sequence[tuple[int, float]] = ()
     """Steps and losses on the validation rows."""
 
 
@@ -225,15 +225,15 @@ class _Work:
             disk.delete(folder.checkpoints)
         summary = folder.read(folder.summary, {})
         failed = stopped or summary.get("status") == "nan"
-        record = read_run(folder.path) if folder.path.is_dir() else None
+        curve = _read_curve(folder)
         return RunResult(
             run,
-            loss=math.inf if failed else _validation_loss(folder, self.grid),
+            loss=math.inf if failed else _validation_loss(curve, self.grid),
             seconds=summary.get("seconds", 0.0),
             peak_bytes=files.read_json(peak)["peak_bytes"] if (peak := self._peak_file(run)).is_file() else None,
             stopped=stopped,
-            diverged=record is not None and find_divergence(record) is not None,
-            curve=() if record is None else tuple(numbers(record.evals, "eval_loss")),
+            diverged=folder.path.is_dir() and find_divergence(read_run(folder.path)) is not None,
+            curve=curve,
         )
 
     def _launch_training(self, run: Run, folder: RunFolder, halving: Halving | None) -> bool:
@@ -244,7 +244,7 @@ class _Work:
             # of a run that was killed before its first checkpoint nothing is lost
             words.append("--resume" if checkpointing.find_newest(folder.checkpoints) else "--overwrite")
         log.info(f"doralib {' '.join(words)}")
-        watch = halving.watch(run, lambda: _losses(folder)) if halving else None
+        watch = halving.watch(run, lambda: [loss for _, loss in _read_curve(folder)]) if halving else None
         unwanted = lambda: self.halted.is_set() or (watch is not None and watch.unwanted())
         output = self.grid.out / "logs" / f"{run.name}.log"
         outcome = self.launch(own_command(*words), output, unwanted)
@@ -252,7 +252,7 @@ class _Work:
             earlier = folder.read(self._peak_file(run), {"peak_bytes": 0})["peak_bytes"]
             files.write_json(self._peak_file(run), {"peak_bytes": max(earlier, outcome.peak_bytes)})
         if watch:
-            watch.close(_validation_loss(folder, self.grid))
+            watch.close(_validation_loss(_read_curve(folder), self.grid))
         if not (watch and watch.stopped) and not _has_ended(folder):
             raise DoraError(
                 f"the run {run.name} failed with status {outcome.status}; the same command goes on from here\n"
@@ -293,8 +293,8 @@ def _has_scores(file: Path, tasks: Sequence[str]) -> bool:
     return file.is_file() and set(tasks) <= set(files.read_json(file).get("after") or ())
 
 
-def _losses(folder: RunFolder) -> list[float]:
-    """Validation losses so far; a line that is being written is left for the next time."""
+def _read_curve(folder: RunFolder) -> list[tuple[int, float]]:
+    """Steps and validation losses so far; a line that is being written is left for the next time."""
     found = []
     for text in folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.is_file() else []:
         try:
@@ -303,13 +303,13 @@ def _losses(folder: RunFolder) -> list[float]:
             break
         loss = line.get("eval_loss") if isinstance(line, dict) and line.get("kind") == "eval" else None
         if isinstance(loss, int | float):
-            found.append(float(loss))
+            found.append((int(line["step"]), float(loss)))
     return found
 
 
-def _validation_loss(folder: RunFolder, grid: Grid) -> float:
+def _validation_loss(curve: Sequence[tuple[int, float]], grid: Grid) -> float:
     """Of the model that was kept: the best, where the recipe keeps that, else the last."""
-    losses = _losses(folder)
+    losses = [loss for _, loss in curve]
     if not losses:
         return math.nan
     training = grid.recipe.training

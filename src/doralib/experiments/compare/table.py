@@ -138,11 +138,11 @@ def rates_at_an_end(comparison: Comparison) -> list[str]:
     return found
 
 
-def curves(comparison: Comparison) -> dict[Cell, list[tuple[float, float]]]:
+def curves(comparison: Comparison) -> dict[Cell, list[tuple[int, float]]]:
     """Steps and validation losses of the runs behind the scores, by step: the mean of the seeds that have one there."""
-    found: dict[Cell, list[tuple[float, float]]] = {}
+    found: dict[Cell, list[tuple[int, float]]] = {}
     for cell, runs in _chosen(comparison).items():
-        by_step: dict[float, list[float]] = defaultdict(list)
+        by_step: dict[int, list[float]] = defaultdict(list)
         for step, loss in (point for run in runs for point in run.curve):
             by_step[step].append(loss)
         found[cell] = [(step, float(np.mean(by_step[step]))) for step in sorted(by_step)]
